@@ -1,0 +1,1 @@
+"""Facial-expression recognition: data, models, losses, training, evaluation. Knows no pipeline framework."""

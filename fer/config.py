@@ -1,0 +1,126 @@
+"""One training run, typed and checked, and its id. Field names are the keys of params.yaml (`train` and `models.<name>`)."""
+
+import difflib
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys: unknown keys are refused, no type is converted, no key has a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Augment(Section):
+    """Random changes of a training image; evaluation sees none of them."""
+
+    flip: Fraction  # probability of a horizontal flip
+    rotation: Annotated[float, Field(ge=0, le=180)]  # degrees, uniform in +-rotation
+    scale: Annotated[float, Field(ge=0, lt=1)]  # zoom, uniform in 1 +- scale
+    translation: Fraction  # share of the side, uniform in +-translation on each axis
+    brightness: NonNegative  # factor uniform in 1 +- brightness
+    contrast: NonNegative  # factor uniform in 1 +- contrast, around the image's mean
+    erasing: Fraction  # probability that one random rectangle is set to the image's mean
+
+
+class Resources(Section):
+    """Where a run computes. Not part of the run id: a run may move between machines and go on."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    workers: Positive  # processes that share the run (DDP)
+    cpus_per_worker: Positive
+    gpus_per_worker: NonNegative  # used where the device is a GPU; below 1, runs share one
+
+
+class RunConfig(Section):
+    """Everything that decides the numbers of one run, and the resources it asks for."""
+
+    model: str  # row of fer.models.MODELS
+    options: dict[str, Any]  # of that model, checked by its own class
+    seed: Annotated[int, Field(ge=0)]
+    epochs: Positive
+    batch_size: Positive  # over all workers
+    eval_batch_size: Positive  # per worker; changes no number
+    image_size: Positive  # pixels, side of the square that the model sees
+    channels: Literal[1, 3]  # of the model's input; grey images are repeated, colour ones averaged
+    pixel_mean: list[float]  # per channel, in [0, 1]
+    pixel_std: list[Annotated[float, Field(gt=0)]]
+    loss: str  # row of fer.losses.LOSSES
+    loss_alpha: Fraction  # weight of the true label in label_smoothing, pdls, focal_pdls
+    loss_gamma: NonNegative  # focusing exponent of focal, focal_pdls
+    optimizer: Literal["adamw", "adam", "sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]  # sgd
+    weight_decay: NonNegative
+    schedule: Literal["cosine", "step", "constant"]
+    warmup_epochs: NonNegative
+    min_lr_ratio: Fraction  # cosine: final lr / lr
+    step_epochs: list[Positive]  # step: the lr is multiplied by step_factor at the start of each of these epochs (0 = first)
+    step_factor: Annotated[float, Field(gt=0, le=1)]
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # evaluates and saves the averaged weights
+    precision: Literal["fp32", "bf16", "fp16"]  # of the forward pass; weights and loss stay fp32
+    augment: Augment
+    resources: Resources
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        if self.batch_size % self.resources.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by resources.workers {self.resources.workers}"
+            )
+        for key in ("pixel_mean", "pixel_std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"{key} has {len(getattr(self, key))} numbers but channels is {self.channels}")
+        if self.schedule == "cosine" and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of epochs {self.epochs}")
+        if sorted(set(self.step_epochs)) != self.step_epochs:
+            raise ValueError(f"step_epochs {self.step_epochs} must rise")
+        return self
+
+
+def run_id(name: str, config: RunConfig, data_hash: str) -> str:
+    """`<name>-s<seed>-<8 hex>`: equal for equal config and data, whatever machine and number of workers."""
+    content = config.model_dump(exclude={"resources", "eval_batch_size"})
+    digest = hashlib.sha256(json.dumps([content, data_hash], sort_keys=True).encode()).hexdigest()
+    return f"{name}-s{config.seed}-{digest[:8]}"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)` or the list of what is known, to end a message about an unknown name."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean '{match[0]}'?" if match else f"; known: {', '.join(sorted(known))}"
+
+
+def faults(error: ValidationError, section: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per fault of a pydantic check, each with its dotted path under `prefix`."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(part) for part in (prefix, *fault["loc"]) if part != "")
+        if fault["type"] == "extra_forbidden":
+            known = _keys_at(section, fault["loc"][:-1])
+            lines.append(f"{path}: unknown key{nearest(str(fault['loc'][-1]), known)}")
+        elif fault["type"] == "missing":
+            lines.append(f"{path}: missing")
+        elif fault["type"] == "value_error":
+            lines.append(f"{path}: {fault['ctx']['error']}")
+        else:
+            got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+            lines.append(f"{path}: {fault['msg'].removeprefix('Input ')}{got}")
+    return lines
+
+
+def _keys_at(section: type[BaseModel], path: tuple) -> list[str]:
+    for part in path:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

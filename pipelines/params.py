@@ -1,0 +1,187 @@
+"""The only reader of params.yaml: typed, checked as a whole before any work, all faults reported at once."""
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fer.config import Positive, RunConfig, Section, faults, nearest
+from fer.errors import UserError
+
+
+class Sample(Section):
+    train: Annotated[int, Field(ge=80)]
+    val: Annotated[int, Field(ge=40)]
+    test: Annotated[int, Field(ge=40)]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Data(Section):
+    dataset: Literal["sample", "ferplus"]
+    path: str
+    label_source: Literal["auto", "label_csv", "fer2013new"]
+    kaggle_competition: str
+    votes_url: str
+    votes_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sample: Sample
+
+
+class SuperResolution(Section):
+    method: Literal["none", "bicubic", "lanczos"]
+    scale: Annotated[int, Field(ge=1, le=16)]
+    batch_size: Positive
+
+    @model_validator(mode="after")
+    def _scale_fits(self) -> "SuperResolution":
+        if self.method == "none" and self.scale != 1:
+            raise ValueError(f"method none keeps the size, so scale must be 1, got {self.scale}")
+        return self
+
+
+class Split(Section):
+    label_mode: Literal["majority", "probability", "cross_entropy", "multi_target"]
+    drop_leaked_train: bool
+    prior_min_votes: Positive
+
+
+class Experiment(Section):
+    retries: Annotated[int, Field(ge=0)]
+    max_worker_failures: Annotated[int, Field(ge=0)]
+
+
+class Tracking(Section):
+    uri: str
+    experiment: str
+
+
+class Params(Section):
+    data: Data
+    super_resolution: SuperResolution
+    split: Split
+    experiment: Experiment
+    tracking: Tracking
+    models: dict[str, RunConfig]  # `train` with each model's own keys laid over it
+
+
+def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] | list[str] = ()) -> Params:
+    """Read and check params.yaml with `key.path=value` overrides.
+
+    Raises UserError with every fault, one a line, each with its dotted path.
+    """
+    tree = _read(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    return check(tree, str(path))
+
+
+def check(tree: dict, source: str = "params.yaml") -> Params:
+    """Turn the plain tree of params.yaml into Params, or raise UserError with all faults."""
+    tree = copy.deepcopy(tree)
+    train, models = tree.pop("train", None), tree.pop("models", None)
+    found = []
+    sections: dict[str, Any] = {}
+    for name, field in Params.model_fields.items():
+        if name != "models":
+            sections[name] = _section(field.annotation, tree.pop(name, None), name, found)
+    found += [f"{key}: unknown key{nearest(key, ['train', *Params.model_fields])}" for key in tree]
+    runs = _runs(train, models, found)
+    if found:
+        raise UserError("\n".join(f"{source}: {line}" for line in dict.fromkeys(found)))
+    return Params.model_construct(**sections, models=runs)
+
+
+def _section(kind: type[Section], values: Any, name: str, found: list[str]) -> Section | None:
+    try:
+        return kind.model_validate(values if values is not None else {})
+    except ValidationError as error:
+        found += faults(error, kind, name)
+        return None
+
+
+def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
+    """One RunConfig per model; a fault in `train` is named there once, not once per model."""
+    if not isinstance(train, dict) or not isinstance(models, dict) or not models:
+        found.append("train and models: must be two tables of keys, with one model at least")
+        return {}
+    runs = {}
+    for name, own in models.items():
+        prefix = f"models.{name}"
+        if not isinstance(own, dict):
+            found.append(f"{prefix}: must be a table of keys")
+            continue
+        run = _section(RunConfig, merge(train, own), prefix, lines := [])
+        lines += _model_faults(run, prefix)
+        found += [_where(line, prefix, own) for line in lines]
+        runs[name] = run
+    return runs
+
+
+def _model_faults(run: RunConfig | None, prefix: str) -> list[str]:
+    if run is None:
+        return []
+    from fer.losses import LOSSES
+    from fer.models import MODELS, check_options
+
+    lines = []
+    if run.loss not in LOSSES:
+        lines.append(f"{prefix}.loss: unknown loss '{run.loss}'{nearest(run.loss, list(LOSSES))}")
+    if run.model not in MODELS:
+        return [*lines, f"{prefix}.model: unknown model '{run.model}'{nearest(run.model, list(MODELS))}"]
+    return lines + check_options(run, prefix)
+
+
+def _where(line: str, prefix: str, own: dict) -> str:
+    """Name the key where it stands in the file: under `train` when the model does not set it itself."""
+    key = line.removeprefix(prefix + ".")
+    path = key.split(":")[0].split(".")
+    if key == line or not path[0].isidentifier():
+        return line
+    value: Any = own
+    for part in path:
+        if not isinstance(value, dict) or part not in value:
+            return f"train.{key}" if path[0] not in ("model", "options") else line
+        value = value[part]
+    return line
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` laid on `base`, table by table; `options` belongs to one model and is taken whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "options"
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(path: Path) -> dict:
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run the command in the project's root folder") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}:{line} is not valid YAML: {problem}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is empty; restore it with `git checkout {path}`")
+    return tree
+
+
+def _override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: write it as key.path=value, for example --set train.lr=3e-4")
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text else None
+    except YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: '{part}' is a value, not a table of keys")
+    tree[last] = value
