@@ -1,4 +1,4 @@
-"""One training run, typed and checked, and its id. Field names are the keys of params.yaml (`train` and `models.<name>`)."""
+"""One training run, typed and checked, and its id. Fields are keys of `train` and `models.<name>` in params.yaml."""
 
 import difflib
 import hashlib
@@ -62,8 +62,8 @@ class RunConfig(Section):
     schedule: Literal["cosine", "step", "constant"]
     warmup_epochs: NonNegative
     min_lr_ratio: Fraction  # cosine: final lr / lr
-    step_epochs: list[Positive]  # step: the lr is multiplied by step_factor at the start of each of these epochs (0 = first)
-    step_factor: Annotated[float, Field(gt=0, le=1)]
+    step_epochs: list[Positive]  # step: epochs (the first is 0) from which on ...
+    step_factors: list[Annotated[float, Field(gt=0, le=1)]]  # ... the lr is lr times this
     clip_grad_norm: Annotated[float, Field(gt=0)] | None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # evaluates and saves the averaged weights
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward pass; weights and loss stay fp32
@@ -83,6 +83,8 @@ class RunConfig(Section):
             raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of epochs {self.epochs}")
         if sorted(set(self.step_epochs)) != self.step_epochs:
             raise ValueError(f"step_epochs {self.step_epochs} must rise")
+        if len(self.step_epochs) != len(self.step_factors):
+            raise ValueError(f"step_factors has {len(self.step_factors)} numbers, step_epochs {len(self.step_epochs)}")
         return self
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -66,6 +66,15 @@ class Params(Section):
     models: dict[str, RunConfig]  # `train` with each model's own keys laid over it
 
 
+SECTIONS: dict[str, type[Section]] = {
+    "data": Data,
+    "super_resolution": SuperResolution,
+    "split": Split,
+    "experiment": Experiment,
+    "tracking": Tracking,
+}
+
+
 def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] | list[str] = ()) -> Params:
     """Read and check params.yaml with `key.path=value` overrides.
 
@@ -81,19 +90,21 @@ def check(tree: dict, source: str = "params.yaml") -> Params:
     """Turn the plain tree of params.yaml into Params, or raise UserError with all faults."""
     tree = copy.deepcopy(tree)
     train, models = tree.pop("train", None), tree.pop("models", None)
-    found = []
+    found: list[str] = []
     sections: dict[str, Any] = {}
-    for name, field in Params.model_fields.items():
-        if name != "models":
-            sections[name] = _section(field.annotation, tree.pop(name, None), name, found)
-    found += [f"{key}: unknown key{nearest(key, ['train', *Params.model_fields])}" for key in tree]
+    for name, kind in SECTIONS.items():
+        sections[name] = _section(kind, tree.pop(name, None), name, found)
+    found += [f"{key}: unknown key{nearest(key, ['train', 'models', *SECTIONS])}" for key in tree]
     runs = _runs(train, models, found)
     if found:
         raise UserError("\n".join(f"{source}: {line}" for line in dict.fromkeys(found)))
     return Params.model_construct(**sections, models=runs)
 
 
-def _section(kind: type[Section], values: Any, name: str, found: list[str]) -> Section | None:
+Kind = TypeVar("Kind", bound=Section)
+
+
+def _section(kind: type[Kind], values: Any, name: str, found: list[str]) -> Kind | None:
     try:
         return kind.model_validate(values if values is not None else {})
     except ValidationError as error:
@@ -112,25 +123,30 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
         if not isinstance(own, dict):
             found.append(f"{prefix}: must be a table of keys")
             continue
-        run = _section(RunConfig, merge(train, own), prefix, lines := [])
-        lines += _model_faults(run, prefix)
+        merged = merge(train, own)
+        lines: list[str] = []
+        run = _section(RunConfig, merged, prefix, lines)
+        lines += _name_faults(merged, run, prefix)
         found += [_where(line, prefix, own) for line in lines]
-        runs[name] = run
+        if run is not None:
+            runs[name] = run
     return runs
 
 
-def _model_faults(run: RunConfig | None, prefix: str) -> list[str]:
-    if run is None:
-        return []
+def _name_faults(merged: dict, run: RunConfig | None, prefix: str) -> list[str]:
+    """Names that no table has, and options that the named model does not take."""
     from fer.losses import LOSSES
     from fer.models import MODELS, check_options
 
+    loss, model = merged.get("loss"), merged.get("model")
     lines = []
-    if run.loss not in LOSSES:
-        lines.append(f"{prefix}.loss: unknown loss '{run.loss}'{nearest(run.loss, list(LOSSES))}")
-    if run.model not in MODELS:
-        return [*lines, f"{prefix}.model: unknown model '{run.model}'{nearest(run.model, list(MODELS))}"]
-    return lines + check_options(run, prefix)
+    if isinstance(loss, str) and loss not in LOSSES:
+        lines.append(f"{prefix}.loss: unknown loss '{loss}'{nearest(loss, list(LOSSES))}")
+    if isinstance(model, str) and model not in MODELS:
+        lines.append(f"{prefix}.model: unknown model '{model}'{nearest(model, list(MODELS))}")
+    elif isinstance(model, str) and isinstance(merged.get("options"), dict):
+        lines += check_options(model, merged["options"], run, prefix)
+    return lines
 
 
 def _where(line: str, prefix: str, own: dict) -> str:

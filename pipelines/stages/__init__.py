@@ -1,12 +1,10 @@
 """The DVC stages. Each is run as `python -m pipelines.stages.<name>` in the project's root folder."""
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 from fer.errors import UserError, disk_error
+from fer.files import new_folder as new_folder
 from pipelines.params import Params, load
 
 
@@ -25,19 +23,5 @@ def run(stage: Callable[[Params], None]) -> None:
 
 def _fail(error: UserError) -> int:
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        sys.stderr.write(f"error: {line}\n")
     return 2
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write in that takes the place of `target` when the block ends, and vanishes when it fails."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""A checkpoint is a folder: model.safetensors, training.pt (optimizer state), checkpoint.json that explains both."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fer.errors import UserError
+from fer.files import new_folder, write_json
+
+WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
+
+
+def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], training: dict[str, Any] | None) -> None:
+    """Write a checkpoint at once: a process killed at any point leaves the old one or the new one, whole.
+
+    `training` holds tensors and plain values only, so that it loads with `weights_only=True`.
+    """
+    with new_folder(folder) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
+        if training is not None:
+            torch.save(training, partial / TRAINING)
+        write_json(partial / META, meta)
+
+
+def load_meta(folder: Path) -> dict[str, Any]:
+    """checkpoint.json. Raises UserError when there is none."""
+    try:
+        return json.loads((folder / META).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no checkpoint there ({META} is missing); train the run first") from None
+    except ValueError:
+        raise UserError(f"{folder / META}: not valid JSON; delete {folder} and train again") from None
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load model.safetensors strictly. Raises UserError naming the first tensor that does not fit."""
+    path = folder / WEIGHTS
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; train the run first") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); delete {folder} and train again") from None
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"{path}: tensor {name} is missing; the file belongs to another model")
+        if name not in wanted:
+            raise UserError(f"{path}: tensor {name} is not in this model; the file belongs to another one")
+        if wanted[name].shape != found[name].shape:
+            shapes = f"{list(found[name].shape)}, the model needs {list(wanted[name].shape)}"
+            raise UserError(f"{path}: tensor {name} has shape {shapes}")
+    model.load_state_dict(found)
+
+
+def load_training(folder: Path) -> dict[str, Any]:
+    """training.pt, tensors on the CPU. Raises UserError when it is not what `save` wrote."""
+    path = folder / TRAINING
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; delete {folder} and train again") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{path}: damaged, or not written by this project; delete {folder} and train again") from None

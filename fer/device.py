@@ -1,0 +1,24 @@
+"""Where a run computes, and in which precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from fer.config import RunConfig
+from fer.errors import UserError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> device; under a launcher the worker's own GPU is the only one it sees."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("resources.device: cuda, but this machine has no usable GPU; set it to auto or cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager:
+    """Mixed precision of the forward pass, as `precision` says."""
+    if run.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if run.precision == "bf16" else torch.float16)

@@ -1,0 +1,51 @@
+"""Files that are whole or absent: written under another name, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` at once; floats must be finite."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write in that takes the place of `target` when the block ends, and vanishes when it fails.
+
+    A process killed at any point leaves the old or the new content, found again by `recover`.
+    """
+    recover(target)
+    partial, old = _beside(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            target.replace(old)
+        partial.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(target: Path) -> bool:
+    """Put back the old folder where a process was killed between the two renames; True when `target` is there."""
+    _, old = _beside(target)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.replace(target)
+    return target.exists()
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")

@@ -1,0 +1,92 @@
+"""Losses on logits [B, C], labels int64 [B] and targets [B, C] (vote shares of each image); mean over the batch.
+
+With p = softmax(logits), y = one-hot label, a = alpha, g = gamma, D = class prior [C, C] (row = label). All in fp32.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fer.config import RunConfig
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _soft(logits: Tensor, target: Tensor, gamma: float = 0.0) -> Tensor:
+    """-sum_j target_j (1 - p_j)^gamma log p_j, [B]."""
+    log_p = F.log_softmax(logits.float(), dim=1)
+    if gamma:
+        # log(1 - p) through expm1 keeps the gradient finite at p = 1
+        log_p_others = torch.log((-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny))
+        return -(target * torch.exp(gamma * log_p_others) * log_p).sum(1)
+    return -(target * log_p).sum(1)
+
+
+def cross_entropy(run: RunConfig, prior: Tensor) -> Loss:
+    """-log p[label]."""
+    return lambda logits, labels, targets: F.cross_entropy(logits.float(), labels)
+
+
+def label_smoothing(run: RunConfig, prior: Tensor) -> Loss:
+    """-sum_j (a y_j + (1 - a) / C) log p_j."""
+    return _mixed(run.loss_alpha, torch.full_like(prior, 1 / len(prior)), 0.0)
+
+
+def focal(run: RunConfig, prior: Tensor) -> Loss:
+    """-(1 - p[label])^g log p[label] (Lin et al. 2017, arXiv 1708.02002, equation 4)."""
+    return _mixed(1.0, prior, run.loss_gamma)
+
+
+def pdls(run: RunConfig, prior: Tensor) -> Loss:
+    """Prior-distribution label smoothing: -sum_j (a y_j + (1 - a) D[label, j]) log p_j."""
+    return _mixed(run.loss_alpha, prior, 0.0)
+
+
+def focal_pdls(run: RunConfig, prior: Tensor) -> Loss:
+    """F-PDLS (arXiv 2204.02181): PDLS with the factor (1 - p_j)^g on every class j, not only the true one."""
+    return _mixed(run.loss_alpha, prior, run.loss_gamma)
+
+
+def vote_cross_entropy(run: RunConfig, prior: Tensor) -> Loss:
+    """-sum_j t_j log p_j against the votes t of each image (Barsoum et al. 2016, section 3.4, cross-entropy loss)."""
+    return lambda logits, labels, targets: _soft(logits, targets).mean()
+
+
+def vote_sampling(run: RunConfig, prior: Tensor) -> Loss:
+    """-log p[k] with k drawn anew from the votes of each image (Barsoum et al. 2016, section 3.3)."""
+    return lambda logits, labels, targets: F.cross_entropy(logits.float(), torch.multinomial(targets, 1).squeeze(1))
+
+
+def multi_target(run: RunConfig, prior: Tensor) -> Loss:
+    """-log max_j t_j p_j, t = .999 where an emotion has votes, else 0, plus .001 (Barsoum et al. 2016, section 3.2)."""
+
+    def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        weight = torch.log(0.999 * (targets > 0).float() + 0.001)
+        return -(weight + F.log_softmax(logits.float(), dim=1)).amax(1).mean()
+
+    return loss
+
+
+def _mixed(alpha: float, prior: Tensor, gamma: float) -> Loss:
+    """Loss against a y + (1 - a) D[label]."""
+    mixture = alpha * torch.eye(len(prior), dtype=prior.dtype, device=prior.device) + (1 - alpha) * prior
+    return lambda logits, labels, targets: _soft(logits, mixture[labels], gamma).mean()
+
+
+LOSSES: dict[str, Callable[[RunConfig, Tensor], Loss]] = {
+    "cross_entropy": cross_entropy,
+    "label_smoothing": label_smoothing,
+    "focal": focal,
+    "pdls": pdls,
+    "focal_pdls": focal_pdls,
+    "vote_cross_entropy": vote_cross_entropy,
+    "vote_sampling": vote_sampling,
+    "multi_target": multi_target,
+}
+
+
+def build_loss(run: RunConfig, prior: Tensor) -> Loss:
+    """The loss of a run; `prior` is the class prior D of the data in use, [C, C], on the device of the logits."""
+    return LOSSES[run.loss](run, prior)

@@ -1,0 +1,34 @@
+"""A checkpoint as a classifier that needs nothing else: class order and preprocessing come from its checkpoint.json."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fer import checkpoint
+from fer.config import RunConfig
+from fer.data.augment import normalize, to_float
+from fer.device import pick_device
+from fer.models import build_model
+
+
+class Predictor:
+    """Loads a checkpoint folder (`data/runs/<run id>/best`). Raises UserError when it is missing or damaged."""
+
+    def __init__(self, folder: str | Path, device: str = "auto"):
+        meta = checkpoint.load_meta(Path(folder))
+        self.run = RunConfig.model_validate(meta["config"])
+        self.classes: list[str] = meta["classes"]
+        self.device = pick_device(device)
+        self.model = build_model(self.run, len(self.classes)).to(self.device).eval()
+        checkpoint.load_weights(Path(folder), self.model)
+
+    @torch.inference_mode()
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W] or [B, H, W, 3], as in data/upscaled/images.npy -> float32 [B, C], order of `classes`."""
+        found = []
+        for first in range(0, len(images), self.run.eval_batch_size):
+            pixels = torch.from_numpy(np.ascontiguousarray(images[first : first + self.run.eval_batch_size]))
+            batch = normalize(to_float(pixels.to(self.device), self.run.image_size), self.run)
+            found.append(torch.softmax(self.model(batch).float(), 1).cpu().numpy())
+        return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)

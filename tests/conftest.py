@@ -1,0 +1,75 @@
+"""What tests share: one torch thread, small data as the DVC stages write it, small runs, and the real FER+ where it is at hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fer.config import RunConfig
+from pipelines.params import load
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt"]
+
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ferplus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official FER+ folder layout, unpacked from FERPLUS_DIR once a session."""
+    source = os.environ.get("FERPLUS_DIR")
+    if not source:
+        pytest.skip("FERPLUS_DIR is not set: it names the folder with the real FER+ parquet files and unpack.py")
+    target = tmp_path_factory.mktemp("ferplus")
+    subprocess.run([sys.executable, Path(source) / "unpack.py", target], check=True, capture_output=True)
+    return target
+
+
+def make_data(folder: Path, counts: dict[str, int] | None = None, side: int = 16, seed: int = 0) -> Path:
+    """Write `folder`/upscaled and `folder`/splits: each class is a bright bar at its own height, plus noise."""
+    counts = counts or {"train": 96, "val": 40, "test": 40}
+    rng = np.random.default_rng(seed)
+    total = sum(counts.values())
+    labels = np.arange(total) % len(CLASSES)
+    images = rng.integers(0, 120, (total, side, side), dtype=np.uint8)
+    for image, label in zip(images, labels):
+        image[label * side // len(CLASSES)] = 255
+    (folder / "upscaled").mkdir(parents=True)
+    (folder / "splits").mkdir()
+    np.save(folder / "upscaled" / "images.npy", images)
+    first = 0
+    for split, count in counts.items():
+        rows = np.arange(first, first + count)
+        table = pd.DataFrame({"row": rows, "name": [f"{row}.png" for row in rows], "label": labels[rows]})
+        table[CLASSES] = 0.8 * np.eye(len(CLASSES))[labels[rows]] + 0.2 / len(CLASSES)
+        table["subject"] = ""
+        table["duplicate_of"] = ["0.png" if split == "test" and row % 10 == 0 else "" for row in rows]
+        table.to_csv(folder / "splits" / f"{split}.csv", index=False)
+        first += count
+    prior = 0.7 * np.eye(len(CLASSES)) + 0.3 / len(CLASSES)
+    summary = {"classes": CLASSES, "class_prior": prior.tolist(), "dataset": "bars", "label_mode": "majority"}
+    (folder / "splits" / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_data(tmp_path / "data")
+
+
+def small_run(**changes: object) -> RunConfig:
+    """A VGG13 of 1/16 width on 16x16 images: an epoch takes well under a second. Keys as in params.yaml."""
+    base = load(ROOT / "params.yaml").models["vgg13_small"].model_dump()
+    base |= {"epochs": 3, "batch_size": 16, "image_size": 16, "lr": 0.01, "warmup_epochs": 0}
+    base["options"] = {"width": 0.0625, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}
+    base["resources"] |= {"device": "cpu"}
+    for key, value in changes.items():
+        base[key] = base[key] | value if isinstance(value, dict) and key != "options" else value
+    return RunConfig.model_validate(base)
