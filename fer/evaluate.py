@@ -1,6 +1,7 @@
 """The numbers of a finished run: its best checkpoint on val and, once, on test, with and without leaked images."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
         summary[name] = metrics(logits, split.labels)
         if name == "test":
             summary["test_without_leaked"] = metrics(logits[~split.leaked], split.labels[~split.leaked])
+    summary["finished"] = time.time()
     write_json(folder / "summary.json", summary)
     return summary
 

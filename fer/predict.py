@@ -32,3 +32,16 @@ class Predictor:
             batch = normalize(to_float(pixels.to(self.device), self.run.image_size), self.run)
             found.append(torch.softmax(self.model(batch).float(), 1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
+
+
+class _Served:
+    def __init__(self, predictor: Predictor):
+        self.predictor = predictor
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        return self.predictor.probabilities(np.asarray(images, np.uint8))
+
+
+def _load_pyfunc(path: str) -> _Served:
+    """What a model server calls with the logged checkpoint folder."""
+    return _Served(Predictor(path))

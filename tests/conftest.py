@@ -54,7 +54,7 @@ def make_data(folder: Path, counts: dict[str, int] | None = None, side: int = 16
         table.to_csv(folder / "splits" / f"{split}.csv", index=False)
         first += count
     prior = 0.7 * np.eye(len(CLASSES)) + 0.3 / len(CLASSES)
-    summary = {"classes": CLASSES, "class_prior": prior.tolist(), "dataset": "bars", "label_mode": "majority"}
+    summary = {"classes": CLASSES, "class_prior": prior.tolist(), "dataset": "bars", "label_mode": "majority", "image_shape": [side, side]}
     (folder / "splits" / "summary.json").write_text(json.dumps(summary))
     return folder
 

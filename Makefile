@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint format clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(READY)  ## Create .venv with every package at its pinned version
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	@touch $@
+
+demo: $(READY)  ## Sample data, two models trained at the same time, the best registered as champion
+	dvc repro --quiet
+	fer train vgg13_small vit_tiny
+
+test: $(READY)  ## Every test; the real FER+ too where FERPLUS_DIR names it
+	python -m pytest
+
+test-fast: $(READY)  ## Tests without servers, Ray and real data
+	python -m pytest -m "not slow"
+
+lint: $(READY)  ## Style, imports and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(READY)  ## Put the code into the project's format
+	ruff check --fix .
+	ruff format .
+
+clean:  ## Remove what was made, but for the installation: data, runs, MLflow and Prefect stores
+	rm -rf data/raw data/upscaled data/splits data/runs data/*.partial mlflow.db mlruns mlartifacts .prefect

@@ -1,0 +1,268 @@
+"""The command `fer`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column, Table
+
+from fer.errors import UserError, disk_error
+from pipelines import report
+
+app = typer.Typer(
+    help="Facial-expression-recognition experiments: params.yaml says what, `dvc repro` makes the data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(width=None if sys.stdout.isatty() else 120)
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of params.yaml.")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models of params.yaml; all without.")]
+RUNS = Path("data/runs")
+
+
+@app.command()
+def train(
+    names: Names = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Train models at the same time, evaluate them, record them in MLflow and register the best."""
+    from fer.data.dataset import open_data
+    from pipelines import flow
+    from pipelines.params import load
+    from pipelines.tracking import Tracker
+
+    params = load(overrides=overrides)
+    runs = flow.plan(params, names or [], open_data())
+    folders = [folder for _, folder in runs.values()]
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    if all(tracker.recorded(folder) for folder in folders):
+        console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
+    else:
+        with _Bars(folders):
+            state = flow.train(list(runs), overrides, return_state=True)
+        failed = _failures(state)
+        if failed:
+            raise _first_failure(failed)
+    _print_table(report.finished(folders))
+    _print_champions(tracker)
+    console.print("Look closer: [bold]fer ui[/] (MLflow and Prefect), [bold]fer evaluate RUN[/], [bold]fer compare[/].")
+
+
+@app.command()
+def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of one.")]) -> None:
+    """Show a finished run's numbers on val and test, class by class."""
+    from fer.evaluate import evaluate as evaluate_run
+
+    folder = _find(run)
+    summary = evaluate_run(folder, "data")
+    _print_table([summary])
+    table = Table("class", "test images", "found %", "most often taken for", title="Test, class by class")
+    confusion = summary["test"]["confusion"]
+    for index, name in enumerate(summary["classes"]):
+        line, recall = confusion[index], summary["test"]["recall"][index]
+        wrong = max((count, other) for other, count in enumerate(line) if other != index)
+        taken = f"{summary['classes'][wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
+        table.add_row(name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken)
+    console.print(table)
+    console.print(f"Predictions, confusion matrix, checkpoint: [bold]{folder}[/]")
+
+
+@app.command()
+def compare() -> None:
+    """Compare all finished runs, each with its data, and the published numbers for that data set."""
+    summaries = report.finished(RUNS.glob("*"))
+    if not summaries:
+        raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
+    by_data: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        by_data.setdefault(summary["data_hash"], []).append(summary)
+    for data_hash, group in by_data.items():
+        data = group[0]["data"]
+        _print_table(group, title=f"{data['dataset']}, {data.get('label_mode', '')} labels, data {data_hash}")
+        if data["dataset"] in report.PUBLISHED:
+            table = Table("published", "test accuracy", "starts from", title="Published on this data set")
+            for name, accuracy, start in report.PUBLISHED[data["dataset"]]:
+                table.add_row(name, f"{accuracy:.2f}", start)
+            console.print(table)
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect.")] = 4200,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
+    from pipelines.params import load
+    from pipelines.tracking import tracking_uri
+
+    uri = tracking_uri(load(overrides=overrides).tracking.uri)
+    servers = {}
+    if uri.startswith("http"):
+        console.print(f"MLflow runs at [bold]{uri}[/]")
+    else:
+        servers["MLflow", mlflow_port] = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    servers["Prefect", prefect_port] = ["prefect", "server", "start"]
+    _serve(servers)
+
+
+def _serve(servers: dict[tuple[str, int], list[str]]) -> None:
+    """Run servers on 127.0.0.1 and end them all when one ends or on Ctrl-C."""
+    import socket
+
+    for (name, port), _ in servers.items():
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise UserError(f"--{name.lower()}-port {port}: the port is in use; stop what uses it or give another")
+    bin_folder = Path(sys.executable).parent
+    running = []
+    for (name, port), (program, *words) in servers.items():
+        command = [str(bin_folder / program), *words, "--host", "127.0.0.1", "--port", str(port)]
+        running.append(
+            subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        )
+        console.print(f"{name}: [bold]http://127.0.0.1:{port}[/]")
+    console.print("Ctrl-C ends both.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while all(server.poll() is None for server in running):
+            time.sleep(0.3)
+        ended = next(server for server in running if server.poll() is not None)
+        raise UserError(f"{Path(ended.args[0]).name} ended: {_last_line(ended)}")  # type: ignore[index, arg-type]
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+    finally:
+        for server in running:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+        for server in running:
+            server.wait(timeout=15)
+
+
+def _last_line(server: subprocess.Popen) -> str:
+    text = server.stderr.read().decode(errors="replace").strip() if server.stderr else ""
+    return text.splitlines()[-1] if text else f"exit status {server.returncode}"
+
+
+class _Bars:
+    """A progress bar per run, drawn from the files that the runs write, so that it shows runs on any machine."""
+
+    def __init__(self, folders: list[Path]):
+        self.folders, self.stop = folders, threading.Event()
+        self.progress = Progress(
+            TextColumn("{task.fields[run]}"),
+            BarColumn(bar_width=20),
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> None:
+        self.progress.start()
+        self.tasks = [self.progress.add_task("", total=None, run=path.name, news="waiting") for path in self.folders]
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._look()
+        self.progress.stop()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(0.5):
+            self._look()
+
+    def _look(self) -> None:
+        for folder, task in zip(self.folders, self.tasks):
+            rows = _lines(folder / "metrics.jsonl")
+            now = _lines(folder / "progress.json", whole=True)
+            if not now:
+                continue
+            done = now[0]["epoch"] + now[0]["step"] / now[0]["steps"]
+            news = f"val accuracy {100 * max(row['val_accuracy'] for row in rows):.2f} %" if rows else "training"
+            if (folder / "summary.json").exists():
+                news += ", evaluated"
+            self.progress.update(task, completed=round(done, 1), total=now[0]["epochs"], news=news)
+
+
+def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(text)] if whole else [json.loads(line) for line in text.splitlines()]
+
+
+def _failures(state: Any) -> dict[str, BaseException]:
+    """name -> error of the runs that failed; the flow's own error under `flow`."""
+    result = state.result(raise_on_failure=False)
+    return {"flow": result} if isinstance(result, BaseException) else result
+
+
+def _first_failure(failed: dict[str, BaseException]) -> BaseException:
+    """One error that tells of all: the user's if all are the user's, else one of the program."""
+    lines = "\n".join(str(error) for error in failed.values())
+    if all(isinstance(error, UserError) for error in failed.values()):
+        return UserError(lines)
+    return RuntimeError(lines)
+
+
+def _find(run: str) -> Path:
+    """The folder of the one run whose id starts with `run`."""
+    found = sorted(path for path in RUNS.glob(f"{run}*") if path.is_dir())
+    if not found:
+        known = ", ".join(sorted(path.name for path in RUNS.glob("*") if path.is_dir())) or "none yet"
+        raise UserError(f"{run}: no such run in {RUNS}; runs: {known}")
+    if len(found) > 1 and RUNS / run not in found:
+        raise UserError(f"{run}: fits several runs, give more of the id: {', '.join(path.name for path in found)}")
+    return RUNS / run if RUNS / run in found else found[0]
+
+
+def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> None:
+    first, *others = report.COLUMNS
+    columns = [Column(first, no_wrap=True), *(Column(other, justify="right", no_wrap=True) for other in others)]
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for summary in summaries:
+        table.add_row(*report.row(summary).values())
+    console.print(table)
+    console.print(report.LEGEND, style="dim")
+
+
+def _print_champions(tracker: Any) -> None:
+    for name, tags in tracker.champions().items():
+        accuracy = 100 * float(tags["val_accuracy"])
+        console.print(f"models:/{name}@champion: version {tags['version']}, {tags['fer.run_id']}, val {accuracy:.2f} %")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 2, anything else one line and 1."""
+    try:
+        app()
+    except UserError as error:
+        _fail(error, 2)
+    except RuntimeError as error:
+        _fail(error, 1)
+    except OSError as error:
+        known = disk_error(error, "data")
+        if known is None:
+            raise
+        _fail(known, 2)
+
+
+def _fail(error: BaseException, status: int) -> None:
+    for line in str(error).splitlines():
+        sys.stderr.write(f"error: {line}\n")
+    sys.exit(status)

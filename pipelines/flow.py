@@ -1,0 +1,96 @@
+"""The only importer of prefect: the flow `train` runs one task per model, as many at a time as Ray has room for."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from fer.config import RunConfig, nearest, run_id
+from fer.data.dataset import DataSet, open_data
+from fer.errors import UserError
+from pipelines import launch, report
+from pipelines.params import Params, load
+from pipelines.tracking import Tracker
+
+DATA, RUNS = Path("data"), Path("data/runs")
+
+
+def plan(params: Params, names: list[str], data: DataSet) -> dict[str, tuple[RunConfig, Path]]:
+    """name -> run and its folder, for the named models or all. Raises UserError for a name that params.yaml lacks."""
+    unknown = [name for name in names if name not in params.models]
+    if unknown:
+        lines = [f"models.{name}: no such model in params.yaml{nearest(name, list(params.models))}" for name in unknown]
+        raise UserError("\n".join(lines))
+    chosen = {name: params.models[name] for name in (names or params.models)}
+    return {name: (run, RUNS / run_id(name, run, data.hash)) for name, run in chosen.items()}
+
+
+@task(task_run_name="train-{name}", cache_policy=NO_CACHE, persist_result=False)
+def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_failures: int) -> None:
+    """Bring one run to its end: trained, evaluated, in MLflow. What is done already is not done again."""
+    if tracker.recorded(folder):
+        return
+    data = open_data(DATA)
+    with tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
+        if not (folder / "summary.json").exists():
+            launch.launch(name, run, folder, DATA, max_failures)
+
+
+@flow(name="train", validate_parameters=False)
+def train(models: list[str] | None = None, overrides: list[str] | None = None) -> State:
+    """Train the named models of params.yaml (all without a name) with `--set` overrides, compare and register them."""
+    params = load(overrides=overrides or [])
+    runs = plan(params, models or [], open_data(DATA))
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    tracker.close_abandoned()
+    if any(not (folder / "summary.json").exists() for _, folder in runs.values()):
+        launch.start_ray()
+        launch.check_resources({name: run for name, (run, _) in runs.items()})
+    with tracker.guard():
+        failed = _train_all(runs, tracker, params)
+    done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
+    create_table_artifact(
+        [report.row(summary) for summary in done],
+        key="results",
+        description=report.LEGEND,
+    )
+    if failed:
+        return Failed(message="; ".join(f"{name}: {error}" for name, error in failed.items()), data=failed)
+    return Completed(message=f"{len(done)} runs finished", data=failed)
+
+
+def _train_all(runs: dict[str, tuple[RunConfig, Path]], tracker: Tracker, params: Params) -> dict[str, BaseException]:
+    """Submit every run at once and wait; name -> error of those that failed."""
+    step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
+    with ExitStack() as stack:
+        pool: Any = stack.enter_context(ThreadPoolTaskRunner(max_workers=max(1, len(runs))))  # type: ignore[var-annotated]
+        futures = {
+            name: pool.submit(
+                step,
+                parameters={
+                    "name": name,
+                    "run": run,
+                    "folder": folder,
+                    "tracker": tracker,
+                    "max_failures": params.experiment.max_worker_failures,
+                },
+            )
+            for name, (run, folder) in runs.items()
+        }
+        wait(list(futures.values()))
+    failed = {}
+    for name, future in futures.items():
+        if not future.state.is_completed():
+            failed[name] = future.state.result(raise_on_failure=False)
+            get_run_logger().error("%s: %s", name, failed[name])
+    return failed
+
+
+def _worth_a_retry(task: Any, task_run: Any, state: State) -> bool:
+    return not isinstance(state.result(raise_on_failure=False), UserError)

@@ -1,0 +1,143 @@
+"""The only user of Ray Train: one run on its workers, on this machine or on the cluster that RAY_ADDRESS names."""
+
+import fcntl
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from fer.config import Resources, RunConfig
+from fer.errors import UserError
+
+
+def start_ray() -> None:
+    """Connect to RAY_ADDRESS, or start Ray on this machine, bound to it and with token authentication."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except (ConnectionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"RAY_ADDRESS: no cluster answers at {os.environ['RAY_ADDRESS']} ({reason})") from None
+    else:
+        ray.init(include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+
+
+def check_resources(runs: dict[str, RunConfig]) -> None:
+    """Raises UserError, a line per run, where a run asks for more than the started Ray could ever give."""
+    have = ray.cluster_resources()
+    lines = []
+    for name, run in runs.items():
+        asked = run.resources
+        if asked.device == "cuda" and not have.get("GPU"):
+            lines.append(f"models.{name}.resources.device: cuda, but no GPU is there; set it to auto or cpu")
+            continue
+        for kind, count in _per_worker(asked).items():
+            need = asked.workers * count
+            if need > have.get(kind, 0):
+                lines.append(
+                    f"models.{name}.resources: {asked.workers} worker(s) need {need:g} {kind}s, "
+                    f"there are {have.get(kind, 0):g}; lower workers or name a larger cluster in RAY_ADDRESS"
+                )
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures: int) -> None:
+    """Train and evaluate `run` into `folder` (data/runs/<run id>); waits until Ray has resources for it.
+
+    A worker that dies is restarted `max_failures` times, from the run's last checkpoint. Raises UserError for what a
+    user can mend, RuntimeError for the rest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = folder / ".ray"
+    trainer = TorchTrainer(
+        _work,  # type: ignore[arg-type]
+        train_loop_config={
+            "name": name,
+            "run": run.model_dump(),
+            "data_dir": str(data_dir.resolve()),
+            "runs_dir": str(folder.parent.resolve()),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.resources.workers,
+            use_gpu=_uses_gpu(run.resources),
+            resources_per_worker=_per_worker(run.resources),
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=uuid.uuid4().hex,  # a name used before would silently bring its old state back
+            storage_path=str(storage.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with _held(folder, name):
+            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        raise _reason(name, error) from None
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if outcome["error"]:
+        raise UserError(outcome["error"])
+
+
+def _work(config: dict[str, Any]) -> dict[str, str | None]:
+    """On every worker. A user's mistake is returned, not raised: Ray would restart the run for it."""
+    from fer.errors import disk_error
+    from fer.evaluate import evaluate
+    from fer.train import fit
+
+    try:
+        run = RunConfig.model_validate(config["run"])
+        folder = fit(config["name"], run, config["data_dir"], config["runs_dir"])
+        if ray.train.get_context().get_world_rank() == 0:
+            evaluate(folder, config["data_dir"])
+    except UserError as error:
+        return {"error": str(error)}
+    except OSError as error:
+        known = disk_error(error, config["runs_dir"])
+        if known is None:
+            raise
+        return {"error": str(known)}
+    return {"error": None}
+
+
+def _uses_gpu(asked: Resources) -> bool:
+    return asked.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _per_worker(asked: Resources) -> dict[str, float]:
+    share: dict[str, float] = {"CPU": asked.cpus_per_worker}
+    if _uses_gpu(asked):
+        share["GPU"] = asked.gpus_per_worker
+    return share
+
+
+def _reason(name: str, error: ray.train.TrainingFailedError) -> RuntimeError:
+    """The first worker's own error, without Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return RuntimeError(f"{name}: {type(cause).__name__}: {lines[-1] if lines else error}")
+
+
+@contextmanager
+def _held(folder: Path, name: str) -> Iterator[None]:
+    """One process at a time trains a run; the lock goes with the process, however it ends."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{name}: another process is training {folder.name}; wait for it or stop it") from None
+        yield

@@ -1,0 +1,74 @@
+"""Finished runs side by side: the same rows for the terminal and the Prefect artifact."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# Accuracy in %, arXiv numbers in docs/published.md
+PUBLISHED = {
+    "ferplus": [
+        ("QCS 2025", 91.85, "IR50, MS-Celeb-1M"),
+        ("POSTER 2023", 91.62, "IR50 + landmarks"),
+        ("DCS 2025", 91.41, "IR50, MS-Celeb-1M"),
+        ("DDAMFN 2023", 90.74, "face pre-training"),
+        ("Neural Resizer, Swin-B 2022", 89.50, "ImageNet"),
+        ("VTFF 2021", 88.81, "face pre-training"),
+        ("VGG13 (Barsoum) 2016", 84.99, "from scratch"),
+    ]
+}
+COLUMNS = ("run", "val", "test", "unleaked", "UAR", "F1", "ECE", "params", "epoch", "min")
+LEGEND = (
+    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test without images that also stand in train). "
+    "UAR: mean recall of the classes; F1: macro; ECE: calibration error; epoch: best / all; min: minutes of training."
+)
+
+
+def finished(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """summary.json of every finished run among `folders`, best val accuracy first."""
+    found = [json.loads(path.read_text()) for folder in folders if (path := folder / "summary.json").exists()]
+    return sorted(found, key=lambda summary: -summary["val"]["accuracy"])
+
+
+def row(summary: dict[str, Any]) -> dict[str, str]:
+    """One run under COLUMNS, as text; accuracies in %."""
+    test = summary["test"]
+    cells = (
+        summary["run_id"],
+        _percent(summary["val"]["accuracy"]),
+        _percent(test["accuracy"]),
+        _percent(summary["test_without_leaked"].get("accuracy")),
+        _percent(test["balanced_accuracy"]),
+        _percent(test["macro_f1"]),
+        f"{test['ece']:.3f}",
+        f"{summary['parameters'] / 1e6:.2f}M",
+        f"{summary['best_epoch']}/{summary['epochs']}",
+        f"{summary['train_seconds'] / 60:.1f}",
+    )
+    return dict(zip(COLUMNS, cells))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
+    """The test confusion matrix as a picture: counts, coloured by the share of each true class."""
+    from matplotlib.figure import Figure
+
+    names, confusion = summary["classes"], summary["test"]["confusion"]
+    shares = [[count / max(1, sum(line)) for count in line] for line in confusion]
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, line in enumerate(confusion):
+        for j, count in enumerate(line):
+            axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    test, dataset = summary["test"], summary["data"]["dataset"]
+    axes.set_title(f"{summary['run_id']} on {dataset} test: {_percent(test['accuracy'])} % of {test['images']}")
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,329 @@
+"""The only importer of mlflow: records runs from what they leave on disk, registers models, moves the alias `champion`.
+
+Training writes files and knows no server. A thread here carries new lines of metrics.jsonl over, so that a server that
+is slow or dead costs no training time and no point: what is missing is sent at the end, or by the next command.
+"""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.types import Schema, TensorSpec
+
+import fer
+from fer.config import RunConfig
+from fer.errors import UserError
+from fer.files import write_json
+from pipelines.report import confusion_picture
+
+RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
+HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
+NOT_METRICS = ("epoch", "time")
+
+
+class Tracker:
+    """An experiment on a tracking server. Raises UserError when it does not answer."""
+
+    def __init__(self, uri: str, experiment: str):
+        self.uri, self.name = tracking_uri(uri), experiment
+        _check_answers(self.uri)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        mlflow.set_tracking_uri(self.uri)
+        self.client = MlflowClient(self.uri)
+        # once and before any thread: two first uses at a time break the store
+        self.experiment = mlflow.set_experiment(experiment).experiment_id
+        self._registry = threading.Lock()
+
+    @contextmanager
+    def record(self, folder: Path, name: str, run: RunConfig, data: dict[str, Any]) -> Iterator[None]:
+        """Around a run in `folder`: its MLflow run is RUNNING inside, FINISHED after, FAILED when the block raises."""
+        run_id = self._open(folder.name, name, run, data)
+        feed = _Feed(self.client, run_id, folder / "metrics.jsonl")
+        try:
+            yield
+            feed.close()
+            self._finish(run_id, folder)
+        except BaseException as error:
+            feed.close()
+            self._fail(run_id, error)
+            raise
+
+    def recorded(self, folder: Path) -> bool:
+        """Whether this server already has the finished run in `folder`."""
+        try:
+            return json.loads((folder / "tracked.json").read_text())["uri"] == self.uri
+        except FileNotFoundError:
+            return False
+
+    def close_abandoned(self) -> list[str]:
+        """Set runs FAILED whose process on this host is gone (killed, or the machine restarted); their run ids."""
+        closed = []
+        query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
+        for found in self.client.search_runs([self.experiment], query):
+            if not _alive(found.data.tags.get(PROCESS, "")):
+                self.client.set_tag(found.info.run_id, "fer.error", "the process was killed; the same command goes on")
+                self.client.set_terminated(found.info.run_id, "FAILED")
+                closed.append(found.data.tags[RUN_ID])
+        return closed
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """A small process beside the block that outlives this one however it dies, and then closes its runs."""
+        code = (
+            "import sys; uri, experiment = sys.stdin.read().splitlines(); "
+            "from pipelines.tracking import Tracker; Tracker(uri, experiment).close_abandoned()"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        assert process.stdin
+        process.stdin.write(f"{self.uri}\n{self.name}".encode())
+        process.stdin.flush()
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+
+    def champions(self) -> dict[str, dict[str, str]]:
+        """registered model -> tags of its champion's version."""
+        found = {}
+        for model in self.client.search_registered_models():
+            if "champion" in model.aliases:
+                champion = self.client.get_model_version_by_alias(model.name, "champion")
+                found[model.name] = {**champion.tags, "version": str(champion.version)}
+        return found
+
+    def _open(self, ours: str, name: str, run: RunConfig, data: dict[str, Any]) -> str:
+        found = self.client.search_runs([self.experiment], f"tags.`{RUN_ID}` = '{ours}'", max_results=1)
+        tags = {HOST: socket.gethostname(), PROCESS: _process(os.getpid()), **_git_commit()}
+        if found:
+            run_id = found[0].info.run_id
+            for key, value in tags.items():
+                self.client.set_tag(run_id, key, value)
+            self.client.update_run(run_id, status="RUNNING")
+            self.client.delete_tag(run_id, "fer.error") if "fer.error" in found[0].data.tags else None
+            return run_id
+        tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
+        run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
+        params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
+        self.client.log_batch(run_id, params=[Param("name", name), *params])
+        source = json.dumps({key: data[key] for key in ("dataset", "label_source", "label_mode") if key in data})
+        dataset = Dataset(data["dataset"], data["hash"], source_type="dvc", source=source)
+        self.client.log_inputs(run_id, [DatasetInput(dataset)])
+        return run_id
+
+    def _finish(self, run_id: str, folder: Path) -> None:
+        summary = json.loads((folder / "summary.json").read_text())
+        registered, number = self._log_results(run_id, folder, summary)
+        self.client.set_terminated(run_id, "FINISHED")
+        write_json(
+            folder / "tracked.json",
+            {"uri": self.uri, "mlflow_run": run_id, "registered": registered, "version": number},
+        )
+
+    def _log_results(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
+        when = int(summary["finished"] * 1000)
+        values = final_metrics(summary)
+        points = [Metric(key, value, when, summary["epochs"]) for key, value in values.items()]
+        self.client.log_batch(run_id, metrics=points)
+        picture = confusion_picture(summary, folder / "confusion_matrix.png")
+        for path in (
+            picture,
+            *sorted(folder.glob("predictions_*.csv")),
+            folder / "summary.json",
+            folder / "config.json",
+        ):
+            self.client.log_artifact(run_id, str(path))
+        return self._register(run_id, folder, summary)
+
+    def _register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
+        """A version of `fer-<dataset>` for this run, made once, and the alias when its val accuracy is the best."""
+        name, accuracy = f"fer-{summary['data']['dataset']}", summary["val"]["accuracy"]
+        with self._registry:
+            found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+            if found:
+                number = found[0].version
+            else:
+                tags = {"val_accuracy": f"{accuracy:.6f}", RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
+                number = self._new_version(name, run_id, _log_model(run_id, folder, summary), tags)
+            try:
+                best = float(self.client.get_model_version_by_alias(name, "champion").tags["val_accuracy"])
+            except MlflowException:  # no champion yet
+                best = -1.0
+            if accuracy > best:
+                self.client.set_registered_model_alias(name, "champion", str(number))
+        return name, int(number)
+
+    def _new_version(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str]) -> str:
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        made = self.client.create_model_version(name, model.model_uri, run_id, tags=tags, model_id=model.model_id)
+        return str(made.version)
+
+    def _fail(self, run_id: str, error: BaseException) -> None:
+        try:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.client.set_tag(run_id, "fer.error", reason[:500])
+            self.client.set_terminated(run_id, "FAILED")
+        except MlflowException as unreachable:
+            raise UserError(
+                f"tracking.uri: {self.uri} does not answer any more ({_first_line(unreachable)}); "
+                "the run is safe on disk, start the server and run the command again"
+            ) from error
+
+
+class _Feed:
+    """Carries lines of metrics.jsonl to MLflow as they come; sending a line twice changes nothing."""
+
+    def __init__(self, client: MlflowClient, run_id: str, path: Path):
+        self.client, self.run_id, self.path, self.sent = client, run_id, path, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Send what is left; a server that is gone is noticed by the caller's next call to it."""
+        self._stop.set()
+        self._thread.join()
+        self._send()
+
+    def _follow(self) -> None:
+        pause = 1.0
+        while not self._stop.wait(pause):
+            pause = 1.0 if self._send() else min(2 * pause, 30.0)
+
+    def _send(self) -> bool:
+        if not self.path.exists():
+            return True
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        for row in rows[self.sent :]:
+            when = int(row["time"] * 1000)
+            points = [Metric(key, value, when, row["epoch"]) for key, value in row.items() if key not in NOT_METRICS]
+            try:
+                self.client.log_batch(self.run_id, metrics=points)
+            except MlflowException:
+                return False
+            self.sent += 1
+        return True
+
+
+def tracking_uri(configured: str) -> str:
+    """MLFLOW_TRACKING_URI or the configured one; a relative SQLite path becomes absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        return prefix + str(Path(uri.removeprefix(prefix)).resolve())
+    return uri
+
+
+def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a finished run, named so that they stand together in the UI."""
+    values: dict[str, float] = {"best_epoch": summary["best_epoch"], "parameters": summary["parameters"]}
+    for split, title in (("val", "best_val"), ("test", "test"), ("test_without_leaked", "test_without_leaked")):
+        for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
+            if key in summary[split]:
+                values[f"{title}_{key}"] = summary[split][key]
+    for name, recall in zip(summary["classes"], summary["test"]["recall"]):
+        if recall is not None:
+            values[f"test_recall_{name}"] = recall
+    return values
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"augment": {"flip": .5}} -> {"augment.flip": .5}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
+    """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
+    shape = tuple(summary["data"]["image_shape"])
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *shape), "images")]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(summary["classes"])))]),
+    )
+    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic")
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
+        return mlflow.pyfunc.log_model(
+            name="model",
+            loader_module="fer.predict",
+            data_path=str(folder / "best"),
+            code_paths=[str(Path(fer.__file__).parent)],
+            signature=signature,
+            pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in needs],
+            metadata={"classes": summary["classes"], "run_id": summary["run_id"]},
+        )
+
+
+def _check_answers(uri: str) -> None:
+    remedy = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
+    if urlsplit(uri).scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
+        except urllib.error.HTTPError as error:
+            if error.code not in (401, 404):  # it answers; credentials are mlflow's own matter
+                raise UserError(f"tracking.uri: {uri} answers {error.code} {error.reason}; {remedy}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"tracking.uri: no server answers at {uri} ({_first_line(error)}); {remedy}") from None
+    elif not uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
+        raise UserError(
+            f"tracking.uri: '{uri}' is no tracking store; give sqlite:///FILE, postgresql://... or http://..."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _git_commit() -> dict[str, str]:
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return {}
+    changed = " (with changes)" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"mlflow.source.git.commit": commit + changed}
+
+
+def _process(pid: int) -> str:
+    """pid and start time: a pid alone may be given to another process later."""
+    try:
+        return f"{pid}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except FileNotFoundError:
+        return str(pid)
+
+
+def _alive(process: str) -> bool:
+    pid = process.partition(":")[0]
+    return pid.isdigit() and Path("/proc").exists() and Path(f"/proc/{pid}").exists() and _process(int(pid)) == process
