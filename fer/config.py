@@ -72,19 +72,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
+        found = []
         if self.batch_size % self.resources.workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} does not divide by resources.workers {self.resources.workers}"
-            )
+            found.append(f"batch_size {self.batch_size} does not divide by resources.workers {self.resources.workers}")
         for key in ("pixel_mean", "pixel_std"):
             if len(getattr(self, key)) != self.channels:
-                raise ValueError(f"{key} has {len(getattr(self, key))} numbers but channels is {self.channels}")
+                found.append(f"{key} has {len(getattr(self, key))} numbers but channels is {self.channels}")
         if self.schedule == "cosine" and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} leaves nothing of epochs {self.epochs}")
+            found.append(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of epochs {self.epochs}")
         if sorted(set(self.step_epochs)) != self.step_epochs:
-            raise ValueError(f"step_epochs {self.step_epochs} must rise")
+            found.append(f"step_epochs {self.step_epochs} must rise")
         if len(self.step_epochs) != len(self.step_factors):
-            raise ValueError(f"step_factors has {len(self.step_factors)} numbers, step_epochs {len(self.step_epochs)}")
+            found.append(f"step_factors has {len(self.step_factors)} numbers, step_epochs {len(self.step_epochs)}")
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
 
@@ -112,10 +113,13 @@ def faults(error: ValidationError, section: type[BaseModel], prefix: str = "") -
         elif fault["type"] == "missing":
             lines.append(f"{path}: missing")
         elif fault["type"] == "value_error":
-            lines.append(f"{path}: {fault['ctx']['error']}")
+            lines += [f"{path}: {line}" for line in str(fault["ctx"]["error"]).splitlines()]
+        elif fault["type"] in ("model_type", "dict_type"):
+            lines.append(f"{path}: should be a table of keys, got {fault['input']!r}")
         else:
             got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
-            lines.append(f"{path}: {fault['msg'].removeprefix('Input ')}{got}")
+            message = fault["msg"].removeprefix("Input ").removeprefix("String ")
+            lines.append(f"{path}: {message}{got}")
     return lines
 
 

@@ -1,6 +1,7 @@
 """Losses on logits [B, C], labels int64 [B] and targets [B, C] (vote shares of each image); mean over the batch.
 
-With p = softmax(logits), y = one-hot label, a = alpha, g = gamma, D = class prior [C, C] (row = label). All in fp32.
+With p = softmax(logits), y = one-hot label, a = alpha, g = gamma, D = class prior [C, C] (row = label).
+In fp32 at least, under autocast too.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,14 @@ from fer.config import RunConfig
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def _precise(logits: Tensor) -> Tensor:
+    """Half precisions as fp32; fp64 stays."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def _soft(logits: Tensor, target: Tensor, gamma: float = 0.0) -> Tensor:
     """-sum_j target_j (1 - p_j)^gamma log p_j, [B]."""
-    log_p = F.log_softmax(logits.float(), dim=1)
+    log_p = F.log_softmax(_precise(logits), dim=1)
     if gamma:
         # log(1 - p) through expm1 keeps the gradient finite at p = 1
         log_p_others = torch.log((-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny))
@@ -26,7 +32,7 @@ def _soft(logits: Tensor, target: Tensor, gamma: float = 0.0) -> Tensor:
 
 def cross_entropy(run: RunConfig, prior: Tensor) -> Loss:
     """-log p[label]."""
-    return lambda logits, labels, targets: F.cross_entropy(logits.float(), labels)
+    return lambda logits, labels, targets: F.cross_entropy(_precise(logits), labels)
 
 
 def label_smoothing(run: RunConfig, prior: Tensor) -> Loss:
@@ -56,7 +62,7 @@ def vote_cross_entropy(run: RunConfig, prior: Tensor) -> Loss:
 
 def vote_sampling(run: RunConfig, prior: Tensor) -> Loss:
     """-log p[k] with k drawn anew from the votes of each image (Barsoum et al. 2016, section 3.3)."""
-    return lambda logits, labels, targets: F.cross_entropy(logits.float(), torch.multinomial(targets, 1).squeeze(1))
+    return lambda logits, labels, targets: F.cross_entropy(_precise(logits), torch.multinomial(targets, 1).squeeze(1))
 
 
 def multi_target(run: RunConfig, prior: Tensor) -> Loss:
@@ -64,7 +70,7 @@ def multi_target(run: RunConfig, prior: Tensor) -> Loss:
 
     def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         weight = torch.log(0.999 * (targets > 0).float() + 0.001)
-        return -(weight + F.log_softmax(logits.float(), dim=1)).amax(1).mean()
+        return -(weight + F.log_softmax(_precise(logits), dim=1)).amax(1).mean()
 
     return loss
 

@@ -8,7 +8,7 @@ import torch
 from fer import checkpoint
 from fer.config import RunConfig
 from fer.data.augment import normalize, to_float
-from fer.device import pick_device
+from fer.device import autocast, pick_device
 from fer.models import build_model
 
 
@@ -30,7 +30,9 @@ class Predictor:
         for first in range(0, len(images), self.run.eval_batch_size):
             pixels = torch.from_numpy(np.ascontiguousarray(images[first : first + self.run.eval_batch_size]))
             batch = normalize(to_float(pixels.to(self.device), self.run.image_size), self.run)
-            found.append(torch.softmax(self.model(batch).float(), 1).cpu().numpy())
+            with autocast(self.run, self.device):
+                logits = self.model(batch).float()
+            found.append(torch.softmax(logits, 1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
 
 
@@ -38,8 +40,9 @@ class _Served:
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        return self.predictor.probabilities(np.asarray(images, np.uint8))
+    def predict(self, model_input: dict[str, np.ndarray]) -> np.ndarray:
+        """{"images": uint8 [B, H, W] or [B, H, W, 3]} -> float32 [B, C]."""
+        return self.predictor.probabilities(model_input["images"])
 
 
 def _load_pyfunc(path: str) -> _Served:

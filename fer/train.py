@@ -4,6 +4,7 @@ Every random number comes from (seed, epoch), so a run that was cut at an epoch'
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from fer.metrics import Counts
 from fer.models import build_model
 from fer.schedule import lr_at
 
+REMEDY = "lower lr, set clip_grad_norm, or use precision fp32"
 CHECK_EVERY = 50  # steps between looks at the losses where a look waits for the GPU or for other ranks
 
 
@@ -92,16 +94,23 @@ def fit(
     for epoch in range(state.epoch, run.epochs):
         started = time.perf_counter()
         trained = _train_epoch(state, network, run, train, loss, epoch, device, progress, folder.name)
+        if world > 1:
+            for buffer in state.evaluated.buffers():  # batch-norm statistics differ by rank; those of rank 0 are saved
+                dist.broadcast(buffer, 0)
         counts = predict_split(state.evaluated, run, val, device, loss, rank, world)[1]
         row = {
             "epoch": epoch + 1,
-            "lr": lr_at(run, epoch + 1),
+            "lr": state.optimizer.param_groups[0]["lr"],  # of the last step
             **{f"train_{key}": value for key, value in trained.items()},
             **{f"val_{key}": value for key, value in counts.result().items()},
             "seconds": time.perf_counter() - started,
             "images_per_second": trained_images(run, len(train)) / (time.perf_counter() - started),
             "time": time.time(),
         }
+        if not math.isfinite(row["val_loss"]):
+            raise NonFiniteLoss(
+                f"{folder.name}: val loss is {row['val_loss']} after epoch {epoch + 1} (lr {row['lr']:.3g}); {REMEDY}"
+            )
         state.epoch, state.history = epoch + 1, [*(state.history or []), row]
         if rank == 0:
             _save(state, name, run, data, folder)
@@ -196,7 +205,7 @@ def _train_epoch(
         value = loss(logits, labels, targets)
         unchecked.append(value.detach())
         if (device.type == "cpu" and world == 1) or len(unchecked) == CHECK_EVERY or step == steps - 1:
-            _check_finite(unchecked, world, epoch, step, rate, name)
+            _check_finite(unchecked, world, run, epoch, step, steps, name)
         _update(state, run, value)
         counts.update(logits, labels, value)
         if progress is not None:
@@ -218,7 +227,10 @@ def _update(state: State, run: RunConfig, value: Tensor) -> None:
         state.ema.update_parameters(state.model)
 
 
-def _check_finite(unchecked: list[Tensor], world: int, epoch: int, step: int, rate: float, name: str) -> None:
+def _check_finite(
+    unchecked: list[Tensor], world: int, run: RunConfig, epoch: int, step: int, steps: int, name: str
+) -> None:
+    """Look at the losses since the last look; `step` is that of the newest."""
     values = torch.stack(unchecked)
     unchecked.clear()
     if world > 1:
@@ -226,10 +238,9 @@ def _check_finite(unchecked: list[Tensor], world: int, epoch: int, step: int, ra
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         at = step - len(values) + 1 + int(bad[0])
-        raise NonFiniteLoss(
-            f"{name}: loss is {float(values[int(bad[0])])} in epoch {epoch + 1}, step {at + 1} (lr {rate:.3g}); "
-            "lower lr, set clip_grad_norm, or use precision fp32"
-        )
+        rate = lr_at(run, epoch + (at + 0.5) / steps)
+        where = f"epoch {epoch + 1}, step {at + 1} (lr {rate:.3g})"
+        raise NonFiniteLoss(f"{name}: loss is {float(values[int(bad[0])])} in {where}; {REMEDY}")
 
 
 class Progress:

@@ -39,6 +39,7 @@ def train(
     """Train models at the same time, evaluate them, record them in MLflow and register the best."""
     from fer.data.dataset import open_data
     from pipelines import flow
+    from pipelines.guard import mark_children
     from pipelines.params import load
     from pipelines.tracking import Tracker
 
@@ -49,6 +50,7 @@ def train(
     if all(tracker.recorded(folder) for folder in folders):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
+        mark_children()
         with _Bars(folders):
             state = flow.train(list(runs), overrides, return_state=True)
         failed = _failures(state)

@@ -15,6 +15,7 @@ from fer.config import RunConfig, nearest, run_id
 from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError
 from pipelines import launch, report
+from pipelines.guard import guarded, mark_children
 from pipelines.params import Params, load
 from pipelines.tracking import Tracker
 
@@ -45,6 +46,7 @@ def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_f
 @flow(name="train", validate_parameters=False)
 def train(models: list[str] | None = None, overrides: list[str] | None = None) -> State:
     """Train the named models of params.yaml (all without a name) with `--set` overrides, compare and register them."""
+    mark_children()
     params = load(overrides=overrides or [])
     runs = plan(params, models or [], open_data(DATA))
     tracker = Tracker(params.tracking.uri, params.tracking.experiment)
@@ -52,7 +54,7 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     if any(not (folder / "summary.json").exists() for _, folder in runs.values()):
         launch.start_ray()
         launch.check_resources({name: run for name, (run, _) in runs.items()})
-    with tracker.guard():
+    with guarded(tracker.uri, tracker.name):
         failed = _train_all(runs, tracker, params)
     done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
     create_table_artifact(

@@ -1,6 +1,7 @@
 """The only reader of params.yaml: typed, checked as a whole before any work, all faults reported at once."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -66,6 +67,7 @@ class Params(Section):
     models: dict[str, RunConfig]  # `train` with each model's own keys laid over it
 
 
+NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: a part of a folder's name and of `--set models.<name>.lr=...`
 SECTIONS: dict[str, type[Section]] = {
     "data": Data,
     "super_resolution": SuperResolution,
@@ -94,7 +96,7 @@ def check(tree: dict, source: str = "params.yaml") -> Params:
     sections: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
         sections[name] = _section(kind, tree.pop(name, None), name, found)
-    found += [f"{key}: unknown key{nearest(key, ['train', 'models', *SECTIONS])}" for key in tree]
+    found += [f"{key}: unknown key{nearest(str(key), ['train', 'models', *SECTIONS])}" for key in tree]
     runs = _runs(train, models, found)
     if found:
         raise UserError("\n".join(f"{source}: {line}" for line in dict.fromkeys(found)))
@@ -118,8 +120,13 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
         found.append("train and models: must be two tables of keys, with one model at least")
         return {}
     runs = {}
+    alone: list[str] = []
+    _section(RunConfig, {**train, "model": "", "options": {}}, "train", alone)
     for name, own in models.items():
         prefix = f"models.{name}"
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            found.append(f"{prefix}: a model's name is made of letters, digits, _ and -; rename it")
+            continue
         if not isinstance(own, dict):
             found.append(f"{prefix}: must be a table of keys")
             continue
@@ -127,7 +134,7 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
         lines: list[str] = []
         run = _section(RunConfig, merged, prefix, lines)
         lines += _name_faults(merged, run, prefix)
-        found += [_where(line, prefix, own) for line in lines]
+        found += [_where(line, prefix, own, alone) for line in lines]
         if run is not None:
             runs[name] = run
     return runs
@@ -149,15 +156,23 @@ def _name_faults(merged: dict, run: RunConfig | None, prefix: str) -> list[str]:
     return lines
 
 
-def _where(line: str, prefix: str, own: dict) -> str:
-    """Name the key where it stands in the file: under `train` when the model does not set it itself."""
+def _where(line: str, prefix: str, own: dict, alone: list[str]) -> str:
+    """Name the key where it stands in the file: under `train` when the model does not set it itself.
+
+    Keys that do not fit together stand under `train` when they are among its faults `alone`.
+    """
+    whole = f"train{line.removeprefix(prefix)}"
+    if line.startswith(prefix + ":") and whole in alone:
+        return whole
     key = line.removeprefix(prefix + ".")
     path = key.split(":")[0].split(".")
     if key == line or not path[0].isidentifier():
         return line
     value: Any = own
     for part in path:
-        if not isinstance(value, dict) or part not in value:
+        if not isinstance(value, dict):  # a place in a list that the model sets as a whole
+            return line
+        if part not in value:
             return f"train.{key}" if path[0] not in ("model", "options") else line
         value = value[part]
     return line
@@ -183,7 +198,7 @@ def _read(path: Path) -> dict:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}:{line} is not valid YAML: {problem}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: is empty; restore it with `git checkout {path}`")
+        raise UserError(f"{path}: holds no keys; restore it with `git checkout {path}`")
     return tree
 
 

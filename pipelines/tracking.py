@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -34,6 +33,7 @@ import fer
 from fer.config import RunConfig
 from fer.errors import UserError
 from fer.files import write_json
+from pipelines.guard import alive, process_id
 from pipelines.report import confusion_picture
 
 RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
@@ -81,31 +81,11 @@ class Tracker:
         closed = []
         query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
         for found in self.client.search_runs([self.experiment], query):
-            if not _alive(found.data.tags.get(PROCESS, "")):
+            if not alive(found.data.tags.get(PROCESS, "")):
                 self.client.set_tag(found.info.run_id, "fer.error", "the process was killed; the same command goes on")
                 self.client.set_terminated(found.info.run_id, "FAILED")
                 closed.append(found.data.tags[RUN_ID])
         return closed
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """A small process beside the block that outlives this one however it dies, and then closes its runs."""
-        code = (
-            "import sys; uri, experiment = sys.stdin.read().splitlines(); "
-            "from pipelines.tracking import Tracker; Tracker(uri, experiment).close_abandoned()"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        assert process.stdin
-        process.stdin.write(f"{self.uri}\n{self.name}".encode())
-        process.stdin.flush()
-        try:
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            process.stdin.close()
 
     def champions(self) -> dict[str, dict[str, str]]:
         """registered model -> tags of its champion's version."""
@@ -118,7 +98,7 @@ class Tracker:
 
     def _open(self, ours: str, name: str, run: RunConfig, data: dict[str, Any]) -> str:
         found = self.client.search_runs([self.experiment], f"tags.`{RUN_ID}` = '{ours}'", max_results=1)
-        tags = {HOST: socket.gethostname(), PROCESS: _process(os.getpid()), **_git_commit()}
+        tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
             run_id = found[0].info.run_id
             for key, value in tags.items():
@@ -131,9 +111,14 @@ class Tracker:
         params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
         self.client.log_batch(run_id, params=[Param("name", name), *params])
         source = json.dumps({key: data[key] for key in ("dataset", "label_source", "label_mode") if key in data})
-        dataset = Dataset(data["dataset"], data["hash"], source_type="dvc", source=source)
-        self.client.log_inputs(run_id, [DatasetInput(dataset)])
+        self._log_dataset(run_id, Dataset(data["dataset"], data["hash"], source_type="dvc", source=source))
         return run_id
+
+    def _log_dataset(self, run_id: str, dataset: Dataset) -> None:
+        try:
+            self.client.log_inputs(run_id, [DatasetInput(dataset)])
+        except MlflowException:  # another run made the same entry at this moment; now it is there
+            self.client.log_inputs(run_id, [DatasetInput(dataset)])
 
     def _finish(self, run_id: str, folder: Path) -> None:
         summary = json.loads((folder / "summary.json").read_text())
@@ -191,10 +176,10 @@ class Tracker:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.client.set_tag(run_id, "fer.error", reason[:500])
             self.client.set_terminated(run_id, "FAILED")
-        except MlflowException as unreachable:
+        except MlflowException:
             raise UserError(
-                f"tracking.uri: {self.uri} does not answer any more ({_first_line(unreachable)}); "
-                "the run is safe on disk, start the server and run the command again"
+                f"tracking.uri: {self.uri} does not answer any more; what was trained is safe on disk, "
+                "start the server and run the command again"
             ) from error
 
 
@@ -314,16 +299,3 @@ def _git_commit() -> dict[str, str]:
         return {}
     changed = " (with changes)" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {"mlflow.source.git.commit": commit + changed}
-
-
-def _process(pid: int) -> str:
-    """pid and start time: a pid alone may be given to another process later."""
-    try:
-        return f"{pid}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
-    except FileNotFoundError:
-        return str(pid)
-
-
-def _alive(process: str) -> bool:
-    pid = process.partition(":")[0]
-    return pid.isdigit() and Path("/proc").exists() and Path(f"/proc/{pid}").exists() and _process(int(pid)) == process

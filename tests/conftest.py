@@ -1,9 +1,10 @@
-"""What tests share: one torch thread, small data as the DVC stages write it, small runs, and the real FER+ where it is at hand."""
+"""What tests share: one torch thread, small data as the DVC stages write it, small runs, the real FER+ if at hand."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,16 @@ CLASSES = ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "f
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """mlflow writes its tracking URI into the environment; the next test must not inherit it."""
+    before = dict(os.environ)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +65,13 @@ def make_data(folder: Path, counts: dict[str, int] | None = None, side: int = 16
         table.to_csv(folder / "splits" / f"{split}.csv", index=False)
         first += count
     prior = 0.7 * np.eye(len(CLASSES)) + 0.3 / len(CLASSES)
-    summary = {"classes": CLASSES, "class_prior": prior.tolist(), "dataset": "bars", "label_mode": "majority", "image_shape": [side, side]}
+    summary = {
+        "classes": CLASSES,
+        "class_prior": prior.tolist(),
+        "dataset": "bars",
+        "label_mode": "majority",
+        "image_shape": [side, side],
+    }
     (folder / "splits" / "summary.json").write_text(json.dumps(summary))
     return folder
 

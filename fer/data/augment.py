@@ -49,6 +49,8 @@ class Augmenter:
 
     def _warp(self, images: Tensor, draws: Tensor) -> Tensor:
         s = self.settings
+        if not (s.flip or s.rotation or s.scale or s.translation):
+            return images
         angle = torch.deg2rad((2 * draws[:, 0] - 1) * s.rotation)
         zoom = 1 + (2 * draws[:, 1] - 1) * s.scale
         flip = torch.where(draws[:, 2] < s.flip, -1.0, 1.0)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from fer.data.images import open_images
 from fer.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -53,8 +54,14 @@ class DataSet:
 
     def split(self, name: str) -> Split:
         path = self.folder / "splits" / f"{name}.csv"
-        table = pd.read_csv(path, dtype={"name": str, "duplicate_of": str}, keep_default_na=False)
-        if len(table) and table["row"].max() >= len(self.images):
+        columns = ["row", "name", "label", *self.classes, "duplicate_of"]
+        try:
+            table = pd.read_csv(path, usecols=columns, dtype={"name": str, "duplicate_of": str}, keep_default_na=False)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; make it again with `dvc repro -f split`") from None
+        if table.empty:
+            raise UserError(f"{path}: holds no image; make it again with `dvc repro -f split`")
+        if table["row"].max() >= len(self.images):
             raise UserError(f"{path}: row {table['row'].max()} is not in upscaled/images.npy; run `dvc repro`")
         return Split(
             images=self.images,
@@ -74,11 +81,10 @@ def open_data(folder: str | Path = "data") -> DataSet:
     try:
         for path in files:
             digest.update(path.read_bytes())
-        images = np.load(folder / "upscaled" / "images.npy", mmap_mode="r", allow_pickle=False)
+        summary = json.loads(files[0].read_text())
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; make the data with `dvc repro`") from None
-    except ValueError as error:
-        raise UserError(
-            f"{folder}/upscaled/images.npy: not a whole array ({error}); make it again with `dvc repro -f upscale`"
-        ) from None
-    return DataSet(folder, images, json.loads(files[0].read_text()), digest.hexdigest()[:16])
+    except ValueError:
+        raise UserError(f"{files[0]}: not valid JSON; make it again with `dvc repro -f split`") from None
+    images = open_images(folder / "upscaled" / "images.npy", "upscale")
+    return DataSet(folder, images, summary, digest.hexdigest()[:16])

@@ -1,8 +1,10 @@
 """ViT and Swin image classifiers of transformers: from random weights by size, or from a hub id or local folder."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fer.config import Fraction, Positive, RunConfig, Section
@@ -68,7 +70,8 @@ def build_vit(options: VitOptions, num_labels: int, image_size: int, channels: i
             )
         )
 
-    return _classifier(ViTForImageClassification, options, random_weights, num_labels, image_size, channels)
+    kept = {"hidden_dropout_prob": options.dropout}
+    return _classifier(ViTForImageClassification, options, random_weights, kept, num_labels, image_size, channels)
 
 
 def build_swin(options: SwinOptions, num_labels: int, image_size: int, channels: int) -> nn.Module:
@@ -90,24 +93,44 @@ def build_swin(options: SwinOptions, num_labels: int, image_size: int, channels:
             )
         )
 
-    return _classifier(SwinForImageClassification, options, random_weights, num_labels, image_size, channels)
+    kept = {"drop_path_rate": options.drop_path_rate}
+    return _classifier(SwinForImageClassification, options, random_weights, kept, num_labels, image_size, channels)
 
 
 def _classifier(
-    kind: Any, options: _Options, random_weights: Any, num_labels: int, image_size: int, channels: int
+    kind: Any,
+    options: _Options,
+    random_weights: Callable[[], nn.Module],
+    kept: dict[str, float],  # options that hold for the file's network too
+    num_labels: int,
+    image_size: int,
+    channels: int,
 ) -> nn.Module:
     if options.weights is None:
         return TransformerClassifier(random_weights())
     try:
-        network = kind.from_pretrained(
-            options.weights, num_labels=num_labels, ignore_mismatched_sizes=True, use_safetensors=True
+        network, report = kind.from_pretrained(
+            options.weights,
+            num_labels=num_labels,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kept,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"options.weights: cannot load '{options.weights}': {reason} "
             "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null."
         ) from None
+    # transformers itself would go on with random numbers in their place
+    reset = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    reset = {name for name in reset if not name.startswith("classifier.")}
+    if reset:
+        raise UserError(
+            f"options.weights: '{options.weights}' holds no whole {kind.__name__} with its config.json: {len(reset)} "
+            f"tensors are missing or of another shape, among them {min(reset)}; name other weights or change model"
+        )
     for key, wanted in (("image_size", image_size), ("num_channels", channels)):
         if getattr(network.config, key) != wanted:
             setting = {"num_channels": "channels"}.get(key, key)

@@ -1,0 +1,103 @@
+"""Class names, and the published rules that turn the ten crowd votes of a FER+ image into a label and a target."""
+
+import numpy as np
+
+from fer.errors import UserError
+
+CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
+NO_EMOTION = ("unknown", "NF")  # NF: not a face
+VOTE_COLUMNS = CLASSES + NO_EMOTION  # the order of every votes array
+LABEL_MODES = ("majority", "probability", "cross_entropy", "multi_target")
+
+DROPPED = -1  # label of an image that the rule drops
+MOST_EMOTIONS = 3  # probability: an image on which more emotions stand out says nothing
+
+
+def label_distribution(votes: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Apply a FER+ vote rule to votes [N, 10], columns VOTE_COLUMNS.
+
+    Returns keep bool [N], label int64 [N] and target float64 [N, 8]. A dropped image has label -1, target 0.
+
+    Single votes are noise and count as none. Then `majority` keeps an image whose winner has more than half of what is
+    left; `probability` and `cross_entropy` (one rule, two losses) take the leading emotions until three quarters of the
+    votes are in; `multi_target` takes every emotion with at least 30 %. An image won by unknown or NF is dropped.
+
+    The target is the share of the accepted votes. In `majority` that would repeat the label, so there it is the share
+    of the image's own raw votes over the eight classes, single votes included: what a loss on the distribution needs.
+    Raises ValueError for another mode or shape.
+    """
+    votes = np.asarray(votes)
+    if votes.ndim != 2 or votes.shape[1] != len(VOTE_COLUMNS):
+        raise ValueError(f"votes must be [N, {len(VOTE_COLUMNS)}], got {list(votes.shape)}")
+    if mode not in LABEL_MODES:
+        raise ValueError(f"unknown label mode '{mode}'; known: {', '.join(LABEL_MODES)}")
+    counted = np.where(votes > 1, votes, 0).astype(np.int64)
+    accepted = _RULES[mode](counted)
+    keep = (accepted.sum(axis=1) > 0) & (accepted.argmax(axis=1) < len(CLASSES))
+    emotions = accepted[:, : len(CLASSES)]
+    label = np.where(keep, emotions.argmax(axis=1), DROPPED)
+    weights = (votes[:, : len(CLASSES)] if mode == "majority" else emotions) * keep[:, None]
+    return keep, label, weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+
+
+def _majority(votes: np.ndarray) -> np.ndarray:
+    """Only the winner's votes [N, 10]; nothing where it has half of them or less."""
+    winner = np.zeros_like(votes)
+    rows = np.arange(len(votes))
+    column = votes.argmax(axis=1)
+    winner[rows, column] = votes[rows, column]
+    return winner * (2 * winner > votes.sum(axis=1, keepdims=True))
+
+
+def _probability(votes: np.ndarray) -> np.ndarray:
+    """The leading emotions' votes [N, 10], taken from the highest down until three quarters of all votes are in."""
+    left = votes.copy()
+    total = votes.sum(axis=1)
+    accepted = np.zeros_like(votes)
+    count = np.zeros(len(votes), dtype=np.int64)
+    for _ in range(MOST_EMOTIONS):  # each round accepts one emotion or more, all that have the same number of votes
+        searching = (4 * accepted.sum(axis=1) < 3 * total) & (count < MOST_EMOTIONS)
+        hit = searching[:, None] & (left == left.max(axis=1, keepdims=True))
+        hit[:, len(CLASSES) :] = False  # unknown and NF are never taken, so that once on top they end the search
+        accepted[hit], left[hit] = left[hit], 0
+        count += hit.sum(axis=1)
+    return accepted * ((2 * accepted.sum(axis=1) > total) & (count <= MOST_EMOTIONS))[:, None]
+
+
+def _multi_target(votes: np.ndarray) -> np.ndarray:
+    """The votes [N, 10] of every emotion with 30 % or more; nothing where these make up half or less."""
+    total = votes.sum(axis=1, keepdims=True)
+    accepted = votes * (10 * votes >= 3 * total)
+    return accepted * (2 * accepted.sum(axis=1, keepdims=True) > total)
+
+
+_RULES = {
+    "majority": _majority,
+    "probability": _probability,
+    "cross_entropy": _probability,
+    "multi_target": _multi_target,
+}
+
+
+def class_prior(votes: np.ndarray, names: np.ndarray, min_votes: int) -> np.ndarray:
+    """How voters split on an image of each class: [8, 8], row = class, each row sums to 1 (PDLS, arXiv 2004.00180).
+
+    `votes` [N, 10] and `names` [N] are those of the training images. Counted are the first image of each name (an
+    empty name is no image) whose raw votes are won by one of the eight classes, ties to the lowest column, with
+    `min_votes` or more. Raises UserError naming every class that has no such image.
+    """
+    names = np.asarray(names).astype(str)
+    first = np.zeros(len(names), dtype=bool)
+    first[np.unique(names, return_index=True)[1]] = True
+    votes = np.asarray(votes)[first & (names != "")].astype(np.int64)
+    winner = votes.argmax(axis=1)
+    clear = (votes.max(axis=1, initial=0) >= min_votes) & (winner < len(CLASSES))
+    emotions, winner = votes[clear, : len(CLASSES)], winner[clear]
+    empty = [name for index, name in enumerate(CLASSES) if not (winner == index).any()]
+    if empty:
+        raise UserError(
+            f"class prior: no training image is won by {', '.join(empty)} with {min_votes} votes or more: "
+            "lower split.prior_min_votes in params.yaml or use more training data"
+        )
+    shares = emotions / emotions.sum(axis=1, keepdims=True)
+    return np.stack([shares[winner == index].mean(axis=0) for index in range(len(CLASSES))])

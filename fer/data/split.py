@@ -1,0 +1,126 @@
+"""Which image is in train, val or test, with which label, and which images stand there more than once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fer.data.labels import CLASSES, VOTE_COLUMNS, class_prior, label_distribution
+from fer.errors import UserError
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("row", "name", "label", *CLASSES, "subject", "duplicate_of")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """`tables`: COLUMNS by split; `class_prior`: [8, 8], row = label; `dropped`: training images left out as leaked."""
+
+    tables: dict[str, pd.DataFrame]
+    class_prior: np.ndarray
+    dropped: int
+
+
+def read_labels(path: str | Path, images: int) -> pd.DataFrame:
+    """The table of all images: row, name, usage, subject, VOTE_COLUMNS, sha1; rows 0 .. images-1 in this order.
+
+    Raises UserError when it is missing, not such a table, or does not describe `images` images.
+    """
+    remedy = "run `dvc repro --force --single-item download` to make it again"
+    text = {"name": str, "usage": str, "subject": str, "sha1": str}
+    try:
+        rows = pd.read_csv(path, dtype=text | dict.fromkeys(["row", *VOTE_COLUMNS], np.int64), keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run `dvc repro download` to make it or `dvc pull` to fetch it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a table of votes ({str(error).splitlines()[0]}); {remedy}") from None
+    missing = [name for name in ("row", *text, *VOTE_COLUMNS) if name not in rows]
+    if missing:
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; {remedy}")
+    if len(rows) != images or not (rows["row"] == np.arange(len(rows))).all():
+        raise UserError(f"{path}: its {len(rows)} rows do not match the {images} images, one row each; {remedy}")
+    unknown = sorted(set(rows["usage"]) - set(SPLITS))
+    if unknown:
+        raise UserError(f"{path}: usage '{unknown[0]}' is none of {', '.join(SPLITS)}; {remedy}")
+    if (rows[list(VOTE_COLUMNS)] < 0).any(axis=None):
+        raise UserError(f"{path}: holds negative votes; {remedy}")
+    return rows
+
+
+def make_splits(rows: pd.DataFrame, label_mode: str, drop_leaked_train: bool, prior_min_votes: int) -> Splits:
+    """Label, mark duplicates and compute the class prior; `rows` as read_labels returns them.
+
+    `label_mode` holds for train; val and test always take the majority, as in the official trainer.
+    `duplicate_of` is, in val and test, the pixel-identical training image and, in train, the first copy of the image:
+    its name, or its row where it has none. With `drop_leaked_train` train loses the images that val or test keep.
+    The prior comes from all raw rows of train, by the published recipe (labels.class_prior), less the dropped ones.
+    Raises UserError for an empty split and for a class without a training image.
+    """
+    tables = {
+        split: _labelled(rows[rows["usage"] == split], label_mode if split == "train" else "majority")
+        for split in SPLITS
+    }
+    raw = rows[rows["usage"] == "train"]
+    dropped = 0
+    if drop_leaked_train:
+        held_out = pd.concat([tables["val"]["sha1"], tables["test"]["sha1"]])
+        leaked = tables["train"]["sha1"].isin(held_out)
+        dropped = int(leaked.sum())
+        tables["train"] = tables["train"][~leaked]
+        raw = raw[~raw["sha1"].isin(held_out)]
+    _refuse_gaps(tables, label_mode)
+    prior = class_prior(raw[list(VOTE_COLUMNS)].to_numpy(), raw["name"].to_numpy(), prior_min_votes)
+    return Splits(_mark_duplicates(tables), prior, dropped)
+
+
+def count_classes(table: pd.DataFrame) -> dict[str, int]:
+    """Images per class of one split, every class named."""
+    counts = np.bincount(table["label"], minlength=len(CLASSES))
+    return dict(zip(CLASSES, counts.tolist(), strict=True))
+
+
+def _labelled(rows: pd.DataFrame, mode: str) -> pd.DataFrame:
+    keep, label, target = label_distribution(rows[list(VOTE_COLUMNS)].to_numpy(), mode)
+    kept = rows.loc[keep, ["row", "name"]].assign(label=label[keep])
+    kept[list(CLASSES)] = target[keep]
+    return kept.assign(subject=rows.loc[keep, "subject"], sha1=rows.loc[keep, "sha1"]).reset_index(drop=True)
+
+
+def _refuse_gaps(tables: dict[str, pd.DataFrame], label_mode: str) -> None:
+    for split, table in tables.items():
+        if table.empty:
+            raise UserError(
+                f"split {split} is empty: no image of it in data/raw/labels.csv has a usable label;"
+                f" add images to the {split} part of data.path"
+            )
+    absent = [name for name, count in count_classes(tables["train"]).items() if count == 0]
+    if absent:
+        raise UserError(
+            f"no training image of class {', '.join(absent)} (split.label_mode {label_mode}):"
+            " add images of it to the train part of data.path or choose another split.label_mode"
+        )
+
+
+def _mark_duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    train = tables["train"]
+    identity = train["name"].where(train["name"] != "", train["row"].astype(str))
+    copies = train["sha1"].duplicated()
+    first = pd.Series(identity[~copies].to_numpy(), index=train.loc[~copies, "sha1"])
+    marked = {}
+    for split, table in tables.items():
+        same = table["sha1"].map(first).fillna("")
+        marked[split] = table.assign(duplicate_of=same.where(copies, "") if split == "train" else same)[list(COLUMNS)]
+    return marked
+
+
+def duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, int]:
+    """How many images of each split are marked in `duplicate_of`."""
+    marked = {split: int((table["duplicate_of"] != "").sum()) for split, table in tables.items()}
+    return {"val_in_train": marked["val"], "test_in_train": marked["test"], "within_train": marked["train"]}
+
+
+def write_table(table: pd.DataFrame, path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """One split as CSV: `\\n` line ends, numbers in their shortest exact form, so that equal tables are equal bytes."""
+    table.to_csv(path, columns=list(columns), index=False, lineterminator="\n")

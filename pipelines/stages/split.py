@@ -1,0 +1,87 @@
+"""Stage split: data/splits/{train,val,test}.csv, which point into data/upscaled/images.npy, and their summary."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fer.data.charts import bar_chart, contact_sheet
+from fer.data.images import open_images, sha256
+from fer.data.labels import CLASSES
+from fer.data.split import Splits, count_classes, duplicates, make_splits, read_labels, write_table
+from fer.errors import UserError
+from pipelines.params import Params
+from pipelines.stages import new_folder, run
+
+RAW = Path("data/raw")
+IMAGES = Path("data/upscaled/images.npy")
+SPLITS = Path("data/splits")
+
+
+def split(params: Params) -> None:
+    """Label the images, mark duplicates, sum up."""
+    config = params.split
+    source = _source(RAW / "source.json")
+    images = open_images(IMAGES, "upscale")
+    rows = read_labels(RAW / "labels.csv", len(images))
+    splits = make_splits(rows, config.label_mode, config.drop_leaked_train, config.prior_min_votes)
+    with new_folder(SPLITS) as folder:
+        for name, table in splits.tables.items():
+            write_table(table, folder / f"{name}.csv")
+        summary = _summary(splits, source, images) | {
+            "label_mode": config.label_mode,
+            "prior_min_votes": config.prior_min_votes,
+            "raw_rows": {name: int((rows["usage"] == name).sum()) for name in splits.tables},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        _plots(folder / "plots", splits, images, source["dataset"])
+
+
+def _source(path: Path) -> dict:
+    remedy = "run `dvc repro --force --single-item download` to make it again"
+    try:
+        source = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run `dvc repro download` to make it or `dvc pull` to fetch it") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; {remedy}") from None
+    if not isinstance(source, dict) or not {"dataset", "label_source"} <= source.keys():
+        raise UserError(f"{path}: dataset or label_source is missing; {remedy}")
+    return source
+
+
+def _summary(splits: Splits, source: dict, images: np.ndarray) -> dict:
+    counts = {name: count_classes(table) for name, table in splits.tables.items()}
+    return {
+        "dataset": source["dataset"],
+        "label_source": source["label_source"],
+        "classes": list(CLASSES),
+        "counts": counts,
+        "totals": {name: sum(classes.values()) for name, classes in counts.items()},
+        "class_prior": splits.class_prior.tolist(),
+        "duplicates": duplicates(splits.tables),
+        "dropped_leaked_train": splits.dropped,
+        "image_shape": list(images.shape[1:]),
+        "images_sha256": sha256(IMAGES),
+    }
+
+
+def _plots(folder: Path, splits: Splits, images: np.ndarray, dataset: str) -> None:
+    """The class balance as table and picture; a sheet of faces for the drawn ones only: real faces are not shared."""
+    folder.mkdir()
+    counts = {name: count_classes(table) for name, table in splits.tables.items()}
+    lines = [(name, label, count) for name, classes in counts.items() for label, count in classes.items()]
+    table = pd.DataFrame(lines, columns=["split", "class", "images"])
+    table.to_csv(folder / "class_balance.csv", index=False, lineterminator="\n")
+    bar_chart(counts).save(folder / "class_balance.png")
+    if dataset == "sample":
+        train = splits.tables["train"]
+        first = {name: train.loc[train["label"] == label, "row"].head(12) for label, name in enumerate(CLASSES)}
+        contact_sheet({name: images[rows.to_numpy()] for name, rows in first.items()}).save(
+            folder / "contact_sheet.png"
+        )
+
+
+if __name__ == "__main__":
+    run(split)

@@ -1,0 +1,249 @@
+"""What the model sees: resizing, normalising and the random changes, each with a known answer."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_run
+from torch import Tensor
+
+from fer.config import Augment
+from fer.data.augment import Augmenter, normalize, to_float
+
+CPU = torch.device("cpu")
+NOTHING = {
+    "flip": 0.0, "rotation": 0.0, "scale": 0.0, "translation": 0.0, "brightness": 0.0, "contrast": 0.0, "erasing": 0.0
+}  # fmt: skip
+EVERYTHING: dict[str, Any] = {
+    "flip": 0.5, "rotation": 30.0, "scale": 0.3, "translation": 0.2, "brightness": 0.8, "contrast": 0.8, "erasing": 0.5
+}  # fmt: skip
+
+
+def augmenter(seed: int = 0, **settings: Any) -> Augmenter:
+    return Augmenter(Augment(**(NOTHING | settings)), seed, CPU)
+
+
+def changed(images: Tensor, **settings: Any) -> Tensor:
+    return augmenter(**settings)(images, len(images), slice(0, len(images)))
+
+
+def noise(count: int = 8, side: int = 16, channels: int = 1) -> Tensor:
+    return torch.rand(count, channels, side, side, generator=torch.manual_seed(0))
+
+
+def dot(row: int, column: int, side: int = 33) -> Tensor:
+    """One image with a bright 3x3 spot around a place."""
+    image = torch.zeros(1, 1, side, side)
+    image[0, 0, row - 1 : row + 2, column - 1 : column + 2] = 1
+    return image
+
+
+def place(image: Tensor) -> tuple[float, float]:
+    """Centre of mass, (row, column)."""
+    mass = image[0, 0]
+    line = torch.arange(len(mass), dtype=torch.float32)
+    return float((mass.sum(1) * line).sum() / mass.sum()), float((mass.sum(0) * line).sum() / mass.sum())
+
+
+class Fixed(Augmenter):
+    """An augmenter whose uniform draws are given: 0 is the low end of each range, .5 the middle, 1 the high end."""
+
+    def __init__(self, draws: dict[int, float], **settings: float):
+        super().__init__(Augment(**(NOTHING | settings)), 0, CPU)
+        self.draws = torch.full((1, self.PER_IMAGE), 0.5)
+        for index, value in draws.items():
+            self.draws[0, index] = value
+
+    def warp(self, image: Tensor) -> Tensor:
+        return self._warp(image, self.draws)
+
+
+ANGLE, ZOOM, FLIP, SHIFT_X, SHIFT_Y = range(5)  # places of the draws
+
+
+def test_zero_settings_change_no_bit() -> None:
+    images = noise()
+    assert torch.equal(changed(images), images)
+
+
+def test_a_warp_by_nothing_is_the_identity() -> None:
+    images = noise(side=48)
+    torch.testing.assert_close(changed(images, flip=1e-9), images, atol=1e-5, rtol=0)
+
+
+def test_flip_is_a_mirror() -> None:
+    images = noise(channels=3)
+    torch.testing.assert_close(changed(images, flip=1.0), images.flip(3), atol=1e-5, rtol=0)
+
+
+def test_flip_is_drawn_per_image() -> None:
+    images = noise(400)
+    result = changed(images, flip=0.25)
+    mirrored = (result - images.flip(3)).abs().amax((1, 2, 3)) < 1e-4
+    same = (result - images).abs().amax((1, 2, 3)) < 1e-4
+    assert (mirrored ^ same).all()
+    assert 60 < int(mirrored.sum()) < 140  # 100 expected, standard deviation 8.7
+
+
+@pytest.mark.parametrize(("draw", "turns"), [(1.0, 1), (0.0, -1)])
+def test_rotation_by_90_degrees_turns_around_the_centre(draw: float, turns: int) -> None:
+    images = noise(1)
+    rotated = Fixed({ANGLE: draw}, rotation=90.0).warp(images)
+    torch.testing.assert_close(rotated, torch.rot90(images, turns, (2, 3)), atol=1e-4, rtol=0)
+
+
+def test_rotation_is_within_its_range_and_both_ways() -> None:
+    # a spot 10 right of the centre of a 33-pixel image
+    spots = dot(16, 26).repeat(200, 1, 1, 1)
+    angles = []
+    for image in changed(spots, rotation=20.0):
+        row, column = place(image[None])
+        assert math.hypot(row - 16, column - 16) == pytest.approx(10, abs=0.2)
+        angles.append(math.degrees(math.atan2(row - 16, column - 16)))
+    assert -20.5 < min(angles) < -18
+    assert 18 < max(angles) < 20.5
+
+
+@pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.8), (0.5, 1.0), (1.0, 1.2)])
+def test_zoom_enlarges_around_the_centre(draw: float, factor: float) -> None:
+    image = dot(16, 26)
+    row, column = place(Fixed({ZOOM: draw}, scale=0.2).warp(image))
+    assert row == pytest.approx(16, abs=0.05)
+    assert column - 16 == pytest.approx(10 * factor, abs=0.2)
+
+
+@pytest.mark.parametrize(("draw", "pixels"), [(0.0, 4.0), (1.0, -4.0)])
+def test_translation_is_a_share_of_the_side(draw: float, pixels: float) -> None:
+    image = dot(20, 20, side=40)
+    row, column = place(Fixed({SHIFT_X: draw}, translation=0.1).warp(image))  # .1 of 40 pixels
+    assert (row, column) == (pytest.approx(20, abs=0.01), pytest.approx(20 + pixels, abs=0.01))
+    row, column = place(Fixed({SHIFT_Y: draw}, translation=0.1).warp(image))
+    assert (row, column) == (pytest.approx(20 + pixels, abs=0.01), pytest.approx(20, abs=0.01))
+
+
+def test_what_comes_in_at_the_edge_is_the_reflected_image() -> None:
+    white = torch.ones(32, 1, 16, 16)
+    torch.testing.assert_close(changed(white, rotation=45.0, scale=0.4, translation=0.3), white, atol=1e-5, rtol=0)
+
+
+def test_brightness_is_a_factor() -> None:
+    images = 0.4 * noise(300)
+    factors = changed(images, brightness=0.5).mean((1, 2, 3)) / images.mean((1, 2, 3))
+    assert 0.5 <= factors.min() < 0.52
+    assert 1.48 < factors.max() <= 1.5
+    one = factors[0] * images[0]
+    torch.testing.assert_close(changed(images, brightness=0.5)[0], one, atol=1e-5, rtol=0)
+
+
+def test_contrast_keeps_the_mean() -> None:
+    images = 0.5 + 0.2 * (noise(300) - 0.5)
+    result = changed(images, contrast=0.5)
+    torch.testing.assert_close(result.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1e-5, rtol=0)
+    factors = result.std((1, 2, 3)) / images.std((1, 2, 3))
+    assert 0.5 <= factors.min() < 0.52
+    assert 1.48 < factors.max() <= 1.5
+
+
+def test_erasing_sets_one_rectangle_to_the_mean() -> None:
+    images = noise(300, side=40)
+    result = changed(images, erasing=1.0)
+    for before, after in zip(images[:, 0], result[:, 0]):
+        rows, columns = ((before != after).any(axis).nonzero().flatten() for axis in (1, 0))
+        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        assert min(height, width) >= 5  # .15 of 40 pixels, less one
+        assert max(height, width) <= 19  # .45 of 40 pixels, and one
+        inside = after[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        torch.testing.assert_close(inside, torch.full_like(inside, float(before.mean())), atol=1e-5, rtol=0)
+        assert int((before != after).sum()) == height * width
+    share = (images != result).float().mean()
+    assert 0.08 < share < 0.1  # the mean of a side is .3: .09 of the area
+
+
+def test_erasing_is_drawn_per_image() -> None:
+    images = noise(400)
+    hit = (changed(images, erasing=0.25) != images).any(3).any(2).any(1)
+    assert 60 < int(hit.sum()) < 140  # 100 expected, standard deviation 8.7
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_range_and_shape_are_kept(channels: int) -> None:
+    images = noise(64, channels=channels)
+    result = changed(images, **EVERYTHING)
+    assert result.shape == images.shape
+    assert result.dtype == torch.float32
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert not torch.equal(result, images)
+
+
+def test_the_seed_decides_the_images() -> None:
+    images = noise()
+    one, same, other = (changed(images, seed=seed, **EVERYTHING) for seed in (3, 3, 4))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    again = augmenter(3, **EVERYTHING)
+    first, second = again(images, 8, slice(0, 8)), again(images, 8, slice(0, 8))
+    assert torch.equal(first, one)
+    assert not torch.equal(first, second)
+
+
+def test_images_of_a_batch_get_different_changes() -> None:
+    same = noise(1).repeat(8, 1, 1, 1)
+    result = changed(same, rotation=30.0)
+    assert len({tuple(image.flatten().tolist()) for image in result}) == 8
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_of_ranks_are_the_whole_batch(ranks: int) -> None:
+    batches = [noise(8, channels=3), noise(8, channels=3).flip(0)]
+    alone = augmenter(**EVERYTHING)
+    whole = [alone(images, 8, slice(0, 8)) for images in batches]
+    for rank in range(ranks):
+        one = augmenter(**EVERYTHING)
+        part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+        for images, wanted in zip(batches, whole):
+            assert torch.equal(one(images[part], 8, part), wanted[part])
+
+
+def test_pixels_become_numbers_from_0_to_1() -> None:
+    grey = torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8)
+    torch.testing.assert_close(to_float(grey, 2), torch.tensor([[[[0.0, 0.2], [0.4, 1.0]]]]))
+    colour = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    colour[0, 0, 1] = torch.tensor([255, 0, 51])
+    result = to_float(colour, 2)
+    assert result.shape == (1, 3, 2, 2)
+    torch.testing.assert_close(result[0, :, 0, 1], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_resizing_is_an_average_with_antialias() -> None:
+    pixels = torch.tensor([[[0, 0, 255, 255]] * 4], dtype=torch.uint8)
+    half = to_float(pixels, 2)
+    # triangle filter of width 4 around pixel 1/2: weights 3/8 3/8 1/8 of 7/8 within the image
+    torch.testing.assert_close(half[0, 0], torch.tensor([[1 / 7, 6 / 7]] * 2))
+    even = torch.full((2, 48, 48), 77, dtype=torch.uint8)
+    torch.testing.assert_close(to_float(even, 31), torch.full((2, 1, 31, 31), 77 / 255))
+
+
+def test_resizing_does_not_depend_on_the_batch() -> None:
+    pixels = torch.randint(256, (5, 48, 48, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    whole = to_float(pixels, 64)
+    assert whole.shape == (5, 3, 64, 64)
+    assert 0 <= whole.min() < whole.max() <= 1
+    assert all(torch.equal(to_float(pixels[i : i + 1], 64)[0], whole[i]) for i in range(5))
+
+
+def test_grey_is_repeated_for_a_model_of_three_channels() -> None:
+    run = small_run(channels=3, pixel_mean=[0.5, 0.4, 0.3], pixel_std=[0.5, 0.25, 0.1])
+    result = normalize(torch.full((2, 1, 4, 4), 0.6), run)
+    assert result.shape == (2, 3, 4, 4)
+    # (.6 - .5) / .5, (.6 - .4) / .25, (.6 - .3) / .1
+    torch.testing.assert_close(result[1, :, 3, 3], torch.tensor([0.2, 0.8, 3.0]))
+
+
+def test_colour_is_averaged_for_a_model_of_one_channel() -> None:
+    run = small_run(channels=1, pixel_mean=[0.5], pixel_std=[0.25])
+    colour = torch.tensor([0.9, 0.6, 0.3]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    result = normalize(colour, run)
+    assert result.shape == (1, 1, 2, 2)
+    torch.testing.assert_close(result, torch.full((1, 1, 2, 2), 0.4))  # (.6 - .5) / .25

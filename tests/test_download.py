@@ -1,0 +1,147 @@
+"""Stage download: what lies in data/raw, its bytes, and that a mistake leaves the old content alone."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fer.data.labels import VOTE_COLUMNS
+from fer.errors import UserError
+from pipelines.params import Data, Params, load
+from pipelines.stages.download import download
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULTS = load(ROOT / "params.yaml").data
+SMALL = {"train": 80, "val": 40, "test": 40, "seed": 3}
+
+
+def params(**changes: object) -> Params:
+    data = Data.model_validate(DEFAULTS.model_dump() | {"sample": SMALL} | changes)
+    return Params.model_construct(data=data)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def official_folders(root: Path) -> np.ndarray:
+    """Two pictures a folder; returns the six images."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 48, 48), dtype=np.uint8)
+    for position, folder in enumerate(("FER2013Train", "FER2013Valid", "FER2013Test")):
+        (root / folder).mkdir(parents=True)
+        lines = []
+        for row in (2 * position, 2 * position + 1):
+            Image.fromarray(images[row]).save(root / folder / f"{row}.png")
+            lines.append(f'{row}.png,"(0, 0, 48, 48)",{row},9,0,0,0,0,0,0,0,1\n')
+        (root / folder / "label.csv").write_text("".join(lines))
+    return images
+
+
+def test_sample(project: Path) -> None:
+    download(params())
+    raw = project / "data" / "raw"
+    assert sorted(file.name for file in raw.iterdir()) == ["images.npy", "labels.csv", "source.json"]
+    assert [file.name for file in (project / "data").iterdir()] == ["raw"]
+    images = np.load(raw / "images.npy", mmap_mode="r")
+    assert (images.shape, images.dtype) == ((160, 48, 48), np.uint8)
+    table = pd.read_csv(raw / "labels.csv", keep_default_na=False)
+    assert table.columns.tolist() == ["row", "name", "usage", "subject", *VOTE_COLUMNS, "sha1"]
+    assert table["row"].tolist() == list(range(160))
+    assert table["sha1"].tolist() == [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
+    assert json.loads((raw / "source.json").read_text()) == {
+        "dataset": "sample",
+        "form": "fer2013.csv",
+        "label_source": "fer2013new",
+        "images": {"train": 80, "val": 40, "test": 40},
+        "vote_columns": list(VOTE_COLUMNS),
+    }
+
+
+def test_the_same_settings_make_the_same_bytes(project: Path) -> None:
+    download(params())
+    first = digests(project / "data" / "raw")
+    download(params())
+    assert digests(project / "data" / "raw") == first
+    download(params(sample=SMALL | {"seed": 4}))
+    assert digests(project / "data" / "raw")["images.npy"] != first["images.npy"]
+
+
+def test_ferplus_to_the_byte(project: Path) -> None:
+    images = official_folders(project / "faces")
+    download(params(dataset="ferplus", path="faces"))
+    raw = project / "data" / "raw"
+    np.testing.assert_array_equal(np.load(raw / "images.npy"), images)
+    sha1 = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
+    usages = ["train", "train", "val", "val", "test", "test"]
+    header = "row,name,usage,subject,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF,sha1\n"
+    rows = [f"{row},{row}.png,{usages[row]},,{row},9,0,0,0,0,0,0,0,1,{sha1[row]}\n" for row in range(6)]
+    assert (raw / "labels.csv").read_bytes() == (header + "".join(rows)).encode()
+    source = json.loads((raw / "source.json").read_text())
+    assert source | {"vote_columns": None} == {
+        "dataset": "ferplus",
+        "form": "folders",
+        "label_source": "label_csv",
+        "images": {"train": 2, "val": 2, "test": 2},
+        "vote_columns": None,
+    }
+    assert list(source) == sorted(source)
+
+
+def test_a_mistake_leaves_the_old_data_and_nothing_new(project: Path) -> None:
+    download(params())
+    before = digests(project / "data" / "raw")
+    official_folders(project / "faces")
+    (project / "faces" / "FER2013Test" / "5.png").unlink()
+    with pytest.raises(UserError, match=r"^faces/FER2013Test/5.png: not found, but label.csv names it"):
+        download(params(dataset="ferplus", path="faces"))
+    with pytest.raises(UserError, match=r"^nowhere: not found: correct data.path in params.yaml$"):
+        download(params(dataset="ferplus", path="nowhere"))
+    assert digests(project / "data" / "raw") == before
+    assert [file.name for file in (project / "data").iterdir()] == ["raw"]
+
+
+def test_an_empty_folder_asks_for_kaggle_credentials(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(project))
+    (project / "faces").mkdir()
+    with pytest.raises(
+        UserError, match=r"^faces: holds no data set and no Kaggle credentials are set: accept the rules"
+    ):
+        download(params(dataset="ferplus", path="faces"))
+    assert not (project / "data").exists()
+
+
+def test_the_command_ends_in_one_line_and_status_2(project: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    assert text.count("dataset: sample ") == 1
+    (project / "params.yaml").write_text(
+        text.replace("dataset: sample ", "dataset: ferplus ").replace("path: data/external", "path: faces")
+    )
+    command = [sys.executable, "-m", "pipelines.stages.download"]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "error: faces: not found: correct data.path in params.yaml\n"
+    assert not (project / "data").exists()
+
+    official_folders(project / "faces")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(np.load(project / "data" / "raw" / "images.npy")) == 6
+
+
+def test_the_stage_starts_without_torch() -> None:
+    code = "import sys, pipelines.stages.download; print({'torch', 'transformers', 'kagglehub'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

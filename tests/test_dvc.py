@@ -1,0 +1,471 @@
+"""The DVC pipeline, run as a user runs it: `dvc` as a process in a copy of the project with a small drawn data set."""
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from fer.data.sample import write_sample
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+STAGES = ["download", "upscale", "split"]
+FOLDERS = {"download": "raw", "upscale": "upscaled", "split": "splits"}
+
+needs_dvc = pytest.mark.skipif(not (BIN / "dvc").exists(), reason="dvc is not installed (extra `pipeline`)")
+slow = pytest.mark.slow
+
+
+def test_every_module_that_a_stage_imports_is_its_dependency() -> None:
+    stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+    assert list(stages) == STAGES
+    for name, stage in stages.items():
+        own = f"pipelines/stages/{name}.py"
+        deps = {dep for dep in stage["deps"] if dep.endswith(".py")}
+        assert deps == {own, *_imports_of_fer(own)}, name
+
+
+def _imports_of_fer(module: str) -> set[str]:
+    """Files of fer that `module` imports, and those that they import; error texts and config change no byte."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        for node in ast.walk(ast.parse((ROOT / todo.pop()).read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fer."):
+                continue
+            base = node.module.replace(".", "/")
+            files = [f"{base}.py"] if (ROOT / f"{base}.py").exists() else [f"{base}/{a.name}.py" for a in node.names]
+            new = set(files) - found - {"fer/errors.py", "fer/config.py"}
+            found |= new
+            todo += new
+    return found
+
+
+def environment(project: Path, **more: str) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return inherited | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(project / ".dvc" / "tmp" / "site"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def call(project: Path, *command: str, status: int = 0, **more: str) -> str:
+    """Run a command in the project, check its exit status and return what it printed, both streams."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=project, env=environment(project, **more), start_new_session=True, **both)
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def repro(project: Path, *options: str) -> list[str]:
+    """`dvc repro`; the stages that it ran."""
+    return re.findall(r"Running stage '(\w+)'", call(project, "dvc", "repro", *options))
+
+
+def commit(project: Path) -> None:
+    call(project, "git", "add", "--all")
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    call(project, "git", *identity, "commit", "--quiet", "--allow-empty", "--message", "test")
+
+
+def outputs(project: Path) -> dict[str, bytes]:
+    """Every file under data/ but the user's own, and what is in it."""
+    files = [path for path in (project / "data").rglob("*") if path.is_file()]
+    names = {str(path.relative_to(project / "data")): path for path in files}
+    own = ("README.md", ".gitignore", "external/")
+    return {name: path.read_bytes() for name, path in sorted(names.items()) if not name.startswith(own)}
+
+
+def set_params(project: Path, *overrides: str) -> None:
+    """Set keys of params.yaml, `key.path=value`."""
+    yaml = YAML()
+    tree = yaml.load(project / "params.yaml")
+    for override in overrides:
+        path, value = override.split("=")
+        *parents, last = path.split(".")
+        table = tree
+        for part in parents:
+            table = table[part]
+        table[last] = YAML(typ="safe").load(value)
+    yaml.dump(tree, project / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as git sees it, uncommitted files among it, with a data set of 400 drawn faces; nothing run yet."""
+    project = tmp_path_factory.mktemp("fresh") / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, project / name)
+    set_params(project, "data.sample.train=320", "data.sample.val=40", "data.sample.test=40")
+    call(project, "git", "init", "--quiet")
+    commit(project)
+    return project
+
+
+@pytest.fixture(scope="session")
+def built(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`fresh` after `dvc repro`."""
+    project = tmp_path_factory.mktemp("built") / "project"
+    shutil.copytree(fresh, project)
+    assert repro(project) == STAGES
+    return project
+
+
+@pytest.fixture
+def project(built: Path, tmp_path: Path) -> Path:
+    """A copy of `built` to change."""
+    return Path(shutil.copytree(built, tmp_path / "project"))
+
+
+@slow
+@needs_dvc
+def test_first_repro_leaves_only_the_lock_file_and_its_outputs(built: Path) -> None:
+    assert call(built, "git", "status", "--short").split() == ["??", "dvc.lock"]
+    assert sorted(outputs(built)) == [
+        "raw/images.npy",
+        "raw/labels.csv",
+        "raw/source.json",
+        "splits/plots/class_balance.csv",
+        "splits/plots/class_balance.png",
+        "splits/plots/contact_sheet.png",
+        "splits/summary.json",
+        "splits/test.csv",
+        "splits/train.csv",
+        "splits/val.csv",
+        "upscaled/images.npy",
+    ]
+
+
+@slow
+@needs_dvc
+def test_two_fresh_runs_write_the_same_bytes(fresh: Path, built: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(fresh, tmp_path / "again"))
+    repro(again)
+    assert outputs(again) == outputs(built)
+    assert (again / "dvc.lock").read_bytes() == (built / "dvc.lock").read_bytes()
+
+
+@slow
+@needs_dvc
+def test_second_repro_does_nothing(project: Path) -> None:
+    assert repro(project) == []
+    assert "up to date" in call(project, "dvc", "status")
+
+
+@slow
+@needs_dvc
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["data.sample.seed=7"], ["download", "upscale", "split"]),
+        (["super_resolution.method=bicubic", "super_resolution.scale=2"], ["upscale", "split"]),
+        (["super_resolution.batch_size=3"], []),
+        (["split.drop_leaked_train=true"], ["split"]),
+        (["train.lr=0.5", "experiment.retries=3"], []),
+    ],
+)
+def test_changed_setting_reruns_what_it_concerns(project: Path, changes: list[str], expected: list[str]) -> None:
+    set_params(project, *changes)
+    assert repro(project) == expected
+    assert repro(project) == []
+
+
+@slow
+@needs_dvc
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("pipelines/stages/download.py", ["download"]),
+        ("pipelines/stages/upscale.py", ["upscale"]),
+        ("pipelines/stages/split.py", ["split"]),
+        ("fer/data/sources.py", ["download"]),
+        ("fer/data/labels.py", ["download", "split"]),
+        ("fer/super_resolution/interpolation.py", ["upscale"]),
+        ("fer/losses.py", []),
+        ("data/external/README.md", []),
+        ("data/external/new.csv", ["download"]),
+    ],
+)
+def test_changed_file_reruns_its_stages(built: Path, project: Path, file: str, expected: list[str]) -> None:
+    with open(project / file, "a") as changed:
+        changed.write("\n# a remark that changes no output, so later stages have nothing to do\n")
+    assert repro(project) == expected
+    assert outputs(project) == outputs(built)
+
+
+def ferplus_of_drawn_faces(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    write_sample(folder, 320, 40, 40, 3)
+    return folder
+
+
+@slow
+@needs_dvc
+@pytest.mark.parametrize("place", ["data/external", "data/external/ferplus", "/absolute"])
+def test_changed_votes_rerun_download_and_split(project: Path, tmp_path: Path, place: str) -> None:
+    path = str(tmp_path / "elsewhere") if place == "/absolute" else place
+    source = project / path
+    if place == "data/external":
+        write_sample(source, 320, 40, 40, 3)
+    else:
+        ferplus_of_drawn_faces(source)
+    set_params(project, "data.dataset=ferplus", f"data.path={path}")
+    assert repro(project) == STAGES
+    assert not list(project.glob("data/splits/plots/contact_sheet.png"))
+    assert repro(project) == []
+    votes = source / "fer2013new.csv"
+    header, first, *rest = votes.read_text().splitlines(keepends=True)
+    usage, name, *_ = first.split(",")
+    votes.write_text("".join([header, f"{usage},{name},0,0,0,0,0,0,0,10,0,0\n", *rest]))
+    assert repro(project) == ["download", "split"]
+    assert repro(project) == []
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Address and folder of a web server on this machine."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}", folder
+        httpd.shutdown()
+        thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@slow
+@needs_dvc
+def test_what_the_stage_downloads_itself_is_no_change(project: Path, server: tuple[str, Path]) -> None:
+    address, folder = server
+    write_sample(project / "data/external", 320, 40, 40, 3)
+    shutil.move(project / "data/external/fer2013new.csv", folder)
+    digest = hashlib.sha256((folder / "fer2013new.csv").read_bytes()).hexdigest()
+    url = f"data.votes_url={address}/fer2013new.csv"
+    set_params(project, "data.dataset=ferplus", url, f"data.votes_sha256='{digest}'")
+    assert repro(project) == STAGES
+    assert (project / "data/external/fer2013new.csv").is_file()
+    assert repro(project) == []
+
+
+@slow
+@needs_dvc
+def test_one_file_may_be_the_input(project: Path, tmp_path: Path) -> None:
+    source = ferplus_of_drawn_faces(tmp_path / "elsewhere")
+    set_params(project, "data.dataset=ferplus", f"data.path={source / 'fer2013.csv'}")
+    assert repro(project) == STAGES
+    assert repro(project) == []
+
+
+@slow
+@needs_dvc
+def test_push_clone_pull_needs_no_source_files(project: Path, tmp_path: Path) -> None:
+    ferplus_of_drawn_faces(project / "data/external/ferplus")
+    set_params(project, "data.dataset=ferplus", "data.path=data/external/ferplus")
+    repro(project)
+    call(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+    call(project, "dvc", "push")
+    commit(project)
+    clone = tmp_path / "clone"
+    call(project, "git", "clone", "--quiet", ".", str(clone))
+    call(clone, "dvc", "pull")
+    assert outputs(clone) == outputs(project)
+    assert repro(clone, "--allow-missing") == []
+    assert repro(clone, "--downstream", "upscale") == []
+    set_params(clone, "split.drop_leaked_train=true")
+    assert repro(clone, "--allow-missing") == ["split"]
+
+
+@slow
+@needs_dvc
+def test_clone_of_the_sample_pulls_and_has_nothing_to_do(project: Path, tmp_path: Path) -> None:
+    call(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+    call(project, "dvc", "push")
+    commit(project)
+    clone = tmp_path / "clone"
+    call(project, "git", "clone", "--quiet", ".", str(clone))
+    call(clone, "dvc", "pull")
+    assert outputs(clone) == outputs(project)
+    assert "up to date" in call(clone, "dvc", "status")
+    assert repro(clone) == []
+
+
+# Kills DVC and the stage together, as losing the machine would, once a file of the partial folder has this many bytes.
+KILLER = """
+import os, signal, sys, threading, time
+
+def kill_when_written(path):
+    while not (os.path.exists(path) and os.path.getsize(path) >= {size}):
+        time.sleep(0.0001)
+    os.killpg(0, signal.SIGKILL)
+
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("{file}") and "w" in str(arguments[1]):
+        if {size}:
+            threading.Thread(target=kill_when_written, args=(str(arguments[0]),), daemon=True).start()
+        else:
+            os.killpg(0, signal.SIGKILL)
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture(scope="session")
+def larger(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A fresh project whose super-resolution takes long enough to be killed in its middle, and its right outputs."""
+    project = tmp_path_factory.mktemp("larger") / "project"
+    shutil.copytree(fresh, project)
+    set_params(project, "super_resolution.method=lanczos", "super_resolution.scale=4", "super_resolution.batch_size=2")
+    whole = Path(shutil.copytree(project, project.parent / "whole"))
+    repro(whole)
+    return project, outputs(whole)
+
+
+@slow
+@needs_dvc
+@pytest.mark.parametrize(
+    ("stage", "file", "size"),
+    [
+        ("download", "images.npy", 0),
+        ("download", "labels.csv", 0),
+        ("upscale", "images.npy", 0),
+        ("upscale", "images.npy", 1_000_000),
+        ("split", "val.csv", 0),
+        ("split", "summary.json", 0),
+    ],
+)
+def test_kill_in_the_middle_then_repro_finishes(
+    larger: tuple[Path, dict[str, bytes]], tmp_path: Path, stage: str, file: str, size: int
+) -> None:
+    fresh, expected = larger
+    project = Path(shutil.copytree(fresh, tmp_path / "project"))
+    unfinished = project / "data" / f"{FOLDERS[stage]}.partial"
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(KILLER.format(file=f"{unfinished.name}/{file}", size=size))
+    call(project, "dvc", "repro", status=-9, PYTHONPATH=str(hook))
+    assert unfinished.is_dir()
+    assert not (project / "data" / FOLDERS[stage]).exists()
+    if size:
+        assert size <= (unfinished / file).stat().st_size < len(expected["upscaled/images.npy"])
+
+    assert repro(project) == STAGES[STAGES.index(stage) :]
+    assert outputs(project) == expected
+    assert not list(project.glob("data/*.partial"))
+
+
+def mount(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(project: Path) -> Iterator[Path]:
+    """The project with data/ on a file system of its own, of 1.3 MB, with the input of each stage; only root has it."""
+    raw, upscaled = project.parent / "raw", project.parent / "upscaled"
+    shutil.move(project / "data" / "raw", raw)
+    shutil.move(project / "data" / "upscaled", upscaled)
+    mount("mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", str(project / "data"))
+    try:
+        shutil.move(raw, project / "data" / "raw")
+        (project / "data" / "upscaled").symlink_to(upscaled)
+        yield project
+    finally:
+        subprocess.run(["umount", project / "data"], check=True)
+
+
+def stage_error(project: Path, stage: str) -> str:
+    """Run a stage that must fail as a user's mistake does: status 2, one line `error: ...`."""
+    printed = call(project, "python", "-m", f"pipelines.stages.{stage}", status=2)
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1, printed
+    return printed
+
+
+@slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_disk_is_one_line_and_leaves_nothing_half_written(small_disk: Path, stage: str) -> None:
+    free = shutil.disk_usage(small_disk / "data").free
+    (small_disk / "data" / "filler").write_bytes(bytes(free - 8192))
+    before = outputs(small_disk)
+    message = stage_error(small_disk, stage)
+    assert message.startswith("error: cannot write data")
+    assert message.endswith("free some space and run the command again\n")
+    assert outputs(small_disk) == before
+    assert not list(small_disk.glob("data/*.partial"))
+
+
+@slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_read_only_disk_is_one_line(small_disk: Path, stage: str) -> None:
+    mount("mount", "-o", "remount,ro", str(small_disk / "data"))
+    assert stage_error(small_disk, stage) == (
+        f"error: cannot write data/{FOLDERS[stage]}.partial: the file system is read-only:"
+        " choose a place that can be written and run the command again\n"
+    )
+
+
+@slow
+@needs_dvc
+def test_metrics_and_plots_are_shown(project: Path) -> None:
+    assert "totals.train" in call(project, "dvc", "metrics", "show")
+    call(project, "dvc", "plots", "show")
+    page = (project / "dvc_plots" / "index.html").read_text()
+    assert '"split": "train", "class": "neutral"' in page
+    assert sorted(path.name for path in (project / "dvc_plots" / "static").iterdir()) == [
+        "workspace_data_splits_plots_class_balance.png",
+        "workspace_data_splits_plots_contact_sheet.png",
+    ]
+
+
+@slow
+@needs_dvc
+def test_ferplus_is_built_in_90_s_and_checked_in_3_s(fresh: Path, tmp_path: Path, ferplus_folder: Path) -> None:
+    project = Path(shutil.copytree(fresh, tmp_path / "project"))
+    set_params(project, "data.dataset=ferplus", f"data.path={ferplus_folder}")
+    start = time.perf_counter()
+    assert repro(project) == STAGES
+    built = time.perf_counter()
+    assert repro(project) == []
+    checked = time.perf_counter()
+    assert built - start < 90
+    assert checked - built < 3
+    picture = ferplus_folder / "FER2013Train" / "fer0000005.png"
+    kept = picture.read_bytes()
+    try:
+        shutil.copy(ferplus_folder / "FER2013Train" / "fer0000006.png", picture)
+        assert "modified" in call(project, "dvc", "status")
+    finally:
+        picture.write_bytes(kept)

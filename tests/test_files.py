@@ -1,0 +1,127 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fer.files import new_folder, recover, write_json
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(target: Path, text: str) -> None:
+    with new_folder(target) as folder:
+        (folder / "a.txt").write_text(text)
+
+
+def test_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    write(target, "one")
+    (target / "left over.txt").write_text("x")
+    write(target, "two")
+    assert content(target) == {"a.txt": "two"}
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    write(target, "one")
+    with new_folder(target) as folder:
+        (folder / "a.txt").write_text("two")
+        assert content(target) == {"a.txt": "one"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failure_keeps_the_old_content_and_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "out"
+    for expected in ({}, {"a.txt": "one"}):
+        with pytest.raises(error), new_folder(target) as folder:
+            (folder / "a.txt").write_text("half")
+            raise error
+        assert content(tmp_path / "out") == expected
+        assert [path.name for path in tmp_path.iterdir()] == (["out"] if expected else [])
+        write(target, "one")
+
+
+def test_what_a_killed_process_left_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "half.txt").write_text("x")
+    write(tmp_path / "out", "one")
+    assert content(tmp_path) == {"out/a.txt": "one"}
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_process_killed_between_the_renames_loses_nothing(
+    tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    done: list[Path] = []
+    write(target, "one")
+    real = Path.replace
+
+    def killed(self: Path, other: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(other)
+        return real(self, other)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(target, "two")
+    monkeypatch.undo()
+    assert recover(target)
+    assert content(tmp_path) == {"out/a.txt": "one"}
+    write(target, "three")
+    assert content(tmp_path) == {"out/a.txt": "three"}
+
+
+def test_recover_prefers_the_new_content(tmp_path: Path) -> None:
+    write(tmp_path / "out", "new")
+    write(tmp_path / "out.old", "old")
+    assert recover(tmp_path / "out")
+    assert content(tmp_path) == {"out/a.txt": "new"}
+    write(tmp_path / "out.old", "old")
+    write(tmp_path / "out", "newer")
+    assert content(tmp_path) == {"out/a.txt": "newer"}
+
+
+def test_recover_of_nothing(tmp_path: Path) -> None:
+    assert not recover(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_json(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1, 2.5, None]})
+    write_json(path, {"b": "ä"})
+    assert json.loads(path.read_text()) == {"b": "ä"}
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, {1, 2}])
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, bad: object) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+    with pytest.raises((ValueError, TypeError)):
+        write_json(path, {"a": bad})
+    assert json.loads(path.read_text()) == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_json_cut_while_it_is_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+    real = Path.write_text
+
+    def cut(self: Path, text: str) -> int:
+        real(self, text[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == 1

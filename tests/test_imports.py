@@ -1,0 +1,153 @@
+"""Imports run one way, and the science and the DVC stages need no pipeline framework. Read from the syntax trees."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = sorted([*ROOT.glob("fer/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
+FRAMEWORKS = {
+    "prefect", "ray", "mlflow", "dvc", "yaml", "ruamel", "typer", "rich", "torchvision", "timm", "kagglehub", "optuna",
+    "fastapi", "matplotlib",
+}  # fmt: skip
+LAZY = {"fer.data.kaggle": {"kagglehub"}}  # inside a function, for those who download
+# framework -> the modules that import it, at whatever place
+OWNERS = {
+    "prefect": {"pipelines.flow"},
+    "mlflow": {"pipelines.tracking"},
+    "ray": {"pipelines.launch", "pipelines.sweep"},
+    "optuna": {"pipelines.sweep"},
+    "ruamel": {"pipelines.params"},
+    "kagglehub": {"fer.data.kaggle"},
+    "typer": {"pipelines.cli"},
+    "rich": {"pipelines.cli"},
+    "yaml": set(),
+    "dvc": set(),
+    "torchvision": set(),
+    "timm": set(),
+}
+# a module imports from lower layers, or from its own folder
+LAYERS = [
+    {"fer", "fer.errors", "fer.files", "fer.config"},
+    {"fer.device", "fer.checkpoint", "fer.losses", "fer.metrics", "fer.schedule", "fer.models", "fer.data",
+     "fer.super_resolution"},
+    {"fer.evaluate", "fer.predict"},
+    {"fer.train"},
+]  # fmt: skip
+
+
+def imports(module: str, everywhere: bool = True) -> set[str]:
+    """Absolute names of what a module imports; those at module level alone, or in functions too."""
+    tree = ast.parse(MODULES[module].read_text())
+    found: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else str(node.module))
+        if everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def tops(module: str, everywhere: bool = True) -> set[str]:
+    return {name.split(".")[0] for name in imports(module, everywhere)}
+
+
+def layer(module: str) -> int:
+    for place, members in enumerate(LAYERS):
+        if module in members or any(module.startswith(f"{name}.") for name in members - {"fer"}):
+            return place
+    raise AssertionError(f"{module} stands in no layer: add it to LAYERS")
+
+
+def unit(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+SCIENCE = [name for name in MODULES if name.split(".")[0] == "fer" or name.startswith("pipelines.stages")]
+FER = [name for name in MODULES if name.split(".")[0] == "fer"]
+
+
+def test_the_trees_are_read() -> None:
+    assert {"fer.train", "fer.data.sources", "pipelines.stages.split", "pipelines.flow"} <= set(MODULES)
+    assert "prefect" in tops("pipelines.flow")
+    assert "ray.train" in imports("pipelines.launch")
+    assert "fer.checkpoint" in imports("fer.train")
+
+
+@pytest.mark.parametrize("module", SCIENCE)
+def test_science_and_stages_import_no_framework(module: str) -> None:
+    assert tops(module, everywhere=False) & FRAMEWORKS == set()
+    assert tops(module) & FRAMEWORKS <= LAZY.get(module, set())
+
+
+@pytest.mark.parametrize("framework", OWNERS)
+def test_each_framework_has_one_file(framework: str) -> None:
+    users = {module for module in MODULES if framework in tops(module)}
+    assert users <= OWNERS[framework]
+
+
+def test_ray_train_is_for_launch_and_ray_tune_for_sweep() -> None:
+    for part, owner in (("ray.train", "pipelines.launch"), ("ray.tune", "pipelines.sweep")):
+        users = {module for module in MODULES if any(name.startswith(part) for name in imports(module))}
+        assert users <= {owner}
+
+
+@pytest.mark.parametrize("module", FER)
+def test_fer_imports_run_one_way(module: str) -> None:
+    for name in imports(module):
+        assert name.split(".")[0] != "pipelines", f"{module} imports {name}"
+        if name in MODULES and unit(name) != unit(module):
+            assert layer(name) < layer(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipelines.stages")])
+def test_stages_import_only_the_reader_of_params(module: str) -> None:
+    ours = {name for name in imports(module) if name.startswith("pipelines") and name in MODULES}
+    assert {name for name in ours if not name.startswith("pipelines.stages")} <= {"pipelines.params"}
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    waiting = {module: {name for name in imports(module, False) if name in MODULES} - {module} for module in MODULES}
+    while free := [module for module, needs in waiting.items() if not needs & waiting.keys()]:
+        for module in free:
+            del waiting[module]
+    assert waiting == {}
+
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in FRAMEWORKS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import importlib
+for module in MODULES:
+    importlib.import_module(module)
+"""
+
+
+def test_science_and_stages_run_without_the_frameworks(tmp_path: Path) -> None:
+    """Import is also without work: no folder is made, nothing is printed."""
+    modules = [name for name in SCIENCE if not name.endswith("__main__")]
+    blocked = sorted(FRAMEWORKS - {"ruamel"})  # of params.yaml, a core dependency
+    code = f"FRAMEWORKS, MODULES = {blocked!r}, {modules!r}\n{BLOCKED}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

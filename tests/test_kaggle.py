@@ -1,0 +1,290 @@
+"""Filling an empty folder: a local web server stands in for GitHub, a module of our own for kagglehub."""
+
+import errno
+import hashlib
+import http.server
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fer.data.kaggle import complete, fetch_votes, has_credentials
+from fer.errors import UserError
+
+VOTES = b"Usage,Image name,neutral\n" * 1000
+SHA256 = hashlib.sha256(VOTES).hexdigest()
+COMPETITION = "faces-challenge"
+PAGE = "https://www.kaggle.com/competitions/faces-challenge"
+SECRET = "f1a2b3c4d5"
+NEW_TOKEN = "create a new API token at https://www.kaggle.com/settings and set KAGGLE_API_TOKEN"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        if self.path == "/missing.csv":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(VOTES)))
+        self.end_headers()
+        self.wfile.write(VOTES[:100] if self.path == "/cut.csv" else VOTES)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def url(server: http.server.HTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without Kaggle settings."""
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """As data/external is in a fresh clone."""
+    (tmp_path / "external").mkdir()
+    (tmp_path / "external" / "README.md").write_text("Put the files here.")
+    (tmp_path / "external" / ".gitkeep").write_text("")
+    return tmp_path / "external"
+
+
+@pytest.fixture
+def kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A kagglehub that serves three files; the handles it was asked for."""
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
+    served = tmp_path / "cache"
+    served.mkdir()
+    for name in ("fer2013.tar.gz", "icml_face_data.csv", "example_submission.csv"):
+        (served / name).write_text(f"content of {name}")
+    asked = []
+
+    def competition_download(handle: str) -> str:
+        asked.append(handle)
+        return str(served)
+
+    install(monkeypatch, competition_download)
+    return asked
+
+
+def install(monkeypatch: pytest.MonkeyPatch, competition_download: Callable[[str], str]) -> None:
+    module = types.ModuleType("kagglehub")
+    module.competition_download = competition_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kagglehub", module)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def refused(function: Callable[..., None], *arguments: object) -> str:
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    assert SECRET not in str(error.value)
+    return str(error.value)
+
+
+def test_an_empty_folder_is_filled_and_then_left_alone(folder: Path, url: str, server, kagglehub: list[str]) -> None:
+    for _ in range(2):
+        complete(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+        assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
+    assert (folder / "fer2013.tar.gz").read_text() == "content of fer2013.tar.gz"
+    assert (folder / "fer2013new.csv").read_bytes() == VOTES
+    assert kagglehub == [COMPETITION]
+    assert server.asked == ["/votes.csv"]
+
+
+def test_only_what_is_missing_is_fetched(folder: Path, url: str, server, kagglehub: list[str]) -> None:
+    (folder / "fer2013.csv").write_text("own images")
+    complete(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+    assert names(folder) == [".gitkeep", "README.md", "fer2013.csv", "fer2013new.csv"]
+    (folder / "fer2013.csv").unlink()
+    complete(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+    assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
+    assert (kagglehub, server.asked) == ([COMPETITION], ["/votes.csv"])
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "FER2013Train/label.csv", "data/x.csv"])
+def test_a_folder_with_something_else_is_left_alone(content: str, folder: Path, kagglehub: list[str]) -> None:
+    (folder / content).parent.mkdir(exist_ok=True)
+    (folder / content).write_text("")
+    before = names(folder)
+    complete(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert (names(folder), kagglehub) == (before, [])
+
+
+def test_a_path_that_is_no_folder_is_left_alone(folder: Path, kagglehub: list[str]) -> None:
+    complete(folder / "README.md", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    complete(folder / "nowhere", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert (names(folder), kagglehub) == ([".gitkeep", "README.md"], [])
+
+
+def test_no_credentials(folder: Path) -> None:
+    assert refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256) == (
+        f"{folder}: holds no data set and no Kaggle credentials are set: accept the rules at {PAGE}/rules, create an "
+        "API token at https://www.kaggle.com/settings and set KAGGLE_API_TOKEN, or put fer2013.csv or fer2013.tar.gz "
+        f"or icml_face_data.csv and fer2013new.csv into {folder} by hand"
+    )
+    assert names(folder) == [".gitkeep", "README.md"]
+
+
+def test_no_kagglehub(folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert message.startswith(
+        f"{folder}: holds no data set: `pip install kagglehub` to download it, or put fer2013.csv"
+    )
+    assert message.endswith(f"into {folder} by hand")
+
+
+class UnauthenticatedError(Exception):
+    pass
+
+
+class HTTPError(OSError):  # requests' is one too
+    def __init__(self, status: int) -> None:
+        super().__init__(f"no {status} for https://storage?signature={SECRET}")
+        self.response = types.SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "remedy"),
+    [
+        (HTTPError(403), "HTTPError 403", f"accept the competition's rules at {PAGE}/rules"),
+        (HTTPError(404), "HTTPError 404", "correct data.kaggle_competition in params.yaml"),
+        (HTTPError(401), "HTTPError 401", NEW_TOKEN),
+        (UnauthenticatedError(), "UnauthenticatedError", NEW_TOKEN),
+        (HTTPError(500), "HTTPError 500", "check the connection and run the command again"),
+        (ConnectionError(SECRET), "ConnectionError", "check the connection and run the command again"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_download_that_fails(
+    error: Exception, reason: str, remedy: str, folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def competition_download(handle: str) -> str:
+        raise error
+
+    install(monkeypatch, competition_download)
+    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert message.startswith(f"{PAGE}: the download failed ({reason}): {remedy}, or put fer2013.csv or")
+    assert names(folder) == [".gitkeep", "README.md"]
+
+
+def test_a_full_disk(folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def competition_download(handle: str) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/x")
+
+    install(monkeypatch, competition_download)
+    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert message == "cannot write /cache/x: the disk is full: free some space and run the command again"
+
+
+def test_a_copy_that_breaks_off_leaves_nothing(
+    folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copyfile(source: Path, target: Path) -> None:
+        assert target.name.startswith(".")  # hidden, so that a killed copy does not count as content
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", copyfile)
+    with pytest.raises(OSError, match="No space left"):
+        complete(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert names(folder) == [".gitkeep", "README.md"]
+
+
+def test_a_competition_without_the_images(folder: Path, kagglehub: list[str], tmp_path: Path) -> None:
+    for name in ("fer2013.tar.gz", "icml_face_data.csv"):
+        (tmp_path / "cache" / name).unlink()
+    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    assert message.startswith(
+        f"{PAGE}: holds none of fer2013.csv, fer2013.tar.gz, icml_face_data.csv: "
+        "correct data.kaggle_competition in params.yaml, or put"
+    )
+    assert names(folder) == [".gitkeep", "README.md"]
+
+
+def test_votes_of_another_sha256(folder: Path, url: str) -> None:
+    target = folder / "fer2013new.csv"
+    assert refused(fetch_votes, target, f"{url}/votes.csv", "0" * 64) == (
+        f"data.votes_url: {url}/votes.csv has sha256 {SHA256} instead of {'0' * 64}, nothing was kept: correct "
+        "data.votes_url or data.votes_sha256 or put fer2013new.csv of the microsoft/FERPlus repository at "
+        f"{target}"
+    )
+    assert names(folder) == [".gitkeep", "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("{url}/missing.csv", "HTTP Error 404: Not Found"),
+        ("{url}/cut.csv", "IncompleteRead(100 bytes read, 24900 more expected)"),
+        ("http://127.0.0.1:9/votes.csv", "<urlopen error [Errno 111] Connection refused>"),
+        ("http://[", "Invalid IPv6 URL"),
+    ],
+)
+def test_votes_that_do_not_come(page: str, reason: str, folder: Path, url: str) -> None:
+    page, target = page.format(url=url), folder / "fer2013new.csv"
+    assert refused(fetch_votes, target, page, SHA256) == (
+        f"data.votes_url: {page} cannot be fetched ({reason}): check the connection "
+        f"or put fer2013new.csv of the microsoft/FERPlus repository at {target}"
+    )
+    assert names(folder) == [".gitkeep", "README.md"]
+
+
+def test_votes_from_a_file_address(folder: Path) -> None:
+    message = refused(fetch_votes, folder / "fer2013new.csv", f"file://{folder}/README.md", SHA256)
+    assert message.startswith(f"data.votes_url: must start with https:// or http://, got 'file://{folder}/README.md'")
+
+
+@pytest.mark.parametrize(
+    ("variables", "files", "expected"),
+    [
+        ({}, [], False),
+        ({"KAGGLE_USERNAME": "me"}, [], False),
+        ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": ""}, [], False),
+        ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": SECRET}, [], True),
+        ({"KAGGLE_API_TOKEN": SECRET}, [], True),
+        ({}, [".kaggle/kaggle.json"], True),
+        ({}, [".kaggle/access_token"], True),
+        ({}, ["elsewhere/kaggle.json"], False),
+        ({"KAGGLE_CONFIG_DIR": "elsewhere"}, ["elsewhere/kaggle.json"], True),
+    ],
+)
+def test_credentials(
+    variables: dict[str, str], files: list[str], expected: bool, no_credentials: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(no_credentials)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for file in files:
+        (no_credentials / file).parent.mkdir()
+        (no_credentials / file).write_text("{}")
+    assert has_credentials() is expected

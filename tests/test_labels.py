@@ -1,0 +1,197 @@
+"""The FER+ vote rules against hand-counted images, a scalar reference and the published counts."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fer.data.labels import CLASSES, LABEL_MODES, NO_EMOTION, VOTE_COLUMNS, class_prior, label_distribution
+from fer.errors import UserError
+
+NOT = None  # dropped
+MODES = [("majority", 1), ("probability", 2), ("cross_entropy", 2), ("multi_target", 3)]  # position in HAND_COUNTED
+
+
+def share(**votes: int) -> list[float]:
+    total = sum(votes.values())
+    return [votes.get(name, 0) / total for name in CLASSES]
+
+
+HALVES = share(neutral=1, happiness=1)
+THIRDS = share(happiness=1, surprise=1, sadness=1)
+SEVEN_THREE = share(disgust=7, fear=3)
+# votes; then per mode the expected target (its largest share is the label) or NOT
+HAND_COUNTED = {
+    "no majority": (
+        [4, 0, 0, 1, 3, 2, 0, 0, 0, 0],  # 9 after the single vote is gone: 4 <= 4.5; 4 + 3 >= 6.75; 2 < 2.7
+        NOT,
+        share(neutral=4, anger=3),
+        share(neutral=4, anger=3),
+    ),
+    "majority keeps its single votes in the target": (
+        [6, 0, 1, 1, 0, 0, 0, 0, 2, 0],  # 8 left: 6 > 4; 6 >= 6 ends the search; 2 < 2.4
+        share(neutral=6, surprise=1, sadness=1),
+        share(neutral=1),
+        share(neutral=1),
+    ),
+    "half is no majority": ([5, 5, 0, 0, 0, 0, 0, 0, 0, 0], NOT, HALVES, HALVES),
+    "tie with unknown": ([5, 0, 0, 0, 0, 0, 0, 0, 5, 0], NOT, NOT, share(neutral=1)),  # 5 is not more than half of 10
+    "unknown behind an emotion": ([6, 0, 0, 0, 0, 0, 0, 0, 4, 0], share(neutral=1), share(neutral=1), share(neutral=1)),
+    "unknown ends the search": ([3, 2, 2, 0, 0, 0, 0, 0, 2, 0], NOT, share(neutral=3, happiness=2, surprise=2), NOT),
+    "unknown wins": ([0, 3, 0, 0, 0, 0, 0, 0, 7, 0], NOT, NOT, NOT),
+    "not a face": ([0, 0, 0, 0, 0, 0, 0, 0, 0, 10], NOT, NOT, NOT),
+    "three emotions": ([0, 3, 3, 3, 0, 0, 0, 0, 0, 0], NOT, THIRDS, THIRDS),
+    "four emotions": ([0, 3, 3, 3, 3, 0, 0, 0, 0, 0], NOT, NOT, NOT),
+    "exactly 30 %": ([0, 0, 0, 0, 0, 7, 3, 0, 0, 0], SEVEN_THREE, SEVEN_THREE, SEVEN_THREE),
+    "single votes only": ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], NOT, NOT, NOT),
+    "no votes": ([0] * 10, NOT, NOT, NOT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HAND_COUNTED)
+@pytest.mark.parametrize(("mode", "position"), MODES)
+def test_hand_counted(case: str, mode: str, position: int) -> None:
+    votes, expected = HAND_COUNTED[case][0], HAND_COUNTED[case][position]
+    keep, label, target = label_distribution(np.array([votes]), mode)
+    assert (keep.dtype, label.dtype, target.dtype) == (np.dtype(bool), np.dtype(np.int64), np.dtype(np.float64))
+    if expected is NOT:
+        assert (keep[0], label[0], target[0].sum()) == (False, -1, 0)
+    else:
+        assert keep[0]
+        assert label[0] == np.argmax(expected)
+        np.testing.assert_allclose(target[0], expected, rtol=1e-12)
+
+
+def reference(votes: list[int], mode: str) -> tuple[bool, int, list[float]]:
+    """The published procedure for one image, column by column."""
+    left = [vote if vote > 1 else 0 for vote in votes]
+    total = sum(left)
+    accepted = [0] * 10
+    if mode == "majority":
+        if max(left) > total / 2:
+            accepted[left.index(max(left))] = max(left)
+    elif mode == "multi_target":
+        accepted = [vote if vote >= 0.3 * total else 0 for vote in left]
+        if sum(accepted) <= total / 2:
+            accepted = [0] * 10
+    else:
+        integrated, count, going = 0, 0, True
+        while going and integrated < 0.75 * total and count < 3:
+            highest = max(left)
+            for column in range(10):
+                if left[column] != highest:
+                    continue
+                accepted[column], left[column] = highest, 0
+                integrated += highest
+                count += 1
+                if column >= 8:
+                    going = False
+                    if sum(accepted) > highest:
+                        accepted[column] = 0
+                        count -= 1
+                    break
+        if sum(accepted) <= total / 2 or count > 3:
+            accepted = [0] * 10
+    winner = accepted.index(max(accepted))
+    if not any(accepted) or winner >= 8:
+        return False, -1, [0.0] * 8
+    weights = votes[:8] if mode == "majority" else accepted[:8]
+    return True, winner, [weight / sum(weights) for weight in weights]
+
+
+def assert_equals_reference(votes: np.ndarray, mode: str) -> None:
+    keep, label, target = label_distribution(votes, mode)
+    expected = [reference(row, mode) for row in votes.tolist()]
+    assert keep.tolist() == [row[0] for row in expected]
+    assert label.tolist() == [row[1] for row in expected]
+    np.testing.assert_allclose(target, [row[2] for row in expected], rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", LABEL_MODES)
+@given(votes=arrays(np.int64, st.tuples(st.integers(1, 6), st.just(10)), elements=st.integers(0, 10)))
+def test_equals_the_scalar_reference(mode: str, votes: np.ndarray) -> None:
+    assert_equals_reference(votes, mode)
+
+
+@pytest.mark.parametrize("mode", LABEL_MODES)
+@given(seed=st.integers(0, 2**32 - 1), evenness=st.floats(0.05, 3))
+def test_equals_the_scalar_reference_on_ten_voters(mode: str, seed: int, evenness: float) -> None:
+    rng = np.random.default_rng(seed)
+    assert_equals_reference(np.stack([rng.multinomial(10, rng.dirichlet([evenness] * 10)) for _ in range(20)]), mode)
+
+
+@pytest.mark.parametrize("mode", LABEL_MODES)
+def test_votes_are_not_changed_and_may_be_empty_or_narrow(mode: str) -> None:
+    votes = np.array([[200, 3, 0, 0, 0, 0, 0, 0, 60, 0]], dtype=np.uint8)  # sums above 255
+    before = votes.copy()
+    keep, label, _ = label_distribution(votes, mode)
+    assert (keep[0], label[0]) == (True, 0)
+    np.testing.assert_array_equal(votes, before)
+    keep, label, target = label_distribution(np.zeros((0, 10), dtype=np.int64), mode)
+    assert (keep.shape, label.shape, target.shape) == ((0,), (0,), (0, 8))
+
+
+def test_a_wrong_mode_or_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown label mode 'median'; known: majority, probability"):
+        label_distribution(np.zeros((1, 10)), "median")
+    with pytest.raises(ValueError, match=r"votes must be \[N, 10\], got \[1, 8\]"):
+        label_distribution(np.zeros((1, 8)), "majority")
+
+
+def test_the_order_of_the_columns_is_the_published_one() -> None:
+    assert CLASSES == ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
+    assert VOTE_COLUMNS == CLASSES + NO_EMOTION == (*CLASSES, "unknown", "NF")
+
+
+def one_image_per_class(winner_votes: int = 8) -> tuple[np.ndarray, list[str]]:
+    votes = np.zeros((8, 10), dtype=np.int64)
+    votes[np.arange(8), np.arange(8)] = winner_votes
+    return votes, [f"image{index}" for index in range(8)]
+
+
+def test_class_prior_by_hand() -> None:
+    votes, names = one_image_per_class()
+    more = [
+        ("second neutral", [6, 2, 0, 0, 0, 0, 0, 0, 2, 0]),  # 6/8 and 2/8: unknown is not counted
+        ("second neutral", [0, 1, 8, 0, 0, 0, 0, 0, 0, 0]),  # not the first of its name
+        ("", [5, 0, 0, 0, 5, 0, 0, 0, 0, 0]),  # no name
+        ("weak", [4, 0, 0, 2, 2, 2, 0, 0, 0, 0]),  # fewer than 5 votes
+        ("tie", [5, 5, 0, 0, 0, 0, 0, 0, 0, 0]),  # the lowest column wins: neutral
+        ("unknown", [4, 0, 0, 0, 0, 0, 0, 0, 6, 0]),
+        ("not a face", [0, 0, 0, 0, 0, 0, 0, 0, 0, 10]),
+    ]
+    prior = class_prior(np.array([*votes, *(row for _, row in more)]), np.array(names + [name for name, _ in more]), 5)
+    expected = np.eye(8)
+    expected[0, :2] = (1 + 6 / 8 + 5 / 10) / 3, (0 + 2 / 8 + 5 / 10) / 3
+    np.testing.assert_allclose(prior, expected, rtol=1e-12)
+
+
+def test_class_prior_names_the_classes_without_an_image() -> None:
+    votes, names = one_image_per_class()
+    votes[[5, 7]] = 1
+    with pytest.raises(UserError) as error:
+        class_prior(votes, np.array(names), 5)
+    assert str(error.value) == (
+        "class prior: no training image is won by disgust, contempt with 5 votes or more: "
+        "lower split.prior_min_votes in params.yaml or use more training data"
+    )
+    with pytest.raises(UserError, match=r"won by neutral, happiness, .*, contempt with 1 votes"):
+        class_prior(np.zeros((0, 10), dtype=np.int64), np.array([]), 1)
+
+
+@pytest.mark.slow
+def test_real_votes(ferplus_folder) -> None:
+    table = pd.read_csv(ferplus_folder / "fer2013new.csv", keep_default_na=False)
+    votes = table[list(VOTE_COLUMNS)].to_numpy()
+    for mode in LABEL_MODES:
+        assert_equals_reference(votes, mode)
+    keep, _, _ = label_distribution(votes, "majority")
+    assert table["Usage"][keep].value_counts().to_dict() == {"Training": 25060, "PublicTest": 3199, "PrivateTest": 3153}
+
+    training = (table["Usage"] == "Training").to_numpy()
+    prior = class_prior(votes[training], table["Image name"].to_numpy()[training], 5)
+    published = [0.777334, 0.03261, 0.017447, 0.114091, 0.026224, 0.007145, 0.004379, 0.020772]
+    np.testing.assert_allclose(prior[0], published, atol=5e-7, rtol=0)
+    np.testing.assert_allclose(prior.sum(axis=1), 1, rtol=1e-12)

@@ -1,0 +1,158 @@
+"""Every loss against arithmetic done by hand on three classes, its gradient, and its behaviour at the extremes."""
+
+import math
+
+import pytest
+import torch
+from conftest import small_run
+from torch import Tensor
+
+from fer.losses import LOSSES, build_loss
+
+A, G = 0.8, 2.0
+# softmax(log q) = q for shares q that sum to 1: logits whose probabilities are known without a computer
+P = [[0.5, 0.3, 0.2], [0.1, 0.7, 0.2]]
+LOGITS = torch.log(torch.tensor(P, dtype=torch.float64)) + torch.tensor([[3.0], [-5.0]])  # a shift changes nothing
+LABELS = torch.tensor([0, 2])
+VOTES = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.1, 0.9]], dtype=torch.float64)
+PRIOR = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]], dtype=torch.float64)
+
+# -log p of the labels: p = .5 of class 0, p = .2 of class 2
+BY_HAND = {
+    "cross_entropy": (-math.log(0.5) - math.log(0.2)) / 2,
+    # target of label 0: .8 + .2/3 there, .2/3 on the others
+    "label_smoothing": (
+        -((0.8 + 0.2 / 3) * math.log(0.5) + 0.2 / 3 * math.log(0.3) + 0.2 / 3 * math.log(0.2))
+        - (0.2 / 3 * math.log(0.1) + 0.2 / 3 * math.log(0.7) + (0.8 + 0.2 / 3) * math.log(0.2))
+    )
+    / 2,
+    "focal": (-((1 - 0.5) ** 2) * math.log(0.5) - (1 - 0.2) ** 2 * math.log(0.2)) / 2,
+    # target of label 0: .8 (1, 0, 0) + .2 (.7, .2, .1); of label 2: .8 (0, 0, 1) + .2 (.3, .1, .6)
+    "pdls": (
+        -(0.94 * math.log(0.5) + 0.04 * math.log(0.3) + 0.02 * math.log(0.2))
+        - (0.06 * math.log(0.1) + 0.02 * math.log(0.7) + 0.92 * math.log(0.2))
+    )
+    / 2,
+    # the same, each class with its own factor (1 - p_j)^2
+    "focal_pdls": (
+        -(0.94 * 0.5**2 * math.log(0.5) + 0.04 * 0.7**2 * math.log(0.3) + 0.02 * 0.8**2 * math.log(0.2))
+        - (0.06 * 0.9**2 * math.log(0.1) + 0.02 * 0.3**2 * math.log(0.7) + 0.92 * 0.8**2 * math.log(0.2))
+    )
+    / 2,
+    "vote_cross_entropy": (-(0.6 * math.log(0.5) + 0.4 * math.log(0.3)) - (0.1 * math.log(0.7) + 0.9 * math.log(0.2)))
+    / 2,
+    # image 1: votes on classes 0, 1: max(.5, .3, .001 * .2) = .5; image 2: on 1, 2: max(.001 * .1, .7, .2) = .7
+    "multi_target": (-math.log(0.5) - math.log(0.7)) / 2,
+}
+
+WITH_GAMMA = [(name, gamma) for name in LOSSES for gamma in ((0.5, 1.0, 2.0) if "focal" in name else (2.0,))]
+
+
+def value(
+    name: str, logits: Tensor = LOGITS, labels: Tensor = LABELS, votes: Tensor = VOTES, prior: Tensor = PRIOR,
+    alpha: float = A, gamma: float = G,
+) -> Tensor:  # fmt: skip
+    return build_loss(small_run(loss=name, loss_alpha=alpha, loss_gamma=gamma), prior)(logits, labels, votes)
+
+
+def test_every_loss_but_the_random_one_is_checked_by_hand() -> None:
+    assert set(BY_HAND) == set(LOSSES) - {"vote_sampling"}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_value_by_hand(name: str) -> None:
+    assert float(value(name)) == pytest.approx(BY_HAND[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_an_fp32_loss(name: str, kind: torch.dtype) -> None:
+    logits = LOGITS.to(kind)
+    found = value(name, logits, LABELS, VOTES.float(), PRIOR.float())
+    assert found.dtype == torch.float32
+    # what is lost is the rounding of the logits alone
+    assert float(found) == pytest.approx(float(value(name, logits.double())), rel=1e-5)
+
+
+def test_a_prediction_on_an_emotion_without_votes_costs_a_thousandth() -> None:
+    logits = torch.log(torch.tensor([[0.0004, 0.0006, 0.999]], dtype=torch.float64))
+    found = value("multi_target", logits, torch.tensor([0]), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
+    # max(1 * .0004, .001 * .0006, .001 * .999) = .000999
+    assert float(found) == pytest.approx(-math.log(0.000999), rel=1e-7)  # its weights are fp32
+
+
+def test_sampling_from_votes_is_the_vote_cross_entropy_on_average() -> None:
+    torch.manual_seed(0)
+    times = 20_000
+    many = value("vote_sampling", LOGITS.repeat(times, 1), LABELS.repeat(times), VOTES.repeat(times, 1))
+    # the standard deviation of one draw is below 0.7: five standard errors of 40,000 draws are 0.0175
+    assert float(many) == pytest.approx(BY_HAND["vote_cross_entropy"], abs=0.0175)
+
+
+def test_sampling_draws_anew_and_only_what_has_votes() -> None:
+    torch.manual_seed(0)
+    found = {round(float(value("vote_sampling", LOGITS[:1], LABELS[:1], VOTES[:1])), 6) for _ in range(60)}
+    assert found == {round(-math.log(0.5), 6), round(-math.log(0.3), 6)}
+
+
+@pytest.mark.parametrize(
+    ("one", "settings", "other"),
+    [
+        ("focal", {"gamma": 0.0}, "cross_entropy"),
+        ("focal_pdls", {"gamma": 0.0}, "pdls"),
+        ("focal_pdls", {"alpha": 1.0}, "focal"),
+        ("pdls", {"alpha": 1.0}, "cross_entropy"),
+        ("label_smoothing", {"alpha": 1.0}, "cross_entropy"),
+        ("pdls", {"prior": torch.full((3, 3), 1 / 3, dtype=torch.float64)}, "label_smoothing"),
+        ("pdls", {"alpha": 0.0, "prior": torch.eye(3, dtype=torch.float64)}, "cross_entropy"),
+    ],
+)
+def test_special_cases_agree(one: str, settings: dict, other: str) -> None:
+    assert float(value(one, **settings)) == pytest.approx(float(value(other)), rel=1e-12)
+
+
+def test_label_smoothing_is_that_of_torch() -> None:
+    theirs = torch.nn.functional.cross_entropy(LOGITS, LABELS, label_smoothing=1 - A)
+    assert float(value("label_smoothing")) == pytest.approx(float(theirs), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_mean_over_the_batch(name: str) -> None:
+    # without chance: each image has the votes of one emotion only
+    votes = torch.eye(3, dtype=torch.float64)[LABELS] if name == "vote_sampling" else VOTES
+    singles = [float(value(name, LOGITS[i : i + 1], LABELS[i : i + 1], votes[i : i + 1])) for i in range(2)]
+    assert float(value(name, votes=votes)) == pytest.approx(sum(singles) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)
+def test_gradient_is_that_of_finite_differences(name: str, gamma: float) -> None:
+    votes = torch.eye(3, dtype=torch.float64)[LABELS] if name == "vote_sampling" else VOTES
+    logits = LOGITS.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: value(name, x, votes=votes, gamma=gamma), (logits,))
+
+
+@pytest.mark.parametrize("size", [1e4, 100.0, 17.0])  # 17: p rounds to 1 in fp32
+@pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)
+def test_extreme_logits_have_a_finite_loss_and_gradient(name: str, gamma: float, size: float) -> None:
+    signs = torch.tensor([[1.0, -1, -1], [-1, 1, 1], [0, 0, -1], [-1, -1, -1]])
+    logits = (size * signs).requires_grad_()
+    labels = torch.tensor([0, 0, 2, 1])
+    votes = torch.tensor([[1.0, 0, 0], [0.5, 0, 0.5], [0, 0, 1.0], [0.2, 0.3, 0.5]])
+    found = value(name, logits, labels, votes, PRIOR.float(), gamma=gamma)
+    found.backward()
+    assert torch.isfinite(found)
+    assert found >= 0
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_down_the_gradient_lowers_the_loss(name: str) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(8) % 3
+    votes = torch.eye(3, dtype=torch.float64)[labels]
+    before = value(name, logits, labels, votes)
+    (slope,) = torch.autograd.grad(before, logits)
+    assert slope.abs().max() > 1e-3
+    assert value(name, logits - 0.1 * slope, labels, votes) < before

@@ -1,0 +1,130 @@
+"""The drawn faces: the same bytes every time, every class everywhere, voters like the published ones, learnable."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fer.data.labels import CLASSES, LABEL_MODES, VOTE_COLUMNS, class_prior, label_distribution
+from fer.data.sample import CONFUSION, EXPRESSIONS, FEATURES, FREQUENCIES, draw_face, write_sample
+from fer.data.sources import Source, read_ferplus
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, 1200, 400, 400, 1111)
+    return read_ferplus(folder, "auto")
+
+
+def votes_of(source: Source) -> np.ndarray:
+    return source.table[list(VOTE_COLUMNS)].to_numpy()
+
+
+def test_the_tables_fit_the_classes() -> None:
+    assert tuple(EXPRESSIONS) == CLASSES
+    assert {len(changes) for changes in EXPRESSIONS.values()} == {len(FEATURES)}
+    assert len(FREQUENCIES) == len(CONFUSION) == len(CLASSES)
+    assert sum(FREQUENCIES) == pytest.approx(1)
+    np.testing.assert_allclose(np.sum(CONFUSION, axis=1), 1, atol=0.005)
+
+
+def test_size_and_usage(sample: Source) -> None:
+    assert sample.images.shape == (2000, 48, 48)
+    assert sample.table["usage"].value_counts().to_dict() == {"train": 1200, "val": 400, "test": 400}
+    assert sample.table["name"].is_unique
+    assert set(votes_of(sample).sum(axis=1)) == {10}
+
+
+def test_equal_seeds_make_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
+    digests = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        write_sample(tmp_path / name, 80, 40, 40, seed)
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["fer2013.csv", "fer2013new.csv"]
+        digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((tmp_path / name).iterdir())])
+    assert digests[0] == digests[1]
+    assert digests[0][0] != digests[2][0]
+    assert digests[0][1] != digests[2][1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mode", LABEL_MODES)
+def test_the_smallest_sample_has_every_class_in_every_split(seed: int, mode: str, tmp_path: Path) -> None:
+    write_sample(tmp_path, 80, 40, 40, seed)
+    source = read_ferplus(tmp_path, "auto")
+    votes = votes_of(source)
+    keep, label, _ = label_distribution(votes, mode)
+    for usage in ("train", "val", "test"):
+        clear = keep & (source.table["usage"] == usage).to_numpy() & (votes.max(axis=1) >= 6)
+        assert (np.bincount(label[clear], minlength=8) >= 2).all()
+    training = source.table[source.table["usage"] == "train"]
+    class_prior(training[list(VOTE_COLUMNS)].to_numpy(), training["name"].to_numpy(), 5)  # raises for an empty class
+
+
+def test_classes_are_imbalanced_and_voters_disagree_like_ferplus(sample: Source) -> None:
+    votes = votes_of(sample)
+    keep, label, _ = label_distribution(votes, "majority")
+    counts = np.bincount(label[keep], minlength=8) / keep.sum()
+    np.testing.assert_allclose(counts, FREQUENCIES, atol=0.04)
+    assert 0.93 < keep.mean() < 1
+    assert 0 < votes[:, 8:].sum() / votes.sum() < 0.05
+    prior = class_prior(votes, sample.table["name"].to_numpy(), 5)
+    np.testing.assert_allclose(prior[:5], CONFUSION[:5], atol=0.06)
+
+
+def test_copies_across_and_inside_the_splits(sample: Source) -> None:
+    usage = sample.table["usage"].to_numpy()
+    digests = np.array([hashlib.sha1(image.tobytes()).hexdigest() for image in sample.images])
+    training = digests[usage == "train"]
+    assert np.isin(digests[usage == "val"], training).sum() == 4
+    assert np.isin(digests[usage == "test"], training).sum() == 4
+    assert 8 <= len(training) - len(set(training)) <= 12
+
+
+def test_faces_of_one_expression_differ() -> None:
+    rng = np.random.default_rng(0)
+    for expression in CLASSES:
+        faces = np.stack([draw_face(rng, expression) for _ in range(20)]).astype(float)
+        assert faces.shape == (20, 48, 48)
+        assert (faces.std(axis=(1, 2)) > 5).all()  # none is blank
+        assert np.abs(faces[:10] - faces[10:]).mean(axis=(1, 2)).min() > 5
+
+
+def test_drawing_is_quick() -> None:
+    rng = np.random.default_rng(0)
+    start = time.process_time()
+    for index in range(200):
+        draw_face(rng, CLASSES[index % 8])
+    assert (time.process_time() - start) / 200 < 2.5e-3  # 3,200 images in 8 s
+
+
+def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
+    """Eight passes over 1,200 images: far above the largest class, below perfect."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    keep, label, _ = label_distribution(votes_of(sample), "majority")
+    usage = sample.table["usage"].to_numpy()
+    pixels = torch.tensor(sample.images[:, None] / 128.0 - 1, dtype=torch.float32)
+    labels = torch.tensor(label)
+    train, val = (torch.tensor(np.flatnonzero(keep & (usage == split))) for split in ("train", "val"))
+    layers = [
+        layer
+        for narrow, wide in ((1, 16), (16, 32), (32, 64))
+        for layer in (torch.nn.Conv2d(narrow, wide, 3, 2, 1), torch.nn.BatchNorm2d(wide), torch.nn.ReLU())
+    ]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 36, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(8):
+        for batch in train[torch.randperm(len(train))].split(32):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(pixels[batch]), labels[batch]).backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(pixels[val]).argmax(1) == labels[val]).float().mean().item()
+    largest = np.bincount(label[keep & (usage == "val")]).max() / len(val)
+    assert largest < 0.4
+    assert 0.6 < accuracy < 0.97

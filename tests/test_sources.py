@@ -1,0 +1,521 @@
+"""Reading FER+ in every form a user has it, every mistake a user can make there, and the published counts."""
+
+import csv
+import io
+import itertools
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fer.data.labels import CLASSES, VOTE_COLUMNS, label_distribution
+from fer.data.sources import FOLDERS, Source, find_ferplus, read_ferplus
+from fer.errors import UserError
+
+USAGES = ["Training", "Training", "PublicTest", "PublicTest", "PrivateTest", "PrivateTest"]
+SPLITS = ["train", "train", "val", "val", "test", "test"]
+NAMES = ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"]
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 48, 48), dtype=np.uint8)
+VOTES = np.arange(60).reshape(6, 10)
+LABEL_CSV_VOTES = VOTES + 100  # a panel of its own, to tell the two label sources apart
+
+
+def images_csv(header: str = "emotion,pixels,Usage", usages: list[str] = USAGES, images: np.ndarray = IMAGES) -> str:
+    rows = [f"3,{' '.join(map(str, image.ravel()))},{usage}" for image, usage in zip(images, usages)]
+    return "\n".join([header, *rows]) + "\n"
+
+
+def votes_csv(usages: list[str] = USAGES, names: list[str] = NAMES, votes: np.ndarray = VOTES) -> str:
+    rows = [",".join([usage, name, *map(str, row)]) for usage, name, row in zip(usages, names, votes)]
+    return "\n".join([f"Usage,Image name,{','.join(VOTE_COLUMNS)}", *rows]) + "\n"
+
+
+def tar_gz(content: str, member: str = "fer2013/fer2013.csv") -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, data in (("fer2013/README", b"hello"), (member, content.encode())):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def zipped(members: dict[str, bytes | str], packing: int = zipfile.ZIP_DEFLATED) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", packing) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def put(root: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def kaggle_files(root: Path) -> Path:
+    return put(root, {"fer2013.csv": images_csv(), "fer2013new.csv": votes_csv()})
+
+
+def official_folders(root: Path) -> Path:
+    for first, folder in enumerate(FOLDERS):
+        (root / folder).mkdir(parents=True)
+        with (root / folder / "label.csv").open("w", newline="") as file:
+            for row in (2 * first, 2 * first + 1):
+                Image.fromarray(IMAGES[row]).save(root / folder / NAMES[row])
+                csv.writer(file).writerow([NAMES[row], "(0, 0, 48, 48)", *LABEL_CSV_VOTES[row]])
+    return put(root, {"fer2013new.csv": votes_csv()})
+
+
+def assert_is_the_small_set(source: Source, votes: np.ndarray = VOTES) -> None:
+    np.testing.assert_array_equal(source.images, IMAGES)
+    assert source.images.dtype == np.uint8
+    assert source.table.columns.tolist() == ["name", "usage", "subject", *VOTE_COLUMNS]
+    assert source.table.index.tolist() == list(range(6))
+    assert source.table["name"].tolist() == NAMES
+    assert source.table["usage"].tolist() == SPLITS
+    assert source.table["subject"].tolist() == [""] * 6
+    np.testing.assert_array_equal(source.table[list(VOTE_COLUMNS)].to_numpy(dtype=np.int64), votes)
+
+
+BLANKS = "emotion, Usage, pixels"  # the header of icml_face_data.csv
+
+
+def icml_csv() -> str:
+    rows = [f"3,{usage},{' '.join(map(str, image.ravel()))}" for image, usage in zip(IMAGES, USAGES)]
+    return "\n".join([BLANKS, *rows]) + "\n"
+
+
+FORMS: dict[str, dict[str, bytes | str]] = {
+    "fer2013.csv": {"fer2013.csv": images_csv(), "fer2013new.csv": votes_csv()},
+    "icml_face_data.csv": {"icml_face_data.csv": icml_csv(), "fer2013new.csv": votes_csv()},
+    "fer2013.tar.gz": {"fer2013.tar.gz": tar_gz(images_csv()), "fer2013new.csv": votes_csv()},
+    "kaggle.zip/fer2013.csv": {"kaggle.zip": zipped({"x/fer2013.csv": images_csv(), "fer2013new.csv": votes_csv()})},
+    "a.zip/icml_face_data.csv": {"a.zip": zipped({"icml_face_data.csv": icml_csv()}), "fer2013new.csv": votes_csv()},
+    "a.zip/fer2013.tar.gz": {
+        "a.zip": zipped({"train.csv": "", "fer2013.tar.gz": tar_gz(images_csv()), "icml_face_data.csv": "bad"}),
+        "fer2013new.csv": votes_csv(),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("given_as", ["folder", "file", "parent folder"])
+def test_kaggle_forms(form: str, given_as: str, tmp_path: Path) -> None:
+    put(tmp_path / "fer", FORMS[form])
+    paths = {"folder": tmp_path / "fer", "file": tmp_path / "fer" / form.split("/")[0], "parent folder": tmp_path}
+    source = read_ferplus(paths[given_as], "auto")
+    assert source.facts == {"dataset": "ferplus", "form": form, "label_source": "fer2013new"}
+    assert_is_the_small_set(source)
+
+
+def test_windows_line_ends_a_byte_order_mark_quotes_and_another_order_change_nothing(tmp_path: Path) -> None:
+    rows = [f'"{" ".join(map(str, image.ravel()))}","{usage}"' for image, usage in zip(IMAGES, USAGES)]
+    images = "\r\n".join(["\ufeffpixels,Usage", *rows, "", ""])
+    votes = "\ufeff" + votes_csv().replace("\n", "\r\n") + "\r\n"
+    assert_is_the_small_set(read_ferplus(put(tmp_path, {"fer2013.csv": images, "fer2013new.csv": votes}), "auto"))
+
+
+def test_votes_may_lie_beside_the_folder_of_the_images(tmp_path: Path) -> None:
+    """As it is when fer2013.tar.gz was unpacked by hand."""
+    put(tmp_path, {"fer2013/fer2013.csv": images_csv(), "fer2013new.csv": votes_csv()})
+    assert_is_the_small_set(read_ferplus(tmp_path, "auto"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "used", "votes"),
+    [
+        ("auto", "label_csv", LABEL_CSV_VOTES),
+        ("label_csv", "label_csv", LABEL_CSV_VOTES),
+        ("fer2013new", "fer2013new", VOTES),
+    ],
+)
+def test_folders(asked: str, used: str, votes: np.ndarray, tmp_path: Path) -> None:
+    source = read_ferplus(official_folders(tmp_path), asked)
+    assert source.facts == {"dataset": "ferplus", "form": "folders", "label_source": used}
+    assert_is_the_small_set(source, votes)
+
+
+def test_unnamed_rows_stay_with_kaggle_and_have_no_picture_in_the_folders(tmp_path: Path) -> None:
+    """So do names that are listed twice: a row each."""
+    usages, names = [*USAGES, "Training", "Training"], [*NAMES, "", "a.png"]
+    votes = np.concatenate([VOTES, [[0] * 9 + [10]], [[7] * 10]])
+    images = np.concatenate([IMAGES, np.zeros((1, 48, 48), np.uint8), IMAGES[:1]])
+    files = {"fer2013.csv": images_csv(usages=usages, images=images), "fer2013new.csv": votes_csv(usages, names, votes)}
+    kaggle = read_ferplus(put(tmp_path / "kaggle", files), "auto")
+    assert kaggle.table["name"].tolist() == [*NAMES, "", "a.png"]
+    np.testing.assert_array_equal(kaggle.images, images)
+
+    official_folders(tmp_path / "folders")
+    folders = read_ferplus(put(tmp_path / "folders", {"fer2013new.csv": files["fer2013new.csv"]}), "fer2013new")
+    assert folders.table["name"].tolist() == [*NAMES, "a.png"]
+    assert folders.table["NF"].tolist() == [*VOTES[:, 9], 7]
+    np.testing.assert_array_equal(folders.images[6], IMAGES[0])
+
+
+def test_colour_and_palette_pictures_are_read_as_grey(tmp_path: Path) -> None:
+    official_folders(tmp_path)
+    for name, mode in (("a.png", "RGB"), ("b.png", "P")):
+        file = tmp_path / "FER2013Train" / name
+        Image.open(file).convert(mode).save(file)
+    assert_is_the_small_set(read_ferplus(tmp_path, "fer2013new"))
+
+
+def test_what_is_not_ferplus_is_not_found(tmp_path: Path) -> None:
+    assert find_ferplus(tmp_path / "nowhere") is None
+    put(tmp_path, {"README.md": "x", "other.zip": zipped({"a.txt": "x"}), "sub/notes.txt": "x", "fer2013new.csv": "x"})
+    assert find_ferplus(tmp_path) is None
+    assert find_ferplus(tmp_path / "README.md") is None
+
+
+def test_an_unknown_label_source_is_a_fault_of_the_code(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown label source 'both'; known: auto, label_csv, fer2013new"):
+        read_ferplus(tmp_path, "both")
+
+
+def edit(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
+    return lambda root: (root / file).write_text(change((root / file).read_text())) and None
+
+
+def replace(file: str, old: str, new: str, count: int = 1) -> Callable[[Path], None]:
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new, count)
+
+    return edit(file, change)
+
+
+def write(file: str, content: bytes | str) -> Callable[[Path], None]:
+    return lambda root: put(root, {file: content}) and None
+
+
+def remove(*files: str) -> Callable[[Path], None]:
+    return lambda root: [(root / file).unlink() for file in files] and None
+
+
+def set_line(file: str, number: int, line: str) -> Callable[[Path], None]:
+    def change(text: str) -> str:
+        lines = text.splitlines()
+        lines[number - 1 : number] = [line] if line else []
+        return "\n".join(lines) + "\n"
+
+    return edit(file, change)
+
+
+def only(content: dict[str, bytes | str]) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        remove("fer2013.csv")(root)
+        put(root, content)
+
+    return change
+
+
+def picture(save: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda root: save(root / "FER2013Valid" / "d.png")
+
+
+PIXELS = " ".join(map(str, IMAGES[1].ravel()))
+AGAIN = "the file is cut or edited; download it again"
+HALF_TAR = tar_gz(images_csv())[:9000]
+DAMAGED_ZIP = zipped({"fer2013.csv": images_csv()}, zipfile.ZIP_STORED).replace(b"emotion,", b"emotioN,")
+ROWS = images_csv().splitlines(keepends=True)
+
+KAGGLE_MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing there": (
+        remove("fer2013.csv", "fer2013new.csv"),
+        "{root}: holds nothing of FER+: looked for the folders FER2013Train, FER2013Valid, FER2013Test, for "
+        "fer2013.csv, fer2013.tar.gz, icml_face_data.csv, and for a .zip with one of these files: "
+        "put one of them with fer2013new.csv there or correct data.path",
+    ),
+    "no votes": (
+        remove("fer2013new.csv"),
+        "{root}/fer2013new.csv: not found: download it from the microsoft/FERPlus repository to this place",
+    ),
+    "file cut between rows": (
+        edit("fer2013.csv", lambda text: "".join(ROWS[:5])),
+        "{root}/fer2013.csv: ends after 4 rows but {root}/fer2013new.csv has 6: the file is cut; download it again",
+    ),
+    "file cut in a row": (
+        edit("fer2013.csv", lambda text: "".join(ROWS[:6]) + ROWS[6][:5000]),
+        "{root}/fer2013.csv line 7: has 2 columns instead of 3: " + AGAIN,
+    ),
+    "file cut in the last word": (
+        edit("fer2013.csv", lambda text: text[:-5]),
+        "{root}/fer2013.csv line 7: unknown Usage 'Private': must be Training, PublicTest, PrivateTest",
+    ),
+    "empty file": (
+        write("fer2013.csv", ""),
+        "{root}/fer2013.csv line 1: lacks the columns pixels, Usage: "
+        "use fer2013.csv or icml_face_data.csv as Kaggle ships it",
+    ),
+    "no header": (
+        set_line("fer2013.csv", 1, ""),
+        "{root}/fer2013.csv line 1: lacks the columns pixels, Usage: "
+        "use fer2013.csv or icml_face_data.csv as Kaggle ships it",
+    ),
+    "a pixel too few": (
+        set_line("fer2013.csv", 3, f"0,{PIXELS.rsplit(' ', 1)[0]},Training"),
+        "{root}/fer2013.csv line 3: has 2303 pixels instead of 2304: " + AGAIN,
+    ),
+    "no pixels": (
+        set_line("fer2013.csv", 3, "0,,Training"),
+        "{root}/fer2013.csv line 3: has 0 pixels instead of 2304: " + AGAIN,
+    ),
+    "a pixel that is no number": (
+        set_line("fer2013.csv", 3, f"0,{PIXELS}x,Training"),
+        "{root}/fer2013.csv line 3: pixels must be whole numbers divided by blanks: download the file again",
+    ),
+    "a broken pixel": (
+        set_line("fer2013.csv", 3, f"0,1.5 {PIXELS},Training"),
+        "{root}/fer2013.csv line 3: pixels must be whole numbers divided by blanks: download the file again",
+    ),
+    "a pixel above 255": (
+        set_line("fer2013.csv", 3, f"0,256 {PIXELS.split(' ', 1)[1]},Training"),
+        "{root}/fer2013.csv line 3: a pixel is outside 0..255: download the file again",
+    ),
+    "a pixel below 0": (
+        set_line("fer2013.csv", 3, f"0,-1 {PIXELS.split(' ', 1)[1]},Training"),
+        "{root}/fer2013.csv line 3: a pixel is outside 0..255: download the file again",
+    ),
+    "more images than votes": (
+        set_line("fer2013new.csv", 7, ""),
+        "{root}/fer2013.csv line 7: has no partner, {root}/fer2013new.csv ends after 5 rows: "
+        "use two files that belong together",
+    ),
+    "another order": (
+        lambda root: put(root, {"fer2013.csv": images_csv(usages=USAGES[::-1])}) and None,
+        "{root}/fer2013.csv line 2: Usage is PrivateTest but Training in the same row of {root}/fer2013new.csv: "
+        "rows pair by position, so both files must be in their published order",
+    ),
+    "unknown usage": (
+        replace("fer2013.csv", "PublicTest", "Public"),
+        "{root}/fer2013.csv line 4: unknown Usage 'Public': must be Training, PublicTest, PrivateTest",
+    ),
+    "unknown usage of votes": (
+        replace("fer2013new.csv", "PublicTest", "Public"),
+        "{root}/fer2013new.csv line 4: unknown Usage 'Public': must be Training, PublicTest, PrivateTest",
+    ),
+    "votes without a header": (
+        set_line("fer2013new.csv", 1, ""),
+        "{root}/fer2013new.csv line 1: lacks the columns Usage, Image name, neutral, happiness, surprise, sadness, "
+        "anger, disgust, fear, contempt, unknown, NF: download fer2013new.csv again",
+    ),
+    "votes lack a column": (
+        edit("fer2013new.csv", lambda text: "\n".join(line.rsplit(",", 1)[0] for line in text.splitlines())),
+        "{root}/fer2013new.csv line 1: lacks the columns NF: download fer2013new.csv again",
+    ),
+    "votes cut in a row": (
+        edit("fer2013new.csv", lambda text: text[:-10]),
+        "{root}/fer2013new.csv line 7: has 9 columns instead of 12: " + AGAIN,
+    ),
+    "votes that are no number": (
+        replace("fer2013new.csv", "c.png,20", "c.png,many"),
+        "{root}/fer2013new.csv line 4: neutral has 'many' votes: must be a whole number, 0 or more",
+    ),
+    "negative votes": (
+        replace("fer2013new.csv", ",29\n", ",-1\n"),
+        "{root}/fer2013new.csv line 4: NF has '-1' votes: must be a whole number, 0 or more",
+    ),
+    "no votes in a cell": (
+        replace("fer2013new.csv", "c.png,20", "c.png,"),
+        "{root}/fer2013new.csv line 4: neutral has '' votes: must be a whole number, 0 or more",
+    ),
+    "a split without images": (
+        lambda root: put(root, {"fer2013.csv": "".join(ROWS[:5]), "fer2013new.csv": votes_csv(USAGES[:4])}) and None,
+        "{root}/fer2013.csv: holds no image of PrivateTest: training, validation and test images are all needed",
+    ),
+    "a cut tar.gz": (
+        only({"fer2013.tar.gz": HALF_TAR}),
+        "{root}/fer2013.tar.gz: is cut or damaged (unexpected end of data): download it again",
+    ),
+    "a tar.gz that is none": (
+        only({"fer2013.tar.gz": b"<html>sign in</html>"}),
+        "{root}/fer2013.tar.gz: is cut or damaged (not a gzip file): download it again",
+    ),
+    "a tar.gz without the csv": (
+        only({"fer2013.tar.gz": tar_gz("x", "fer2013/other.csv")}),
+        "{root}/fer2013.tar.gz: holds neither fer2013.csv nor icml_face_data.csv: download fer2013.tar.gz again",
+    ),
+    "a zip that is none": (
+        only({"kaggle.zip": b"<html>sign in</html>"}),
+        "{root}/kaggle.zip: is cut or damaged (File is not a zip file): download it again",
+    ),
+    "a damaged zip": (
+        only({"kaggle.zip": DAMAGED_ZIP}),
+        "{root}/kaggle.zip: is cut or damaged (Bad CRC-32 for file 'fer2013.csv'): download it again",
+    ),
+}  # fmt: skip
+
+SECOND_LINE = 'b.png,"(0, 0, 48, 48)",' + ",".join(["1"] * 10)
+FOLDER_MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no label.csv": (
+        remove("FER2013Valid/label.csv"),
+        "{root}/FER2013Valid/label.csv: not found: restore it from microsoft/FERPlus, "
+        "or set data.label_source to fer2013new",
+    ),
+    "empty label.csv": (
+        write("FER2013Valid/label.csv", ""),
+        "{root}: holds no image of PublicTest: training, validation and test images are all needed",
+    ),
+    "label.csv lacks a column": (
+        set_line("FER2013Train/label.csv", 2, SECOND_LINE[:-2]),
+        "{root}/FER2013Train/label.csv line 2: has 11 columns instead of 12: " + AGAIN,
+    ),
+    "label.csv with a header": (
+        edit("FER2013Train/label.csv", lambda text: ",".join(["name", "box", *VOTE_COLUMNS]) + "\n" + text),
+        "{root}/FER2013Train/label.csv line 1: the box is box instead of (0, 0, 48, 48): "
+        "crop and resize the picture to the face",
+    ),
+    "votes that are no number": (
+        set_line("FER2013Train/label.csv", 2, SECOND_LINE[:-1] + "1.5"),
+        "{root}/FER2013Train/label.csv line 2: NF has '1.5' votes: must be a whole number, 0 or more",
+    ),
+    "negative votes": (
+        set_line("FER2013Train/label.csv", 2, SECOND_LINE[:-1] + "-2"),
+        "{root}/FER2013Train/label.csv line 2: NF has '-2' votes: must be a whole number, 0 or more",
+    ),
+    "two lines that differ": (
+        edit("FER2013Train/label.csv", lambda text: text + SECOND_LINE + "\n"),
+        "{root}/FER2013Train/label.csv line 3: b.png has other votes than in line 2: "
+        "keep the right one of the two lines",
+    ),
+    "a name that leaves the folder": (
+        set_line("FER2013Train/label.csv", 2, "../" + SECOND_LINE),
+        "{root}/FER2013Train/label.csv line 2: '../b.png' must be a plain file name: remove its folder part",
+    ),
+    "not csv": (
+        set_line("FER2013Train/label.csv", 2, '"' + "x" * 200_000),
+        "{root}/FER2013Train/label.csv line 2: is not valid CSV (field larger than field limit (131072)): "
+        "download it again",
+    ),
+    "a missing picture": (
+        remove("FER2013Valid/d.png"),
+        "{root}/FER2013Valid/d.png: not found, but label.csv names it: restore the picture",
+    ),
+    "a picture that is none": (
+        write("FER2013Valid/d.png", "<html>"),
+        "{root}/FER2013Valid/d.png: is not a readable PNG picture: replace it by the original",
+    ),
+    "a cut picture": (
+        lambda root: put(root, {"FER2013Valid/d.png": (root / "FER2013Valid/d.png").read_bytes()[:500]}) and None,
+        "{root}/FER2013Valid/d.png: is not a readable PNG picture: replace it by the original",
+    ),
+    "a picture of another size": (
+        picture(lambda file: Image.new("L", (96, 48)).save(file)),
+        "{root}/FER2013Valid/d.png: is 96x48 pixels instead of 48x48: replace it by the original",
+    ),
+    "a picture of 16 bits": (
+        picture(lambda file: Image.new("I;16", (48, 48)).save(file)),
+        "{root}/FER2013Valid/d.png: has 16 bits a pixel instead of 8: replace it by the original",
+    ),
+}  # fmt: skip
+
+
+def assert_refused(path: Path, label_source: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_ferplus(path, label_source)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("mistake", KAGGLE_MISTAKES)
+def test_mistakes_with_kaggle_rows(mistake: str, tmp_path: Path) -> None:
+    make, message = KAGGLE_MISTAKES[mistake]
+    make(kaggle_files(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(tmp_path, "auto", message.replace("{root}", str(tmp_path)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("mistake", FOLDER_MISTAKES)
+def test_mistakes_with_folders(mistake: str, tmp_path: Path) -> None:
+    make, message = FOLDER_MISTAKES[mistake]
+    make(official_folders(tmp_path))
+    assert_refused(tmp_path, "auto", message.replace("{root}", str(tmp_path)))
+
+
+def test_mistakes_with_the_path_and_the_label_source(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "no", "auto", f"{tmp_path}/no: not found: correct data.path in params.yaml")
+    kaggle = kaggle_files(tmp_path / "kaggle")
+    remedy = "has no label.csv, which only the folder layout has: set data.label_source to fer2013new"
+    assert_refused(kaggle, "label_csv", f"{kaggle}/fer2013.csv: {remedy}")
+    folders = official_folders(tmp_path / "folders")
+    (folders / "FER2013Train" / "b.png").unlink()
+    missing = f"{folders}/FER2013Train/b.png: not found, but fer2013new.csv names it: restore the picture"
+    assert_refused(folders, "fer2013new", missing)
+    replace("fer2013new.csv", "b.png", "../b.png")(folders)
+    name = f"{folders}/fer2013new.csv: '../b.png' must be a plain file name: remove its folder part"
+    assert_refused(folders, "fer2013new", name)
+    (folders / "fer2013new.csv").unlink()
+    votes = f"{folders}/fer2013new.csv: not found: download it from the microsoft/FERPlus repository to this place"
+    assert_refused(folders, "fer2013new", votes)
+    put(tmp_path, {"empty.zip": zipped({"a.txt": "x"}), "fer2013new.csv": votes_csv()})
+    files = "fer2013.csv, fer2013.tar.gz, icml_face_data.csv"
+    empty = f"{tmp_path}/empty.zip: holds none of {files}: download the competition's files again"
+    assert_refused(tmp_path / "empty.zip", "auto", empty)
+
+
+PER_CLASS = {  # label.csv, majority
+    "train": [8733, 7284, 3136, 3022, 2098, 116, 536, 120],
+    "val": [1180, 862, 411, 348, 289, 25, 60, 16],
+    "test": [1083, 892, 394, 382, 269, 16, 86, 15],
+}
+
+
+def majority_counts(source: Source) -> dict[str, list[int]]:
+    keep, label, _ = label_distribution(source.table[list(VOTE_COLUMNS)].to_numpy(), "majority")
+    usage = source.table["usage"].to_numpy()
+    return {split: np.bincount(label[keep & (usage == split)], minlength=len(CLASSES)).tolist() for split in PER_CLASS}
+
+
+@pytest.mark.slow
+def test_real_folders(ferplus_folder: Path) -> None:
+    own = read_ferplus(ferplus_folder, "auto")
+    assert own.images.shape == (35_710, 48, 48)
+    assert majority_counts(own) == PER_CLASS
+    by_row = read_ferplus(ferplus_folder, "fer2013new")
+    assert by_row.images.shape == (35_714, 48, 48)  # four names twice
+    assert [sum(counts) for counts in majority_counts(by_row).values()] == [25_060, 3_199, 3_153]
+
+
+@pytest.mark.slow
+def test_real_kaggle_rows(ferplus_folder: Path, tmp_path: Path) -> None:
+    """fer2013.csv made from the real pictures; rows without a name (not a face) are blank."""
+    folders = read_ferplus(ferplus_folder, "fer2013new")
+    votes = pd.read_csv(ferplus_folder / "fer2013new.csv", keep_default_na=False)
+    decimals = [str(value) for value in range(256)]
+    pictures = iter(folders.images)
+    with (tmp_path / "fer2013.csv").open("w") as file:
+        file.write("emotion,pixels,Usage\n")
+        for usage, name in zip(votes["Usage"], votes["Image name"]):
+            image = next(pictures) if name else np.zeros((48, 48), np.uint8)
+            file.write(f"0,{' '.join([decimals[value] for value in image.ravel().tolist()])},{usage}\n")
+    (tmp_path / "fer2013new.csv").write_bytes((ferplus_folder / "fer2013new.csv").read_bytes())
+    source = read_ferplus(tmp_path, "auto")
+    assert len(source.images) == 35_887
+    named = (source.table["name"] != "").to_numpy()
+    np.testing.assert_array_equal(source.images[named], folders.images)
+    assert majority_counts(source) == majority_counts(folders)
+    assert sum(majority_counts(source)["train"]) == 25_060
+
+
+def test_no_damaged_byte_of_a_picture_ends_in_a_traceback(tmp_path: Path) -> None:
+    official_folders(tmp_path)
+    file = tmp_path / "FER2013Valid" / "d.png"
+    whole = file.read_bytes()
+    messages = []
+    positions = [*range(70), *range(70, len(whole), 97), *range(len(whole) - 20, len(whole))]
+    for position, flip in itertools.product(positions, (0x01, 0x5A)):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :])
+        try:
+            read_ferplus(tmp_path, "auto")
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(f"{file}: ") for message in messages)

@@ -1,0 +1,369 @@
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fer.data.charts import contact_sheet
+from fer.data.labels import CLASSES, VOTE_COLUMNS
+from fer.data.sources import read_ferplus
+from fer.data.split import COLUMNS, Splits, count_classes, duplicates, make_splits
+from fer.errors import UserError
+from pipelines.params import Params, load
+from pipelines.stages.split import split
+
+ROOT = Path(__file__).resolve().parents[1]
+AGAIN = "run `dvc repro --force --single-item download` to make it again"
+LABELS = "data/raw/labels.csv"
+
+
+def votes(**counts: int) -> dict[str, int]:
+    return dict.fromkeys(VOTE_COLUMNS, 0) | counts
+
+
+def row(usage: str, picture: str, name: str | None = None, **counts: int) -> dict:
+    """One line of labels.csv: `picture` stands for the pixels."""
+    return {
+        "name": picture if name is None else name,
+        "usage": usage,
+        "subject": "",
+        **votes(**counts),
+        "sha1": picture,
+    }
+
+
+def table(*rows: dict) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    frame.insert(0, "row", range(len(frame)))
+    return frame
+
+
+def one_of_each(usage: str, prefix: str = "") -> list[dict]:
+    return [row(usage, f"{prefix or usage}-{name}", **{name: 10}) for name in CLASSES]
+
+
+def small_set(*more: dict) -> pd.DataFrame:
+    """Eight clear images in each split, then `more`."""
+    return table(*(line for usage in ("train", "val", "test") for line in one_of_each(usage)), *more)
+
+
+def majority(rows: pd.DataFrame, drop: bool = False) -> Splits:
+    return make_splits(rows, "majority", drop, 5)
+
+
+def marked(splits: Splits, name: str) -> dict[str, str]:
+    part = splits.tables[name]
+    return dict(part.loc[part["duplicate_of"] != "", ["name", "duplicate_of"]].to_numpy().tolist())
+
+
+def test_rows_point_into_the_array_and_carry_label_and_target() -> None:
+    splits = majority(small_set(row("train", "x", fear=6, sadness=3, unknown=1), row("train", "y", fear=5, sadness=5)))
+    assert list(splits.tables) == ["train", "val", "test"]
+    train = splits.tables["train"]
+    assert tuple(train.columns) == COLUMNS
+    assert train["row"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 24]  # y has no majority
+    assert splits.tables["val"]["row"].tolist() == list(range(8, 16))
+    last = train.iloc[-1]
+    assert last["label"] == CLASSES.index("fear")
+    assert (last["fear"], last["sadness"]) == (6 / 9, 3 / 9)
+    assert count_classes(train) == dict.fromkeys(CLASSES, 1) | {"fear": 2}
+
+
+def test_label_mode_is_for_train_only() -> None:
+    unclear = {"fear": 5, "sadness": 5}
+    splits = make_splits(
+        small_set(*(row(usage, usage, **unclear) for usage in ("train", "val"))), "probability", False, 5
+    )
+    assert len(splits.tables["train"]) == 9
+    assert len(splits.tables["val"]) == 8
+
+
+def test_duplicates_are_marked_with_the_training_image() -> None:
+    splits = majority(
+        small_set(
+            row("train", "copy", name="second", fear=9),
+            row("train", "copy", name="third", fear=9),
+            row("train", "copy", name="", fear=9),
+            row("train", "unclear", fear=5, sadness=5),
+            row("val", "copy", name="v", fear=9),
+            row("test", "copy", name="t", anger=9),
+            row("test", "unclear", fear=9),  # its twin is not in the train split: no leak
+            row("val", "val-anger", name="twin in val", anger=9),  # not a matter of train
+        )
+    )
+    assert marked(splits, "train") == {"third": "second", "": "second"}
+    assert marked(splits, "val") == {"v": "second"}
+    assert marked(splits, "test") == {"t": "second"}
+    assert duplicates(splits.tables) == {"val_in_train": 1, "test_in_train": 1, "within_train": 2}
+    assert splits.dropped == 0
+
+
+def test_a_nameless_training_image_is_named_by_its_row() -> None:
+    splits = majority(small_set(row("train", "copy", name="", fear=9), row("test", "copy", name="t", fear=9)))
+    assert marked(splits, "test") == {"t": "24"}
+
+
+def test_drop_leaked_train_takes_them_out_of_train_and_prior_alone() -> None:
+    extra = [
+        row("train", "in val", fear=9, sadness=1),
+        row("train", "in val", name="again", fear=9, sadness=1),
+        row("train", "in dropped test", fear=9),
+        row("val", "in val", fear=9),
+        row("test", "in dropped test", fear=5, sadness=5),
+    ]
+    kept, dropped = majority(small_set(*extra)), majority(small_set(*extra), drop=True)
+    assert kept.dropped == 0
+    assert dropped.dropped == 2
+    assert len(kept.tables["train"]) - len(dropped.tables["train"]) == 2
+    assert "in dropped test" in dropped.tables["train"]["name"].tolist()
+    assert duplicates(dropped.tables) == {"val_in_train": 0, "test_in_train": 0, "within_train": 0}
+    for name in ("val", "test"):
+        same = ["row", "name", "label"]
+        pd.testing.assert_frame_equal(kept.tables[name][same], dropped.tables[name][same])
+    fear, sadness = CLASSES.index("fear"), CLASSES.index("sadness")
+    assert kept.class_prior[fear, sadness] > 0
+    assert dropped.class_prior[fear, sadness] == 0
+
+
+def test_class_without_a_training_image_is_named() -> None:
+    rows = small_set()
+    rows.loc[rows["name"].isin(["train-disgust", "train-contempt"]), "usage"] = "test"
+    with pytest.raises(UserError) as caught:
+        majority(rows)
+    assert str(caught.value) == (
+        "no training image of class disgust, contempt (split.label_mode majority): add images of it to the train part"
+        " of data.path or choose another split.label_mode"
+    )
+
+
+@pytest.mark.parametrize("empty", ["train", "val", "test"])
+def test_empty_split_is_named(empty: str) -> None:
+    rows = small_set()
+    rows.loc[rows["usage"] == empty, list(VOTE_COLUMNS)] = 0
+    with pytest.raises(UserError) as caught:
+        majority(rows)
+    assert str(caught.value) == (
+        f"split {empty} is empty: no image of it in data/raw/labels.csv has a usable label;"
+        f" add images to the {empty} part of data.path"
+    )
+
+
+@pytest.fixture
+def stage_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """data/raw and data/upscaled of 25 images in the working folder; a name and a subject look like other types."""
+    monkeypatch.chdir(tmp_path)
+    rows = small_set(row("test", "train-fear", name="NA", fear=9))
+    rows.loc[0, "subject"] = "007"
+    for folder in ("raw", "upscaled"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (len(rows), 6, 6), dtype=np.uint8)
+    np.save("data/upscaled/images.npy", images)
+    rows.to_csv(LABELS, index=False)
+    facts = {"dataset": "sample", "form": "folders", "label_source": "label_csv"}
+    Path("data/raw/source.json").write_text(json.dumps(facts))
+    return rows
+
+
+def params(*overrides: str) -> Params:
+    return load(ROOT / "params.yaml", overrides)
+
+
+def test_stage_writes_splits_summary_and_plots(stage_input: pd.DataFrame) -> None:
+    split(params())
+    files = sorted(str(path.relative_to("data/splits")) for path in Path("data/splits").rglob("*") if path.is_file())
+    assert files == [
+        "plots/class_balance.csv",
+        "plots/class_balance.png",
+        "plots/contact_sheet.png",
+        "summary.json",
+        "test.csv",
+        "train.csv",
+        "val.csv",
+    ]
+    lines = Path("data/splits/test.csv").read_text().splitlines()
+    assert lines[0] == (
+        "row,name,label,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,subject,duplicate_of"
+    )
+    assert lines[-1] == "24,NA,6,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,,train-fear"
+    assert Path("data/splits/train.csv").read_text().splitlines()[1].endswith(",007,")
+
+
+def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
+    split(params())
+    text = Path("data/splits/summary.json").read_text()
+    summary = json.loads(text)
+    assert text == json.dumps(summary, indent=2, sort_keys=True) + "\n"
+    digest = hashlib.sha256(Path("data/upscaled/images.npy").read_bytes()).hexdigest()
+    ones = dict.fromkeys(CLASSES, 1)
+    assert summary == {
+        "dataset": "sample",
+        "label_source": "label_csv",
+        "label_mode": "majority",
+        "classes": list(CLASSES),
+        "counts": {"train": ones, "val": ones, "test": ones | {"fear": 2}},
+        "totals": {"train": 8, "val": 8, "test": 9},
+        "raw_rows": {"train": 8, "val": 8, "test": 9},
+        "class_prior": np.eye(8).tolist(),
+        "prior_min_votes": 5,
+        "duplicates": {"val_in_train": 0, "test_in_train": 1, "within_train": 0},
+        "dropped_leaked_train": 0,
+        "image_shape": [6, 6],
+        "images_sha256": digest,
+    }
+
+
+def test_stage_is_deterministic(stage_input: pd.DataFrame) -> None:
+    split(params())
+    first = {path: path.read_bytes() for path in Path("data/splits").rglob("*") if path.is_file()}
+    split(params())
+    assert first == {path: path.read_bytes() for path in Path("data/splits").rglob("*") if path.is_file()}
+
+
+def test_class_balance_is_a_table_and_bars_of_that_length(stage_input: pd.DataFrame) -> None:
+    split(params())
+    balance = pd.read_csv("data/splits/plots/class_balance.csv")
+    assert balance.columns.tolist() == ["split", "class", "images"]
+    assert len(balance) == 24
+    assert balance["images"].sum() == 25
+    blue = (np.asarray(Image.open("data/splits/plots/class_balance.png")) == (70, 120, 180)).all(axis=2)
+    widths = blue.sum(axis=1)
+    assert widths.max() == 181 * 3  # fear: the longest bar in all three panels
+    assert np.unique(widths[widths > 0]).tolist() == [181 + 181 + 91, 181 * 3]  # the others: half as long in test
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 6, 3)])
+def test_contact_sheet_shows_training_images(stage_input: pd.DataFrame, shape: tuple) -> None:
+    images = np.zeros((len(stage_input), *shape), np.uint8)
+    images[CLASSES.index("anger")] = 200
+    np.save("data/upscaled/images.npy", images)
+    split(params())
+    sheet = np.asarray(Image.open("data/splits/plots/contact_sheet.png"))
+    faces = sheet[:, -16 - 4 - 72 : -16 - 4]  # right of the class names
+    assert (faces == 200).all(axis=2).sum() == 72 * 72
+    assert (faces == 0).all(axis=2).sum() == 7 * 72 * 72
+
+
+def test_contact_sheet_has_a_row_per_class_and_a_column_per_image() -> None:
+    values = {"fear": [10, 20, 30], "anger": [40]}
+    faces = {name: np.stack([np.full((6, 6), value, np.uint8) for value in row]) for name, row in values.items()}
+    sheet = np.asarray(contact_sheet(faces, side=8))
+    top, left, step = 16, 16 + 110, 8 + 4
+    for line, row in enumerate(values.values()):
+        for column, value in enumerate(row):
+            cell = sheet[top + step * line :, left + step * column :][:8, :8]
+            assert (cell == value).all()
+
+
+def test_real_faces_are_never_drawn(stage_input: pd.DataFrame) -> None:
+    source = Path("data/raw/source.json")
+    source.write_text(source.read_text().replace("sample", "ferplus"))
+    split(params())
+    assert sorted(path.name for path in Path("data/splits/plots").iterdir()) == [
+        "class_balance.csv",
+        "class_balance.png",
+    ]
+
+
+def edit_labels(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    change(pd.read_csv(LABELS, dtype=str, keep_default_na=False)).to_csv(LABELS, index=False)
+
+
+LABEL_FAULTS = {
+    "missing": (
+        lambda: Path(LABELS).unlink(),
+        "not found; run `dvc repro download` to make it or `dvc pull` to fetch it",
+    ),
+    "empty": (lambda: Path(LABELS).write_text(""), f"not a table of votes (No columns to parse from file); {AGAIN}"),
+    "column": (
+        lambda: edit_labels(lambda rows: rows.drop(columns=["sha1", "NF"])),
+        f"column sha1, NF is missing; {AGAIN}",
+    ),
+    "fewer": (
+        lambda: edit_labels(lambda rows: rows[:-1]),
+        f"its 24 rows do not match the 25 images, one row each; {AGAIN}",
+    ),
+    "order": (
+        lambda: edit_labels(lambda rows: rows[::-1]),
+        f"its 25 rows do not match the 25 images, one row each; {AGAIN}",
+    ),
+    "usage": (
+        lambda: edit_labels(lambda rows: rows.replace("val", "valid")),
+        f"usage 'valid' is none of train, val, test; {AGAIN}",
+    ),
+    "negative": (lambda: edit_labels(lambda rows: rows.assign(fear="-1")), f"holds negative votes; {AGAIN}"),
+}
+
+
+@pytest.mark.parametrize("fault", LABEL_FAULTS)
+def test_stage_refuses_a_bad_table(stage_input: pd.DataFrame, fault: str) -> None:
+    damage, message = LABEL_FAULTS[fault]
+    damage()
+    with pytest.raises(UserError) as caught:
+        split(params())
+    assert str(caught.value) == f"{LABELS}: {message}"
+    assert not Path("data/splits").exists()
+
+
+@pytest.mark.parametrize("votes_text", ["many", "", "1.5"])
+def test_stage_refuses_votes_that_are_no_whole_numbers(stage_input: pd.DataFrame, votes_text: str) -> None:
+    edit_labels(lambda rows: rows.assign(fear=votes_text))
+    with pytest.raises(UserError) as caught:
+        split(params())
+    assert str(caught.value).startswith(f"{LABELS}: not a table of votes (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "not found; run `dvc repro download` to make it or `dvc pull` to fetch it"),
+        ("{", f"not valid JSON; {AGAIN}"),
+        ('{"dataset": "sample"}', f"dataset or label_source is missing; {AGAIN}"),
+    ],
+)
+def test_stage_refuses_a_bad_source(stage_input: pd.DataFrame, text: str | None, message: str) -> None:
+    path = Path("data/raw/source.json")
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        split(params())
+    assert str(caught.value) == f"data/raw/source.json: {message}"
+
+
+# The real data set: numbers of the official trainer's label.csv and of the published class prior.
+
+COUNTS = {
+    "train": [8733, 7284, 3136, 3022, 2098, 116, 536, 120],
+    "val": [1180, 862, 411, 348, 289, 25, 60, 16],
+    "test": [1083, 892, 394, 382, 269, 16, 86, 15],
+}
+PUBLISHED_PRIOR_NEUTRAL = [0.777334, 0.03261, 0.017447, 0.114091, 0.026224, 0.007145, 0.004379, 0.020772]
+
+
+def real_rows(folder: Path, label_source: str) -> pd.DataFrame:
+    source = read_ferplus(folder, label_source)
+    digests = [hashlib.sha1(image.tobytes()).hexdigest() for image in source.images]
+    return source.table.assign(row=range(len(source.table)), sha1=digests)
+
+
+@pytest.mark.slow
+def test_ferplus_counts_and_duplicates(ferplus_folder: Path) -> None:
+    rows = real_rows(ferplus_folder, "label_csv")
+    splits = majority(rows)
+    assert {name: list(count_classes(part).values()) for name, part in splits.tables.items()} == COUNTS
+    assert duplicates(splits.tables) == {"val_in_train": 231, "test_in_train": 232, "within_train": 985}
+    dropped = majority(rows, drop=True)
+    assert duplicates(dropped.tables) == {"val_in_train": 0, "test_in_train": 0, "within_train": 871}
+    assert dropped.dropped == 25045 - len(dropped.tables["train"]) == 549
+
+
+@pytest.mark.slow
+def test_ferplus_prior_is_the_published_one(ferplus_folder: Path) -> None:
+    splits = majority(real_rows(ferplus_folder, "fer2013new"))
+    np.testing.assert_allclose(splits.class_prior[0], PUBLISHED_PRIOR_NEUTRAL, atol=5e-7)
+    np.testing.assert_allclose(splits.class_prior.sum(axis=1), 1)
