@@ -37,20 +37,16 @@ def train(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Train models at the same time, evaluate them, record them in MLflow and register the best."""
-    from fer.data.dataset import open_data
+    # the bars and the table say it better; Prefect's UI has the whole log
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow
-    from pipelines.guard import mark_children
     from pipelines.params import load
-    from pipelines.tracking import Tracker
 
-    params = load(overrides=overrides)
-    runs = flow.plan(params, names or [], open_data())
+    runs, tracker = flow.prepare(load(overrides=overrides), names or [])
     folders = [folder for _, folder in runs.values()]
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
     if all(tracker.recorded(folder) for folder in folders):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
-        mark_children()
         with _Bars(folders):
             state = flow.train(list(runs), overrides, return_state=True)
         failed = _failures(state)

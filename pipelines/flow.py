@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fer.config import RunConfig, nearest, run_id
-from fer.data.dataset import DataSet, open_data
+from fer.data.dataset import open_data
 from fer.errors import UserError
 from pipelines import launch, report
 from pipelines.guard import guarded, mark_children
@@ -22,14 +22,27 @@ from pipelines.tracking import Tracker
 DATA, RUNS = Path("data"), Path("data/runs")
 
 
-def plan(params: Params, names: list[str], data: DataSet) -> dict[str, tuple[RunConfig, Path]]:
-    """name -> run and its folder, for the named models or all. Raises UserError for a name that params.yaml lacks."""
+Runs = dict[str, tuple[RunConfig, Path]]  # name -> run and its folder
+
+
+def prepare(params: Params, names: list[str]) -> tuple[Runs, Tracker]:
+    """The runs of the named models (all without a name), checked against data, tracking server and machine.
+
+    Raises UserError for whatever stands in the way, before any run starts. May be called again at no cost.
+    """
     unknown = [name for name in names if name not in params.models]
     if unknown:
         lines = [f"models.{name}: no such model in params.yaml{nearest(name, list(params.models))}" for name in unknown]
         raise UserError("\n".join(lines))
+    data = open_data(DATA)
     chosen = {name: params.models[name] for name in (names or params.models)}
-    return {name: (run, RUNS / run_id(name, run, data.hash)) for name, run in chosen.items()}
+    runs = {name: (run, RUNS / run_id(name, run, data.hash)) for name, run in chosen.items()}
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    if any(not (folder / "summary.json").exists() for _, folder in runs.values()):
+        mark_children()
+        launch.start_ray()
+        launch.check_resources({name: run for name, (run, _) in runs.items()})
+    return runs, tracker
 
 
 @task(task_run_name="train-{name}", cache_policy=NO_CACHE, persist_result=False)
@@ -48,12 +61,8 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     """Train the named models of params.yaml (all without a name) with `--set` overrides, compare and register them."""
     mark_children()
     params = load(overrides=overrides or [])
-    runs = plan(params, models or [], open_data(DATA))
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    runs, tracker = prepare(params, models or [])
     tracker.close_abandoned()
-    if any(not (folder / "summary.json").exists() for _, folder in runs.values()):
-        launch.start_ray()
-        launch.check_resources({name: run for name, (run, _) in runs.items()})
     with guarded(tracker.uri, tracker.name):
         failed = _train_all(runs, tracker, params)
     done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
@@ -67,7 +76,7 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     return Completed(message=f"{len(done)} runs finished", data=failed)
 
 
-def _train_all(runs: dict[str, tuple[RunConfig, Path]], tracker: Tracker, params: Params) -> dict[str, BaseException]:
+def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:
     """Submit every run at once and wait; name -> error of those that failed."""
     step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
     with ExitStack() as stack:

@@ -122,6 +122,9 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
     runs = {}
     alone: list[str] = []
     _section(RunConfig, {**train, "model": "", "options": {}}, "train", alone)
+    # keys that do not fit together may yet be set apart by every model; a wrong value is wrong though all override it
+    found += [line for line in alone if not line.startswith("train: ")]
+    found += _name_faults({"loss": train.get("loss")}, None, "train")
     for name, own in models.items():
         prefix = f"models.{name}"
         if not isinstance(name, str) or not NAME.fullmatch(name):

@@ -13,7 +13,8 @@ from fer.models import MODELS
 from pipelines.params import SECTIONS, Sample, check, load, merge
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMS = ROOT / "params.yaml"
+SHIPPED = ROOT / "params.yaml"
+PARAMS = ROOT / "tests" / "golden" / "params.yaml"
 
 
 def mistakes(*overrides: str) -> list[str]:
@@ -25,12 +26,16 @@ def mistakes(*overrides: str) -> list[str]:
 
 
 def test_shipped_file_loads_and_models_override_train() -> None:
-    params = load(PARAMS)
-    assert list(params.models) == ["vit_tiny", "swin_tiny", "vgg13_small", "vgg13_ferplus"]
-    published = params.models["vgg13_ferplus"]
-    assert (published.batch_size, published.optimizer, published.augment.rotation) == (32, "sgd", 20)
-    assert published.eval_batch_size == 256  # of train
-    assert params.models["vit_tiny"].lr == 1e-3  # 1e-3 is a number in YAML 1.2
+    train, models = _plain(SHIPPED)["train"], load(SHIPPED).models
+    assert {run.model for run in models.values()} == set(MODELS)
+    published = models["vgg13_ferplus"]
+    assert (published.batch_size, published.optimizer, published.epochs) == (32, "sgd", 100)
+    assert published.loss_gamma == train["loss_gamma"]  # not its own
+
+
+def test_a_power_of_ten_is_a_number() -> None:
+    assert "lr: 1e-3" in PARAMS.read_text()
+    assert load(PARAMS).models["vit_tiny"].lr == 1e-3
 
 
 TYPES_AND_RANGES = {
@@ -302,10 +307,21 @@ def test_every_key_is_read_by_some_code(name: str) -> None:
 def test_every_key_stands_in_the_shipped_file(name: str) -> None:
     kind = RunConfig if name == "train" else SECTIONS[name]
     wanted = set(kind.model_fields) - ({"model", "options"} if name == "train" else set())
-    assert set(_plain()[name]) == wanted
+    assert set(_plain(SHIPPED)[name]) == wanted
 
 
-def _plain() -> dict:
+def _plain(path: Path = PARAMS) -> dict:
     from ruamel.yaml import YAML
 
-    return YAML(typ="safe", pure=True).load(PARAMS.read_text())
+    return YAML(typ="safe", pure=True).load(path.read_text())
+
+
+def test_a_wrong_value_in_train_is_found_although_every_model_overrides_it() -> None:
+    tree = _plain(PARAMS)
+    for model in tree["models"].values():
+        model |= {"lr": 1e-3, "loss": "cross_entropy"}
+    tree["train"] |= {"lr": "fast", "loss": "fokal"}
+    with pytest.raises(UserError) as caught:
+        check(tree)
+    assert "train.lr: should be a valid number, got 'fast'" in str(caught.value)
+    assert "train.loss: unknown loss 'fokal', did you mean 'focal'?" in str(caught.value)

@@ -1,0 +1,275 @@
+"""The flow on a local Ray: runs beside each other, failures and retries, dead workers, and the command line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_data
+
+pytestmark = pytest.mark.slow
+
+BIN = Path(sys.executable).parent
+# two runs of well under a second an epoch on the 16x16 data of conftest
+SMALL = [
+    "models.vgg13_small.image_size=16",
+    "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
+    "models.vgg13_small.epochs=3",
+    "models.vgg13_small.batch_size=16",
+    "models.vit_tiny.image_size=16",
+    "models.vit_tiny.options.patch_size=4",
+    "models.vit_tiny.options.hidden_size=16",
+    "models.vit_tiny.options.depth=1",
+    "models.vit_tiny.epochs=3",
+    "models.vit_tiny.batch_size=16",
+    "models.vit_tiny.warmup_epochs=0",
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    make_data(tmp_path / "data")
+    return tmp_path
+
+
+def fer(project: Path, *words: str, small: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*words, small=small), cwd=project, env=env(**environment), capture_output=True, text=True, timeout=280
+    )
+
+
+def command(*words: str, small: bool = True) -> list[str]:
+    settings = [word for setting in SMALL for word in ("--set", setting)] if small else []
+    return [str(BIN / "fer"), words[0], *settings, *words[1:]]
+
+
+def env(**changes: str) -> dict[str, str]:
+    without = ("PREFECT_", "MLFLOW_", "RAY_", "OMP_", "FER_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(without)}
+    return {**clean, "OMP_NUM_THREADS": "1", **changes}
+
+
+def summaries(project: Path) -> dict[str, dict]:
+    found = (json.loads(path.read_text()) for path in (project / "data/runs").glob("*/summary.json"))
+    return {summary["name"]: summary for summary in found}
+
+
+def mlflow_runs(project: Path) -> dict[str, str]:
+    """run id -> status, read from the store itself."""
+    code = """
+import json, mlflow
+runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+steps = lambda run: [p.step for p in mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")]
+print(json.dumps([[run.info.run_name, run.info.status, steps(run)] for run in runs]))
+"""
+    uri = f"sqlite:///{project}/mlflow.db"
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env(MLFLOW_TRACKING_URI=uri), capture_output=True, text=True, check=True
+    )
+    rows = json.loads(out.stdout.splitlines()[-1])
+    assert len({name for name, _, _ in rows}) == len(rows), "one MLflow run per run id"
+    for name, status, steps in rows:
+        assert len(set(steps)) == len(steps), f"{name} has doubled steps {steps}"
+        assert status != "FINISHED" or steps == [1, 2, 3]
+    return {name: status for name, status, _ in rows}
+
+
+def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project: Path):
+    first = fer(project, "train", "vgg13_small", "vit_tiny")
+    assert first.returncode == 0, first.stderr
+    assert sorted(summaries(project)) == ["vgg13_small", "vit_tiny"]
+    assert set(mlflow_runs(project).values()) == {"FINISHED"}
+    best = max(summary["val"]["accuracy"] for summary in summaries(project).values())
+    assert "models:/fer-bars@champion: version" in first.stdout
+    assert f"val {100 * best:.2f} %" in first.stdout.split("@champion")[1]
+    before = {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")}
+
+    started = time.monotonic()
+    second = fer(project, "train", "vgg13_small", "vit_tiny")
+    assert second.returncode == 0
+    assert "Nothing to do: 2 run(s)" in second.stdout
+    assert time.monotonic() - started < 30
+    assert {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")} == before
+
+    shown = fer(project, "evaluate", "vit_tiny", small=False)
+    assert "Test, class by class" in shown.stdout
+    compared = fer(project, "compare", small=False)
+    assert all(summary["run_id"] in compared.stdout for summary in summaries(project).values())
+
+
+def test_two_workers_train_one_run(project: Path):
+    done = fer(project, "train", "vgg13_small", "--set", "train.resources.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert summaries(project)["vgg13_small"]["epochs"] == 3
+    assert set(mlflow_runs(project).values()) == {"FINISHED"}
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def epochs_done(project: Path) -> int:
+    files = list((project / "data/runs").glob("*/metrics.jsonl"))
+    return len(files[0].read_text().splitlines()) if files else 0
+
+
+def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never_cut(project: Path, tmp_path: Path):
+    long = ["--set", "models.vgg13_small.epochs=60"]
+    killed = subprocess.Popen(
+        command("train", "vgg13_small", *long),
+        cwd=project, env=env(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: epochs_done(project) >= 5)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (folder,) = (project / "data/runs").iterdir()
+    wait_for(lambda: not _workers(project))
+    cut = epochs_done(project)
+    assert 5 <= cut < 60
+    assert not (folder / "summary.json").exists()
+    wait_for(lambda: _status(project) == "FAILED", 60)
+
+    resumed = fer(project, "train", "vgg13_small", *long)
+    assert resumed.returncode == 0, resumed.stderr
+    assert list((project / "data/runs").iterdir()) == [folder]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 61))
+    assert _status(project) == "FINISHED"
+
+    other = tmp_path / "uncut"
+    shutil.copytree(project / "data/upscaled", other / "data/upscaled")
+    shutil.copytree(project / "data/splits", other / "data/splits")
+    shutil.copy(ROOT / "params.yaml", other)
+    assert fer(other, "train", "vgg13_small", *long).returncode == 0
+    (uncut,) = (other / "data/runs").iterdir()
+    for name in ("best/model.safetensors", "last/model.safetensors"):
+        assert (folder / name).read_bytes() == (uncut / name).read_bytes()
+
+
+def _status(project: Path) -> str:
+    import sqlite3
+
+    with sqlite3.connect(project / "mlflow.db") as store:
+        ((status,),) = store.execute("select status from runs").fetchall()
+    store.close()
+    return status
+
+
+def _workers(project: Path) -> list[int]:
+    """Processes that have the project's images mapped: the workers that train on them."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{project}/data/upscaled/images.npy" in (entry / "maps").read_text():
+                found.append(int(entry.name))
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+    return found
+
+
+def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path):
+    long = ["--set", "models.vgg13_small.epochs=60"]
+    running = subprocess.Popen(
+        command("train", "vgg13_small", *long),
+        cwd=project, env=env(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: epochs_done(project) >= 5)
+    for pid in _workers(project):
+        if pid != running.pid:
+            os.kill(pid, signal.SIGKILL)
+    output, _ = running.communicate(timeout=200)
+    assert running.returncode == 0, output
+    (folder,) = (project / "data/runs").iterdir()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 61))
+    assert _status(project) == "FINISHED"
+
+
+def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_it_is_the_users(project: Path):
+    done = fer(project, "train", "vgg13_small", "vit_tiny", "--set", "models.vit_tiny.lr=1e30", small=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: vit_tiny-s1111-")
+    assert "loss is nan in epoch" in line or "loss is inf in epoch" in line
+    assert "e+29" in line  # the learning rate, a little way down its cosine
+    assert "Traceback" not in done.stderr
+    assert list(summaries(project)) == ["vgg13_small"]
+    statuses = {name.split("-")[0]: status for name, status in mlflow_runs(project).items()}
+    assert statuses == {"vgg13_small": "FINISHED", "vit_tiny": "FAILED"}
+
+
+def test_an_error_of_the_machine_is_retried(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from prefect.testing.utilities import prefect_test_harness
+
+    monkeypatch.chdir(project)
+    from pipelines import flow, launch
+
+    tries = []
+
+    def fail_once(name: str, *rest: object) -> None:
+        tries.append(name)
+        if len(tries) == 1:
+            raise RuntimeError("the GPU fell off the bus")
+        real(name, *rest)
+
+    real = launch.launch
+    monkeypatch.setattr(launch, "launch", fail_once)
+    with prefect_test_harness(server_startup_timeout=120):
+        state = flow.train(["vgg13_small"], SMALL, return_state=True)
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            artifacts = client.read_artifacts()
+    assert state.is_completed(), state.message
+    assert tries == ["vgg13_small", "vgg13_small"]
+    (table,) = [artifact for artifact in artifacts if artifact.key == "results"]
+    assert json.loads(table.data)[0]["run"] == summaries(project)["vgg13_small"]["run_id"]
+    launch.ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["train", "nope"], {}, "models.nope: no such model in params.yaml; known: "),
+        (["train", "vit_tny"], {}, "models.vit_tny: no such model in params.yaml, did you mean 'vit_tiny'?"),
+        (["train", "--set", "train.lrr=1"], {}, "params.yaml: train.lrr: unknown key, did you mean 'lr'?"),
+        (["train", "--set", "train.lr=fast"], {}, "params.yaml: train.lr: should be a valid number, got 'fast'"),
+        (["train", "--set", "train.loss=fokal"], {}, "train.loss: unknown loss 'fokal', did you mean 'focal'?"),
+        (["train", "--set", "models.vit_tiny.model=vitt"], {}, "models.vit_tiny.model: unknown model 'vitt', did you"),
+        (["train", "vgg13_small", "--set", "models.vgg13_small.resources.workers=64"], {},
+         "models.vgg13_small.resources: 64 worker(s) need 64 CPUs, there are "),
+        (["train", "vgg13_small", "--set", "train.resources.device=cuda"], {}, "cuda, but no GPU is there; set it to"),
+        (["train"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "tracking.uri: no server answers at http://127.0.0.1:9"),
+        (["evaluate", "nope"], {}, "nope: no such run in data/runs; runs: none yet"),
+        (["compare"], {}, "data/runs: no finished run; train one with `fer train`"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_status_2_and_leaves_nothing(project, words, environment, message):
+    done = fer(project, *words, small=False, **environment)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (project / "data/runs").exists()
+
+
+def test_missing_data_and_params_name_the_remedy(tmp_path: Path):
+    done = fer(tmp_path, "train", small=False)
+    assert (done.returncode, done.stderr) == (
+        2, "error: params.yaml: not found; run the command in the project's root folder\n"
+    )  # fmt: skip
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    done = fer(tmp_path, "train", small=False)
+    assert (done.returncode, done.stderr) == (
+        2, "error: data/splits/summary.json: not found; make the data with `dvc repro`\n"
+    )  # fmt: skip
