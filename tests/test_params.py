@@ -146,11 +146,6 @@ def test_a_fault_of_train_names_the_models_that_make_it_their_own() -> None:
     ]
 
 
-def test_a_fault_of_train_that_every_model_overrides_is_none() -> None:
-    own = [f"models.{name}.epochs=5" for name in load(PARAMS).models]
-    assert {run.epochs for run in load(PARAMS, ["train.epochs=0", *own]).models.values()} == {5}
-
-
 def test_missing_keys_are_named_at_both_levels() -> None:
     assert mistakes("super_resolution={method: bicubic}", "models.vit_tiny={}") == [
         "super_resolution.scale: missing",
