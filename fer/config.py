@@ -50,7 +50,7 @@ class RunConfig(Section):
     eval_batch_size: Positive  # per worker; changes no number
     image_size: Positive  # pixels, side of the square that the model sees
     channels: Literal[1, 3]  # of the model's input; grey images are repeated, colour ones averaged
-    pixel_mean: list[float]  # per channel, in [0, 1]
+    pixel_mean: list[Fraction]  # per channel, in [0, 1]
     pixel_std: list[Annotated[float, Field(gt=0)]]
     loss: str  # row of fer.losses.LOSSES
     loss_alpha: Fraction  # weight of the true label in label_smoothing, pdls, focal_pdls

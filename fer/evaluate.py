@@ -43,7 +43,7 @@ def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
             f"{folder}: was trained on data {meta['data_hash']}, {data_dir} holds {data.hash}; `dvc checkout` those"
         )
     device = pick_device(run.resources.device)
-    model = build_model(run, len(data.classes)).to(device)
+    model = build_model(run, len(data.classes), meta["sizes"]).to(device)
     checkpoint.load_weights(folder / "best", model)
     summary = {
         "run_id": meta["run_id"],

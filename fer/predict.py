@@ -20,7 +20,7 @@ class Predictor:
         self.run = RunConfig.model_validate(meta["config"])
         self.classes: list[str] = meta["classes"]
         self.device = pick_device(device)
-        self.model = build_model(self.run, len(self.classes)).to(self.device).eval()
+        self.model = build_model(self.run, len(self.classes), meta["sizes"]).to(self.device).eval()
         checkpoint.load_weights(Path(folder), self.model)
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ from fer.evaluate import predict_split
 from fer.files import recover, write_json
 from fer.losses import Loss, build_loss
 from fer.metrics import Counts
-from fer.models import build_model
+from fer.models import build_model, sizes_of
 from fer.schedule import lr_at
 
 REMEDY = "lower lr, set clip_grad_norm, or use precision fp32"
@@ -86,6 +86,8 @@ def fit(
         write_json(folder / "config.json", {"name": name, "run_id": folder.name, **_describe(run, data)})
         _write_metrics(folder, state.history or [])
     train, val = data.split("train"), data.split("val")
+    if len(train) < world:
+        raise UserError(f"resources.workers: {world} workers for {len(train)} training images; lower workers")
     loss = build_loss(run, data.prior().to(device))
     network: nn.Module = state.model
     if world > 1:
@@ -125,8 +127,10 @@ def trained_images(run: RunConfig, images: int) -> int:
 
 def _start(run: RunConfig, folder: Path, num_labels: int, device: torch.device) -> State:
     """The state at the run's beginning, or that of its last checkpoint."""
+    last = folder / "last"
+    meta = checkpoint.load_meta(last) if last.exists() else None
     torch.manual_seed(run.seed)
-    model = build_model(run, num_labels).to(device)
+    model = build_model(run, num_labels, meta["sizes"] if meta else None).to(device)
     ema = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.ema_decay), use_buffers=True)
         if run.ema_decay
@@ -135,10 +139,9 @@ def _start(run: RunConfig, folder: Path, num_labels: int, device: torch.device) 
     state = State(
         model, _optimizer(run, model), torch.amp.GradScaler(device.type, enabled=run.precision == "fp16"), ema
     )
-    last = folder / "last"
-    if not last.exists():
+    if meta is None:
         return state
-    saved, meta = checkpoint.load_training(last), checkpoint.load_meta(last)
+    saved = checkpoint.load_training(last)
     checkpoint.load_weights(last, model)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
@@ -260,7 +263,8 @@ def _save(state: State, name: str, run: RunConfig, data: DataSet, folder: Path) 
     """best, then last, then the line of metrics.jsonl: a cut between them repeats the epoch and doubles nothing."""
     assert state.history
     row = state.history[-1]
-    meta = {"name": name, "run_id": folder.name, **_describe(run, data), "epoch": state.epoch, "history": state.history}
+    meta = {"name": name, "run_id": folder.name, **_describe(run, data), "sizes": sizes_of(state.model)}
+    meta |= {"epoch": state.epoch, "history": state.history}
     if row["val_accuracy"] > state.best:
         state.best = row["val_accuracy"]
         checkpoint.save(folder / "best", state.evaluated.state_dict(), meta, training=None)

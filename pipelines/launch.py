@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
             "run": run.model_dump(),
             "data_dir": str(data_dir.resolve()),
             "runs_dir": str(folder.parent.resolve()),
+            "cwd": os.getcwd(),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.resources.workers,
@@ -98,6 +99,8 @@ def _work(config: dict[str, Any]) -> dict[str, str | None]:
     from fer.evaluate import evaluate
     from fer.train import fit
 
+    with suppress(FileNotFoundError):  # on another machine of a cluster
+        os.chdir(config["cwd"])  # paths in params.yaml are relative to the project, Ray starts workers elsewhere
     try:
         run = RunConfig.model_validate(config["run"])
         folder = fit(config["name"], run, config["data_dir"], config["runs_dir"])

@@ -82,3 +82,30 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there(run: tuple[Path, np.ndarray, np.ndarray]) -> None:
     with pytest.raises(UserError, match="this machine has no usable GPU"):
         Predictor(run[0], device="cuda")
+
+
+def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(data: Path, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"image_size": 16, "patch_size": 4, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 1}
+    pretrained = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=2, intermediate_size=24))
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    options = small_vit_options() | {"weights": str(tmp_path / "pretrained")}
+    run = small_run(model="vit", options=options, epochs=2)
+
+    def cut(row: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("vit", run, data, tmp_path / "runs", on_epoch=cut)
+    shutil.rmtree(tmp_path / "pretrained")
+    folder = fit("vit", run, data, tmp_path / "runs")  # goes on without it
+    evaluate(folder, data)
+    predictor = Predictor(folder / "best")
+    assert predictor.model.network.config.hidden_size == 24
+    assert predictor.probabilities(np.zeros((2, 16, 16), np.uint8)).shape == (2, 8)
+
+
+def small_vit_options() -> dict[str, object]:
+    """Sizes other than those of the pretrained file, which must win."""
+    return {"patch_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "dropout": 0.0}

@@ -165,6 +165,7 @@ def stage_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame
     rows.to_csv(LABELS, index=False)
     facts = {"dataset": "sample", "form": "folders", "label_source": "label_csv"}
     Path("data/raw/source.json").write_text(json.dumps(facts))
+    Path("data/upscaled/upscale.json").write_text(json.dumps({"method": "none", "scale": 1}))
     return rows
 
 
@@ -203,6 +204,7 @@ def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
         "dataset": "sample",
         "label_source": "label_csv",
         "label_mode": "majority",
+        "super_resolution": {"method": "none", "scale": 1},
         "classes": list(CLASSES),
         "counts": {"train": ones, "val": ones, "test": ones | {"fear": 2}},
         "totals": {"train": 8, "val": 8, "test": 9},

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run `dvc repro {stage}` to make it or `dvc pull` to fetch it") from None
-    except (ValueError, EOFError):
+    except (ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path}: damaged or not a .npy file; {remedy}") from None
     if not isinstance(images, np.memmap):
         raise UserError(f"{path}: not a .npy file; {remedy}")

@@ -1,5 +1,6 @@
 """ViT and Swin image classifiers of transformers: from random weights by size, or from a hub id or local folder."""
 
+import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -41,11 +42,27 @@ class TransformerClassifier(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> logits [B, num_labels]."""
         return self.network(pixel_values=pixel_values).logits
+
+    def sizes(self) -> dict[str, Any]:
+        """The network's own configuration, from which `rebuild` makes it again without the file of its weights."""
+        return json.loads(self.network.config.to_json_string())
+
+
+def rebuild_vit(sizes: dict[str, Any]) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return TransformerClassifier(ViTForImageClassification(ViTConfig.from_dict(sizes)))
+
+
+def rebuild_swin(sizes: dict[str, Any]) -> nn.Module:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    return TransformerClassifier(SwinForImageClassification(SwinConfig.from_dict(sizes)))
 
 
 class _Options(Protocol):

@@ -15,14 +15,15 @@ from pipelines.params import Params
 from pipelines.stages import new_folder, run
 
 RAW = Path("data/raw")
-IMAGES = Path("data/upscaled/images.npy")
+UPSCALED = Path("data/upscaled")
+IMAGES = UPSCALED / "images.npy"
 SPLITS = Path("data/splits")
 
 
 def split(params: Params) -> None:
     """Label the images, mark duplicates, sum up."""
     config = params.split
-    source = _source(RAW / "source.json")
+    source = _facts(RAW / "source.json", "download", "dataset", "label_source")
     images = open_images(IMAGES, "upscale")
     rows = read_labels(RAW / "labels.csv", len(images))
     splits = make_splits(rows, config.label_mode, config.drop_leaked_train, config.prior_min_votes)
@@ -32,23 +33,25 @@ def split(params: Params) -> None:
         summary = _summary(splits, source, images) | {
             "label_mode": config.label_mode,
             "prior_min_votes": config.prior_min_votes,
+            "super_resolution": _facts(UPSCALED / "upscale.json", "upscale", "method", "scale"),
             "raw_rows": {name: int((rows["usage"] == name).sum()) for name in splits.tables},
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
         _plots(folder / "plots", splits, images, source["dataset"])
 
 
-def _source(path: Path) -> dict:
-    remedy = "run `dvc repro --force --single-item download` to make it again"
+def _facts(path: Path, stage: str, *keys: str) -> dict:
+    """A JSON file that `stage` wrote, with these keys at least. Raises UserError when it is not that."""
+    remedy = f"run `dvc repro --force --single-item {stage}` to make it again"
     try:
-        source = json.loads(path.read_text())
+        facts = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; run `dvc repro download` to make it or `dvc pull` to fetch it") from None
+        raise UserError(f"{path}: not found; run `dvc repro {stage}` to make it or `dvc pull` to fetch it") from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON; {remedy}") from None
-    if not isinstance(source, dict) or not {"dataset", "label_source"} <= source.keys():
-        raise UserError(f"{path}: dataset or label_source is missing; {remedy}")
-    return source
+    if not isinstance(facts, dict) or not set(keys) <= facts.keys():
+        raise UserError(f"{path}: {' or '.join(keys)} is missing; {remedy}")
+    return facts
 
 
 def _summary(splits: Splits, source: dict, images: np.ndarray) -> dict:

@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fer.data.images import open_images, write_images
+from fer.files import write_json
 from fer.super_resolution.interpolation import METHODS, Upscale
 from pipelines.params import Params
 from pipelines.stages import new_folder, run
@@ -24,6 +25,8 @@ def upscale(params: Params) -> None:
     with new_folder(UPSCALED) as folder:
         batches = _batches(images, METHODS[config.method], config.scale, config.batch_size)
         write_images(folder / "images.npy", shape, batches)
+        facts = {"method": config.method, "scale": config.scale, "raw_shape": [height, width, *channels]}
+        write_json(folder / "upscale.json", facts)
 
 
 def _batches(images: np.ndarray, method: Upscale, scale: int, size: int) -> Iterator[np.ndarray]:
