@@ -1,5 +1,6 @@
 """A checkpoint is a folder: model.safetensors, training.pt (optimizer state), checkpoint.json that explains both."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fer.errors import UserError
@@ -22,9 +24,13 @@ def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], trainin
     `training` holds tensors and plain values only, so that it loads with `weights_only=True`.
     """
     with new_folder(folder) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
+        # through plain writes: on a full disk the libraries' own raise what cannot be told from damage
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        (partial / WEIGHTS).write_bytes(save_tensors(plain))
         if training is not None:
-            torch.save(training, partial / TRAINING)
+            buffer = io.BytesIO()
+            torch.save(training, buffer)
+            (partial / TRAINING).write_bytes(buffer.getbuffer())
         write_json(partial / META, meta)
 
 

@@ -13,7 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from fer.config import RunConfig, nearest, run_id
 from fer.data.dataset import open_data
-from fer.errors import UserError
+from fer.errors import UserError, disk_error
 from pipelines import launch, report
 from pipelines.guard import guarded, mark_children
 from pipelines.params import Params, load
@@ -51,9 +51,12 @@ def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_f
     if tracker.recorded(folder):
         return
     data = open_data(DATA)
-    with tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
-        if not (folder / "summary.json").exists():
-            launch.launch(name, run, folder, DATA, max_failures)
+    try:
+        with tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
+            if not (folder / "summary.json").exists():
+                launch.launch(name, run, folder, DATA, max_failures)
+    except OSError as error:
+        raise disk_error(error, folder) or error from error
 
 
 @flow(name="train", validate_parameters=False)

@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import socket
+import sqlite3
 import subprocess
 import threading
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from pipelines.report import confusion_picture
 RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
 HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
 NOT_METRICS = ("epoch", "time")
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class Tracker:
@@ -72,7 +74,7 @@ class Tracker:
     def recorded(self, folder: Path) -> bool:
         """Whether this server already has the finished run in `folder`."""
         try:
-            return json.loads((folder / "tracked.json").read_text())["uri"] == self.uri
+            return json.loads((folder / "tracked.json").read_text())["uri"] == without_password(self.uri)
         except FileNotFoundError:
             return False
 
@@ -126,7 +128,7 @@ class Tracker:
         self.client.set_terminated(run_id, "FINISHED")
         write_json(
             folder / "tracked.json",
-            {"uri": self.uri, "mlflow_run": run_id, "registered": registered, "version": number},
+            {"uri": without_password(self.uri), "mlflow_run": run_id, "registered": registered, "version": number},
         )
 
     def _log_results(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
@@ -178,7 +180,7 @@ class Tracker:
             self.client.set_terminated(run_id, "FAILED")
         except MlflowException:
             raise UserError(
-                f"tracking.uri: {self.uri} does not answer any more; what was trained is safe on disk, "
+                f"tracking.uri: {without_password(self.uri)} does not answer any more; what was trained is safe on disk, "
                 "start the server and run the command again"
             ) from error
 
@@ -270,19 +272,44 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
 
 
 def _check_answers(uri: str) -> None:
+    """One quick look, since mlflow itself tries for minutes. Raises UserError; a password in `uri` is not shown."""
+    parts = urlsplit(uri)
     remedy = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
-    if urlsplit(uri).scheme in ("http", "https"):
-        try:
+    kind = parts.scheme.partition("+")[0]
+    try:
+        if kind in ("http", "https"):
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
-        except urllib.error.HTTPError as error:
-            if error.code not in (401, 404):  # it answers; credentials are mlflow's own matter
-                raise UserError(f"tracking.uri: {uri} answers {error.code} {error.reason}; {remedy}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"tracking.uri: no server answers at {uri} ({_first_line(error)}); {remedy}") from None
-    elif not uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
-        raise UserError(
-            f"tracking.uri: '{uri}' is no tracking store; give sqlite:///FILE, postgresql://... or http://..."
-        )
+        elif kind == "sqlite":
+            _check_writable(Path(parts.path.removeprefix("/")))
+        elif kind in PORTS:
+            socket.create_connection((parts.hostname or "localhost", parts.port or PORTS[kind]), timeout=5).close()
+        else:
+            known = "sqlite:///FILE, postgresql://... or http://..."
+            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; give {known}")
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 404):  # it answers; credentials are mlflow's own matter
+            answer = f"{error.code} {error.reason}"
+            raise UserError(f"tracking.uri: {without_password(uri)} answers {answer}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        where = without_password(uri)
+        raise UserError(f"tracking.uri: no server answers at {where} ({_first_line(error)}); {remedy}") from None
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        with closing(sqlite3.connect(path)) as store:
+            store.execute("begin immediate")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):  # another process writes at this moment
+            raise UserError(
+                f"tracking.uri: cannot write {path} ({error}); free some space or name a file that can be written"
+            ) from None
+
+
+def without_password(uri: str) -> str:
+    """The address for people and files."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
 def _first_line(error: BaseException) -> str:

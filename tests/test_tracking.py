@@ -245,6 +245,8 @@ def test_sending_rows_twice_changes_nothing(data: Path, tracker: Tracker):
         (f"http://127.0.0.1:{free_port()}", "no server answers at"),
         ("./mlruns", "'./mlruns' is no tracking store; give sqlite:///FILE"),
         ("ftp://x", "is no tracking store"),
+        (f"postgresql://me:secret@127.0.0.1:{free_port()}/x", "no server answers at postgresql://me:***@127.0.0.1:"),
+        ("sqlite:////nowhere/mlflow.db", "cannot write /nowhere/mlflow.db (unable to open database file); free some"),
     ],
 )
 def test_a_tracking_uri_that_cannot_work_is_one_line(uri: str, message: str):
@@ -252,6 +254,7 @@ def test_a_tracking_uri_that_cannot_work_is_one_line(uri: str, message: str):
         Tracker(uri, "test")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_environment_wins_over_params_and_sqlite_paths_become_absolute(tmp_path: Path, monkeypatch):
