@@ -8,6 +8,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -59,7 +60,11 @@ def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_f
         raise disk_error(error, folder) or error from error
 
 
-@flow(name="train", validate_parameters=False)
+def _run_name() -> str:
+    return ", ".join(flow_run.parameters.get("models") or ["all models"])
+
+
+@flow(name="train", flow_run_name=_run_name, validate_parameters=False)
 def train(models: list[str] | None = None, overrides: list[str] | None = None) -> State:
     """Train the named models of params.yaml (all without a name) with `--set` overrides, compare and register them."""
     mark_children()

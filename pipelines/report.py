@@ -52,6 +52,19 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
+def note(summary: dict[str, Any]) -> str:
+    """What a person wants to know of a run at once, as Markdown."""
+    test, unleaked, data = summary["test"], summary["test_without_leaked"], summary["data"]
+    labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
+    return (
+        f"**{_percent(test['accuracy'])} %** of {test['images']} test images, **{_percent(unleaked.get('accuracy'))} %** of "
+        f"the {unleaked['images']} that do not stand in train; {_percent(summary['val']['accuracy'])} % of "
+        f"{summary['val']['images']} val images, which chose epoch {summary['best_epoch']} of {summary['epochs']}.\n\n"
+        f"Data: {data['dataset']} ({labels}), hash {summary['data_hash']}. "
+        f"`final/` metrics are of the best epoch, the others are curves."
+    )
+
+
 def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
     """The test confusion matrix as a picture: counts, coloured by the share of each true class."""
     from matplotlib.figure import Figure

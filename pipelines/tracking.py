@@ -4,6 +4,7 @@ Training writes files and knows no server. A thread here carries new lines of me
 is slow or dead costs no training time and no point: what is missing is sent at the end, or by the next command.
 """
 
+import getpass
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from fer.config import RunConfig
 from fer.errors import UserError
 from fer.files import write_json
 from pipelines.guard import alive, process_id
-from pipelines.report import confusion_picture
+from pipelines.report import confusion_picture, note
 
 RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
 HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
@@ -55,6 +56,8 @@ class Tracker:
         self.client = MlflowClient(self.uri)
         # once and before any thread: two first uses at a time break the store
         self.experiment = mlflow.set_experiment(experiment).experiment_id
+        # else the UI opens with tools for language models
+        self.client.set_experiment_tag(self.experiment, "mlflow.experimentKind", "custom_model_development")
         self._registry = threading.Lock()
 
     @contextmanager
@@ -109,6 +112,8 @@ class Tracker:
             self.client.delete_tag(run_id, "fer.error") if "fer.error" in found[0].data.tags else None
             return run_id
         tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
+        tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
+        tags |= {"mlflow.source.type": "JOB"}
         run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
         params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
         self.client.log_batch(run_id, params=[Param("name", name), *params])
@@ -136,6 +141,7 @@ class Tracker:
         values = final_metrics(summary)
         points = [Metric(key, value, when, summary["epochs"]) for key, value in values.items()]
         self.client.log_batch(run_id, metrics=points)
+        self.client.set_tag(run_id, "mlflow.note.content", note(summary))
         picture = confusion_picture(summary, folder / "confusion_matrix.png")
         for path in (
             picture,
@@ -180,7 +186,7 @@ class Tracker:
             self.client.set_terminated(run_id, "FAILED")
         except MlflowException:
             raise UserError(
-                f"tracking.uri: {without_password(self.uri)} does not answer any more; what was trained is safe on disk, "
+                f"tracking.uri: {without_password(self.uri)} does not answer any more; runs are safe on disk, "
                 "start the server and run the command again"
             ) from error
 
@@ -230,15 +236,15 @@ def tracking_uri(configured: str) -> str:
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a finished run, named so that they stand together in the UI."""
-    values: dict[str, float] = {"best_epoch": summary["best_epoch"], "parameters": summary["parameters"]}
-    for split, title in (("val", "best_val"), ("test", "test"), ("test_without_leaked", "test_without_leaked")):
+    """The numbers of a finished run; `final/` keeps them apart from the curves in the UI."""
+    values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
+    for split in ("val", "test", "test_without_leaked"):
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
             if key in summary[split]:
-                values[f"{title}_{key}"] = summary[split][key]
+                values[f"final/{split}_{key}"] = summary[split][key]
     for name, recall in zip(summary["classes"], summary["test"]["recall"]):
         if recall is not None:
-            values[f"test_recall_{name}"] = recall
+            values[f"final/test_recall_{name}"] = recall
     return values
 
 
@@ -261,7 +267,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
         return mlflow.pyfunc.log_model(
-            name="model",
+            name=summary["name"],
             loader_module="fer.predict",
             data_path=str(folder / "best"),
             code_paths=[str(Path(fer.__file__).parent)],

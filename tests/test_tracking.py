@@ -64,9 +64,9 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     assert run.data.params["lr"] == "0.01"
     assert run.data.params["augment.flip"] == "0.5"
     assert run.data.tags["data_hash"] == summary["data_hash"]
-    assert run.data.metrics["test_accuracy"] == summary["test"]["accuracy"]
-    assert run.data.metrics["test_without_leaked_accuracy"] == summary["test_without_leaked"]["accuracy"]
-    assert run.data.metrics["best_val_accuracy"] == summary["val"]["accuracy"]
+    assert run.data.metrics["final/test_accuracy"] == summary["test"]["accuracy"]
+    assert run.data.metrics["final/test_without_leaked_accuracy"] == summary["test_without_leaked"]["accuracy"]
+    assert run.data.metrics["final/val_accuracy"] == summary["val"]["accuracy"]
     history = tracker.client.get_metric_history(run.info.run_id, "val_accuracy")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(point.step, point.value) for point in history] == [(row["epoch"], row["val_accuracy"]) for row in rows]
@@ -276,10 +276,10 @@ def test_flatten_and_final_metrics():
         "test_without_leaked": {"images": 0, "recall": [None, None]},
     }
     values = final_metrics(summary)
-    assert values["best_val_accuracy"] == values["test_accuracy"] == 0.5
-    assert values["test_recall_x"] == 0.5
-    assert "test_recall_y" not in values
-    assert "test_without_leaked_accuracy" not in values
+    assert values["final/val_accuracy"] == values["final/test_accuracy"] == 0.5
+    assert values["final/test_recall_x"] == 0.5
+    assert "final/test_recall_y" not in values
+    assert "final/test_without_leaked_accuracy" not in values
 
 
 def test_the_store_is_safe_for_runs_recorded_at_the_same_time(data: Path, tracker: Tracker):
