@@ -56,10 +56,11 @@ def note(summary: dict[str, Any]) -> str:
     """What a person wants to know of a run at once, as Markdown."""
     test, unleaked, data = summary["test"], summary["test_without_leaked"], summary["data"]
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
+    best = f"epoch {summary['best_epoch']} of {summary['epochs']}"
     return (
-        f"**{_percent(test['accuracy'])} %** of {test['images']} test images, **{_percent(unleaked.get('accuracy'))} %** of "
-        f"the {unleaked['images']} that do not stand in train; {_percent(summary['val']['accuracy'])} % of "
-        f"{summary['val']['images']} val images, which chose epoch {summary['best_epoch']} of {summary['epochs']}.\n\n"
+        f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
+        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that do not stand in train; "
+        f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
         f"Data: {data['dataset']} ({labels}), hash {summary['data_hash']}. "
         f"`final/` metrics are of the best epoch, the others are curves."
     )

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_data
 
+from fer.train import fit
+from pipelines.params import load
+
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
@@ -145,12 +148,8 @@ def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never
     assert [row["epoch"] for row in rows] == list(range(1, 61))
     assert _status(project) == "FINISHED"
 
-    other = tmp_path / "uncut"
-    shutil.copytree(project / "data/upscaled", other / "data/upscaled")
-    shutil.copytree(project / "data/splits", other / "data/splits")
-    shutil.copy(ROOT / "params.yaml", other)
-    assert fer(other, "train", "vgg13_small", *long).returncode == 0
-    (uncut,) = (other / "data/runs").iterdir()
+    run = load(project / "params.yaml", [*SMALL, long[1]]).models["vgg13_small"]
+    uncut = fit("vgg13_small", run, project / "data", tmp_path / "uncut")
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (folder / name).read_bytes() == (uncut / name).read_bytes()
 
