@@ -37,12 +37,14 @@ def train(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Train models at the same time, evaluate them, record them in MLflow and register the best."""
+    from pipelines.params import load
+
+    params = load(overrides=overrides)  # before the frameworks, which take seconds to import
     # the bars and the table say it better; Prefect's UI has the whole log
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow
-    from pipelines.params import load
 
-    runs, tracker = flow.prepare(load(overrides=overrides), names or [])
+    runs, tracker = flow.prepare(params, names or [])
     folders = [folder for _, folder in runs.values()]
     if all(tracker.recorded(folder) for folder in folders):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")

@@ -1,6 +1,5 @@
 """The only importer of prefect: the flow `train` runs one task per model, as many at a time as Ray has room for."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_f
         return
     data = open_data(DATA)
     try:
-        with tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
+        with launch.held(folder, name), tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
             if not (folder / "summary.json").exists():
                 launch.launch(name, run, folder, DATA, max_failures)
     except OSError as error:
@@ -87,8 +86,8 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
 def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:
     """Submit every run at once and wait; name -> error of those that failed."""
     step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
-    with ExitStack() as stack:
-        pool: Any = stack.enter_context(ThreadPoolTaskRunner(max_workers=max(1, len(runs))))  # type: ignore[var-annotated]
+    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(runs)))
+    with runner as pool:
         futures = {
             name: pool.submit(
                 step,

@@ -59,7 +59,6 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
     A worker that dies is restarted `max_failures` times, from the run's last checkpoint. Raises UserError for what a
     user can mend, RuntimeError for the rest.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     storage = folder / ".ray"
     trainer = TorchTrainer(
         _work,  # type: ignore[arg-type]
@@ -83,14 +82,25 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
         ),
     )
     try:
-        with _held(folder, name):
-            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         raise _reason(name, error) from None
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     if outcome["error"]:
         raise UserError(outcome["error"])
+
+
+@contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """One process at a time trains a run; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{name}: another process is training {folder.name}; wait for it or stop it") from None
+        yield
 
 
 def _work(config: dict[str, Any]) -> dict[str, str | None]:
@@ -133,14 +143,3 @@ def _reason(name: str, error: ray.train.TrainingFailedError) -> RuntimeError:
     cause = next(iter(failures.values())) if failures else error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return RuntimeError(f"{name}: {type(cause).__name__}: {lines[-1] if lines else error}")
-
-
-@contextmanager
-def _held(folder: Path, name: str) -> Iterator[None]:
-    """One process at a time trains a run; the lock goes with the process, however it ends."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{name}: another process is training {folder.name}; wait for it or stop it") from None
-        yield

@@ -4,15 +4,21 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_data
 
+from fer.config import run_id
+from fer.data.dataset import open_data
 from fer.train import fit
+from pipelines.launch import held
 from pipelines.params import load
 
 pytestmark = pytest.mark.slow
@@ -39,6 +45,32 @@ def project(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     make_data(tmp_path / "data")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """PREFECT_API_URL of a real server on 127.0.0.1; tests without it run as on a laptop, with Prefect's own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    home = str(tmp_path_factory.mktemp("prefect"))
+    process = subprocess.Popen(
+        words, env=env(PREFECT_HOME=home), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}/api"
+    wait_for(lambda: _answers(f"{url}/health"))
+    yield url
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def fer(project: Path, *words: str, small: bool = True, **environment: str) -> subprocess.CompletedProcess:
@@ -106,13 +138,6 @@ def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project
     assert all(summary["run_id"] in compared.stdout for summary in summaries(project).values())
 
 
-def test_two_workers_train_one_run(project: Path):
-    done = fer(project, "train", "vgg13_small", "--set", "train.resources.workers=2")
-    assert done.returncode == 0, done.stderr
-    assert summaries(project)["vgg13_small"]["epochs"] == 3
-    assert set(mlflow_runs(project).values()) == {"FINISHED"}
-
-
 def wait_for(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -125,11 +150,14 @@ def epochs_done(project: Path) -> int:
     return len(files[0].read_text().splitlines()) if files else 0
 
 
-def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never_cut(project: Path, tmp_path: Path):
+def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never_cut(
+    project: Path, tmp_path: Path, server: str
+):
     long = ["--set", "models.vgg13_small.epochs=60"]
     killed = subprocess.Popen(
         command("train", "vgg13_small", *long),
-        cwd=project, env=env(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=project, env=env(PREFECT_API_URL=server), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(lambda: epochs_done(project) >= 5)
     os.kill(killed.pid, signal.SIGKILL)
@@ -141,7 +169,7 @@ def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never
     assert not (folder / "summary.json").exists()
     wait_for(lambda: _status(project) == "FAILED", 60)
 
-    resumed = fer(project, "train", "vgg13_small", *long)
+    resumed = fer(project, "train", "vgg13_small", *long, PREFECT_API_URL=server)
     assert resumed.returncode == 0, resumed.stderr
     assert list((project / "data/runs").iterdir()) == [folder]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -175,11 +203,12 @@ def _workers(project: Path) -> list[int]:
     return found
 
 
-def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path):
+def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path, server: str):
     long = ["--set", "models.vgg13_small.epochs=60"]
     running = subprocess.Popen(
         command("train", "vgg13_small", *long),
-        cwd=project, env=env(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=project, env=env(PREFECT_API_URL=server), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wait_for(lambda: epochs_done(project) >= 5)
     for pid in _workers(project):
@@ -193,8 +222,12 @@ def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path)
     assert _status(project) == "FINISHED"
 
 
-def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_it_is_the_users(project: Path):
-    done = fer(project, "train", "vgg13_small", "vit_tiny", "--set", "models.vit_tiny.lr=1e30", small=True)
+def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_it_is_the_users(
+    project: Path, server: str
+):
+    """The one that ends well has two workers, so that each run takes what the machine has and the other waits."""
+    changes = ["--set", "models.vit_tiny.lr=1e30", "--set", "models.vgg13_small.resources.workers=2"]
+    done = fer(project, "train", "vgg13_small", "vit_tiny", *changes, PREFECT_API_URL=server)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: vit_tiny-s1111-")
@@ -202,6 +235,7 @@ def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_
     assert "e+29" in line  # the learning rate, a little way down its cosine
     assert "Traceback" not in done.stderr
     assert list(summaries(project)) == ["vgg13_small"]
+    assert summaries(project)["vgg13_small"]["epochs"] == 3
     statuses = {name.split("-")[0]: status for name, status in mlflow_runs(project).items()}
     assert statuses == {"vgg13_small": "FINISHED", "vit_tiny": "FAILED"}
 
@@ -260,6 +294,16 @@ def test_a_users_mistake_is_one_line_and_status_2_and_leaves_nothing(project, wo
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not (project / "data/runs").exists()
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(project: Path, server: str):
+    run = load(project / "params.yaml", SMALL).models["vgg13_small"]
+    folder = project / "data/runs" / run_id("vgg13_small", run, open_data(project / "data").hash)
+    with held(folder, "vgg13_small"):
+        done = fer(project, "train", "vgg13_small", PREFECT_API_URL=server)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: vgg13_small: another process is training {folder.name}; wait for it or stop it\n")
+    assert not mlflow_runs(project)
 
 
 def test_missing_data_and_params_name_the_remedy(tmp_path: Path):
