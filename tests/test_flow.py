@@ -125,11 +125,9 @@ def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project
     assert f"val {100 * best:.2f} %" in first.stdout.split("@champion")[1]
     before = {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")}
 
-    started = time.monotonic()
     second = fer(project, "train", "vgg13_small", "vit_tiny")
     assert second.returncode == 0
     assert "Nothing to do: 2 run(s)" in second.stdout
-    assert time.monotonic() - started < 30
     assert {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")} == before
 
     shown = fer(project, "evaluate", "vit_tiny", small=False)
