@@ -1,14 +1,21 @@
 """The only importer of prefect: the flow `train` runs one task per model, as many at a time as Ray has room for."""
 
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.futures import wait
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fer.config import RunConfig, nearest, run_id
@@ -70,7 +77,7 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     params = load(overrides=overrides or [])
     runs, tracker = prepare(params, models or [])
     tracker.close_abandoned()
-    with guarded(tracker.uri, tracker.name):
+    with guarded(tracker.uri, tracker.name), _ctrl_c_ends_it():
         failed = _train_all(runs, tracker, params)
     done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
     create_table_artifact(
@@ -81,6 +88,35 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     if failed:
         return Failed(message="; ".join(f"{name}: {error}" for name, error in failed.items()), data=failed)
     return Completed(message=f"{len(done)} runs finished", data=failed)
+
+
+@contextmanager
+def _ctrl_c_ends_it() -> Iterator[None]:
+    """Ctrl-C cancels the flow run and ends the process at once; the guard then stops the workers and closes the runs.
+
+    Without it Prefect waits for the tasks, and these for Ray, which does not hear of the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    run_id = flow_run.id
+
+    def stop(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{show_cursor}\nstopped: the same command goes on from each run's last epoch\n")
+        sys.stderr.flush()
+        try:
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(run_id, Cancelled(message="Ctrl-C"), force=True)
+        finally:
+            os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:
