@@ -220,6 +220,21 @@ def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path,
     assert _status(project) == "FINISHED"
 
 
+def test_ctrl_c_ends_at_once_and_leaves_nothing_running(project: Path, server: str):
+    running = subprocess.Popen(
+        command("train", "vgg13_small", "--set", "models.vgg13_small.epochs=2000"),
+        cwd=project, env=env(PREFECT_API_URL=server), start_new_session=True, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: epochs_done(project) >= 2)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors.strip()) == (
+        130, "stopped: the same command goes on from each run's last epoch"
+    )  # fmt: skip
+    wait_for(lambda: not _workers(project) and _status(project) == "FAILED")
+
+
 def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_it_is_the_users(
     project: Path, server: str
 ):
