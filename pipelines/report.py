@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Accuracy in %, arXiv numbers in docs/published.md
+# Test accuracy in % as the papers report it, each from its own training
 PUBLISHED = {
     "ferplus": [
         ("QCS 2025", 91.85, "IR50, MS-Celeb-1M"),
