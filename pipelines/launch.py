@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,14 +24,25 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
         try:
+            _knock(address)
             ray.init(**quiet)
-        except (ConnectionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"RAY_ADDRESS: no cluster answers at {os.environ['RAY_ADDRESS']} ({reason})") from None
+        except (OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"RAY_ADDRESS: no cluster answers at {address} ({reason}); start it, or unset the variable to run here"
+            ) from None
     else:
         ray.init(include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+
+
+def _knock(address: str) -> None:
+    """A quick look at host:port, since Ray itself tries for minutes; `auto` and the like are left to Ray."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def check_resources(runs: dict[str, RunConfig]) -> None:

@@ -295,6 +295,7 @@ def test_an_error_of_the_machine_is_retried(project: Path, tmp_path: Path, monke
          "models.vgg13_small.resources: 64 worker(s) need 64 CPUs, there are "),
         (["train", "vgg13_small", "--set", "train.resources.device=cuda"], {}, "cuda, but no GPU is there; set it to"),
         (["train"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "tracking.uri: no server answers at http://127.0.0.1:9"),
+        (["train", "vgg13_small"], {"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS: no cluster answers at 127.0.0.1:9 ("),
         (["evaluate", "nope"], {}, "nope: no such run in data/runs; runs: none yet"),
         (["compare"], {}, "data/runs: no finished run; train one with `fer train`"),
     ],

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from fer import checkpoint, train
 from fer.config import RunConfig
 from fer.data.dataset import DataSet, open_data
-from fer.errors import UserError
+from fer.errors import UserError, disk_error
 from fer.evaluate import predict_split
 from fer.losses import build_loss
 from fer.models import MODELS, Model
@@ -624,3 +625,22 @@ def test_both_ranks_stop_at_the_step_where_one_finds_no_number(bars: Path, tmp_p
     assert texts[0] == texts[1]
     assert texts[0].startswith(f"{folder.name}: loss is nan in epoch 1, step 1 (lr ")
     assert not (folder / "last").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_from_damage_and_leaves_no_half_checkpoint(bars: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            fit("x", small_run(), bars, small)
+        assert "the disk is full: free some space and run the command again" in str(disk_error(caught.value, small))
+        (folder,) = small.iterdir()
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) in ([], ["best"])
+    finally:
+        subprocess.run(["umount", small], check=True)
