@@ -35,7 +35,8 @@ def start_ray() -> None:
                 f"RAY_ADDRESS: no cluster answers at {address} ({reason}); start it, or unset the variable to run here"
             ) from None
     else:
-        ray.init(include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+        # "local": else Ray joins whatever cluster was last started on this machine, running or not
+        ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
 
 
 def _knock(address: str) -> None:
