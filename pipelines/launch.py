@@ -20,7 +20,7 @@ from fer.errors import UserError
 
 
 def start_ray() -> None:
-    """Connect to RAY_ADDRESS, or start Ray on this machine, bound to it and with token authentication."""
+    """Connect to RAY_ADDRESS, or start Ray on this machine; token authentication is on, as Ray listens widely."""
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
