@@ -109,23 +109,27 @@ class Tracker:
             for key, value in tags.items():
                 self.client.set_tag(run_id, key, value)
             self.client.update_run(run_id, status="RUNNING")
-            self.client.delete_tag(run_id, "fer.error") if "fer.error" in found[0].data.tags else None
+            if "fer.error" in found[0].data.tags:
+                self.client.delete_tag(run_id, "fer.error")
+            if not found[0].data.params:  # killed before they were written
+                self._describe(run_id, name, run, data)
             return run_id
         tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
         tags |= {"mlflow.source.type": "JOB"}
         run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
-        params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
-        self.client.log_batch(run_id, params=[Param("name", name), *params])
-        source = json.dumps({key: data[key] for key in ("dataset", "label_source", "label_mode") if key in data})
-        self._log_dataset(run_id, Dataset(data["dataset"], data["hash"], source_type="dvc", source=source))
+        self._describe(run_id, name, run, data)
         return run_id
 
-    def _log_dataset(self, run_id: str, dataset: Dataset) -> None:
+    def _describe(self, run_id: str, name: str, run: RunConfig, data: dict[str, Any]) -> None:
+        params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
+        source = json.dumps({key: data[key] for key in ("dataset", "label_source", "label_mode") if key in data})
+        dataset = Dataset(data["dataset"], data["hash"], source_type="dvc", source=source)
         try:
             self.client.log_inputs(run_id, [DatasetInput(dataset)])
         except MlflowException:  # another run made the same entry at this moment; now it is there
             self.client.log_inputs(run_id, [DatasetInput(dataset)])
+        self.client.log_batch(run_id, params=[Param("name", name), *params])
 
     def _finish(self, run_id: str, folder: Path) -> None:
         summary = json.loads((folder / "summary.json").read_text())
@@ -162,11 +166,8 @@ class Tracker:
             else:
                 tags = {"val_accuracy": f"{accuracy:.6f}", RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
                 number = self._new_version(name, run_id, _log_model(run_id, folder, summary), tags)
-            try:
-                best = float(self.client.get_model_version_by_alias(name, "champion").tags["val_accuracy"])
-            except MlflowException:  # no champion yet
-                best = -1.0
-            if accuracy > best:
+            champion = self.client.get_registered_model(name).aliases.get("champion")
+            if champion is None or accuracy > float(self.client.get_model_version(name, champion).tags["val_accuracy"]):
                 self.client.set_registered_model_alias(name, "champion", str(number))
         return name, int(number)
 

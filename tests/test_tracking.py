@@ -112,6 +112,15 @@ def test_an_error_ends_the_run_failed_with_its_reason_and_the_next_try_continues
     assert [p.step for p in tracker.client.get_metric_history(only_run(tracker).info.run_id, "val_loss")] == [1, 2]
 
 
+def test_a_run_killed_before_its_parameters_were_written_gets_them_on_the_next_try(data: Path, tracker: Tracker):
+    run = small_run(epochs=2)
+    ours = _id("small", run, data)
+    tracker.client.create_run(tracker.experiment, run_name=ours, tags={"fer.run_id": ours})
+    train(data, tracker)
+    assert only_run(tracker).data.params["lr"] == "0.01"
+    assert only_run(tracker).inputs.dataset_inputs
+
+
 def test_champion_moves_only_when_val_accuracy_improves(data: Path, tracker: Tracker):
     def version() -> str:
         return tracker.client.get_model_version_by_alias("fer-bars", "champion").tags["fer.run_id"]

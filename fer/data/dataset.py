@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 
 from fer.data.images import open_images
+from fer.data.split import SPLITS
 from fer.errors import UserError
-
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
