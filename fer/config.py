@@ -27,6 +27,7 @@ class Augment(Section):
     translation: Fraction  # share of the side, uniform in +-translation on each axis
     brightness: NonNegative  # factor uniform in 1 +- brightness
     contrast: NonNegative  # factor uniform in 1 +- contrast, around the image's mean
+    saturation: NonNegative  # factor uniform in 1 +- saturation, around each pixel's grey; nothing on grey images
     erasing: Fraction  # probability that one random rectangle is set to the image's mean
 
 
@@ -44,6 +45,7 @@ class RunConfig(Section):
 
     model: str  # row of fer.models.MODELS
     options: dict[str, Any]  # of that model, checked by its own class
+    init_from: str | None  # model of params.yaml whose best checkpoint the backbone starts from
     seed: Annotated[int, Field(ge=0)]
     epochs: Positive
     batch_size: Positive  # over all workers
@@ -55,6 +57,8 @@ class RunConfig(Section):
     loss: str  # row of fer.losses.LOSSES
     loss_alpha: Fraction  # weight of the true label in label_smoothing, pdls, focal_pdls
     loss_gamma: NonNegative  # focusing exponent of focal, focal_pdls
+    class_weights: Fraction  # weight of an image's loss: images of its class ^ -this; 0 no weights, 1 inverse frequency
+    balanced_sampling: Fraction  # chance to be drawn: images of its class ^ -this; 0 each once, 1 all classes alike
     optimizer: Literal["adamw", "adam", "sgd"]
     lr: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)]  # sgd

@@ -46,6 +46,8 @@ class Split(Section):
     label_mode: Literal["majority", "probability", "cross_entropy", "multi_target"]
     drop_leaked_train: bool
     prior_min_votes: Positive
+    train_share: Annotated[float, Field(gt=0, le=1)]
+    seed: Annotated[int, Field(ge=0)]
 
 
 class Experiment(Section):
