@@ -13,7 +13,7 @@ install: $(READY)  ## Create .venv with every package at its pinned version
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,lite,dev]'
 	@touch $@
 
 demo: $(READY)  ## Sample data, two models trained at the same time, the best registered as champion

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 from fer.files import new_folder, write_json
+from fer.weights import check_fit
 
 WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
+BACKBONE = "backbone."  # where every model that has one keeps it
 
 
 def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], training: dict[str, Any] | None) -> None:
@@ -46,23 +48,27 @@ def load_meta(folder: Path) -> dict[str, Any]:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load model.safetensors strictly. Raises UserError naming the first tensor that does not fit."""
+    found = _read(folder)
+    check_fit(model.state_dict(), found, str(folder / WEIGHTS))
+    model.load_state_dict(found)
+
+
+def load_backbone(folder: Path, model: nn.Module) -> None:
+    """Load the tensors `backbone.*` of another run's checkpoint into `model`. Raises UserError when they do not fit."""
+    found = {name: tensor for name, tensor in _read(folder).items() if name.startswith(BACKBONE)}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
+    check_fit(wanted, found, str(folder / WEIGHTS))
+    model.load_state_dict(found, strict=False)
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
-        found = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; train the run first") from None
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); delete {folder} and train again") from None
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise UserError(f"{path}: tensor {name} is missing; the file belongs to another model")
-        if name not in wanted:
-            raise UserError(f"{path}: tensor {name} is not in this model; the file belongs to another one")
-        if wanted[name].shape != found[name].shape:
-            shapes = f"{list(found[name].shape)}, the model needs {list(wanted[name].shape)}"
-            raise UserError(f"{path}: tensor {name} has shape {shapes}")
-    model.load_state_dict(found)
 
 
 def load_training(folder: Path) -> dict[str, Any]:

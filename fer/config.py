@@ -30,6 +30,10 @@ class Augment(Section):
     saturation: NonNegative  # factor uniform in 1 +- saturation, around each pixel's grey; nothing on grey images
     erasing: Fraction  # probability that one random rectangle is set to the image's mean
 
+    @property
+    def changes_images(self) -> bool:
+        return any(self.model_dump().values())
+
 
 class Resources(Section):
     """Where a run computes. Not part of the run id: a run may move between machines and go on."""
@@ -93,10 +97,13 @@ class RunConfig(Section):
         return self
 
 
-def run_id(name: str, config: RunConfig, data_hash: str) -> str:
-    """`<name>-s<seed>-<8 hex>`: equal for equal config and data, whatever machine and number of workers."""
-    content = config.model_dump(exclude={"resources", "eval_batch_size"})
-    digest = hashlib.sha256(json.dumps([content, data_hash], sort_keys=True).encode()).hexdigest()
+def run_id(name: str, config: RunConfig, data_hash: str, start: str | None = None) -> str:
+    """`<name>-s<seed>-<8 hex>`: equal for equal config and data, whatever machine and number of workers.
+
+    `start`: the id of the run that `init_from` names.
+    """
+    content = [config.model_dump(exclude={"resources", "eval_batch_size"}), data_hash, start]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{name}-s{config.seed}-{digest[:8]}"
 
 

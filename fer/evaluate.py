@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fer import checkpoint
 from fer.config import RunConfig
-from fer.data.augment import normalize, to_float
 from fer.data.dataset import Split, open_data
 from fer.device import autocast, pick_device
 from fer.errors import UserError
+from fer.feed import Feed
 from fer.files import write_json
 from fer.losses import Loss
 from fer.metrics import Counts
-from fer.models import build_model
+from fer.models import build_model, origin
 
 
 def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
@@ -31,19 +31,16 @@ def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if (folder / "summary.json").exists():
         return json.loads((folder / "summary.json").read_text())
-    meta, last = checkpoint.load_meta(folder / "best"), checkpoint.load_meta(folder / "last")
+    last = finished(folder)
+    meta = checkpoint.load_meta(folder / "best")
     run = RunConfig.model_validate(meta["config"])
-    if last["epoch"] < run.epochs:
-        raise UserError(
-            f"{folder}: {last['epoch']} of {run.epochs} epochs are done; go on with `fer train {meta['name']}`"
-        )
     data = open_data(data_dir)
     if data.hash != meta["data_hash"]:
         raise UserError(
             f"{folder}: was trained on data {meta['data_hash']}, {data_dir} holds {data.hash}; `dvc checkout` those"
         )
     device = pick_device(run.resources.device)
-    model = build_model(run, len(data.classes), meta["sizes"]).to(device)
+    model = build_model(run, len(data.classes), pretrained=False).to(device)
     checkpoint.load_weights(folder / "best", model)
     summary = {
         "run_id": meta["run_id"],
@@ -52,13 +49,15 @@ def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
         "data_hash": data.hash,
         "classes": data.classes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "starts_from": origin(run),
         "epochs": last["epoch"],
         "best_epoch": meta["epoch"],
         "train_seconds": sum(row["seconds"] for row in last["history"]),
     }
     for name in ("val", "test"):
         split = data.split(name)
-        logits, _ = predict_split(model, run, split, device)
+        logits, _ = predict_split(model, Feed(model, run, split, data.classes, device))
         _write_predictions(folder / f"predictions_{name}.csv", split, logits, data.classes)
         summary[name] = metrics(logits, split.labels)
         if name == "test":
@@ -68,20 +67,29 @@ def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
     return summary
 
 
+def finished(folder: Path) -> dict[str, Any]:
+    """checkpoint.json of the run's last epoch. Raises UserError when there are more to come."""
+    last = checkpoint.load_meta(folder / "last")
+    done, epochs = last["epoch"], last["config"]["epochs"]
+    if done < epochs:
+        raise UserError(f"{folder}: {done} of {epochs} epochs are done; go on with `fer train {last['name']}`")
+    return last
+
+
 @torch.inference_mode()
 def predict_split(
-    model: nn.Module, run: RunConfig, split: Split, device: torch.device, loss: Loss | None = None,
-    rank: int = 0, world: int = 1,
-) -> tuple[Tensor, Counts]:  # fmt: skip
+    model: nn.Module, feed: Feed, loss: Loss | None = None, rank: int = 0, world: int = 1
+) -> tuple[Tensor, Counts]:
     """Logits float32 [n of this rank, C] on the CPU in the split's order, and the counts of all ranks."""
     model.eval()
+    split, device = feed.split, feed.device
     counts = Counts(split.targets.shape[1], device)
     mine = np.arange(rank, len(split), world)
     found = []
-    for first in range(0, len(mine), run.eval_batch_size):
-        index = mine[first : first + run.eval_batch_size]
-        with autocast(run, device):
-            logits = model(normalize(to_float(split.pixels(index).to(device), run.image_size), run)).float()
+    for first in range(0, len(mine), feed.run.eval_batch_size):
+        index = mine[first : first + feed.run.eval_batch_size]
+        with autocast(feed.run, device):
+            logits = model(**feed(index)).float()
         labels, targets = split.labels[index].to(device), split.targets[index].to(device)
         counts.update(logits, labels, loss(logits, labels, targets) if loss else None)
         found.append(logits.cpu())

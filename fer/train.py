@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fer import checkpoint
 from fer.config import RunConfig, run_id
-from fer.data.augment import Augmenter, normalize, to_float
-from fer.data.dataset import DataSet, Split, open_data
+from fer.data.augment import Augmenter
+from fer.data.dataset import DataSet, open_data
 from fer.device import autocast, pick_device
 from fer.errors import UserError
-from fer.evaluate import predict_split
+from fer.evaluate import finished, predict_split
+from fer.feed import Feed
 from fer.files import recover, write_json
 from fer.losses import Loss, build_loss
 from fer.metrics import Counts
-from fer.models import build_model, sizes_of
+from fer.models import build_model, origin
 from fer.schedule import lr_at
 
 REMEDY = "lower lr, set clip_grad_norm, or use precision fp32"
@@ -64,47 +66,58 @@ def fit(
     data_dir: str | Path,
     runs_dir: str | Path,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    start: str | None = None,
 ) -> Path:
     """Train `run`, or go on with it where it was cut, and return its folder `runs_dir`/<run id>.
 
     Inside an initialised torch.distributed group every rank calls this and the ranks share the batches. `on_epoch`
-    gets each new row of metrics.jsonl. Raises UserError (data missing, weights missing, no GPU) and NonFiniteLoss.
+    gets each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
+    Raises UserError (data missing, weights missing, run to start from missing or unfinished, no GPU) and NonFiniteLoss.
     """
+    if (start is None) != (run.init_from is None):
+        raise UserError(f"{name}: init_from is {run.init_from}, the run to start from {start}; give both or neither")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = pick_device(run.resources.device)
     if device.type == "cpu":
         torch.set_num_threads(run.resources.cpus_per_worker)
     data = open_data(data_dir)
-    folder = Path(runs_dir) / run_id(name, run, data.hash)
+    folder = Path(runs_dir) / run_id(name, run, data.hash, start)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder / "last"), recover(folder / "best")
     if world > 1:
         dist.barrier()
-    state = _start(run, folder, len(data.classes), device)
-    if rank == 0:
-        write_json(folder / "config.json", {"name": name, "run_id": folder.name, **_describe(run, data)})
-        _write_metrics(folder, state.history or [])
     train, val = data.split("train"), data.split("val")
     if len(train) < world:
         raise UserError(f"resources.workers: {world} workers for {len(train)} training images; lower workers")
-    loss = build_loss(run, data.prior().to(device))
+    meta = checkpoint.load_meta(folder / "last") if (folder / "last").exists() else None
+    model = _build(run, folder, len(data.classes), meta is None, start).to(device)
+    feed, val_feed = (Feed(model, run, split, data.classes, device) for split in (train, val))
+    if meta is None:
+        feed.choose_references()
+    state = _start(run, folder, model, meta, device)
+    if rank == 0:
+        about = {"name": name, "run_id": folder.name, "starts_from": origin(run), "start": start, **_describe(run, data)}
+        write_json(folder / "config.json", about)
+        _write_metrics(folder, state.history or [])
+    counts = torch.bincount(train.labels, minlength=len(data.classes))
+    loss = build_loss(run, data.prior().to(device), counts.to(device))
     network: nn.Module = state.model
     if world > 1:
         network = DistributedDataParallel(state.model, device_ids=[device.index] if device.type == "cuda" else None)
     progress = Progress(folder, run.epochs) if rank == 0 else None
     for epoch in range(state.epoch, run.epochs):
         started = time.perf_counter()
-        trained = _train_epoch(state, network, run, train, loss, epoch, device, progress, folder.name)
+        trained = _train_epoch(state, network, feed, loss, epoch, progress, folder.name)
         if world > 1:
             for buffer in state.evaluated.buffers():  # batch-norm statistics differ by rank; those of rank 0 are saved
                 dist.broadcast(buffer, 0)
-        counts = predict_split(state.evaluated, run, val, device, loss, rank, world)[1]
+        found = predict_split(state.evaluated, val_feed, loss, rank, world)[1]
         row = {
             "epoch": epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],  # of the last step
             **{f"train_{key}": value for key, value in trained.items()},
-            **{f"val_{key}": value for key, value in counts.result().items()},
+            **{f"val_{key}": value for key, value in found.result().items()},
             "seconds": time.perf_counter() - started,
             "images_per_second": trained_images(run, len(train)) / (time.perf_counter() - started),
             "time": time.time(),
@@ -125,12 +138,20 @@ def trained_images(run: RunConfig, images: int) -> int:
     return images - images % run.batch_size if images >= run.batch_size else images - images % run.resources.workers
 
 
-def _start(run: RunConfig, folder: Path, num_labels: int, device: torch.device) -> State:
-    """The state at the run's beginning, or that of its last checkpoint."""
-    last = folder / "last"
-    meta = checkpoint.load_meta(last) if last.exists() else None
+def _build(run: RunConfig, folder: Path, num_labels: int, fresh: bool, start: str | None) -> nn.Module:
+    """The run's network: of its last checkpoint, of the run `start`, or as `options` say."""
     torch.manual_seed(run.seed)
-    model = build_model(run, num_labels, meta["sizes"] if meta else None).to(device)
+    model: Any = build_model(run, num_labels, pretrained=fresh)
+    if not fresh:
+        checkpoint.load_weights(folder / "last", model)
+    elif start is not None:
+        finished(folder.parent / start)
+        checkpoint.load_backbone(folder.parent / start / "best", model)
+    return model
+
+
+def _start(run: RunConfig, folder: Path, model: nn.Module, meta: dict[str, Any] | None, device: torch.device) -> State:
+    """The state at the run's beginning, or that of its last checkpoint, which `meta` describes."""
     ema = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.ema_decay), use_buffers=True)
         if run.ema_decay
@@ -141,8 +162,7 @@ def _start(run: RunConfig, folder: Path, num_labels: int, device: torch.device) 
     )
     if meta is None:
         return state
-    saved = checkpoint.load_training(last)
-    checkpoint.load_weights(last, model)
+    saved = checkpoint.load_training(folder / "last")
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     if ema is not None:
@@ -169,9 +189,18 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def batches(run: RunConfig, images: int, epoch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """The index of each batch's images that this rank trains on, and which part of the whole batch it is."""
-    order = np.random.default_rng([run.seed, epoch]).permutation(images)
+def batches(run: RunConfig, labels: Tensor, epoch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """The index of each batch's images that this rank trains on, and which part of the whole batch it is.
+
+    `labels` [n] of the training images; balanced_sampling draws with their classes' chances, with repetition.
+    """
+    images = len(labels)
+    generator = np.random.default_rng([run.seed, epoch])
+    if run.balanced_sampling:
+        chance = torch.bincount(labels)[labels].double().pow(-run.balanced_sampling)
+        order = generator.choice(images, images, p=(chance / chance.sum()).numpy())
+    else:
+        order = generator.permutation(images)
     size = min(run.batch_size, trained_images(run, images))
     share = size // world
     part = slice(rank * share, (rank + 1) * share)
@@ -182,29 +211,29 @@ def batches(run: RunConfig, images: int, epoch: int, rank: int, world: int) -> I
 def _train_epoch(
     state: State,
     network: nn.Module,
-    run: RunConfig,
-    train: Split,
+    feed: Feed,
     loss: Loss,
     epoch: int,
-    device: torch.device,
     progress: "Progress | None",
     name: str,
 ) -> dict[str, float]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    run, train, device = feed.run, feed.split, feed.device
     torch.manual_seed(_seed(run.seed, epoch, rank))  # dropout, drop path
     augment = Augmenter(run.augment, _seed(run.seed, epoch), device)
+    feed.start_epoch(epoch)
     network.train()
     counts = Counts(train.targets.shape[1], device)
     steps = max(1, len(train) // run.batch_size)
     unchecked: list[Tensor] = []
-    for step, (index, part) in enumerate(batches(run, len(train), epoch, rank, world)):
+    for step, (index, part) in enumerate(batches(run, train.labels, epoch, rank, world)):
         rate = lr_at(run, epoch + (step + 0.5) / steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        images = augment(to_float(train.pixels(index).to(device), run.image_size), len(index) * world, part)
+        inputs = feed(index, partial(augment, batch_size=len(index) * world, part=part))
         labels, targets = train.labels[index].to(device), train.targets[index].to(device)
         with autocast(run, device):
-            logits = network(normalize(images, run))
+            logits = network(**inputs)
         value = loss(logits, labels, targets)
         unchecked.append(value.detach())
         if (device.type == "cpu" and world == 1) or len(unchecked) == CHECK_EVERY or step == steps - 1:
@@ -263,7 +292,7 @@ def _save(state: State, name: str, run: RunConfig, data: DataSet, folder: Path) 
     """best, then last, then the line of metrics.jsonl: a cut between them repeats the epoch and doubles nothing."""
     assert state.history
     row = state.history[-1]
-    meta = {"name": name, "run_id": folder.name, **_describe(run, data), "sizes": sizes_of(state.model)}
+    meta = {"name": name, "run_id": folder.name, **_describe(run, data)}
     meta |= {"epoch": state.epoch, "history": state.history}
     if row["val_accuracy"] > state.best:
         state.best = row["val_accuracy"]

@@ -98,6 +98,45 @@ def compare() -> None:
 
 
 @app.command()
+def models(
+    names: Names = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Show what the models of params.yaml cost and where their weights come from; nothing is loaded."""
+    from fer.data.labels import CLASSES
+    from fer.models import backbones, origin
+    from fer.models.cost import cost
+    from pipelines.params import load
+
+    params = load(overrides=overrides)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("model", no_wrap=True)
+    for column in ("parameters", "learning", "GFLOP", "input"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("network: its weights")
+    missing = []
+    for name in params.named(names or []):
+        run = params.models[name]
+        networks = [options.name for options in backbones(run).values()] or [run.model]
+        sources = "\n".join(f"{network}: {source}" for network, source in zip(networks, origin(run)))
+        try:
+            found = cost(run, len(CLASSES))
+            numbers = f"{found.parameters / 1e6:.2f}M", f"{found.trainable / 1e6:.2f}M", f"{found.gflop:.3g}"
+        except UserError as error:
+            missing.append(f"{name}: {error}")
+            numbers = "-", "-", "-"
+        table.add_row(name, *numbers, f"{run.image_size}x{run.image_size}x{run.channels}", sources)
+    console.print(table)
+    console.print(
+        "learning: parameters that training changes. GFLOP: one image forward, a multiplication and an addition are "
+        "two; training costs three times that for the part that learns. input: what image_size and channels give.",
+        style="dim",
+    )
+    if missing:
+        raise UserError("\n".join(missing))
+
+
+@app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect.")] = 4200,

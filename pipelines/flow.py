@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from fer.config import RunConfig, nearest, run_id
+from fer.config import RunConfig, run_id
 from fer.data.dataset import open_data
 from fer.errors import UserError, disk_error
 from pipelines import launch, report
@@ -29,21 +29,20 @@ from pipelines.tracking import Tracker
 DATA, RUNS = Path("data"), Path("data/runs")
 
 
-Runs = dict[str, tuple[RunConfig, Path]]  # name -> run and its folder
+Runs = dict[str, tuple[RunConfig, Path]]  # name -> run and its folder; a run stands after the one it starts from
 
 
 def prepare(params: Params, names: list[str]) -> tuple[Runs, Tracker]:
     """The runs of the named models (all without a name), checked against data, tracking server and machine.
 
+    A run that is not finished brings with it the one that its `init_from` names.
     Raises UserError for whatever stands in the way, before any run starts. May be called again at no cost.
     """
-    unknown = [name for name in names if name not in params.models]
-    if unknown:
-        lines = [f"models.{name}: no such model in params.yaml{nearest(name, list(params.models))}" for name in unknown]
-        raise UserError("\n".join(lines))
+    names = params.named(names)
     data = open_data(DATA)
-    chosen = {name: params.models[name] for name in (names or params.models)}
-    runs = {name: (run, RUNS / run_id(name, run, data.hash)) for name, run in chosen.items()}
+    runs: Runs = {}
+    for name in names:
+        _add(runs, name, params, data.hash, asked=True)
     tracker = Tracker(params.tracking.uri, params.tracking.experiment)
     if any(not (folder / "summary.json").exists() for _, folder in runs.values()):
         mark_children()
@@ -52,8 +51,26 @@ def prepare(params: Params, names: list[str]) -> tuple[Runs, Tracker]:
     return runs, tracker
 
 
+def _folder(name: str, params: Params, data_hash: str) -> Path:
+    """data/runs/<run id>; the id of the run that `init_from` names is part of it."""
+    run = params.models[name]
+    start = _folder(run.init_from, params, data_hash).name if run.init_from else None
+    return RUNS / run_id(name, run, data_hash, start)
+
+
+def _add(runs: Runs, name: str, params: Params, data_hash: str, asked: bool) -> None:
+    run, folder = params.models[name], _folder(name, params, data_hash)
+    done = (folder / "summary.json").exists()
+    if run.init_from and not done:
+        _add(runs, run.init_from, params, data_hash, asked=False)
+    if asked or not done:
+        runs.setdefault(name, (run, folder))
+
+
 @task(task_run_name="train-{name}", cache_policy=NO_CACHE, persist_result=False)
-def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_failures: int) -> None:
+def train_model(
+    name: str, run: RunConfig, folder: Path, tracker: Tracker, max_failures: int, start: str | None
+) -> None:
     """Bring one run to its end: trained, evaluated, in MLflow. What is done already is not done again."""
     if tracker.recorded(folder):
         return
@@ -61,7 +78,7 @@ def train_model(name: str, run: RunConfig, folder: Path, tracker: Tracker, max_f
     try:
         with launch.held(folder, name), tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
             if not (folder / "summary.json").exists():
-                launch.launch(name, run, folder, DATA, max_failures)
+                launch.launch(name, run, folder, DATA, max_failures, start)
     except OSError as error:
         raise disk_error(error, folder) or error from error
 
@@ -120,12 +137,14 @@ def _ctrl_c_ends_it() -> Iterator[None]:
 
 
 def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:
-    """Submit every run at once and wait; name -> error of those that failed."""
+    """Submit every run at once and wait, a run that starts from another after that one; name -> error of the failed."""
     step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
     runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(runs)))
     with runner as pool:
-        futures = {
-            name: pool.submit(
+        futures: dict[str, Any] = {}
+        for name, (run, folder) in runs.items():
+            first = run.init_from if run.init_from in runs else None
+            futures[name] = pool.submit(
                 step,
                 parameters={
                     "name": name,
@@ -133,15 +152,20 @@ def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseEx
                     "folder": folder,
                     "tracker": tracker,
                     "max_failures": params.experiment.max_worker_failures,
+                    "start": runs[first][1].name if first else None,
                 },
+                wait_for=[futures[first]] if first else None,
             )
-            for name, (run, folder) in runs.items()
-        }
         wait(list(futures.values()))
-    failed = {}
+    failed: dict[str, BaseException] = {}
     for name, future in futures.items():
-        if not future.state.is_completed():
+        first = runs[name][0].init_from
+        if first in failed:
+            kind = UserError if isinstance(failed[first], UserError) else RuntimeError
+            failed[name] = kind(f"{name}: not started, as {first}, from which it starts, failed")
+        elif not future.state.is_completed():
             failed[name] = future.state.result(raise_on_failure=False)
+        if name in failed:
             get_run_logger().error("%s: %s", name, failed[name])
     return failed
 

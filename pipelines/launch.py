@@ -66,8 +66,10 @@ def check_resources(runs: dict[str, RunConfig]) -> None:
         raise UserError("\n".join(lines))
 
 
-def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures: int) -> None:
+def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures: int, start: str | None) -> None:
     """Train and evaluate `run` into `folder` (data/runs/<run id>); waits until Ray has resources for it.
+
+    `start` is the id of the run that `init_from` names.
 
     A worker that dies is restarted `max_failures` times, from the run's last checkpoint. Raises UserError for what a
     user can mend, RuntimeError for the rest.
@@ -78,6 +80,7 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
         train_loop_config={
             "name": name,
             "run": run.model_dump(),
+            "start": start,
             "data_dir": str(data_dir.resolve()),
             "runs_dir": str(folder.parent.resolve()),
             "cwd": os.getcwd(),
@@ -126,11 +129,12 @@ def _work(config: dict[str, Any]) -> dict[str, str | None]:
         os.chdir(config["cwd"])  # paths in params.yaml are relative to the project, Ray starts workers elsewhere
     try:
         run = RunConfig.model_validate(config["run"])
-        folder = fit(config["name"], run, config["data_dir"], config["runs_dir"])
+        folder = fit(config["name"], run, config["data_dir"], config["runs_dir"], start=config["start"])
         if ray.train.get_context().get_world_rank() == 0:
             evaluate(folder, config["data_dir"])
     except UserError as error:
-        return {"error": str(error)}
+        key = f"models.{config['name']}." if str(error).startswith("options.") else ""
+        return {"error": f"{key}{error}"}
     except OSError as error:
         known = disk_error(error, config["runs_dir"])
         if known is None:

@@ -68,6 +68,16 @@ class Params(Section):
     tracking: Tracking
     models: dict[str, RunConfig]  # `train` with each model's own keys laid over it
 
+    def named(self, names: list[str]) -> list[str]:
+        """`names`, or all models without any. Raises UserError, a line for each name that is no model."""
+        unknown = [name for name in names if name not in self.models]
+        if unknown:
+            known = list(self.models)
+            raise UserError(
+                "\n".join(f"models.{name}: no such model in params.yaml{nearest(name, known)}" for name in unknown)
+            )
+        return names or list(self.models)
+
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: a part of a folder's name and of `--set models.<name>.lr=...`
 SECTIONS: dict[str, type[Section]] = {
@@ -142,7 +152,41 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
         found += [_where(line, prefix, own, alone) for line in lines]
         if run is not None:
             runs[name] = run
+    found += _chain_faults(runs, list(models))
     return runs
+
+
+def _chain_faults(runs: dict[str, RunConfig], names: list[str]) -> list[str]:
+    """What is wrong with `init_from`: no such model, a circle, another backbone."""
+    from fer.models import MODELS, backbones
+
+    lines = []
+    for name, run in runs.items():
+        start, key = run.init_from, f"models.{name}.init_from"
+        if start is None or run.model not in MODELS:
+            continue
+        if start not in names:
+            lines.append(f"{key}: no model '{start}'{nearest(start, names)}")
+            continue
+        if start not in runs or runs[start].model not in MODELS:
+            continue  # its own faults are named already
+        chain = [name]
+        while (after := runs[chain[-1]].init_from) in runs and after not in chain:
+            chain.append(after)
+        if after == name:
+            lines.append(f"{key}: {' -> '.join([*chain, name])} is a circle; set one of them to null")
+            continue
+        try:
+            ours, theirs = backbones(run).get("backbone"), backbones(runs[start]).get("backbone")
+        except ValidationError:
+            continue
+        if ours is None or theirs is None:
+            lines.append(f"{key}: {name if ours is None else start} has no backbone; set it to null")
+        elif (ours.name, ours.settings) != (theirs.name, theirs.settings):
+            lines.append(f"{key}: {start} has another backbone ({theirs.name}); give both the same name and settings")
+        elif ours.weights is not None:
+            lines.append(f"models.{name}.options.backbone.weights: init_from gives them; set one to null")
+    return lines
 
 
 def _name_faults(merged: dict, run: RunConfig | None, prefix: str) -> list[str]:
@@ -204,7 +248,14 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path}:{line} is not valid YAML: {problem}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds no keys; restore it with `git checkout {path}`")
-    return tree
+    return _unshared(tree)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML anchors and aliases share stands on its own, so that `--set` changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _override(tree: dict, override: str) -> None:

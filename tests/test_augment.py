@@ -13,10 +13,12 @@ from fer.data.augment import Augmenter, normalize, to_float
 
 CPU = torch.device("cpu")
 NOTHING = {
-    "flip": 0.0, "rotation": 0.0, "scale": 0.0, "translation": 0.0, "brightness": 0.0, "contrast": 0.0, "erasing": 0.0
+    "flip": 0.0, "rotation": 0.0, "scale": 0.0, "translation": 0.0,
+    "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "erasing": 0.0,
 }  # fmt: skip
 EVERYTHING: dict[str, Any] = {
-    "flip": 0.5, "rotation": 30.0, "scale": 0.3, "translation": 0.2, "brightness": 0.8, "contrast": 0.8, "erasing": 0.5
+    "flip": 0.5, "rotation": 30.0, "scale": 0.3, "translation": 0.2,
+    "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "erasing": 0.5,
 }  # fmt: skip
 
 
@@ -58,8 +60,12 @@ class Fixed(Augmenter):
     def warp(self, image: Tensor) -> Tensor:
         return self._warp(image, self.draws)
 
+    def saturate(self, image: Tensor) -> Tensor:
+        return self._saturate(image, self.draws)
+
 
 ANGLE, ZOOM, FLIP, SHIFT_X, SHIFT_Y = range(5)  # places of the draws
+SATURATION = 12
 
 
 def test_zero_settings_change_no_bit() -> None:
@@ -143,6 +149,63 @@ def test_contrast_keeps_the_mean() -> None:
     factors = result.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.5 <= factors.min() < 0.52
     assert 1.48 < factors.max() <= 1.5
+
+
+def colours(*pixels: tuple[float, float, float]) -> Tensor:
+    """One image of one row, a pixel for each colour."""
+    return torch.tensor(pixels).T.reshape(1, 3, 1, -1)
+
+
+@pytest.mark.parametrize(
+    ("draw", "wanted"),
+    [
+        # grey .299 * .5 + .587 * .3 + .114 * .1 = .337, of pure blue .114; factors 0, .5, 1, 1.5 and 2
+        (0.0, [(0.337, 0.337, 0.337), (0.114, 0.114, 0.114)]),
+        (0.25, [(0.4185, 0.3185, 0.2185), (0.057, 0.057, 0.557)]),
+        (0.5, [(0.5, 0.3, 0.1), (0.0, 0.0, 1.0)]),
+        (0.75, [(0.5815, 0.2815, 0.0), (0.0, 0.0, 1.0)]),  # -.0185, -.057 and 1.443 are cut
+        (1.0, [(0.663, 0.263, 0.0), (0.0, 0.0, 1.0)]),
+    ],
+)
+def test_saturation_is_a_factor_around_the_grey_of_each_pixel(draw: float, wanted: list) -> None:
+    image = colours((0.5, 0.3, 0.1), (0.0, 0.0, 1.0))
+    found = Fixed({SATURATION: draw}, saturation=1.0).saturate(image)
+    torch.testing.assert_close(found, colours(*wanted), atol=1e-6, rtol=0)
+
+
+def test_saturation_is_drawn_per_image_within_its_range() -> None:
+    images = 0.4 + 0.2 * noise(300, channels=3)
+    grey = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    factors = ((changed(images, saturation=0.5) - grey).std((1, 2, 3)) / (images - grey).std((1, 2, 3))).tolist()
+    assert 0.5 <= min(factors) < 0.52
+    assert 1.48 < max(factors) <= 1.5 + 1e-5
+    assert 0.9 < sum(factors) / 300 < 1.1  # 1 expected, standard error .017
+
+
+def test_saturation_leaves_grey_images_alone() -> None:
+    grey = noise(channels=1)
+    assert torch.equal(changed(grey, saturation=1.0), grey)
+    repeated = grey.repeat(1, 3, 1, 1)
+    torch.testing.assert_close(changed(repeated, saturation=1.0), repeated, atol=1e-6, rtol=0)
+
+
+def test_saturation_comes_after_contrast() -> None:
+    images = noise(64, channels=3)
+    draws = torch.rand(64, Augmenter.PER_IMAGE, generator=torch.manual_seed(0))
+    one_by_one = augmenter(saturation=0.9)._saturate(changed(images, contrast=0.9), draws)
+    assert torch.equal(changed(images, contrast=0.9, saturation=0.9), one_by_one)
+
+
+def test_saturation_has_a_draw_of_its_own() -> None:
+    images, every = noise(channels=3), augmenter(**EVERYTHING)
+    draws = torch.rand(8, Augmenter.PER_IMAGE, generator=torch.manual_seed(0))
+    other = draws.clone()
+    other[:, SATURATION] = 1 - draws[:, SATURATION]
+    for change in (every._warp, every._jitter, every._erase):
+        assert torch.equal(change(images, draws), change(images, other))
+    other[:, :SATURATION] = 1 - draws[:, :SATURATION]
+    other[:, SATURATION] = draws[:, SATURATION]
+    assert torch.equal(every._saturate(images, draws), every._saturate(images, other))
 
 
 def test_erasing_sets_one_rectangle_to_the_mean() -> None:

@@ -7,7 +7,7 @@ import torch
 from conftest import small_run
 from torch import Tensor
 
-from fer.losses import LOSSES, build_loss
+from fer.losses import LOSSES, build_loss, class_weights
 
 A, G = 0.8, 2.0
 # softmax(log q) = q for shares q that sum to 1: logits whose probabilities are known without a computer
@@ -15,6 +15,7 @@ P = [[0.5, 0.3, 0.2], [0.1, 0.7, 0.2]]
 LOGITS = torch.log(torch.tensor(P, dtype=torch.float64)) + torch.tensor([[3.0], [-5.0]])  # a shift changes nothing
 LABELS = torch.tensor([0, 2])
 VOTES = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.1, 0.9]], dtype=torch.float64)
+COUNTS = torch.tensor([9, 4, 1])  # training images per class
 PRIOR = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]], dtype=torch.float64)
 
 # -log p of the labels: p = .5 of class 0, p = .2 of class 2
@@ -39,20 +40,27 @@ BY_HAND = {
         - (0.06 * 0.9**2 * math.log(0.1) + 0.02 * 0.3**2 * math.log(0.7) + 0.92 * 0.8**2 * math.log(0.2))
     )
     / 2,
+    # the same with the factor (1 - p_j) 3 / 2
+    "compensated_focal_pdls": (
+        -(0.94 * 0.75 * math.log(0.5) + 0.04 * 1.05 * math.log(0.3) + 0.02 * 1.2 * math.log(0.2))
+        - (0.06 * 1.35 * math.log(0.1) + 0.02 * 0.45 * math.log(0.7) + 0.92 * 1.2 * math.log(0.2))
+    )
+    / 2,
     "vote_cross_entropy": (-(0.6 * math.log(0.5) + 0.4 * math.log(0.3)) - (0.1 * math.log(0.7) + 0.9 * math.log(0.2)))
     / 2,
     # image 1: votes on classes 0, 1: max(.5, .3, .001 * .2) = .5; image 2: on 1, 2: max(.001 * .1, .7, .2) = .7
     "multi_target": (-math.log(0.5) - math.log(0.7)) / 2,
 }
 
-WITH_GAMMA = [(name, gamma) for name in LOSSES for gamma in ((0.5, 1.0, 2.0) if "focal" in name else (2.0,))]
+WITH_GAMMA = [(name, gamma) for name in LOSSES for gamma in ((0.5, 1.0, 2.0) if name.startswith("focal") else (2.0,))]
 
 
 def value(
     name: str, logits: Tensor = LOGITS, labels: Tensor = LABELS, votes: Tensor = VOTES, prior: Tensor = PRIOR,
-    alpha: float = A, gamma: float = G,
+    alpha: float = A, gamma: float = G, power: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    return build_loss(small_run(loss=name, loss_alpha=alpha, loss_gamma=gamma), prior)(logits, labels, votes)
+    run = small_run(loss=name, loss_alpha=alpha, loss_gamma=gamma, class_weights=power)
+    return build_loss(run, prior, COUNTS)(logits, labels, votes)
 
 
 def test_every_loss_but_the_random_one_is_checked_by_hand() -> None:
@@ -103,6 +111,7 @@ def test_sampling_draws_anew_and_only_what_has_votes() -> None:
         ("focal_pdls", {"alpha": 1.0}, "focal"),
         ("pdls", {"alpha": 1.0}, "cross_entropy"),
         ("label_smoothing", {"alpha": 1.0}, "cross_entropy"),
+        ("compensated_focal_pdls", {"gamma": 5.0}, "compensated_focal_pdls"),
         ("pdls", {"prior": torch.full((3, 3), 1 / 3, dtype=torch.float64)}, "label_smoothing"),
         ("pdls", {"alpha": 0.0, "prior": torch.eye(3, dtype=torch.float64)}, "cross_entropy"),
     ],
@@ -111,34 +120,96 @@ def test_special_cases_agree(one: str, settings: dict, other: str) -> None:
     assert float(value(one, **settings)) == pytest.approx(float(value(other)), rel=1e-12)
 
 
+def test_compensated_focal_pdls_is_pdls_where_all_classes_are_equally_likely() -> None:
+    even = torch.full((2, 3), 4.0, dtype=torch.float64)
+    assert float(value("compensated_focal_pdls", even)) == pytest.approx(math.log(3), rel=1e-12)
+    assert float(value("pdls", even)) == pytest.approx(math.log(3), rel=1e-12)
+
+
+def test_compensated_focal_pdls_is_half_as_much_again_of_focal_pdls_with_gamma_1() -> None:
+    assert float(value("compensated_focal_pdls")) == pytest.approx(
+        1.5 * float(value("focal_pdls", gamma=1.0)), rel=1e-12
+    )
+
+
 def test_label_smoothing_is_that_of_torch() -> None:
     theirs = torch.nn.functional.cross_entropy(LOGITS, LABELS, label_smoothing=1 - A)
     assert float(value("label_smoothing")) == pytest.approx(float(theirs), rel=1e-12)
 
 
+# 9, 4 and 1 images: 14 / (3 n) for power 1; 1/3, 1/2 and 1, which sum up to 3 + 2 + 1 = 6 over the images, for .5
+WEIGHTS = {0.0: [1.0, 1.0, 1.0], 1.0: [14 / 27, 14 / 12, 14 / 3], 0.5: [14 / 18, 14 / 12, 14 / 6]}
+
+
+@pytest.mark.parametrize("power", WEIGHTS)
+def test_class_weights_by_hand(power: float) -> None:
+    found = class_weights(COUNTS, power)
+    assert found.tolist() == pytest.approx(WEIGHTS[power], rel=1e-12)
+    assert float((found * COUNTS).sum() / COUNTS.sum()) == pytest.approx(1, rel=1e-12)
+
+
+def test_a_class_without_images_weighs_as_much_as_one_with_a_single_image() -> None:
+    # of 4 images, classes of 3 and 1: 4 / (2 n); the empty class is no part of the mean
+    assert class_weights(torch.tensor([3, 0, 1]), 1.0).tolist() == pytest.approx([2 / 3, 2, 2], rel=1e-12)
+
+
+def singles(name: str, power: float = 0.0) -> list[float]:
+    """The loss of each image alone. Without chance: where votes are drawn, all are for one emotion, not the label."""
+    return [
+        float(value(name, LOGITS[i : i + 1], LABELS[i : i + 1], sure(name)[i : i + 1], power=power)) for i in (0, 1)
+    ]
+
+
+def sure(name: str) -> Tensor:
+    return torch.eye(3, dtype=torch.float64)[[1, 0]] if name == "vote_sampling" else VOTES
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_mean_over_the_batch(name: str) -> None:
-    # without chance: each image has the votes of one emotion only
-    votes = torch.eye(3, dtype=torch.float64)[LABELS] if name == "vote_sampling" else VOTES
-    singles = [float(value(name, LOGITS[i : i + 1], LABELS[i : i + 1], votes[i : i + 1])) for i in range(2)]
-    assert float(value(name, votes=votes)) == pytest.approx(sum(singles) / 2, rel=1e-12)
+@pytest.mark.parametrize("power", WEIGHTS)
+def test_each_image_has_the_weight_of_its_label(name: str, power: float) -> None:
+    wanted = [WEIGHTS[power][label] * alone for label, alone in zip([0, 2], singles(name))]
+    assert singles(name, power) == pytest.approx(wanted, rel=1e-12)
+    # the sum of the weights in the batch does not divide
+    assert float(value(name, votes=sure(name), power=power)) == pytest.approx(sum(wanted) / 2, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_class_weights_change_no_bit(name: str) -> None:
+    run = small_run(loss=name, loss_alpha=A, loss_gamma=G)
+    each = LOSSES[name](run, PRIOR.float())(LOGITS.float(), LABELS, sure(name).float())
+    assert each.shape == (2,)
+    built = build_loss(run, PRIOR.float(), COUNTS)(LOGITS.float(), LABELS, sure(name).float())
+    assert torch.equal(built, each.mean())
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_halves_of_a_batch_average_to_the_whole(name: str, power: float) -> None:
+    torch.manual_seed(2)
+    logits, labels = torch.randn(8, 3, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
+    votes = torch.eye(3, dtype=torch.float64)[labels]
+    halves = [value(name, logits[h], labels[h], votes[h], power=power) for h in (slice(4), slice(4, 8))]
+    whole = value(name, logits, labels, votes, power=power)
+    assert float(sum(halves) / 2) == pytest.approx(float(whole), rel=1e-12)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
 @pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)
-def test_gradient_is_that_of_finite_differences(name: str, gamma: float) -> None:
+def test_gradient_is_that_of_finite_differences(name: str, gamma: float, power: float) -> None:
     votes = torch.eye(3, dtype=torch.float64)[LABELS] if name == "vote_sampling" else VOTES
     logits = LOGITS.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: value(name, x, votes=votes, gamma=gamma), (logits,))
+    assert torch.autograd.gradcheck(lambda x: value(name, x, votes=votes, gamma=gamma, power=power), (logits,))
 
 
 @pytest.mark.parametrize("size", [1e4, 100.0, 17.0])  # 17: p rounds to 1 in fp32
+@pytest.mark.parametrize("power", [0.0, 1.0])
 @pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)
-def test_extreme_logits_have_a_finite_loss_and_gradient(name: str, gamma: float, size: float) -> None:
+def test_extreme_logits_have_a_finite_loss_and_gradient(name: str, gamma: float, power: float, size: float) -> None:
     signs = torch.tensor([[1.0, -1, -1], [-1, 1, 1], [0, 0, -1], [-1, -1, -1]])
     logits = (size * signs).requires_grad_()
     labels = torch.tensor([0, 0, 2, 1])
     votes = torch.tensor([[1.0, 0, 0], [0.5, 0, 0.5], [0, 0, 1.0], [0.2, 0.3, 0.5]])
-    found = value(name, logits, labels, votes, PRIOR.float(), gamma=gamma)
+    found = value(name, logits, labels, votes, PRIOR.float(), gamma=gamma, power=power)
     found.backward()
     assert torch.isfinite(found)
     assert found >= 0

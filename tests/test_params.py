@@ -79,6 +79,10 @@ TYPES_AND_RANGES = {
     "super_resolution.batch_size=0": "super_resolution.batch_size: should be greater than 0, got 0",
     "split.drop_leaked_train=1": "split.drop_leaked_train: should be a valid boolean, got 1",
     "split.prior_min_votes=0": "split.prior_min_votes: should be greater than 0, got 0",
+    "split.train_share=0": "split.train_share: should be greater than 0, got 0",
+    "split.train_share=1.5": "split.train_share: should be less than or equal to 1, got 1.5",
+    "split.train_share=half": "split.train_share: should be a valid number, got 'half'",
+    "split.seed=-1": "split.seed: should be greater than or equal to 0, got -1",
     "experiment.retries=-1": "experiment.retries: should be greater than or equal to 0, got -1",
     "tracking.uri=null": "tracking.uri: should be a valid string, got None",
 }

@@ -51,8 +51,8 @@ def small_set(*more: dict) -> pd.DataFrame:
     return table(*(line for usage in ("train", "val", "test") for line in one_of_each(usage)), *more)
 
 
-def majority(rows: pd.DataFrame, drop: bool = False) -> Splits:
-    return make_splits(rows, "majority", drop, 5)
+def majority(rows: pd.DataFrame, drop: bool = False, share: float = 1.0, seed: int = 0) -> Splits:
+    return make_splits(rows, "majority", drop, 5, share, seed)
 
 
 def marked(splits: Splits, name: str) -> dict[str, str]:
@@ -76,7 +76,7 @@ def test_rows_point_into_the_array_and_carry_label_and_target() -> None:
 def test_label_mode_is_for_train_only() -> None:
     unclear = {"fear": 5, "sadness": 5}
     splits = make_splits(
-        small_set(*(row(usage, usage, **unclear) for usage in ("train", "val"))), "probability", False, 5
+        small_set(*(row(usage, usage, **unclear) for usage in ("train", "val"))), "probability", False, 5, 1.0, 0
     )
     assert len(splits.tables["train"]) == 9
     assert len(splits.tables["val"]) == 8
@@ -127,6 +127,105 @@ def test_drop_leaked_train_takes_them_out_of_train_and_prior_alone() -> None:
     fear, sadness = CLASSES.index("fear"), CLASSES.index("sadness")
     assert kept.class_prior[fear, sadness] > 0
     assert dropped.class_prior[fear, sadness] == 0
+
+
+def large_set() -> pd.DataFrame:
+    """`small_set` and 40 more training images of neutral, 24 of happiness, 3 of contempt, mixed; 9 in val and test."""
+    lines = [
+        row("train", f"{name}-{i}", **{name: 10, "fear": i % 4})
+        for i in range(40)
+        for name, count in (("neutral", 40), ("happiness", 24), ("contempt", 3))
+        if i < count
+    ]
+    return small_set(*lines, *(row(usage, f"{usage}-{i}", neutral=10) for i in range(9) for usage in ("val", "test")))
+
+
+def train_rows(splits: Splits) -> list[int]:
+    return splits.tables["train"]["row"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("share", "counts"),  # of 41 neutral, 25 happiness, 4 contempt and 1 each of the five others
+    [(1.0, [41, 25, 4]), (0.7, [29, 18, 3]), (0.3, [12, 8, 1]), (0.1, [4, 2, 1]), (1e-9, [1, 1, 1])],
+)
+def test_train_share_is_that_of_each_class_and_one_image_at_least(share: float, counts: list[int]) -> None:
+    found = count_classes(majority(large_set(), share=share).tables["train"])
+    assert found == dict.fromkeys(CLASSES, 1) | dict(zip(["neutral", "happiness", "contempt"], counts))
+
+
+def test_train_share_keeps_lines_and_their_order_and_all_of_val_and_test() -> None:
+    whole, part = majority(large_set()), majority(large_set(), share=0.5)
+    rows = train_rows(part)
+    assert rows == sorted(rows)
+    train = whole.tables["train"]
+    assert part.tables["train"].to_csv(index=False) == train[train["row"].isin(rows)].to_csv(index=False)
+    for name in ("val", "test"):
+        assert part.tables[name].to_csv(index=False) == whole.tables[name].to_csv(index=False)
+    np.testing.assert_array_equal(part.class_prior, whole.class_prior)
+    assert part.dropped == 0
+
+
+def test_a_smaller_share_is_part_of_a_larger_one() -> None:
+    shares = [set(train_rows(majority(large_set(), share=share, seed=3))) for share in (0.1, 0.2, 0.55, 1.0)]
+    assert shares[0] < shares[1] < shares[2] < shares[3]
+
+
+def test_the_seed_alone_chooses_the_images() -> None:
+    np.random.seed(1)
+    one = train_rows(majority(large_set(), share=0.3, seed=5))
+    np.random.seed(2)
+    assert train_rows(majority(large_set(), share=0.3, seed=5)) == one
+    others = [train_rows(majority(large_set(), share=0.3, seed=seed)) for seed in range(3)]
+    assert len({tuple(rows) for rows in (one, *others)}) == 4
+
+
+def test_train_share_draws_from_the_whole_class() -> None:
+    rows = large_set()
+    kept = pd.Series([line for seed in range(80) for line in train_rows(majority(rows, share=0.25, seed=seed))])
+    neutral = rows.query("usage == 'train' and neutral > 0")["row"]
+    times = kept.value_counts().reindex(neutral, fill_value=0)
+    assert times.sum() == 80 * 10
+    assert times.between(5, 38).all()  # 80 * 10 / 41 = 20 expected, standard deviation 3.8
+
+
+def test_the_whole_share_is_all_of_train_whatever_the_seed() -> None:
+    rows = large_set()
+    texts = {majority(rows, seed=seed).tables["train"].to_csv(index=False) for seed in range(5)}
+    assert len(texts) == 1
+    assert train_rows(majority(rows)) == rows.loc[rows["usage"] == "train", "row"].tolist()
+
+
+def test_only_kept_training_images_are_duplicates() -> None:
+    copies = [row("train", "copy", name=f"copy {i}", fear=9) for i in range(9)]  # and one other fear: half of 10 are 5
+    rows = small_set(*copies, row("val", "copy", name="v", fear=9), row("test", "copy", name="t", fear=9))
+    firsts = set()
+    for seed in range(8):
+        half = majority(rows, share=0.5, seed=seed)
+        first, *others = (name for name in half.tables["train"]["name"] if name.startswith("copy"))
+        assert marked(half, "train") == dict.fromkeys(others, first)
+        assert marked(half, "val") == {"v": first}
+        assert marked(half, "test") == {"t": first}
+        firsts.add(first)
+    assert firsts > {"copy 0"}  # by some seeds it is left out, and the first of the kept ones stands in for it
+
+
+def test_an_image_that_was_left_out_is_no_leak() -> None:
+    rows = small_set(*(row("train", f"fear {i}", fear=9) for i in range(9)), row("test", "fear 3", name="t", fear=9))
+    for seed in range(8):
+        splits = majority(rows, share=0.5, seed=seed)
+        in_train = "fear 3" in splits.tables["train"]["name"].tolist()
+        assert marked(splits, "test") == ({"t": "fear 3"} if in_train else {})
+        assert duplicates(splits.tables)["test_in_train"] == in_train
+
+
+def test_train_share_is_of_what_the_leaked_images_leave() -> None:
+    leaked = [row(usage, f"leak {i}", fear=9) for i in range(10) for usage in ("train", "val")]
+    kept = [row("train", f"kept {i}", fear=9) for i in range(9)]
+    splits = majority(small_set(*leaked, *kept), drop=True, share=0.5)
+    assert splits.dropped == 10
+    names = splits.tables["train"].query("fear == 1")["name"].tolist()
+    assert len(names) == 5
+    assert not any(name.startswith("leak") for name in names)
 
 
 def test_class_without_a_training_image_is_named() -> None:
@@ -211,11 +310,30 @@ def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
         "raw_rows": {"train": 8, "val": 8, "test": 9},
         "class_prior": np.eye(8).tolist(),
         "prior_min_votes": 5,
+        "train_share": 1.0,
+        "seed": 1111,
         "duplicates": {"val_in_train": 0, "test_in_train": 1, "within_train": 0},
         "dropped_leaked_train": 0,
         "image_shape": [6, 6],
         "images_sha256": digest,
     }
+
+
+def test_stage_takes_share_and_seed_from_the_settings(stage_input: pd.DataFrame) -> None:
+    rows = stage_input
+    rows.loc[8:15, ["usage", *VOTE_COLUMNS]] = ["train", *votes(neutral=10).values()]  # what was val: 9 of neutral now
+    rows.loc[16:19, "usage"] = "val"
+    rows.to_csv(LABELS, index=False)
+    found = {}
+    for seed in (1, 2):
+        split(params("split.train_share=0.5", f"split.seed={seed}"))
+        summary = json.loads(Path("data/splits/summary.json").read_text())
+        assert (summary["train_share"], summary["seed"]) == (0.5, seed)
+        assert summary["counts"]["train"] == dict.fromkeys(CLASSES, 1) | {"neutral": 4}  # round(9 / 2), half to even
+        assert summary["raw_rows"]["train"] == 16
+        found[seed] = pd.read_csv("data/splits/train.csv")["row"].tolist()
+        assert found[seed] == train_rows(majority(rows, share=0.5, seed=seed))
+    assert found[1] != found[2]
 
 
 def test_stage_is_deterministic(stage_input: pd.DataFrame) -> None:
@@ -369,3 +487,14 @@ def test_ferplus_prior_is_the_published_one(ferplus_folder: Path) -> None:
     splits = majority(real_rows(ferplus_folder, "fer2013new"))
     np.testing.assert_allclose(splits.class_prior[0], PUBLISHED_PRIOR_NEUTRAL, atol=5e-7)
     np.testing.assert_allclose(splits.class_prior.sum(axis=1), 1)
+
+
+@pytest.mark.slow
+def test_ferplus_share(ferplus_folder: Path) -> None:
+    rows = real_rows(ferplus_folder, "label_csv")
+    whole, tenth, fifth = (majority(rows, share=share, seed=1) for share in (1.0, 0.1, 0.2))
+    assert list(count_classes(tenth.tables["train"]).values()) == [873, 728, 314, 302, 210, 12, 54, 12]
+    assert list(count_classes(tenth.tables["test"]).values()) == COUNTS["test"]
+    assert set(train_rows(tenth)) < set(train_rows(fifth)) < set(train_rows(whole))
+    leaks = [duplicates(splits.tables)["test_in_train"] for splits in (tenth, fifth, whole)]
+    assert 0 < leaks[0] < leaks[1] < leaks[2] == 232

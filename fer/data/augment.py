@@ -27,13 +27,13 @@ def normalize(images: Tensor, run: RunConfig) -> Tensor:
 
 
 class Augmenter:
-    """Random flip, rotation, zoom and shift in one warp, then brightness, contrast and erasing.
+    """Random flip, rotation, zoom and shift in one warp, then brightness, contrast, saturation and erasing.
 
     The random numbers of a whole batch are drawn on every rank and each takes its part, so that a run gives the same
     images on any number of workers.
     """
 
-    PER_IMAGE = 12
+    PER_IMAGE = 13
 
     def __init__(self, settings: Augment, seed: int, device: torch.device):
         self.settings = settings
@@ -45,6 +45,7 @@ class Augmenter:
         draws = torch.rand(batch_size, self.PER_IMAGE, generator=self.generator, device=self.device)[part]
         images = self._warp(images, draws)
         images = self._jitter(images, draws)
+        images = self._saturate(images, draws)
         return self._erase(images, draws)
 
     def _warp(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -71,6 +72,14 @@ class Augmenter:
         images = images * bright
         mean = images.mean((1, 2, 3), keepdim=True)
         return ((images - mean) * contrast + mean).clamp(0, 1)
+
+    def _saturate(self, images: Tensor, draws: Tensor) -> Tensor:
+        if not self.settings.saturation or images.shape[1] == 1:
+            return images
+        factor = (1 + (2 * draws[:, 12] - 1) * self.settings.saturation).view(-1, 1, 1, 1)
+        red, green, blue = images.split(1, 1)
+        grey = 0.299 * red + 0.587 * green + 0.114 * blue  # luma of ITU-R BT.601
+        return ((images - grey) * factor + grey).clamp(0, 1)
 
     def _erase(self, images: Tensor, draws: Tensor) -> Tensor:
         if not self.settings.erasing:

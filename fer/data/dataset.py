@@ -19,9 +19,11 @@ from fer.errors import UserError
 class Split:
     """n images of one split; `images` is the array of the whole data set."""
 
+    name: str
     images: np.ndarray  # uint8 [N, H, W] or [N, H, W, 3], memory-mapped
     rows: np.ndarray  # int64 [n], indexes `images`
     names: list[str]
+    subjects: list[str]  # "" where the data name none
     labels: torch.Tensor  # int64 [n]
     targets: torch.Tensor  # float32 [n, C], sums to 1
     leaked: torch.Tensor  # bool [n], a training image has the same pixels
@@ -53,9 +55,10 @@ class DataSet:
 
     def split(self, name: str) -> Split:
         path = self.folder / "splits" / f"{name}.csv"
-        columns = ["row", "name", "label", *self.classes, "duplicate_of"]
+        text = {"name": str, "subject": str, "duplicate_of": str}
+        columns = ["row", "label", *self.classes, *text]
         try:
-            table = pd.read_csv(path, usecols=columns, dtype={"name": str, "duplicate_of": str}, keep_default_na=False)
+            table = pd.read_csv(path, usecols=columns, dtype=text, keep_default_na=False)
         except ValueError as error:
             raise UserError(f"{path}: {error}; make it again with `dvc repro -f split`") from None
         if table.empty:
@@ -63,9 +66,11 @@ class DataSet:
         if table["row"].max() >= len(self.images):
             raise UserError(f"{path}: row {table['row'].max()} is not in upscaled/images.npy; run `dvc repro`")
         return Split(
+            name=name,
             images=self.images,
             rows=table["row"].to_numpy(np.int64),
             names=table["name"].tolist(),
+            subjects=table["subject"].tolist(),
             labels=torch.tensor(table["label"].to_numpy(np.int64)),
             targets=torch.tensor(table[self.classes].to_numpy(np.float32)),
             leaked=torch.tensor((table["duplicate_of"] != "").to_numpy() & (name != "train")),

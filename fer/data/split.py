@@ -49,13 +49,18 @@ def read_labels(path: str | Path, images: int) -> pd.DataFrame:
     return rows
 
 
-def make_splits(rows: pd.DataFrame, label_mode: str, drop_leaked_train: bool, prior_min_votes: int) -> Splits:
+def make_splits(
+    rows: pd.DataFrame, label_mode: str, drop_leaked_train: bool, prior_min_votes: int, train_share: float, seed: int
+) -> Splits:
     """Label, mark duplicates and compute the class prior; `rows` as read_labels returns them.
 
     `label_mode` holds for train; val and test always take the majority, as in the official trainer.
     `duplicate_of` is, in val and test, the pixel-identical training image and, in train, the first copy of the image:
     its name, or its row where it has none. With `drop_leaked_train` train loses the images that val or test keep.
-    The prior comes from all raw rows of train, by the published recipe (labels.class_prior), less the dropped ones.
+    Of what is left train keeps `train_share` (above 0, 1 at most) of each class: round(share n) images, one at least,
+    drawn with `seed`; a smaller share is part of a larger one. Copies of images that were left out are not marked.
+    The prior comes from all raw rows of train, by the published recipe (labels.class_prior), less the dropped ones: it
+    describes the voters, so `train_share` does not change it.
     Raises UserError for an empty split and for a class without a training image.
     """
     tables = {
@@ -71,6 +76,7 @@ def make_splits(rows: pd.DataFrame, label_mode: str, drop_leaked_train: bool, pr
         tables["train"] = tables["train"][~leaked]
         raw = raw[~raw["sha1"].isin(held_out)]
     _refuse_gaps(tables, label_mode)
+    tables["train"] = _share(tables["train"], train_share, seed)
     prior = class_prior(raw[list(VOTE_COLUMNS)].to_numpy(), raw["name"].to_numpy(), prior_min_votes)
     return Splits(_mark_duplicates(tables), prior, dropped)
 
@@ -101,6 +107,16 @@ def _refuse_gaps(tables: dict[str, pd.DataFrame], label_mode: str) -> None:
             f"no training image of class {', '.join(absent)} (split.label_mode {label_mode}):"
             " add images of it to the train part of data.path or choose another split.label_mode"
         )
+
+
+def _share(train: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """The first images of a random order of each class, in the order of the rows."""
+    rng = np.random.default_rng(seed)
+    kept = []
+    for label in range(len(CLASSES)):
+        order = rng.permutation(np.flatnonzero(train["label"] == label))
+        kept.append(order[: max(1, round(share * len(order)))])
+    return train.iloc[np.sort(np.concatenate(kept))]
 
 
 def _mark_duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

@@ -8,31 +8,34 @@ from pydantic import ValidationError
 from torch import nn
 
 from fer.config import RunConfig, Section, faults
-from fer.models.transformer import (
-    SwinOptions,
-    TransformerClassifier,
-    VitOptions,
-    build_swin,
-    build_vit,
-    rebuild_swin,
-    rebuild_vit,
-    swin_faults,
-    vit_faults,
+from fer.models.backbones import RANDOM, BackboneOptions, starts_from
+from fer.models.classifier import Classifier, ClassifierOptions, classifier_faults
+from fer.models.embedding_difference import (
+    DifferenceOfEmbeddings,
+    DifferenceOfEmbeddingsOptions,
+    EmotionEncoder,
+    EmotionEncoderOptions,
+    difference_of_embeddings_faults,
+    emotion_encoder_faults,
 )
 from fer.models.vgg13 import Vgg13, Vgg13Options, vgg13_faults
+from fer.models.vit_se import VitSe, VitSeOptions, vit_se_faults
 
 
 @dataclass(frozen=True)
 class Model:
     options: type[Section]
-    build: Callable[[Any, int, int, int], nn.Module]  # (options, num_labels, image_size, channels)
+    build: Callable[[RunConfig, Any, int, bool], nn.Module]  # (run, options, num_labels, load pretrained weights)
     faults: Callable[[RunConfig, Any], list[str]]  # combinations that cannot work
-    rebuild: Callable[[dict[str, Any]], nn.Module] | None = None  # where the sizes may be those of a weights file
 
 
 MODELS = {
-    "vit": Model(VitOptions, build_vit, vit_faults, rebuild_vit),
-    "swin": Model(SwinOptions, build_swin, swin_faults, rebuild_swin),
+    "classifier": Model(ClassifierOptions, Classifier, classifier_faults),
+    "vit_se": Model(VitSeOptions, VitSe, vit_se_faults),
+    "difference_of_embeddings": Model(
+        DifferenceOfEmbeddingsOptions, DifferenceOfEmbeddings, difference_of_embeddings_faults
+    ),
+    "emotion_encoder": Model(EmotionEncoderOptions, EmotionEncoder, emotion_encoder_faults),
     "vgg13": Model(Vgg13Options, Vgg13, vgg13_faults),
 }
 
@@ -50,18 +53,25 @@ def check_options(model: str, options: Any, run: RunConfig | None, prefix: str) 
     return [f"{prefix}.{line}" for line in row.faults(run, checked)] if run else []
 
 
-def build_model(run: RunConfig, num_labels: int, sizes: dict[str, Any] | None = None) -> nn.Module:
-    """The network of a run, [B, channels, image_size, image_size] -> logits [B, num_labels].
+def build_model(run: RunConfig, num_labels: int, pretrained: bool = True) -> nn.Module:
+    """The network of a run, `pixel_values` [B, channels, image_size, image_size] -> logits [B, num_labels].
 
-    With the `sizes` of a checkpoint its weights are to be loaded, and the file of the pretrained ones is not needed.
+    `pretrained=False` where a checkpoint's weights are to be loaded: the files of pretrained ones are not needed then.
     Raises UserError when named weights cannot be loaded.
     """
     model = MODELS[run.model]
-    if sizes is not None and model.rebuild is not None:
-        return model.rebuild(sizes)
-    return model.build(model.options.model_validate(run.options), num_labels, run.image_size, run.channels)
+    return model.build(run, model.options.model_validate(run.options), num_labels, pretrained)
 
 
-def sizes_of(model: nn.Module) -> dict[str, Any] | None:
-    """What a checkpoint keeps for `build_model`; None for a model that its options describe fully."""
-    return model.sizes() if isinstance(model, TransformerClassifier) else None
+def backbones(run: RunConfig) -> dict[str, BackboneOptions]:
+    """The backbones of a run by their key in `options`; empty for a model that has none."""
+    options = MODELS[run.model].options.model_validate(run.options)
+    return {key: value for key, value in options if isinstance(value, BackboneOptions)}
+
+
+def origin(run: RunConfig) -> list[str]:
+    """Where the weights of a run's backbones come from at its start, for people."""
+    found = {key: starts_from(options) for key, options in backbones(run).items()}
+    if run.init_from is not None:
+        found["backbone"] = run.init_from
+    return list(found.values()) or [RANDOM]

@@ -1,34 +1,30 @@
-"""ViT and Swin image classifiers of transformers: from random weights by size, or from a hub id or local folder."""
+"""Backbones of transformers: ViT and DeiT, Swin, ConvNeXt V2, at named or own sizes."""
 
-import json
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from fer.config import Fraction, Positive, RunConfig, Section
+from fer.config import Fraction, Positive, Section
 from fer.errors import UserError
 
 
-class VitOptions(Section):
-    """ViT, Dosovitskiy et al. 2021 (arXiv 2010.11929). With `weights` the sizes are the file's, not these."""
+class VitSettings(Section):
+    """ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), DeiT (Touvron et al. 2021, arXiv 2012.12877)."""
 
-    weights: str | None  # hub id or local folder; null: random
     patch_size: Positive  # pixels
     hidden_size: Positive
     depth: Positive
     num_heads: Positive
     mlp_ratio: Positive
     dropout: Fraction
+    pool: Literal["token", "pooler"]  # class token; or it through transformers' dense layer with tanh
 
 
-class SwinOptions(Section):
-    """Swin, Liu et al. 2021 (arXiv 2103.14030). With `weights` the sizes are the file's, not these."""
+class SwinSettings(Section):
+    """Swin (Liu et al. 2021, arXiv 2103.14030)."""
 
-    weights: str | None
-    patch_size: Positive
+    patch_size: Positive  # pixels
     embed_dim: Positive
     depths: list[Positive]
     num_heads: list[Positive]
@@ -37,157 +33,180 @@ class SwinOptions(Section):
     drop_path_rate: Fraction
 
 
-class TransformerClassifier(nn.Module):
-    """A transformers image-classification network that returns bare logits."""
+class ConvNextV2Settings(Section):
+    """ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808)."""
 
-    def __init__(self, network: nn.Module):
+    patch_size: Positive  # pixels, of the stem
+    depths: list[Positive]
+    hidden_sizes: list[Positive]
+    drop_path_rate: Fraction
+
+
+class Transformer(nn.Module):
+    """A transformers encoder as a backbone: [B, channels, size, size] -> embedding [B, num_features]."""
+
+    # what shapes do not show but numbers depend on
+    SAME = ("model_type", "num_attention_heads", "num_heads", "window_size", "patch_size", "hidden_act")
+
+    def __init__(self, network: Any, pool: str, num_features: int):
         super().__init__()
-        self.network: Any = network
+        self.network, self.pool, self.num_features = network, pool, num_features
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> logits [B, num_labels]."""
-        return self.network(pixel_values=pixel_values).logits
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.network(pixel_values=images)
+        if self.pool == "token":
+            return outputs.last_hidden_state[:, 0]
+        if self.pool == "tokens":  # class and distillation
+            return outputs.last_hidden_state[:, :2].mean(1)
+        return outputs.pooler_output
 
-    def sizes(self) -> dict[str, Any]:
-        """The network's own configuration, from which `rebuild` makes it again without the file of its weights."""
-        return json.loads(self.network.config.to_json_string())
+    def load_pretrained(self, source: str, key: str) -> None:
+        """Take the weights of a hub id or a local folder. Raises UserError naming `key` when they are not these."""
+        from transformers import AutoConfig
 
-
-def rebuild_vit(sizes: dict[str, Any]) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return TransformerClassifier(ViTForImageClassification(ViTConfig.from_dict(sizes)))
-
-
-def rebuild_swin(sizes: dict[str, Any]) -> nn.Module:
-    from transformers import SwinConfig, SwinForImageClassification
-
-    return TransformerClassifier(SwinForImageClassification(SwinConfig.from_dict(sizes)))
-
-
-class _Options(Protocol):
-    weights: str | None
-
-
-def build_vit(options: VitOptions, num_labels: int, image_size: int, channels: int) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    def random_weights() -> nn.Module:
-        return ViTForImageClassification(
-            ViTConfig(
-                image_size=image_size,
-                num_channels=channels,
-                patch_size=options.patch_size,
-                hidden_size=options.hidden_size,
-                num_hidden_layers=options.depth,
-                num_attention_heads=options.num_heads,
-                intermediate_size=options.hidden_size * options.mlp_ratio,
-                hidden_dropout_prob=options.dropout,
-                num_labels=num_labels,  # type: ignore[call-arg]
+        pooler = {} if self.pool == "pooler" or not hasattr(self.network, "pooler") else {"add_pooling_layer": False}
+        if self.network.config.model_type == "swin":
+            pooler = {}  # its pooler has no weights and is what is used
+        try:
+            theirs = AutoConfig.from_pretrained(source)
+            _refuse_another(self.network.config, theirs, source, key)
+            network, report = type(self.network).from_pretrained(
+                source,
+                config=self.network.config,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                use_safetensors=True,
+                output_loading_info=True,
+                **pooler,
             )
-        )
-
-    kept = {"hidden_dropout_prob": options.dropout}
-    return _classifier(ViTForImageClassification, options, random_weights, kept, num_labels, image_size, channels)
-
-
-def build_swin(options: SwinOptions, num_labels: int, image_size: int, channels: int) -> nn.Module:
-    from transformers import SwinConfig, SwinForImageClassification
-
-    def random_weights() -> nn.Module:
-        return SwinForImageClassification(
-            SwinConfig(
-                image_size=image_size,
-                num_channels=channels,
-                patch_size=options.patch_size,
-                embed_dim=options.embed_dim,
-                depths=options.depths,
-                num_heads=options.num_heads,
-                window_size=options.window_size,
-                mlp_ratio=options.mlp_ratio,
-                drop_path_rate=options.drop_path_rate,
-                num_labels=num_labels,  # type: ignore[call-arg]
-            )
-        )
-
-    kept = {"drop_path_rate": options.drop_path_rate}
-    return _classifier(SwinForImageClassification, options, random_weights, kept, num_labels, image_size, channels)
-
-
-def _classifier(
-    kind: Any,
-    options: _Options,
-    random_weights: Callable[[], nn.Module],
-    kept: dict[str, float],  # options that hold for the file's network too
-    num_labels: int,
-    image_size: int,
-    channels: int,
-) -> nn.Module:
-    if options.weights is None:
-        return TransformerClassifier(random_weights())
-    try:
-        network, report = kind.from_pretrained(
-            options.weights,
-            num_labels=num_labels,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **kept,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"options.weights: cannot load '{options.weights}': {reason} "
-            "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null."
-        ) from None
-    # transformers itself would go on with random numbers in their place
-    reset = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    reset = {name for name in reset if not name.startswith("classifier.")}
-    if reset:
-        raise UserError(
-            f"options.weights: '{options.weights}' holds no whole {kind.__name__} with its config.json: {len(reset)} "
-            f"tensors are missing or of another shape, among them {min(reset)}; name other weights or change model"
-        )
-    for key, wanted in (("image_size", image_size), ("num_channels", channels)):
-        if getattr(network.config, key) != wanted:
-            setting = {"num_channels": "channels"}.get(key, key)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(
-                f"{setting} {wanted} does not fit '{options.weights}', which was trained with "
-                f"{getattr(network.config, key)}: set {setting}={getattr(network.config, key)}"
+                f"{key}: cannot load '{source}': {reason}. "
+                "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null"
+            ) from None
+        # transformers itself would go on with random numbers in their place
+        shapes = {
+            name: f"{list(found)}, the network needs {list(wanted)}"
+            for name, found, wanted in report["mismatched_keys"]
+        }
+        bad = sorted({*report["missing_keys"], *shapes})
+        if bad:
+            what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else "is missing"
+            raise UserError(
+                f"{key}: '{source}' does not fit: tensor {bad[0]} {what} ({len(bad)} tensors in all); "
+                "change the backbone's name, settings or image size, or name other weights"
             )
-    return TransformerClassifier(network)
+        self.network = network.train(self.training)
 
 
-def vit_faults(run: RunConfig, options: VitOptions) -> list[str]:
-    if options.weights is not None:
-        return []
+def _refuse_another(ours: Any, theirs: Any, source: str, key: str) -> None:
+    for name in Transformer.SAME:
+        wanted, found = getattr(ours, name, None), getattr(theirs, name, None)
+        if wanted is not None and wanted != found:
+            raise UserError(
+                f"{key}: '{source}' is another network: its {name} is {found}, here it is {wanted}; "
+                "change the backbone's name or settings, or name other weights"
+            )
+
+
+def build_vit(settings: VitSettings, size: int, channels: int) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    network = ViTModel(_vit(ViTConfig, settings, size, channels), add_pooling_layer=settings.pool == "pooler")
+    return Transformer(network, settings.pool, settings.hidden_size)
+
+
+def build_deit_distilled(settings: VitSettings, size: int, channels: int) -> nn.Module:
+    """DeiT with its distillation token; the embedding is the mean of both tokens, as its two heads are averaged."""
+    from transformers import DeiTConfig, DeiTModel
+
+    pool = "tokens" if settings.pool == "token" else settings.pool
+    network = DeiTModel(_vit(DeiTConfig, settings, size, channels), add_pooling_layer=pool == "pooler")
+    return Transformer(network, pool, settings.hidden_size)
+
+
+def _vit(config: Any, settings: VitSettings, size: int, channels: int) -> Any:
+    return config(
+        image_size=size,
+        num_channels=channels,
+        patch_size=settings.patch_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.depth,
+        num_attention_heads=settings.num_heads,
+        intermediate_size=settings.hidden_size * settings.mlp_ratio,
+        hidden_dropout_prob=settings.dropout,
+        pooler_output_size=settings.hidden_size,
+    )
+
+
+def build_swin(settings: SwinSettings, size: int, channels: int) -> nn.Module:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(
+        image_size=size,
+        num_channels=channels,
+        patch_size=settings.patch_size,
+        embed_dim=settings.embed_dim,
+        depths=settings.depths,
+        num_heads=settings.num_heads,
+        window_size=settings.window_size,
+        mlp_ratio=settings.mlp_ratio,
+        drop_path_rate=settings.drop_path_rate,
+    )
+    return Transformer(SwinModel(config), "pooler", settings.embed_dim * 2 ** (len(settings.depths) - 1))
+
+
+def build_convnextv2(settings: ConvNextV2Settings, size: int, channels: int) -> nn.Module:
+    from transformers import ConvNextV2Config, ConvNextV2Model
+
+    config = ConvNextV2Config(
+        image_size=size,
+        num_channels=channels,
+        patch_size=settings.patch_size,
+        num_stages=len(settings.depths),
+        depths=settings.depths,
+        hidden_sizes=settings.hidden_sizes,
+        drop_path_rate=settings.drop_path_rate,
+    )
+    return Transformer(ConvNextV2Model(config), "pooler", settings.hidden_sizes[-1])
+
+
+def vit_faults(settings: VitSettings, size: int) -> list[str]:
+    """What does not fit, one a line: `settings.<key> ...` or `size ...`, which is the image's side."""
     faults = []
-    if run.image_size % options.patch_size:
-        faults.append(f"image_size {run.image_size} does not divide by options.patch_size {options.patch_size}")
-    if options.hidden_size % options.num_heads:
-        faults.append(f"options.hidden_size {options.hidden_size} does not divide by num_heads {options.num_heads}")
+    if size % settings.patch_size:
+        faults.append(f"size {size} does not divide by patch_size {settings.patch_size}")
+    if settings.hidden_size % settings.num_heads:
+        faults.append(f"hidden_size {settings.hidden_size} does not divide by num_heads {settings.num_heads}")
     return faults
 
 
-def swin_faults(run: RunConfig, options: SwinOptions) -> list[str]:
-    if options.weights is not None:
-        return []
+def swin_faults(settings: SwinSettings, size: int) -> list[str]:
     faults = []
-    stages = len(options.depths)
-    if len(options.num_heads) != stages:
-        faults.append(f"options.num_heads has {len(options.num_heads)} stages but depths has {stages}")
-    smallest = options.patch_size * 2 ** (stages - 1)
-    if run.image_size % smallest:
+    stages = len(settings.depths)
+    if len(settings.num_heads) != stages:
+        faults.append(f"num_heads has {len(settings.num_heads)} stages but depths has {stages}")
+    smallest = settings.patch_size * 2 ** (stages - 1)
+    if size % smallest:
         faults.append(
-            f"image_size {run.image_size} does not divide by {smallest} (options.patch_size {options.patch_size} "
-            f"halved in {stages} stages)"
+            f"size {size} does not divide by {smallest} (patch_size {settings.patch_size}, halved in {stages} stages)"
         )
-    elif run.image_size // smallest < options.window_size:
+    elif size // smallest < settings.window_size:
         faults.append(
-            f"options.window_size {options.window_size} is larger than the last stage's map of "
-            f"{run.image_size // smallest} patches (image_size {run.image_size})"
+            f"window_size {settings.window_size} is larger than the last stage's map of {size // smallest} patches "
+            f"(size {size})"
         )
-    for stage, heads in enumerate(options.num_heads):
-        if options.embed_dim * 2**stage % heads:
-            faults.append(f"options.num_heads: width {options.embed_dim * 2**stage} does not divide by {heads}")
+    for stage, heads in enumerate(settings.num_heads):
+        if settings.embed_dim * 2**stage % heads:
+            faults.append(f"num_heads: width {settings.embed_dim * 2**stage} does not divide by {heads}")
     return faults
+
+
+def convnextv2_faults(settings: ConvNextV2Settings, size: int) -> list[str]:
+    stages = len(settings.depths)
+    if len(settings.hidden_sizes) != stages:
+        return [f"hidden_sizes has {len(settings.hidden_sizes)} stages but depths has {stages}"]
+    smallest = settings.patch_size * 2 ** (stages - 1)
+    if size < smallest:
+        return [f"size {size} is too small: at least {smallest} (patch_size {settings.patch_size}, {stages} stages)"]
+    return []

@@ -21,10 +21,10 @@ class Vgg13(nn.Module):
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (256, 256, 256))
 
-    def __init__(self, options: Vgg13Options, num_labels: int, image_size: int, channels: int):
+    def __init__(self, run: RunConfig, options: Vgg13Options, num_labels: int, pretrained: bool):
         super().__init__()
         layers: list[nn.Module] = []
-        width = channels
+        width: int = run.channels
         for stage in self.STAGES:
             for planned in stage:
                 out = round(planned * options.width)
@@ -34,7 +34,7 @@ class Vgg13(nn.Module):
                 width = out
             layers += [nn.MaxPool2d(2), nn.Dropout(options.conv_dropout)]
         self.features = nn.Sequential(*layers)
-        hidden, side = round(1024 * options.width), image_size // 16
+        hidden, side = round(1024 * options.width), run.image_size // 16
         self.classifier = nn.Sequential(
             nn.Linear(width * side * side, hidden), nn.ReLU(inplace=True), nn.Dropout(options.dense_dropout),
             nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(options.dense_dropout),

