@@ -97,8 +97,8 @@ def fit(
         feed.choose_references()
     state = _start(run, folder, model, meta, device)
     if rank == 0:
-        about = {"name": name, "run_id": folder.name, "starts_from": origin(run), "start": start, **_describe(run, data)}
-        write_json(folder / "config.json", about)
+        about = {"name": name, "run_id": folder.name, "starts_from": origin(run), "start": start}
+        write_json(folder / "config.json", {**about, **_describe(run, data)})
         _write_metrics(folder, state.history or [])
     counts = torch.bincount(train.labels, minlength=len(data.classes))
     loss = build_loss(run, data.prior().to(device), counts.to(device))

@@ -104,7 +104,7 @@ def models(
 ) -> None:
     """Show what the models of params.yaml cost and where their weights come from; nothing is loaded."""
     from fer.data.labels import CLASSES
-    from fer.models import backbones, origin
+    from fer.models import backbones_of, origin
     from fer.models.cost import cost
     from pipelines.params import load
 
@@ -117,7 +117,7 @@ def models(
     missing = []
     for name in params.named(names or []):
         run = params.models[name]
-        networks = [options.name for options in backbones(run).values()] or [run.model]
+        networks = [options.name for options in backbones_of(run).values()] or [run.model]
         sources = "\n".join(f"{network}: {source}" for network, source in zip(networks, origin(run)))
         try:
             found = cost(run, len(CLASSES))

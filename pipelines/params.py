@@ -158,7 +158,7 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
 
 def _chain_faults(runs: dict[str, RunConfig], names: list[str]) -> list[str]:
     """What is wrong with `init_from`: no such model, a circle, another backbone."""
-    from fer.models import MODELS, backbones
+    from fer.models import MODELS, backbones_of
 
     lines = []
     for name, run in runs.items():
@@ -177,7 +177,7 @@ def _chain_faults(runs: dict[str, RunConfig], names: list[str]) -> list[str]:
             lines.append(f"{key}: {' -> '.join([*chain, name])} is a circle; set one of them to null")
             continue
         try:
-            ours, theirs = backbones(run).get("backbone"), backbones(runs[start]).get("backbone")
+            ours, theirs = backbones_of(run).get("backbone"), backbones_of(runs[start]).get("backbone")
         except ValidationError:
             continue
         if ours is None or theirs is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fer import checkpoint
 from fer.config import RunConfig
-from fer.models import MODELS, backbones, build_model, origin
+from fer.models import MODELS, backbones_of, build_model, origin
 from fer.models.backbones import FAMILIES
 from fer.models.cost import cost
 from fer.models.embedding_difference import DifferenceOfEmbeddings, FrozenEncoder
@@ -106,7 +106,7 @@ def inputs_for(run: RunConfig, model: nn.Module, count: int = 4) -> dict[str, Te
 def test_every_row_of_both_tables_is_tested() -> None:
     assert not SMALL.keys() & SHIPPED.keys()
     assert {settings["model"] for settings in SMALL.values()} == set(MODELS)
-    used = {options.name for name in SMALL for options in backbones(run_of(name)).values()}
+    used = {options.name for name in SMALL for options in backbones_of(run_of(name)).values()}
     from fer.models.backbones import BACKBONES
 
     assert {BACKBONES[name].family for name in used} == set(FAMILIES)

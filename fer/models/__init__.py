@@ -63,7 +63,7 @@ def build_model(run: RunConfig, num_labels: int, pretrained: bool = True) -> nn.
     return model.build(run, model.options.model_validate(run.options), num_labels, pretrained)
 
 
-def backbones(run: RunConfig) -> dict[str, BackboneOptions]:
+def backbones_of(run: RunConfig) -> dict[str, BackboneOptions]:
     """The backbones of a run by their key in `options`; empty for a model that has none."""
     options = MODELS[run.model].options.model_validate(run.options)
     return {key: value for key, value in options if isinstance(value, BackboneOptions)}
@@ -71,7 +71,7 @@ def backbones(run: RunConfig) -> dict[str, BackboneOptions]:
 
 def origin(run: RunConfig) -> list[str]:
     """Where the weights of a run's backbones come from at its start, for people."""
-    found = {key: starts_from(options) for key, options in backbones(run).items()}
+    found = {key: starts_from(options) for key, options in backbones_of(run).items()}
     if run.init_from is not None:
         found["backbone"] = run.init_from
     return list(found.values()) or [RANDOM]

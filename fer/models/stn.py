@@ -1,5 +1,7 @@
 """Spatial transformer in front of a backbone (Jaderberg et al. 2015, arXiv 1506.02025, as in arXiv 2204.02181)."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,11 @@ class SpatialTransformer(nn.Module):
         self.fc_loc = nn.Sequential(nn.Linear(10 * left * left, 32), nn.ReLU(inplace=True), affine)
 
     def forward(self, images: Tensor) -> Tensor:
-        theta = self.fc_loc(self.localization(images).flatten(1)).view(-1, 2, 3)
-        # in double, which autocast leaves alone: coordinates of half precision are off by more than a pixel
-        grid = F.affine_grid(theta.double(), list(images.shape), align_corners=True).to(images.dtype)
-        return F.grid_sample(images, grid, mode="bilinear", align_corners=True)
+        # not in half precision, in which theta and the grid are off by pixels; the meta device has no autocast
+        exact: AbstractContextManager = nullcontext()
+        if not images.is_meta:
+            exact = torch.autocast(images.device.type, enabled=False)
+        with exact:
+            theta = self.fc_loc(self.localization(images).flatten(1)).view(-1, 2, 3)
+            grid = F.affine_grid(theta, list(images.shape), align_corners=True)
+            return F.grid_sample(images, grid, mode="bilinear", align_corners=True)

@@ -1,0 +1,147 @@
+"""Resizer and spatial transformer: parameter counts, tensor names, and outputs against formulas written out here."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fer.models.resizer import Resizer
+from fer.models.stn import SMALLEST, SpatialTransformer
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Weights, and batch norm's statistics, that hide no mistake."""
+    generator = torch.manual_seed(3)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.normal_(0, 0.2, generator=generator)
+    return module.eval()
+
+
+def test_published_sizes() -> None:
+    # 7x7, 1x1, norm; block: twice 3x3 and norm; 3x3, norm; 7x7
+    block = 2 * (9 * 16 * 16 + 16 + 32)
+    by_hand = (49 * 3 * 16 + 16) + (16 * 16 + 16) + 32 + block + (9 * 16 * 16 + 16) + 32 + (49 * 16 * 3 + 3)
+    resizer = Resizer(224, 1, 16, 3, None)
+    assert sum(p.numel() for p in resizer.parameters()) == by_hand == 12_083
+    assert sum(p.numel() for p in Resizer(224, 3, 16, 3, None).parameters()) == by_hand + 2 * block
+    # 384 -> 378 -> 189 -> 185 -> 92
+    stn = SpatialTransformer(384, 3)
+    localization = 49 * 3 * 8 + 8 + 25 * 8 * 10 + 10
+    assert sum(p.numel() for p in stn.parameters()) == localization + (10 * 92 * 92 + 1) * 32 + 33 * 6 == 2_711_904
+
+
+def test_tensor_names() -> None:
+    assert {name.rpartition(".")[0] for name in Resizer(8, 2, 4, 3, None).state_dict()} == {
+        "conv1", "conv2", "bn1", "conv3", "bn2", "conv4",
+        *(f"resblock.{i}.{part}" for i in range(2) for part in ("conv1", "bn1", "conv2", "bn2")),
+    }  # fmt: skip
+    assert set(SpatialTransformer(SMALLEST, 1).state_dict()) == {
+        f"{part}.{kind}"
+        for part in ("localization.0", "localization.3", "fc_loc.0", "fc_loc.2")
+        for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize(("side", "size", "scale"), [(48, 28, None), (20, 33, None), (48, 28, 0.584), (7, 3, 0.5)])
+def test_resizer_is_its_formula(side: int, size: int, scale: float | None) -> None:
+    module = randomised(Resizer(size, 2, 5, 3, scale)).double()
+    weights: dict[str, Tensor] = dict(module.state_dict())
+    images = torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.manual_seed(0))
+
+    def convolve(x: Tensor, name: str) -> Tensor:
+        kernel = weights[f"{name}.weight"]
+        return F.conv2d(x, kernel, weights[f"{name}.bias"], padding=kernel.shape[-1] // 2)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, variance, factor, shift = (
+            weights[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / torch.sqrt(variance + 1e-5) * factor + shift
+
+    def leaky(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.2 * x)
+
+    z = norm(leaky(convolve(leaky(convolve(images, "conv1")), "conv2")), "bn1")
+    z = bilinear(z, size, scale or size / side)
+    x = z
+    for i in range(2):
+        inner = leaky(norm(convolve(x, f"resblock.{i}.conv1"), f"resblock.{i}.bn1"))
+        x = x + norm(convolve(inner, f"resblock.{i}.conv2"), f"resblock.{i}.bn2")
+    x = norm(convolve(x, "conv3"), "bn2") + z
+    expected = convolve(x, "conv4") + bilinear(images, size, scale or size / side)
+    found = module(images)
+    assert found.shape == (2, 3, size, size)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def bilinear(images: Tensor, size: int, ratio: float) -> Tensor:
+    """Output pixel i looks at input position (i + .5) / ratio - .5, edges repeated; no smoothing before."""
+    side = images.shape[-1]
+    at = ((torch.arange(size, dtype=torch.float64) + 0.5) / ratio - 0.5).clamp(0)
+    low = at.floor().long().clamp(max=side - 1)
+    high = (low + 1).clamp(max=side - 1)
+    weight = (at - low).clamp(0, 1)
+    rows = images[:, :, low] * (1 - weight).view(-1, 1) + images[:, :, high] * weight.view(-1, 1)
+    return rows[..., low] * (1 - weight) + rows[..., high] * weight
+
+
+def test_the_published_ratio_samples_elsewhere_than_the_plain_one() -> None:
+    ramp = torch.arange(384, dtype=torch.float64).expand(1, 1, 384, 384)
+    plain, published = (Resizer(224, 1, 16, 1, scale).resize(ramp)[0, 0, 0] for scale in (None, 0.584))
+    assert published.shape == plain.shape == (224,)
+    # position of the last pixel: 223.5 * 384 / 224 - .5 = 382.64; 223.5 / .584 - .5 = 382.21
+    assert float(plain[-1]) == pytest.approx(223.5 * 384 / 224 - 0.5, abs=1e-6)
+    assert float(published[-1]) == pytest.approx(223.5 / 0.584 - 0.5, abs=1e-6)
+
+
+def test_a_resizer_whose_last_convolution_is_zero_is_bilinear() -> None:
+    module = Resizer(10, 1, 4, 3, None)
+    torch.nn.init.zeros_(module.conv4.weight), torch.nn.init.zeros_(module.conv4.bias)
+    images = torch.rand(2, 3, 24, 24)
+    assert torch.equal(module(images), F.interpolate(images, size=(10, 10), mode="bilinear"))
+
+
+def test_a_new_spatial_transformer_changes_nothing() -> None:
+    images = torch.rand(2, 3, 24, 24)
+    torch.testing.assert_close(SpatialTransformer(24, 3)(images), images, atol=1e-5, rtol=0)
+
+
+def test_spatial_transformer_by_hand() -> None:
+    stn = SpatialTransformer(SMALLEST, 1)
+    with torch.no_grad():
+        stn.fc_loc[2].bias.copy_(torch.tensor([0.0, -1, 0, 1, 0, 0]))  # x' = -y, y' = x: a quarter turn
+        images = torch.rand(1, 1, SMALLEST, SMALLEST)
+        torch.testing.assert_close(stn(images), images.rot90(1, (2, 3)), atol=1e-5, rtol=0)
+        stn.fc_loc[2].bias.copy_(torch.tensor([1, 0, 2 * 3 / (SMALLEST - 1), 0, 1, 0]))  # three pixels to the left
+        moved = stn(images)
+    torch.testing.assert_close(moved[..., :-3], images[..., 3:], atol=1e-5, rtol=0)
+    assert moved[..., -3:].abs().max() < 1e-5  # zeros from outside
+
+
+def test_every_image_has_its_own_warp() -> None:
+    stn = randomised(SpatialTransformer(24, 1))
+    images = torch.rand(3, 1, 24, 24)
+    torch.testing.assert_close(stn(images)[1:2], stn(images[1:2]), atol=1e-5, rtol=1e-5)
+    theta = stn.fc_loc(stn.localization(images).flatten(1))  # type: ignore[operator]
+    assert not torch.allclose(theta[0], theta[1])
+
+
+def test_half_precision_moves_no_pixel() -> None:
+    """At 384 pixels bfloat16 would be off by as much as a pixel and a half."""
+    ramp = torch.arange(384.0).expand(1, 1, 384, 384)
+    stn = SpatialTransformer(384, 1)
+    with torch.inference_mode():
+        stn.fc_loc[2].bias.mul_(0.9987)  # a trained one is not the identity
+        expected = stn(ramp)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = stn(ramp)
+    assert torch.equal(found, expected)
+
+
+def test_smallest_side() -> None:
+    assert math.prod(SpatialTransformer(SMALLEST, 1).localization(torch.zeros(1, 1, SMALLEST, SMALLEST)).shape) == 10
