@@ -109,7 +109,7 @@ def run_id(name: str, config: RunConfig, data_hash: str, start: str | None = Non
 
 def nearest(word: str, known: list[str]) -> str:
     """` (did you mean 'x'?)` or the list of what is known, to end a message about an unknown name."""
-    match = difflib.get_close_matches(word, known, n=1)
+    match = [name for name in known if word and name.startswith(word)] or difflib.get_close_matches(word, known, n=1)
     return f", did you mean '{match[0]}'?" if match else f"; known: {', '.join(sorted(known))}"
 
 

@@ -49,6 +49,7 @@ def train(
     if all(tracker.recorded(folder) for folder in folders):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
+        _warn_of_random_weights({name: run for name, (run, _) in runs.items()})
         with _Bars(folders):
             state = flow.train(list(runs), overrides, return_state=True)
         failed = _failures(state)
@@ -243,6 +244,18 @@ def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(text)] if whole else [json.loads(line) for line in text.splitlines()]
+
+
+def _warn_of_random_weights(runs: dict[str, Any]) -> None:
+    from fer.models import random_backbones
+
+    for name, run in runs.items():
+        for backbone in random_backbones(run):
+            console.print(
+                f"{name}: {backbone} starts from random weights; its numbers are not those of papers that start from "
+                "pretrained ones",
+                style="yellow",
+            )
 
 
 def _failures(state: Any) -> dict[str, BaseException]:

@@ -159,6 +159,7 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
 def _chain_faults(runs: dict[str, RunConfig], names: list[str]) -> list[str]:
     """What is wrong with `init_from`: no such model, a circle, another backbone."""
     from fer.models import MODELS, backbones_of
+    from fer.models.backbones import settings_of
 
     lines = []
     for name, run in runs.items():
@@ -178,11 +179,12 @@ def _chain_faults(runs: dict[str, RunConfig], names: list[str]) -> list[str]:
             continue
         try:
             ours, theirs = backbones_of(run).get("backbone"), backbones_of(runs[start]).get("backbone")
-        except ValidationError:
+            same = bool(ours and theirs and ours.name == theirs.name and settings_of(ours) == settings_of(theirs))
+        except (ValidationError, KeyError):  # named among the faults of that model
             continue
         if ours is None or theirs is None:
             lines.append(f"{key}: {name if ours is None else start} has no backbone; set it to null")
-        elif (ours.name, ours.settings) != (theirs.name, theirs.settings):
+        elif not same:
             lines.append(f"{key}: {start} has another backbone ({theirs.name}); give both the same name and settings")
         elif ours.weights is not None:
             lines.append(f"models.{name}.options.backbone.weights: init_from gives them; set one to null")

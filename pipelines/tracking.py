@@ -35,6 +35,7 @@ import fer
 from fer.config import RunConfig
 from fer.errors import UserError
 from fer.files import write_json
+from fer.models import origin, packages
 from pipelines.guard import alive, process_id
 from pipelines.report import confusion_picture, note
 
@@ -115,6 +116,7 @@ class Tracker:
                 self._describe(run_id, name, run, data)
             return run_id
         tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
+        tags |= {"starts_from": ", ".join(origin(run))}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
         tags |= {"mlflow.source.type": "JOB"}
         run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
@@ -264,7 +266,8 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
         inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *shape), "images")]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(summary["classes"])))]),
     )
-    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic")
+    run = RunConfig.model_validate(json.loads((folder / "config.json").read_text())["config"])
+    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
         return mlflow.pyfunc.log_model(

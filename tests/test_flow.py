@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, make_data
+from safetensors.torch import load_file
 
 from fer.config import run_id
 from fer.data.dataset import open_data
@@ -30,13 +32,13 @@ SMALL = [
     "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
     "models.vgg13_small.epochs=3",
     "models.vgg13_small.batch_size=16",
-    "models.vit_tiny.image_size=16",
-    "models.vit_tiny.options.patch_size=4",
-    "models.vit_tiny.options.hidden_size=16",
-    "models.vit_tiny.options.depth=1",
-    "models.vit_tiny.epochs=3",
-    "models.vit_tiny.batch_size=16",
-    "models.vit_tiny.warmup_epochs=0",
+    "models.vit_se_tiny.image_size=16",
+    "models.vit_se_tiny.options.backbone.settings.patch_size=4",
+    "models.vit_se_tiny.options.backbone.settings.hidden_size=16",
+    "models.vit_se_tiny.options.backbone.settings.depth=1",
+    "models.vit_se_tiny.epochs=3",
+    "models.vit_se_tiny.batch_size=16",
+    "models.vit_se_tiny.warmup_epochs=0",
 ]
 
 
@@ -116,21 +118,21 @@ print(json.dumps([[run.info.run_name, run.info.status, steps(run)] for run in ru
 
 
 def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project: Path):
-    first = fer(project, "train", "vgg13_small", "vit_tiny")
+    first = fer(project, "train", "vgg13_small", "vit_se_tiny")
     assert first.returncode == 0, first.stderr
-    assert sorted(summaries(project)) == ["vgg13_small", "vit_tiny"]
+    assert sorted(summaries(project)) == ["vgg13_small", "vit_se_tiny"]
     assert set(mlflow_runs(project).values()) == {"FINISHED"}
     best = max(summary["val"]["accuracy"] for summary in summaries(project).values())
     assert "models:/fer-bars@champion: version" in first.stdout
     assert f"val {100 * best:.2f} %" in first.stdout.split("@champion")[1]
     before = {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")}
 
-    second = fer(project, "train", "vgg13_small", "vit_tiny")
+    second = fer(project, "train", "vgg13_small", "vit_se_tiny")
     assert second.returncode == 0
     assert "Nothing to do: 2 run(s)" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")} == before
 
-    shown = fer(project, "evaluate", "vit_tiny", small=False)
+    shown = fer(project, "evaluate", "vit_se_tiny", small=False)
     assert "Test, class by class" in shown.stdout
     compared = fer(project, "compare", small=False)
     assert all(summary["run_id"] in compared.stdout for summary in summaries(project).values())
@@ -239,18 +241,78 @@ def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_
     project: Path, server: str
 ):
     """The one that ends well has two workers, so that each run takes what the machine has and the other waits."""
-    changes = ["--set", "models.vit_tiny.lr=1e30", "--set", "models.vgg13_small.resources.workers=2"]
-    done = fer(project, "train", "vgg13_small", "vit_tiny", *changes, PREFECT_API_URL=server)
+    changes = ["--set", "models.vit_se_tiny.lr=1e30", "--set", "models.vgg13_small.resources.workers=2"]
+    done = fer(project, "train", "vgg13_small", "vit_se_tiny", *changes, PREFECT_API_URL=server)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: vit_tiny-s1111-")
+    assert line.startswith("error: vit_se_tiny-s1111-")
     assert "loss is nan in epoch" in line or "loss is inf in epoch" in line
     assert "e+29" in line  # the learning rate, a little way down its cosine
     assert "Traceback" not in done.stderr
     assert list(summaries(project)) == ["vgg13_small"]
     assert summaries(project)["vgg13_small"]["epochs"] == 3
     statuses = {name.split("-")[0]: status for name, status in mlflow_runs(project).items()}
-    assert statuses == {"vgg13_small": "FINISHED", "vit_tiny": "FAILED"}
+    assert statuses == {"vgg13_small": "FINISHED", "vit_se_tiny": "FAILED"}
+
+
+TINY_VIT = (
+    "{name: vit_tiny_patch16_224, weights: null, settings: {patch_size: 8, hidden_size: 16, depth: 1, num_heads: 2}}"
+)
+STEPS = [
+    *(f"models.{step}.{key}" for step in ("emotion_encoder_tiny", "disentangled_doe_tiny") for key in (
+        "image_size=16", "batch_size=16", "epochs=3", f"options.backbone={TINY_VIT}")),
+    f"models.emotion_encoder_tiny.options.identity={TINY_VIT}",
+    "models.disentangled_doe_tiny.options.references=4",
+]  # fmt: skip
+
+
+def test_a_run_waits_for_the_one_it_starts_from_and_takes_its_backbone(project: Path, server: str):
+    """The disentangled difference of embeddings, both steps by the name of the second."""
+    steps = [word for setting in STEPS for word in ("--set", setting)]
+    done = fer(project, "train", "disentangled_doe_tiny", *steps, small=False, PREFECT_API_URL=server)
+    assert done.returncode == 0, done.stderr
+    first, second = (summaries(project)[name] for name in ("emotion_encoder_tiny", "disentangled_doe_tiny"))
+    assert first["finished"] <= second["finished"]
+    assert second["starts_from"] == ["emotion_encoder_tiny"]
+    folders = [project / "data/runs" / summary["run_id"] for summary in (first, second)]
+    assert json.loads((folders[1] / "config.json").read_text())["start"] == first["run_id"]
+    ours, theirs = (load_file(folder / "best" / "model.safetensors") for folder in folders)
+    shared = [name for name in theirs if name.startswith("backbone.")]
+    assert len(shared) > 10
+    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+    assert set(mlflow_runs(project).values()) == {"FINISHED"}
+
+    shutil.rmtree(folders[0])  # step one is not needed any more, nor made again
+    again = fer(project, "train", "disentangled_doe_tiny", *steps, small=False, PREFECT_API_URL=server)
+    assert "Nothing to do: 1 run(s)" in again.stdout, again.stderr
+    assert not folders[0].exists()
+
+
+def test_a_run_does_not_start_where_the_one_it_starts_from_failed(project: Path, server: str):
+    settings = [*STEPS, "models.emotion_encoder_tiny.options.identity.weights=./none"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    names = "disentangled_doe_tiny", "emotion_encoder_tiny"
+    done = fer(project, "train", *names, *words, small=False, PREFECT_API_URL=server)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "error: models.emotion_encoder_tiny.options.identity.weights: cannot load './none': "
+    )
+    assert lines[1] == (
+        "error: disentangled_doe_tiny: not started, as emotion_encoder_tiny, from which it starts, failed"
+    )
+    assert summaries(project) == {}
+    assert list(mlflow_runs(project).values()) == ["FAILED"]
+
+
+def test_models_are_listed_with_their_cost(project: Path):
+    shown = fer(project, "models", "vit_se", "disentangled_doe", small=False)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if line.startswith(" vit_se"))
+    assert line.split()[:5] == ["vit_se", "86.69M", "86.69M", "35.1", "224x224x3"]
+    assert "google/vit-base-patch16-224-in21k" in shown.stdout
+    assert "mobilenet_v3_large: emotion_encoder" in shown.stdout
 
 
 def test_an_error_of_the_machine_is_retried(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -286,11 +348,13 @@ def test_an_error_of_the_machine_is_retried(project: Path, tmp_path: Path, monke
     ("words", "environment", "message"),
     [
         (["train", "nope"], {}, "models.nope: no such model in params.yaml; known: "),
-        (["train", "vit_tny"], {}, "models.vit_tny: no such model in params.yaml, did you mean 'vit_tiny'?"),
+        (["train", "vit_se_tny"], {}, "models.vit_se_tny: no such model in params.yaml, did you mean 'vit_se_tiny'?"),
         (["train", "--set", "train.lrr=1"], {}, "params.yaml: train.lrr: unknown key, did you mean 'lr'?"),
         (["train", "--set", "train.lr=fast"], {}, "params.yaml: train.lr: should be a valid number, got 'fast'"),
         (["train", "--set", "train.loss=fokal"], {}, "train.loss: unknown loss 'fokal', did you mean 'focal'?"),
-        (["train", "--set", "models.vit_tiny.model=vitt"], {}, "models.vit_tiny.model: unknown model 'vitt', did you"),
+        (["train", "--set", "models.vit_se_tiny.model=vitt"], {}, "vit_se_tiny.model: unknown model 'vitt', did you"),
+        (["train", "--set", "models.vgg13_small.init_from=x"], {}, "models.vgg13_small.init_from: no model 'x'"),
+        (["models", "vit_sa"], {}, "models.vit_sa: no such model in params.yaml, did you mean 'vit_se'?"),
         (["train", "vgg13_small", "--set", "models.vgg13_small.resources.workers=64"], {},
          "models.vgg13_small.resources: 64 worker(s) need 64 CPUs, there are "),
         (["train", "vgg13_small", "--set", "train.resources.device=cuda"], {}, "cuda, but no GPU is there; set it to"),

@@ -10,6 +10,8 @@ from fer.config import Augment, Resources, RunConfig
 from fer.errors import UserError
 from fer.losses import LOSSES
 from fer.models import MODELS
+from fer.models.backbones import FAMILIES, BackboneOptions
+from fer.models.classifier import ClassifierOptions
 from pipelines.params import SECTIONS, Sample, check, load, merge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +67,19 @@ TYPES_AND_RANGES = {
     "models.vgg13_small.pixel_std=[0]": "models.vgg13_small.pixel_std.0: should be greater than 0, got 0",
     "models.vit_tiny=null": "models.vit_tiny: must be a table of keys",
     "models.vit_tiny.options=null": "models.vit_tiny.options: should be a table of keys, got None",
-    "models.vit_tiny.options.depth=2.5": "models.vit_tiny.options.depth: should be a valid integer, got 2.5",
-    "models.swin_tiny.options.depths=[2, 0, 2]": "models.swin_tiny.options.depths.1: should be greater than 0, got 0",
+    "models.vit_tiny.options.stn=1": "models.vit_tiny.options.stn: should be a valid boolean, got 1",
+    "models.vit_tiny.options.resizer=cubic": (
+        "models.vit_tiny.options.resizer: should be 'none', 'bilinear' or 'neural', got 'cubic'"
+    ),
+    "models.vit_tiny.options.backbone=vit": "models.vit_tiny.options.backbone: should be a table of keys, got 'vit'",
+    "models.vit_tiny.options.backbone.settings.depth=2.5": (
+        "models.vit_tiny.options.backbone.settings.depth: should be a valid integer, got 2.5"
+    ),
+    "models.swin_tiny.options.backbone.settings.depths=[2, 0, 2]": (
+        "models.swin_tiny.options.backbone.settings.depths.1: should be greater than 0, got 0"
+    ),
+    "train.class_weights=2": "train.class_weights: should be less than or equal to 1, got 2",
+    "train.balanced_sampling=true": "train.balanced_sampling: should be a valid number, got True",
     "data.dataset=raf": "data.dataset: should be 'sample' or 'ferplus', got 'raf'",
     "data.path=3": "data.path: should be a valid string, got 3",
     "data.votes_sha256=abc": "data.votes_sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'",
@@ -95,9 +108,15 @@ UNKNOWN = {
     "train.loss=focl": "train.loss: unknown loss 'focl', did you mean 'focal'?",
     "models.vgg13_small.lrr=1": "models.vgg13_small.lrr: unknown key, did you mean 'lr'?",
     "models.vgg13_small.loss=zzz": (f"models.vgg13_small.loss: unknown loss 'zzz'; known: {', '.join(sorted(LOSSES))}"),
-    "models.vit_tiny.model=vitt": "models.vit_tiny.model: unknown model 'vitt', did you mean 'vit'?",
+    "models.vit_tiny.model=vitt": "models.vit_tiny.model: unknown model 'vitt', did you mean 'vit_se'?",
     "models.vit_tiny.model=zzz": f"models.vit_tiny.model: unknown model 'zzz'; known: {', '.join(sorted(MODELS))}",
-    "models.vit_tiny.options.patch=8": "models.vit_tiny.options.patch: unknown key, did you mean 'patch_size'?",
+    "models.vit_tiny.options.backbon=8": "models.vit_tiny.options.backbon: unknown key, did you mean 'backbone'?",
+    "models.vit_tiny.options.backbone.settings.patch=8": (
+        "models.vit_tiny.options.backbone.settings.patch: unknown key, did you mean 'patch_size'?"
+    ),
+    "models.vit_tiny.options.backbone.name=vit_tiny": (
+        "models.vit_tiny.options.backbone.name: unknown backbone 'vit_tiny', did you mean 'vit_tiny_patch16_224'?"
+    ),
     "data.pth=x": "data.pth: unknown key, did you mean 'path'?",
     "data.sample.tran=100": "data.sample.tran: unknown key, did you mean 'train'?",
     "tracking.url=x": "tracking.url: unknown key, did you mean 'uri'?",
@@ -115,17 +134,42 @@ IMPOSSIBLE = {
         "train: step_epochs [20, 10] must rise",
         "train: step_factors has 1 numbers, step_epochs 2",
     ],
-    "models.vit_tiny.image_size=50": "models.vit_tiny.image_size 50 does not divide by options.patch_size 8",
-    "models.vit_tiny.options.num_heads=3": "models.vit_tiny.options.hidden_size 128 does not divide by num_heads 3",
-    "models.swin_tiny.options.window_size=4": (
-        "models.swin_tiny.options.window_size 4 is larger than the last stage's map of 3 patches (image_size 48)"
-    ),
-    "models.swin_tiny.options.num_heads=[3, 6]": ("models.swin_tiny.options.num_heads has 2 stages but depths has 3"),
-    "models.swin_tiny.options.num_heads=[3, 6, 7]": (
-        "models.swin_tiny.options.num_heads: width 192 does not divide by 7"
-    ),
+    "models.vit_tiny.image_size=50": "models.vit_tiny.options.backbone: size 50 does not divide by patch_size 8",
+    "models.vit_tiny.options={}": [f"models.vit_tiny.options.{key}: missing" for key in ClassifierOptions.model_fields],
+    "models.vit_tiny={model: classifier, options: {backbone: {}}}": [
+        f"models.vit_tiny.options.{key}: missing"
+        for key in [
+            "stn",
+            "resizer",
+            "resizer_size",
+            "resizer_blocks",
+            "resizer_channels",
+            "resizer_scale",
+            "backbone.name",
+            "backbone.weights",
+            "backbone.settings",
+            "head",
+            "head_dropout",
+        ]
+    ],
     "models.swin_tiny.image_size=40": (
-        "models.swin_tiny.image_size 40 does not divide by 16 (options.patch_size 4 halved in 3 stages)"
+        "models.swin_tiny.options.backbone: size 40 does not divide by 16 (patch_size 4, halved in 3 stages)"
+    ),
+    "models.vit_deeper.init_from=vit_tinny": (
+        "models.vit_deeper.init_from: no model 'vit_tinny', did you mean 'vit_tiny'?"
+    ),
+    "models.vit_deeper.init_from=vit_deeper": (
+        "models.vit_deeper.init_from: vit_deeper -> vit_deeper is a circle; set one of them to null"
+    ),
+    "models.vit_deeper.init_from=swin_tiny": (
+        "models.vit_deeper.init_from: swin_tiny has another backbone (swin_tiny_patch4_window7_224); "
+        "give both the same name and settings"
+    ),
+    "models.vit_deeper.init_from=vgg13_small": (
+        "models.vit_deeper.init_from: vgg13_small has no backbone; set it to null"
+    ),
+    "models.vgg13_small.init_from=vit_tiny": (
+        "models.vgg13_small.init_from: vgg13_small has no backbone; set it to null"
     ),
     "models.vgg13_small.image_size=15": (
         "models.vgg13_small.image_size 15 is too small: VGG13 halves it four times, so 16 at least"
@@ -168,13 +212,13 @@ def test_missing_keys_are_named_at_both_levels() -> None:
 
 def test_all_mistakes_are_reported_at_once() -> None:
     assert mistakes(
-        "data.dataset=raf", "split.label_mode=x", "train.lr=0", "train.loss=focl", "models.vit_tiny.options.depth=0"
+        "data.dataset=raf", "split.label_mode=x", "train.lr=0", "train.loss=focl", "models.vit_tiny.options.head=[0]"
     ) == [
         "data.dataset: should be 'sample' or 'ferplus', got 'raf'",
         "split.label_mode: should be 'majority', 'probability', 'cross_entropy' or 'multi_target', got 'x'",
         "train.lr: should be greater than 0, got 0",
         "train.loss: unknown loss 'focl', did you mean 'focal'?",
-        "models.vit_tiny.options.depth: should be greater than 0, got 0",
+        "models.vit_tiny.options.head.0: should be greater than 0, got 0",
     ]
 
 
@@ -291,7 +335,8 @@ def _reads() -> set[str]:
     return names
 
 
-OPTIONS = {f"options of {name}": row.options for name, row in MODELS.items()}
+OPTIONS: dict[str, type[BaseModel]] = {f"options of {name}": row.options for name, row in MODELS.items()}
+OPTIONS |= {f"settings of {name}": family.settings for name, family in FAMILIES.items()} | {"backbone": BackboneOptions}
 KINDS: dict[str, type[BaseModel]] = {
     "train": RunConfig, "augment": Augment, "resources": Resources, "sample": Sample, **SECTIONS, **OPTIONS
 }  # fmt: skip
@@ -324,3 +369,28 @@ def test_a_wrong_value_in_train_is_found_although_every_model_overrides_it() -> 
         check(tree)
     assert "train.lr: should be a valid number, got 'fast'" in str(caught.value)
     assert "train.loss: unknown loss 'fokal', did you mean 'focal'?" in str(caught.value)
+
+
+def test_runs_that_start_from_each_other_in_a_circle() -> None:
+    chain = ["models.vit_tiny.init_from=vit_deeper", "models.vit_deeper.init_from=vit_tiny"]
+    assert mistakes(*chain) == [
+        "models.vit_tiny.init_from: vit_tiny -> vit_deeper -> vit_tiny is a circle; set one of them to null",
+        "models.vit_deeper.init_from: vit_deeper -> vit_tiny -> vit_deeper is a circle; set one of them to null",
+    ]
+
+
+def test_a_run_has_one_start() -> None:
+    start = ["models.vit_deeper.init_from=vit_tiny", "models.vit_deeper.options.backbone.weights=weights/vit"]
+    assert mistakes(*start) == [
+        "models.vit_deeper.options.backbone.weights: init_from gives them; set one to null",
+    ]
+    assert load(PARAMS, start[:1]).models["vit_deeper"].init_from == "vit_tiny"
+    # another backbone, but the same numbers
+    named = "models.vit_deeper.options.backbone.settings.dropout=0.0"
+    assert load(PARAMS, [*start[:1], named]).models["vit_deeper"].init_from == "vit_tiny"
+
+
+def test_what_yaml_anchors_share_is_set_in_one_place_alone() -> None:
+    models = load(PARAMS, ["models.vit_tiny.options.backbone.settings.depth=2"]).models
+    assert models["vit_tiny"].options["backbone"]["settings"]["depth"] == 2
+    assert models["vit_deeper"].options["backbone"]["settings"]["depth"] == 6

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fer.config import RunConfig, Section, faults
-from fer.models.backbones import RANDOM, BackboneOptions, starts_from
+from fer.models.backbones import BACKBONES, RANDOM, BackboneOptions, starts_from
 from fer.models.classifier import Classifier, ClassifierOptions, classifier_faults
 from fer.models.embedding_difference import (
     DifferenceOfEmbeddings,
@@ -67,6 +67,20 @@ def backbones_of(run: RunConfig) -> dict[str, BackboneOptions]:
     """The backbones of a run by their key in `options`; empty for a model that has none."""
     options = MODELS[run.model].options.model_validate(run.options)
     return {key: value for key, value in options if isinstance(value, BackboneOptions)}
+
+
+def packages(run: RunConfig) -> list[str]:
+    """Packages beyond the core dependencies that the run's network needs when it is loaded."""
+    families = {BACKBONES[options.name].family for options in backbones_of(run).values()}
+    return ["efficientnet-lite-pytorch"] if families & {"lite0", "lite2"} else []
+
+
+def random_backbones(run: RunConfig) -> list[str]:
+    """Names of the backbones that start from random weights."""
+    found = backbones_of(run)
+    if run.init_from is not None:
+        found.pop("backbone")
+    return [options.name for options in found.values() if options.weights is None]
 
 
 def origin(run: RunConfig) -> list[str]:

@@ -87,7 +87,15 @@ def _mobilenet(settings: MobileNetSettings, size: int, channels: int) -> nn.Modu
 
 
 def _resnet(settings: ResNetSettings, size: int, channels: int) -> nn.Module:
-    return Torchvision(ResNet50(channels=channels, num_labels=None, **settings.model_dump()), "fc.")
+    network = ResNet50(
+        channels=channels,
+        num_labels=None,
+        layers=settings.layers,
+        width=settings.width,
+        max_pool=settings.max_pool,
+        caffe=settings.caffe,
+    )
+    return Torchvision(network, "fc.")
 
 
 def _at_least_32(settings: Section, size: int) -> list[str]:

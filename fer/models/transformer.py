@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -75,6 +76,7 @@ class Transformer(nn.Module):
                 config=self.network.config,
                 ignore_mismatched_sizes=True,  # reported below, by name
                 use_safetensors=True,
+                dtype=torch.float32,  # else that of the file
                 output_loading_info=True,
                 **pooler,
             )
