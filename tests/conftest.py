@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from fer.config import RunConfig
+from fer.config import Augment, RunConfig
 from pipelines.params import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +44,17 @@ def ferplus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def make_data(folder: Path, counts: dict[str, int] | None = None, side: int = 16, seed: int = 0) -> Path:
-    """Write `folder`/upscaled and `folder`/splits: each class is a bright bar at its own height, plus noise."""
+def make_data(
+    folder: Path,
+    counts: dict[str, int] | None = None,
+    side: int = 16,
+    seed: int = 0,
+    subjects: Sequence[str] | None = None,
+) -> Path:
+    """Write `folder`/upscaled and `folder`/splits: each class is a bright bar at its own height, plus noise.
+
+    `subjects`: a name per image; none are known without.
+    """
     counts = counts or {"train": 96, "val": 40, "test": 40}
     rng = np.random.default_rng(seed)
     total = sum(counts.values())
@@ -60,7 +70,7 @@ def make_data(folder: Path, counts: dict[str, int] | None = None, side: int = 16
         rows = np.arange(first, first + count)
         table = pd.DataFrame({"row": rows, "name": [f"{row}.png" for row in rows], "label": labels[rows]})
         table[CLASSES] = 0.8 * np.eye(len(CLASSES))[labels[rows]] + 0.2 / len(CLASSES)
-        table["subject"] = ""
+        table["subject"] = "" if subjects is None else [subjects[row] for row in rows]
         table["duplicate_of"] = ["0.png" if split == "test" and row % 10 == 0 else "" for row in rows]
         table.to_csv(folder / "splits" / f"{split}.csv", index=False)
         first += count
@@ -90,3 +100,22 @@ def small_run(**changes: object) -> RunConfig:
     for key, value in changes.items():
         base[key] = base[key] | value if isinstance(value, dict) and key != "options" else value
     return RunConfig.model_validate(base)
+
+
+PEOPLE = ["ab"[row // 8 % 2] for row in range(176)]  # subjects for `make_data`: one image of each class, then the other
+NO_AUGMENT = dict.fromkeys(Augment.model_fields, 0)
+# with batch norm; sees 32 pixels at least
+RESNET: dict[str, Any] = {"name": "resnet50", "weights": None, "settings": {"layers": [1, 1, 1, 1], "width": 4}}
+
+
+def doe(pairing: str = "random_neutral", **changes: object) -> dict[str, Any]:
+    """Keys of a small run of DoE; nothing augments, so its encoder is asked once."""
+    options = {"backbone": RESNET, "pairing": pairing, "references": 3, "hidden": [16]}
+    keys = {"model": "difference_of_embeddings", "options": options, "image_size": 32, "augment": NO_AUGMENT}
+    return keys | changes
+
+
+def emotion_encoder(**changes: object) -> dict[str, Any]:
+    """Keys of a small run of an emotion encoder, with augmentation."""
+    options = {"backbone": RESNET, "identity": RESNET, "hidden": [16]}
+    return {"model": "emotion_encoder", "options": options, "image_size": 32} | changes

@@ -108,6 +108,51 @@ def test_extra_tensor_is_named(folder: Path) -> None:
     )
 
 
+class Parts(nn.Module):
+    """A backbone with batch norm, and a head."""
+
+    def __init__(self, width: int = 3, labels: int = 2, seed: int = 0):
+        super().__init__()
+        self.backbone = model(width, seed)
+        self.backbone[1].running_mean.uniform_()
+        self.backbonehead = nn.Linear(2, labels)  # not of the backbone, though its name begins so
+
+
+def test_the_backbone_of_another_run_alone_is_loaded(tmp_path: Path) -> None:
+    other, network = Parts(seed=1), Parts(labels=5, seed=2)
+    checkpoint.save(tmp_path / "best", other.state_dict() | {"identity.weight": torch.ones(2)}, {}, None)
+    head = {name: tensor.clone() for name, tensor in network.backbonehead.state_dict().items()}
+    checkpoint.load_backbone(tmp_path / "best", network)
+    assert equal(network.backbone.state_dict(), other.backbone.state_dict())  # batch-norm statistics too
+    assert equal(network.backbonehead.state_dict(), head)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("shape", "tensor backbone.0.bias has shape [4], the model needs [3]"),
+        ("missing", "tensor backbone.1.running_var is missing; the file belongs to another model"),
+        ("extra", "tensor backbone.9.bias is not in this model; the file belongs to another one"),
+        ("none", "tensor backbone.0.bias is missing; the file belongs to another model"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_named(tmp_path: Path, change: str, message: str) -> None:
+    tensors = dict(Parts(width=4 if change == "shape" else 3).state_dict())
+    if change == "missing":
+        del tensors["backbone.1.running_var"]
+    elif change == "extra":
+        tensors["backbone.9.bias"] = torch.ones(1)
+    elif change == "none":
+        tensors = dict(model().state_dict())
+    checkpoint.save(tmp_path / "best", tensors, {}, None)
+    network = Parts(seed=1)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_backbone(tmp_path / "best", network)
+    assert str(caught.value) == f"{tmp_path}/best/{WEIGHTS}: {message}"
+    assert equal(before, network.state_dict())  # not half-loaded
+
+
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", b"", b"\0" * 64, "cut"])
 def test_weights_that_are_no_safetensors_file(folder: Path, content: bytes | str) -> None:
     path = folder / WEIGHTS
@@ -163,6 +208,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}/last: no checkpoint there ({META} is missing); train the run first"
     with pytest.raises(UserError) as caught:
         checkpoint.load_weights(tmp_path / "last", model())
+    assert str(caught.value) == f"{tmp_path}/last/{WEIGHTS}: not found; train the run first"
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_backbone(tmp_path / "last", Parts())
     assert str(caught.value) == f"{tmp_path}/last/{WEIGHTS}: not found; train the run first"
     with pytest.raises(UserError) as caught:
         checkpoint.load_training(tmp_path / "last")

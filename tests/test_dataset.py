@@ -22,7 +22,9 @@ def test_rows_point_into_the_array(data: Path) -> None:
     val = opened.split("val")
     assert len(val) == 40
     assert val.rows.tolist() == list(range(96, 136))
+    assert val.name == "val"
     assert val.names[:2] == ["96.png", "97.png"]
+    assert val.subjects == [""] * 40
     pixels = val.pixels(np.array([3, 0]))
     assert pixels.dtype == torch.uint8
     assert torch.equal(pixels, torch.from_numpy(images[[99, 96]]))
@@ -72,8 +74,10 @@ def test_names_stay_text(data: Path) -> None:
     table = pd.read_csv(path, keep_default_na=False)
     table["name"] = ["NA", "007", "", *table["name"][3:]]
     table["duplicate_of"] = ["NA", "007", *table["duplicate_of"][2:]]
+    table["subject"] = ["NA", "007", "", *["7"] * 37]
     table.to_csv(path, index=False)
     val = open_data(data).split("val")
+    assert val.subjects == ["NA", "007", "", *["7"] * 37]
     assert val.names[:3] == ["NA", "007", ""]
     assert val.leaked.tolist() == [True, True] + [False] * 38
 

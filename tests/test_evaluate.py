@@ -10,19 +10,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, make_data, small_run
+from conftest import CLASSES, PEOPLE, doe, emotion_encoder, make_data, small_run
 
 from fer import checkpoint
+from fer.config import RunConfig
 from fer.data.dataset import open_data
 from fer.errors import UserError
-from fer.evaluate import evaluate, metrics, predict_split
+from fer.evaluate import evaluate, finished, metrics, predict_split
+from fer.feed import Feed
 from fer.losses import build_loss
 from fer.train import build_model, fit
 
 
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("bars") / "data")
+    return make_data(tmp_path_factory.mktemp("bars") / "data", subjects=PEOPLE)
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +127,13 @@ def test_an_unfinished_run_is_refused(bars: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit("x", small_run(), bars, tmp_path, stop)
     (folder,) = tmp_path.iterdir()
-    with pytest.raises(UserError) as caught:
-        evaluate(folder, bars)
-    assert str(caught.value) == f"{folder}: 2 of 3 epochs are done; go on with `fer train x`"
+    for refuse in (lambda: evaluate(folder, bars), lambda: finished(folder)):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        assert str(caught.value) == f"{folder}: 2 of 3 epochs are done; go on with `fer train x`"
     assert not (folder / "predictions_test.csv").exists()
+    fit("x", small_run(), bars, tmp_path)
+    assert finished(folder)["epoch"] == 3
 
 
 def test_a_run_that_never_began_is_refused(bars: Path, tmp_path: Path) -> None:
@@ -151,11 +156,15 @@ def test_the_size_of_evaluation_batches_changes_nothing(batch: int, folder: Path
     data = open_data(bars)
     model = build_model(run, 8)
     checkpoint.load_weights(folder / "best", model)
-    loss = build_loss(run, data.prior())
-    logits, counts = predict_split(model, run, data.split("val"), torch.device("cpu"), loss)
+    loss = build_loss(run, data.prior(), torch.full((8,), 12))
+
+    def predicted(run: RunConfig) -> Any:
+        return predict_split(model, Feed(model, run, data.split("val"), CLASSES, torch.device("cpu")), loss)
+
+    logits, counts = predicted(run)
     assert not model.training
     assert logits.shape == (40, 8)
-    whole, wanted = predict_split(model, small_run(), data.split("val"), torch.device("cpu"), loss)
+    whole, wanted = predicted(small_run())
     torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
     assert counts.result() == pytest.approx(wanted.result(), abs=1e-5)
 
@@ -173,6 +182,51 @@ def test_a_class_without_images_has_no_recall() -> None:
     assert found["recall"] == [1.0, 0.0, None]
     assert found["balanced_accuracy"] == 0.5
     assert found["confusion"] == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+# Networks with a frozen encoder
+
+FROZEN: dict[str, dict[str, Any]] = {
+    "random_neutral": doe(),
+    "prototype, averaged": doe("prototype", augment={}, ema_decay=0.8),
+    "same_subject": doe("same_subject"),
+    "emotion_encoder": emotion_encoder(),
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_evaluation_is_the_same_every_time(kind: str, bars: Path, tmp_path: Path) -> None:
+    run = small_run(**FROZEN[kind], epochs=2)
+    folder = fit("x", run, bars, tmp_path)
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        summary = evaluate(folder, bars)
+        found.append([(folder / f"predictions_{split}.csv").read_bytes() for split in ("val", "test")])
+        (folder / "summary.json").unlink()
+    assert found[0] == found[1]
+    assert summary["val"]["accuracy"] == max(row["val_accuracy"] for row in finished(folder)["history"])
+    # 128 features of each encoder, 16 hidden units, 8 classes
+    head = (2 * 128 + 1) * 16 + (16 + 1) * 8
+    if kind != "emotion_encoder":
+        assert summary["trainable_parameters"] == head
+    else:  # of two equal encoders one learns
+        assert summary["parameters"] - head == 2 * (summary["trainable_parameters"] - head)
+    assert summary["starts_from"] == ["random weights"] * (2 if kind == "emotion_encoder" else 1)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_the_size_of_evaluation_batches_changes_no_frozen_network(kind: str, batch: int, bars: Path) -> None:
+    data = open_data(bars)
+    model = build_model(small_run(**FROZEN[kind]), 8)
+
+    def logits(size: int) -> torch.Tensor:
+        run = small_run(**FROZEN[kind], eval_batch_size=size)
+        return predict_split(model, Feed(model, run, data.split("test"), CLASSES, torch.device("cpu")))[0]
+
+    torch.testing.assert_close(logits(batch), logits(40), atol=1e-5, rtol=1e-4)
 
 
 def test_weights_of_another_model_are_named(folder: Path, bars: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, make_data, small_run
+from conftest import CLASSES, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
+from safetensors.torch import load_file
 
 from fer.errors import UserError
 from fer.evaluate import evaluate
@@ -20,6 +21,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "averaged": {"ema_decay": 0.8},
     "bf16": {"precision": "bf16"},
     "colour, resized": {"channels": 3, "pixel_mean": [0.5, 0.4, 0.3], "pixel_std": [0.2, 0.25, 0.3], "image_size": 24},
+    "random_neutral": doe(),
+    "random_neutral, bf16, averaged": doe(augment={}, precision="bf16", ema_decay=0.8),
+    "prototype": doe("prototype"),
+    "emotion_encoder": emotion_encoder(),
 }
 
 
@@ -51,6 +56,14 @@ def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, 
     assert found.std(0).max() > 1e-4  # they do depend on the image
 
 
+def test_one_image_gets_the_probabilities_that_it_had_among_others(run: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    folder, images, wanted = run
+    predictor = Predictor(folder)
+    found = np.concatenate([predictor.probabilities(images[i : i + 1]) for i in range(0, 40, 7)])
+    # bf16 has 8 bits; a batch of another size may round otherwise
+    np.testing.assert_allclose(found, wanted[::7], atol=2e-3 if predictor.run.precision == "bf16" else 2e-6)
+
+
 def test_a_server_gets_the_same(run: tuple[Path, np.ndarray, np.ndarray]) -> None:
     folder, images, wanted = run
     served = _load_pyfunc(str(folder))
@@ -62,7 +75,8 @@ def test_any_number_and_layout_of_images() -> None:
     predictor.run, predictor.classes = small_run(eval_batch_size=3), CLASSES
     predictor.device = torch.device("cpu")
     torch.manual_seed(0)
-    predictor.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 8))
+    linear = torch.nn.Linear(256, 8)
+    predictor.model = lambda pixel_values: linear(pixel_values.flatten(1))
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     whole = predictor.probabilities(images)
     assert whole.shape == (8, 8)
@@ -84,14 +98,107 @@ def test_a_gpu_that_is_not_there(run: tuple[Path, np.ndarray, np.ndarray]) -> No
         Predictor(run[0], device="cuda")
 
 
-def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(data: Path, tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTForImageClassification
+# A neutral face beside the image
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("people") / "data", subjects=PEOPLE)
+
+
+def trained(pairing: str, data: Path, runs: Path) -> Path:
+    return fit("x", small_run(**doe(pairing), epochs=2), data, runs)
+
+
+def faces_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The test images, and for each the first other neutral one of the same person."""
+    table = pd.read_csv(data / "splits" / "test.csv", keep_default_na=False)
+    images = np.load(data / "upscaled" / "images.npy")
+    neutral = table[table["label"] == 0]
+    partners = [
+        neutral["row"][(neutral["subject"] == face.subject) & (neutral["row"] != face.row)].iloc[0]
+        for face in table.itertuples()
+    ]
+    return images[table["row"]], images[partners]
+
+
+def test_same_subject_compares_with_the_face_that_is_given(people: Path, tmp_path: Path) -> None:
+    folder = trained("same_subject", people, tmp_path)
+    evaluate(folder, people)
+    wanted = pd.read_csv(folder / "predictions_test.csv", keep_default_na=False)[CLASSES].to_numpy()
+    images, partners = faces_of(people)
+    found = Predictor(folder / "best").probabilities(images, partners)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    one = Predictor(folder / "best").probabilities(images[3:4], partners[3:4])
+    np.testing.assert_allclose(one, wanted[3:4], atol=2e-6)
+    served = _load_pyfunc(str(folder / "best")).predict({"images": images, "neutral": partners})
+    np.testing.assert_allclose(served, wanted, atol=1e-6)
+    others = Predictor(folder / "best").probabilities(images, partners[::-1])
+    assert abs(others - wanted).max() > 1e-4
+
+
+def test_same_subject_needs_a_neutral_face(people: Path, tmp_path: Path) -> None:
+    images, _ = faces_of(people)
+    predictor = Predictor(trained("same_subject", people, tmp_path) / "best")
+    with pytest.raises(UserError) as caught:
+        predictor.probabilities(images)
+    assert str(caught.value) == "pairing same_subject: give a neutral face of the same person with every image"
+
+
+@pytest.mark.parametrize("pairing", ["random_neutral", "prototype"])
+def test_a_face_that_is_given_replaces_the_references(pairing: str, people: Path, tmp_path: Path) -> None:
+    images, partners = faces_of(people)
+    predictor = Predictor(trained(pairing, people, tmp_path) / "best")
+    found = predictor.probabilities(images, partners)
+    assert abs(found - predictor.probabilities(images)).max() > 1e-4
+    with torch.no_grad():
+        target, neutral = (
+            predictor.model.backbone(
+                torch.nn.functional.interpolate(
+                    torch.from_numpy(faces)[:, None] / 255, size=(32, 32), mode="bilinear", antialias=True
+                ).clamp(0, 1).sub(0.5).div(0.25)
+            )
+            for faces in (images, partners)
+        )  # fmt: skip
+        wanted = torch.softmax(predictor.model.head(torch.cat([target - neutral, target], 1)), 1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    predictor.model.references.zero_()
+    np.testing.assert_allclose(predictor.probabilities(images, partners), found, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [{}, emotion_encoder(), doe()])
+def test_neutral_faces_that_do_not_pair(keys: dict[str, Any], people: Path, tmp_path: Path) -> None:
+    images, partners = faces_of(people)
+    predictor = Predictor(fit("x", small_run(**keys, epochs=1), people, tmp_path) / "best")
+    compares = keys.get("model") == "difference_of_embeddings"
+    for neutral in (partners[:1], partners[:39]) if compares else (partners,):
+        with pytest.raises(UserError) as caught:
+            predictor.probabilities(images, neutral)
+        assert str(caught.value) == (
+            "neutral: give one neutral face per image, and only to a model that compares two faces"
+        )
+
+
+# Pretrained weights
+
+VIT = {"patch_size": 4, "hidden_size": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 1}
+CLASSIFIER = {
+    "stn": False, "resizer": "none", "resizer_size": 16, "resizer_blocks": 1, "resizer_channels": 4,
+    "resizer_scale": None, "head": [], "head_dropout": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["classifier", "difference_of_embeddings"])
+def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(model: str, data: Path, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
 
     sizes = {"image_size": 16, "patch_size": 4, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 1}
-    pretrained = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=2, intermediate_size=24))
+    pretrained = ViTModel(ViTConfig(**sizes, num_attention_heads=2, intermediate_size=24), add_pooling_layer=False)
     pretrained.save_pretrained(tmp_path / "pretrained")
-    options = small_vit_options() | {"weights": str(tmp_path / "pretrained")}
-    run = small_run(model="vit", options=options, epochs=2)
+    backbone = {"name": "vit_tiny_patch16_224", "weights": str(tmp_path / "pretrained"), "settings": VIT}
+    options = (CLASSIFIER if model == "classifier" else doe()["options"]) | {"backbone": backbone}
+    # a rate at which nothing is learned
+    run = small_run(model=model, options=options, augment=NO_AUGMENT, epochs=2, lr=1e-12, weight_decay=0.0)
 
     def cut(row: dict) -> None:
         raise KeyboardInterrupt
@@ -100,12 +207,11 @@ def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(data: Path,
         fit("vit", run, data, tmp_path / "runs", on_epoch=cut)
     shutil.rmtree(tmp_path / "pretrained")
     folder = fit("vit", run, data, tmp_path / "runs")  # goes on without it
-    evaluate(folder, data)
+    summary = evaluate(folder, data)
+    assert summary["starts_from"] == [str(tmp_path / "pretrained")]
     predictor = Predictor(folder / "best")
-    assert predictor.model.network.config.hidden_size == 24
     assert predictor.probabilities(np.zeros((2, 16, 16), np.uint8)).shape == (2, 8)
-
-
-def small_vit_options() -> dict[str, object]:
-    """Sizes other than those of the pretrained file, which must win."""
-    return {"patch_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "dropout": 0.0}
+    for part in ("best", "last"):
+        found = load_file(folder / part / "model.safetensors")
+        for name, tensor in pretrained.state_dict().items():
+            torch.testing.assert_close(found[f"backbone.network.{name}"], tensor, atol=1e-9, rtol=0)

@@ -14,15 +14,18 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_data, small_run
-from torch import nn
+from conftest import NO_AUGMENT, PEOPLE, RESNET, doe, emotion_encoder, make_data, small_run
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from fer import checkpoint, train
 from fer.config import RunConfig
 from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError, disk_error
 from fer.evaluate import predict_split
+from fer.feed import Feed
 from fer.losses import build_loss
+from fer.metrics import Counts
 from fer.models import MODELS, Model
 from fer.schedule import lr_at
 from fer.train import NonFiniteLoss, batches, fit, trained_images
@@ -31,9 +34,17 @@ TIMES = ("seconds", "images_per_second", "time")
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "ema": {"ema_decay": 0.8},
-    "sgd": {"optimizer": "sgd", "schedule": "step", "step_epochs": [1, 2], "step_factors": [0.5, 0.1]},
+    "sgd": {
+        "optimizer": "sgd", "schedule": "step", "step_epochs": [1, 2], "step_factors": [0.5, 0.1],
+        "balanced_sampling": 0.5,
+    },
     "bf16 votes": {"precision": "bf16", "loss": "vote_sampling"},
-}
+    "doe": doe(),
+    "augmented doe with ema": doe(augment={}, ema_decay=0.8),
+    "same subject": doe("same_subject", ema_decay=0.8),
+    "emotion encoder": emotion_encoder(),
+}  # fmt: skip
+FROZEN = {"doe": "backbone.", "augmented doe with ema": "backbone.", "emotion encoder": "identity."}
 
 
 class Cut(Exception):
@@ -83,7 +94,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data that no test changes."""
-    return make_data(tmp_path_factory.mktemp("bars") / "data")
+    return make_data(tmp_path_factory.mktemp("bars") / "data", subjects=PEOPLE)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +112,28 @@ def cut_after(epoch: int) -> Any:
     return on_epoch
 
 
+def evaluated(run: RunConfig, data: DataSet, folder: Path, loss: Any = None) -> Counts:
+    """What the weights in `folder` make of val."""
+    model = train.build_model(run, 8)
+    checkpoint.load_weights(folder, model)
+    return predict_split(model, Feed(model, run, data.split("val"), data.classes, torch.device("cpu")), loss)[1]
+
+
 # Learning
 
 
-def test_bars_are_learned(bars: Path, tmp_path: Path) -> None:
-    folder = fit("x", small_run(epochs=12, augment={"rotation": 0, "flip": 0, "translation": 0}), bars, tmp_path)
-    rows = rows_of(folder)
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
-    assert max(row["val_accuracy"] for row in rows) > 0.8  # chance: .125
+@pytest.mark.parametrize(
+    ("keys", "accuracy"),
+    [
+        ({"epochs": 16, "augment": {"rotation": 0, "flip": 0, "translation": 0, "scale": 0}}, 0.8),
+        (emotion_encoder(epochs=10, augment={}), 0.8),
+        (doe(epochs=30, batch_size=8), 0.4),  # of random convolutions that do not learn
+    ],
+)
+def test_bars_are_learned(keys: dict[str, Any], accuracy: float, bars: Path, tmp_path: Path) -> None:
+    rows = rows_of(fit("x", small_run(**keys), bars, tmp_path))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] * 0.6
+    assert max(row["val_accuracy"] for row in rows) > accuracy  # chance: .125
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +150,8 @@ def test_a_run_leaves_what_is_promised(kind: str, uncut: dict[str, Path], bars: 
     assert described["classes"] == data.classes
     assert described["class_prior"] == data.summary["class_prior"]
     assert described["data"]["dataset"] == "bars"
+    # of the weights' origin the checkpoints tell nothing: they hold the weights
+    assert (described.pop("start"), set(described.pop("starts_from"))) == (None, {"random weights"})
     meta = checkpoint.load_meta(folder / "last")
     assert {key: meta[key] for key in described} == described
     assert meta["history"] == rows
@@ -138,10 +165,7 @@ def test_best_is_the_first_epoch_with_the_best_val_accuracy(kind: str, uncut: di
     meta = checkpoint.load_meta(uncut[kind] / "best")
     assert meta["epoch"] == 1 + accuracies.index(max(accuracies))
     # and the weights are those of that epoch (averaged, where the run averages)
-    run, data = small_run(**KINDS[kind]), open_data(bars)
-    model = train.build_model(run, 8)
-    checkpoint.load_weights(uncut[kind] / "best", model)
-    result = predict_split(model, run, data.split("val"), torch.device("cpu"))[1].result()
+    result = evaluated(small_run(**KINDS[kind]), open_data(bars), uncut[kind] / "best").result()
     for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
         assert result[key] == pytest.approx(rows[meta["epoch"] - 1][f"val_{key}"], abs=1e-9)
 
@@ -294,6 +318,177 @@ def test_a_damaged_checkpoint_is_named_and_not_trained_over(bars: Path, tmp_path
     assert (folder / "last" / "training.pt").read_text() == "<html>"
 
 
+# A frozen encoder, and neutral faces to compare with
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_frozen_encoder_stays_as_it_was_to_the_last_bit(kind: str, uncut: dict[str, Path]) -> None:
+    run = small_run(**KINDS[kind])
+    torch.manual_seed(run.seed)
+    before = train.build_model(run, 8).state_dict()
+    frozen = {name for name in before if name.startswith(FROZEN[kind])}
+    assert len({name for name in frozen if name.endswith(("running_mean", "running_var"))}) > 20
+    for part in ("best", "last"):
+        after = load_file(uncut[kind] / part / "model.safetensors")
+        same_as_before = {name for name in before if torch.equal(before[name], after[name])}
+        assert same_as_before == frozen  # and everything else has changed: the other encoder's statistics too
+
+
+@pytest.mark.parametrize("kind", ["doe", "augmented doe with ema"])
+def test_references_are_chosen_once_and_kept(kind: str, uncut: dict[str, Path]) -> None:
+    best, last = (load_file(uncut[kind] / part / "model.safetensors") for part in ("best", "last"))
+    assert best["references"].shape == (3, 128)
+    assert torch.equal(best["references"], last["references"])
+    assert best["references"].std(0).max() > 1e-3
+
+
+def test_no_face_of_a_person_is_kept_for_another(uncut: dict[str, Path]) -> None:
+    assert load_file(uncut["same subject"] / "best" / "model.safetensors")["references"].shape == (0, 128)
+
+
+def losses(keys: dict[str, Any], data: Path, runs: Path, part: str) -> list[float]:
+    """Of three epochs in which nothing is learned."""
+    run = small_run(**keys, lr=1e-20, optimizer="sgd", weight_decay=0.0)
+    return [row[f"{part}_loss"] for row in rows_of(fit("x", run, data, runs))]
+
+
+def test_training_draws_partners_anew_and_evaluation_does_not(bars: Path, tmp_path: Path) -> None:
+    """All images are in every epoch, so only other partners change the mean loss."""
+    for pairing in ("random_neutral", "same_subject"):
+        found = losses(doe(pairing), bars, tmp_path, "train")
+        assert min(abs(one - other) for one, other in zip(found, [*found[1:], found[0]])) > 1e-5
+    constant = losses(doe("prototype"), bars, tmp_path, "train")
+    assert constant == pytest.approx([constant[0]] * 3, abs=1e-6)
+    for pairing in ("random_neutral", "same_subject", "prototype"):
+        found = losses(doe(pairing), bars, tmp_path, "val")
+        assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+
+
+def test_training_compares_with_partners_and_evaluation_with_references(bars: Path, tmp_path: Path) -> None:
+    def with_references(count: int, part: str) -> list[float]:
+        return losses(doe(options=doe()["options"] | {"references": count}), bars, tmp_path, part)
+
+    assert with_references(2, "train") == with_references(12, "train")
+    assert with_references(2, "val")[0] != pytest.approx(with_references(12, "val")[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (doe("same_subject"), r"^options\.pairing: same_subject needs data that name subjects; "),
+        (doe(options=doe()["options"] | {"references": 13}), r"^options\.references: 13 asked for, .* has 12 neutral"),
+    ],
+)
+def test_neutral_faces_that_the_data_do_not_hold(
+    keys: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fit("x", small_run(**keys), data, tmp_path / "runs")
+
+
+# A start from another run
+
+
+@pytest.fixture
+def first(bars: Path, uncut: dict[str, Path], tmp_path: Path) -> Path:
+    """A finished run of an emotion encoder, beside which others may start."""
+    return shutil.copytree(uncut["emotion encoder"], tmp_path / "runs" / uncut["emotion encoder"].name)
+
+
+SECOND = doe(init_from="first", epochs=2)
+
+
+def test_a_run_starts_from_the_best_backbone_of_another(first: Path, bars: Path) -> None:
+    (first / "last" / "model.safetensors").unlink()  # those weights are not wanted
+    found = fit("x", small_run(**SECOND), bars, first.parent, start=first.name)
+    theirs = load_file(first / "best" / "model.safetensors")
+    for part in ("best", "last"):
+        ours = load_file(found / part / "model.safetensors")
+        names = {name for name in ours if name.startswith("backbone.")}
+        assert names == {name for name in theirs if name.startswith("backbone.")}
+        assert [name for name in names if not torch.equal(ours[name], theirs[name])] == []
+    described = json.loads((found / "config.json").read_text())
+    assert (described["start"], described["starts_from"]) == (first.name, ["first"])
+
+
+def test_the_head_of_the_other_run_is_not_taken(first: Path, bars: Path) -> None:
+    """But that for its backbone, the run begins as one without a start."""
+    run = small_run(**SECOND, lr=1e-20, weight_decay=0.0)
+    found = load_file(fit("x", run, bars, first.parent, start=first.name) / "last" / "model.safetensors")
+    torch.manual_seed(run.seed)
+    fresh = train.build_model(run, 8).state_dict()
+    for name in ("head.0.weight", "head.2.bias"):
+        torch.testing.assert_close(found[name], fresh[name], atol=1e-10, rtol=0)
+
+
+def test_a_learning_backbone_may_start_from_a_frozen_one(first: Path, bars: Path) -> None:
+    second = fit("x", small_run(**SECOND), bars, first.parent, start=first.name)
+    run = small_run(**emotion_encoder(init_from="second", epochs=1), lr=1e-20, weight_decay=0.0)
+    third = fit("y", run, bars, first.parent, start=second.name)
+    theirs, ours = (load_file(folder / "best" / "model.safetensors") for folder in (second, third))
+    learned = {name for name in theirs if name.startswith("backbone.") and name.endswith("weight")}
+    for name in learned:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-10, rtol=0)
+
+
+def test_the_run_it_starts_from_is_part_of_its_id(first: Path, bars: Path) -> None:
+    shutil.copytree(first, first.with_name("other"))
+    folders = [fit("x", small_run(**SECOND), bars, first.parent, start=start) for start in (first.name, "other")]
+    assert folders[0] != folders[1]
+    alone = fit("x", small_run(**SECOND | {"init_from": None}), bars, first.parent)
+    assert alone not in folders
+    # the same backbone twice, and another one
+    weights = [load_file(folder / "last" / "model.safetensors") for folder in (*folders, alone)]
+    name = "head.0.weight"
+    assert torch.equal(weights[0][name], weights[1][name])
+    assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_resuming_does_not_need_the_run_it_started_from(first: Path, bars: Path, tmp_path: Path) -> None:
+    run = small_run(**SECOND | {"epochs": 3})
+    whole = shutil.move(fit("x", run, bars, first.parent, start=first.name), tmp_path / "whole")
+    with pytest.raises(Cut):
+        fit("x", run, bars, first.parent, cut_after(1), start=first.name)
+    shutil.rmtree(first)
+    assert_equal_runs(fit("x", run, bars, first.parent, start=first.name), whole)
+
+
+def test_a_start_that_is_not_there(bars: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        fit("x", small_run(**SECOND), bars, tmp_path, start="y-s1-00000000")
+    assert str(caught.value) == (
+        f"{tmp_path}/y-s1-00000000/last: no checkpoint there (checkpoint.json is missing); train the run first"
+    )
+
+
+def test_a_start_that_is_not_finished(bars: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        fit("first", small_run(**KINDS["emotion encoder"]), bars, tmp_path, cut_after(2))
+    (first,) = tmp_path.iterdir()
+    with pytest.raises(UserError) as caught:
+        fit("x", small_run(**SECOND), bars, tmp_path, start=first.name)
+    assert str(caught.value) == f"{first}: 2 of 3 epochs are done; go on with `fer train first`"
+
+
+def test_a_start_with_another_backbone(first: Path, bars: Path) -> None:
+    wider = RESNET | {"settings": RESNET["settings"] | {"width": 8}}
+    options = doe()["options"] | {"backbone": wider}
+    with pytest.raises(UserError) as caught:
+        fit("x", small_run(**SECOND | {"options": options}), bars, first.parent, start=first.name)
+    assert str(caught.value) == (
+        f"{first}/best/model.safetensors: tensor backbone.network.bn1.bias has shape [4], the model needs [8]"
+    )
+
+
+@pytest.mark.parametrize(("init_from", "start"), [("first", None), (None, "y-s1-00000000")])
+def test_a_start_is_named_and_given_or_neither(
+    init_from: str | None, start: str | None, bars: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"^x: init_from is {init_from}, the run to start from {start}; give both or"):
+        fit("x", small_run(**SECOND | {"init_from": init_from}), bars, tmp_path, start=start)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Numbers that are none
 
 
@@ -301,8 +496,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, at: int, value: float = float("nan"
     """The loss becomes `value` in call number `at` (the first is 0) in training mode."""
     calls = [0]
 
-    def build(run: RunConfig, prior: torch.Tensor) -> Any:
-        real = build_loss(run, prior)
+    def build(*arguments: Any) -> Any:
+        real = build_loss(*arguments)
 
         def loss(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             found = real(logits, labels, targets)
@@ -443,24 +638,28 @@ def test_averaged_weights_follow_with_their_decay() -> None:
 def test_batches_share_the_images(world: int) -> None:
     run = small_run(batch_size=16, resources={"workers": world})
     images = 16 * 3 + 5
-    parts = [list(batches(run, images, 1, rank, world)) for rank in range(world)]
+    labels = torch.arange(images) % 8
+    parts = [list(batches(run, labels, 1, rank, world)) for rank in range(world)]
     assert {len(part) for part in parts} == {3}  # the last five images wait for another epoch
     for step in range(3):
         shares = [part[step] for part in parts]
         whole = np.concatenate([index for index, _ in shares])
         assert {len(index) for index, _ in shares} == {16 // world}
         assert [part for _, part in shares] == [slice(i * 16 // world, (i + 1) * 16 // world) for i in range(world)]
-        alone = list(batches(small_run(batch_size=16), images, 1, 0, 1))[step][0]
+        alone = list(batches(small_run(batch_size=16), labels, 1, 0, 1))[step][0]
         assert whole.tolist() == alone.tolist()
     seen = np.concatenate([index for part in parts for index, _ in part])
     assert len(set(seen.tolist())) == len(seen) == 48
     assert seen.max() < images
 
 
+def order_of(run: RunConfig, labels: Tensor, epoch: int) -> list[int]:
+    return np.concatenate([index for index, _ in batches(run, labels, epoch, 0, 1)]).tolist()
+
+
 def test_batches_are_shuffled_anew_by_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        run = small_run(seed=seed, batch_size=16)
-        return np.concatenate([index for index, _ in batches(run, 64, epoch, 0, 1)]).tolist()
+        return order_of(small_run(seed=seed, batch_size=16), torch.arange(64) % 8, epoch)
 
     assert order(1, 1) == order(1, 1)
     assert len({tuple(order(*pair)) for pair in ((1, 1), (1, 2), (2, 1), (2, 2))}) == 4
@@ -471,8 +670,57 @@ def test_batches_are_shuffled_anew_by_seed_and_epoch() -> None:
 def test_images_of_an_epoch(images: int, workers: int, trained: int) -> None:
     run = small_run(batch_size=16, resources={"workers": workers})
     assert trained_images(run, images) == trained
-    found = [index for rank in range(workers) for index, _ in batches(run, images, 0, rank, workers)]
+    labels = torch.zeros(images, dtype=torch.int64)
+    found = [index for rank in range(workers) for index, _ in batches(run, labels, 0, rank, workers)]
     assert sum(map(len, found)) == trained
+
+
+# Three classes of 900, 90 and 10 images; and one of none
+UNEVEN = torch.tensor(np.random.default_rng(0).permutation([0] * 900 + [1] * 90 + [3] * 10))
+
+
+@pytest.mark.parametrize(
+    ("power", "shares"),
+    [
+        (1.0, [1 / 3, 1 / 3, 0, 1 / 3]),
+        (0.5, [0.7034, 0.2224, 0, 0.0741]),  # as the roots 30, 9.487 and 3.162
+        (0.0, [0.9, 0.09, 0, 0.01]),
+    ],
+)
+def test_balanced_sampling_draws_the_classes_with_their_shares(power: float, shares: list[float]) -> None:
+    run, epochs = small_run(balanced_sampling=power, batch_size=10), 20
+    drawn = np.array([order_of(run, UNEVEN, epoch) for epoch in range(epochs)])
+    assert drawn.shape == (epochs, 1000)
+    wanted = np.array(shares)
+    counts = np.bincount(UNEVEN[drawn.ravel()], minlength=4)
+    error = np.sqrt(wanted * (1 - wanted) / drawn.size)
+    np.testing.assert_array_less(abs(counts / drawn.size - wanted), 4 * error + 1e-4)
+    # and within a class the images alike: those of the smallest
+    rare = np.flatnonzero(UNEVEN == 3)
+    share = shares[3] / len(rare)
+    found = np.bincount(drawn.ravel(), minlength=1000)[rare] / drawn.size
+    np.testing.assert_allclose(found, share, atol=4 * np.sqrt(share / drawn.size), rtol=0)
+
+
+def test_without_balanced_sampling_every_image_comes_once() -> None:
+    assert sorted(order_of(small_run(balanced_sampling=0.0, batch_size=10), UNEVEN, 3)) == list(range(1000))
+    assert len(set(order_of(small_run(balanced_sampling=0.1, batch_size=10), UNEVEN, 3))) < 700  # 1 - 1/e of them
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_balanced_batches_are_the_same_for_any_number_of_workers(world: int) -> None:
+    run = small_run(balanced_sampling=1.0, batch_size=16)
+    ranks = [list(batches(run, UNEVEN, 2, rank, world)) for rank in range(world)]
+    whole = np.concatenate([index for step in zip(*ranks) for index, _ in step])
+    assert whole.tolist() == order_of(run, UNEVEN, 2)
+
+
+def test_balanced_batches_come_from_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return order_of(small_run(seed=seed, balanced_sampling=1.0), UNEVEN, epoch)
+
+    assert order(1, 1) == order(1, 1)
+    assert len({tuple(order(*pair)) for pair in ((1, 1), (1, 2), (2, 1), (2, 2))}) == 4
 
 
 def test_a_batch_larger_than_the_data_is_one_step(bars: Path, tmp_path: Path) -> None:
@@ -526,10 +774,10 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 class Plain(nn.Module):
     """No batch norm, no dropout: nothing that sees a part of the batch otherwise than the whole."""
 
-    def __init__(self, options: Any, num_labels: int, image_size: int, channels: int):
+    def __init__(self, run: RunConfig, options: Any, num_labels: int, pretrained: bool):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(channels * image_size**2, 32), nn.Tanh(), nn.Linear(32, num_labels)
+            nn.Flatten(), nn.Linear(run.channels * run.image_size**2, 32), nn.Tanh(), nn.Linear(32, num_labels)
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -563,7 +811,7 @@ def _rank(rank: int, port: int, run: RunConfig, data: Path, runs: Path, spoilt: 
     dist.init_process_group("gloo", rank=rank, world_size=2)
     rows: list[dict[str, Any]] = []
     if spoilt and rank == 1:
-        train.build_loss = lambda run, prior: lambda *batch: build_loss(run, prior)(*batch) * float("nan")
+        train.build_loss = lambda *about: lambda *batch: build_loss(*about)(*batch) * float("nan")
     try:
         fit("x", run, data, runs, rows.append)
     except NonFiniteLoss as error:
@@ -585,9 +833,14 @@ def on_two_ranks(run: RunConfig, data: Path, runs: Path, spoilt: bool = False) -
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(bars: Path, tmp_path: Path, more_models: None) -> None:
-    alone = fit("x", small_run(model="plain", loss="focal_pdls"), bars, tmp_path / "one")
-    run = small_run(model="plain", loss="focal_pdls", resources={"workers": 2})
+@pytest.mark.parametrize("keys", [
+    {"model": "plain", "loss": "focal_pdls", "class_weights": 0.5, "balanced_sampling": 0.5},
+    doe(augment={}),
+    doe("same_subject", ema_decay=0.8),
+], ids=["plain", "doe", "same subject"])  # fmt: skip
+def test_two_ranks_are_one(keys: dict[str, Any], bars: Path, tmp_path: Path, more_models: None) -> None:
+    alone = fit("x", small_run(**keys), bars, tmp_path / "one")
+    run = small_run(**keys, resources={"workers": 2})
     folder = on_two_ranks(run, bars, tmp_path / "two")
     assert folder.name == alone.name
     rows = zip(untimed(rows_of(alone)), untimed(rows_of(folder)))
@@ -596,10 +849,10 @@ def test_two_ranks_are_one(bars: Path, tmp_path: Path, more_models: None) -> Non
     models = [train.build_model(run, 8) for _ in range(2)]
     for path, model in zip((alone, folder), models):
         checkpoint.load_weights(path / "last", model)
-    for one, two in zip(*(model.parameters() for model in models)):
+    for one, two in zip(*(model.state_dict().values() for model in models)):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
     # what two ranks left, one goes on with
-    assert fit("x", small_run(model="plain", loss="focal_pdls"), bars, tmp_path / "two") == folder
+    assert fit("x", small_run(**keys), bars, tmp_path / "two") == folder
 
 
 @pytest.mark.slow
@@ -609,10 +862,9 @@ def test_two_ranks_evaluate_the_weights_they_save(
 ) -> None:
     run = small_run(model="normed", epochs=2, ema_decay=ema, resources={"workers": 2})
     folder = on_two_ranks(run, bars, tmp_path / "two")
-    model, data = train.build_model(run, 8), open_data(bars)
-    checkpoint.load_weights(folder / "best", model)
-    val, loss = data.split("val"), build_loss(run, data.prior())
-    result = predict_split(model, run, val, torch.device("cpu"), loss)[1].result()
+    data = open_data(bars)
+    loss = build_loss(run, data.prior(), torch.bincount(data.split("train").labels))
+    result = evaluated(run, data, folder / "best", loss).result()
     row = rows_of(folder)[checkpoint.load_meta(folder / "best")["epoch"] - 1]
     assert result == pytest.approx({key: row[f"val_{key}"] for key in result}, abs=1e-6)
 

@@ -64,7 +64,7 @@ class MobileNetV3(nn.Module):
 
 def eights(channels: float) -> int:
     """The multiple of 8 nearest to `channels`, at least 8; the one above where rounding takes more than a tenth."""
-    rounded = max(8, 8 * int((channels + 4) // 8))
+    rounded = 8 * int((channels + 4) // 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
