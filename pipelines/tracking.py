@@ -261,12 +261,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
-    shape = tuple(summary["data"]["image_shape"])
+    run = RunConfig.model_validate(json.loads((folder / "config.json").read_text())["config"])
+    shape = (-1, *summary["data"]["image_shape"])
+    compares = run.options.get("pairing") == "same_subject"  # each image with a neutral face of the same person
+    names = ["images", "neutral"] if compares else ["images"]
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *shape), "images")]),
+        inputs=Schema([TensorSpec(np.dtype("uint8"), shape, name) for name in names]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(summary["classes"])))]),
     )
-    run = RunConfig.model_validate(json.loads((folder / "config.json").read_text())["config"])
     needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
