@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## Sample data, two models trained at the same time, the best registered as champion
 	dvc repro --quiet
-	fer train vgg13_small swin_tiny
+	fer train vgg13_small swin_nr_fpdls_tiny
 
 test: $(READY)  ## Every test; the real FER+ too where FERPLUS_DIR names it
 	python -m pytest

@@ -59,7 +59,7 @@ class RunConfig(Section):
     pixel_mean: list[Fraction]  # per channel, in [0, 1]
     pixel_std: list[Annotated[float, Field(gt=0)]]
     loss: str  # row of fer.losses.LOSSES
-    loss_alpha: Fraction  # weight of the true label in label_smoothing, pdls, focal_pdls
+    loss_alpha: Fraction  # weight of the true label in label_smoothing and the pdls losses
     loss_gamma: NonNegative  # focusing exponent of focal, focal_pdls
     class_weights: Fraction  # weight of an image's loss: images of its class ^ -this; 0 no weights, 1 inverse frequency
     balanced_sampling: Fraction  # chance to be drawn: images of its class ^ -this; 0 each once, 1 all classes alike
