@@ -19,8 +19,8 @@ from fer.errors import UserError
 
 # what the readers raise on bytes that are no whole file of their kind
 DAMAGE = (
-    SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError, MemoryError,
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError,
+    SafetensorError, pickle.UnpicklingError, struct.error, EOFError, OverflowError, AssertionError, AttributeError,
+    LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 LOOKALIKES = {b"<": "looks like an html page", b"version https://git-lfs": "is a Git LFS pointer"}
 ALONE = "give a file of named tensors alone, such as a saved state_dict"
@@ -129,10 +129,11 @@ class _Array:
 
     def tensor(self, name: str) -> Tensor:
         """Raises _Refused for other things than numbers, ValueError for bytes that do not fill the shape."""
-        if not re.fullmatch(r"[fiu][1248]|b1", self.dtype.code):
+        kind = self.dtype.order + self.dtype.code
+        if not re.fullmatch(r"[<>|=]([fiu][1248]|b1)", kind):
             raise _Refused(f"array {name} does not hold numbers")
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
-        flat = np.frombuffer(data, np.dtype(self.dtype.order + self.dtype.code))
+        flat = np.frombuffer(data, np.dtype(kind))
         array = flat.reshape(self.shape, order="F" if self.fortran else "C")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 

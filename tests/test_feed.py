@@ -1,0 +1,274 @@
+"""What a network is fed: embeddings kept where nothing augments, neutral faces as they are, references chosen once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
+from torch import Tensor, nn
+
+from fer.config import RunConfig
+from fer.data.dataset import Split, open_data
+from fer.data.pairs import Pairs
+from fer.errors import UserError
+from fer.feed import Feed
+from fer.models import build_model
+
+CPU = torch.device("cpu")
+INDEX = np.array([0, 3, 8, 50])  # the first and third are neutral
+AUGMENT = NO_AUGMENT | {"brightness": 0.2}
+
+
+def darker(images: Tensor) -> Tensor:
+    return images / 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("people") / "data", subjects=PEOPLE)
+
+
+def network(run: RunConfig) -> Any:
+    """With batch-norm statistics that are not those of a new network, and references that are not zero."""
+    torch.manual_seed(0)
+    model = build_model(run, len(CLASSES))
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "references")):
+            nn.init.normal_(buffer, std=0.1)
+    return model
+
+
+def feed_of(model: nn.Module, run: RunConfig, split: Split) -> Feed:
+    return Feed(model, run, split, CLASSES, CPU)
+
+
+@torch.no_grad()
+def embedded(encoder: nn.Module, split: Split, positions: Any) -> Tensor:
+    """Straight from the file: 16 pixels made 32, in [0, 1], minus .5, over .25."""
+    images = np.load(split.images.filename)[split.rows[positions]]  # type: ignore[attr-defined]
+    pixels = torch.from_numpy(images)[:, None].float() / 255
+    large = nn.functional.interpolate(pixels, size=(32, 32), mode="bilinear", antialias=True).clamp(0, 1)
+    return encoder.eval()((large - 0.5) / 0.25)
+
+
+def calls(encoder: nn.Module) -> list[int]:
+    """The number of images of each call of `encoder` from now on."""
+    seen: list[int] = []
+    encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    return seen
+
+
+# What is computed once
+
+
+@pytest.mark.parametrize("pairing", ["random_neutral", "prototype", "same_subject"])
+def test_without_augmentation_the_encoder_sees_each_image_once(pairing: str, data: Path) -> None:
+    run = small_run(**doe(pairing), eval_batch_size=40)
+    model = network(run)
+    seen = calls(model.backbone)
+    for name, batches in (("train", [40, 40, 16]), ("val", [40]), ("test", [40])):
+        feed = feed_of(model, run, open_data(data).split(name))
+        feed.choose_references()
+        for epoch in range(3):
+            feed.start_epoch(epoch)
+            inputs = feed(INDEX % 40, darker)
+            model(**inputs)
+        assert seen == batches
+        assert "pixel_values" not in inputs
+        seen.clear()
+
+
+def test_with_augmentation_the_encoder_sees_every_batch(data: Path) -> None:
+    run = small_run(**doe(augment=AUGMENT))
+    model = network(run)
+    seen = calls(model.backbone)
+    feed = feed_of(model, run, open_data(data).split("train"))
+    assert seen == [12]  # the neutral faces
+    seen.clear()
+    for epoch in range(3):
+        feed.start_epoch(epoch)
+        inputs = feed(INDEX, darker)
+        assert "embedding" not in inputs
+        model(**inputs)
+    assert seen == [4] * 3
+    seen.clear()
+    feed = feed_of(model, run, open_data(data).split("val"))  # which nothing augments
+    model(**feed(INDEX % 40))
+    assert seen == [40]
+
+
+@pytest.mark.parametrize("key", NO_AUGMENT)
+def test_any_augmentation_counts(key: str, data: Path) -> None:
+    run = small_run(**emotion_encoder(augment=NO_AUGMENT | {key: 0.1}))
+    model = network(run)
+    seen = calls(model.identity)
+    assert "embedding" not in feed_of(model, run, open_data(data).split("train"))(INDEX)
+    assert seen == []
+    assert "embedding" in feed_of(model, run, open_data(data).split("val"))(INDEX % 40)
+    assert seen == [40]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["random_neutral", "prototype", "same_subject", "emotion_encoder"])
+def test_kept_embeddings_give_the_logits_of_pixels(kind: str, precision: str, data: Path) -> None:
+    keys = emotion_encoder(augment=NO_AUGMENT) if kind == "emotion_encoder" else doe(kind)
+    run, split = small_run(**keys, precision=precision), open_data(data).split("train")
+    model = network(run)
+    kept, fresh = feed_of(model, run, split), feed_of(model, run.model_copy(update={"augment": augmenting()}), split)
+    for feed in (kept, fresh):
+        feed.choose_references()
+        feed.start_epoch(0)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with_kept, with_pixels = kept(INDEX), fresh(INDEX)
+        found, wanted = model(**with_kept), model(**with_pixels)
+    assert with_kept["embedding"].dtype == torch.float32  # so that differences are not rounded to bf16
+    assert "embedding" not in with_pixels
+    # bf16 has 8 bits; a batch of another size may round otherwise
+    torch.testing.assert_close(found, wanted, atol=1e-5 if precision == "fp32" else 1e-2, rtol=1e-4)
+    assert wanted.std(0).max() > 1e-4
+
+
+def augmenting() -> Any:
+    return small_run(augment=AUGMENT).augment
+
+
+def test_embeddings_are_those_of_evaluation_mode(data: Path) -> None:
+    """Whatever mode the network was in; and in the order of the split, from batches that do not divide it."""
+    run, split = small_run(**doe(), eval_batch_size=36), open_data(data).split("train")
+    model = network(run)
+    for module in model.modules():
+        module.training = True
+    feed = feed_of(model, run, split)
+    wanted = embedded(model.backbone, split, INDEX)
+    torch.testing.assert_close(feed(INDEX)["embedding"], wanted, atol=1e-5, rtol=1e-4)
+    assert wanted.std(0).max() > 1e-3
+    assert not feed(INDEX)["embedding"].requires_grad
+
+
+def test_the_emotion_encoder_gets_pixels_and_embedding(data: Path) -> None:
+    run, split = small_run(**emotion_encoder(augment=NO_AUGMENT)), open_data(data).split("train")
+    model = network(run)
+    seen = calls(model.identity), calls(model.backbone)
+    feed = feed_of(model, run, split)
+    inputs = feed(INDEX)
+    model(**inputs)
+    assert inputs.keys() == {"pixel_values", "embedding"}
+    assert seen == ([96], [4])  # only the embeddings of identity are kept
+    wanted = embedded(model.identity, split, INDEX)
+    torch.testing.assert_close(inputs["embedding"], wanted, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        given = model.identity.eval()(inputs["pixel_values"])
+    torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_other_networks_get_pixels_alone(data: Path) -> None:
+    run, split = small_run(), open_data(data).split("train")
+    feed = feed_of(network(run), run, split)
+    feed.choose_references()
+    feed.start_epoch(0)
+    inputs = feed(INDEX, darker)
+    assert inputs.keys() == {"pixel_values"}
+    wanted = (split.pixels(INDEX)[:, None].float() / 255 / 2 - 0.5) / 0.25
+    torch.testing.assert_close(inputs["pixel_values"], wanted)
+
+
+# Neutral faces
+
+
+@pytest.mark.parametrize("augment", [NO_AUGMENT, AUGMENT])
+@pytest.mark.parametrize("pairing", ["random_neutral", "same_subject"])
+def test_neutral_faces_of_training_are_drawn_and_never_augmented(
+    pairing: str, augment: dict[str, Any], data: Path
+) -> None:
+    run, split = small_run(**doe(pairing, augment=augment), seed=7), open_data(data).split("train")
+    model = network(run)
+    feed = feed_of(model, run, split)
+    faces = embedded(model.backbone, split, np.arange(96))
+    pairs = Pairs(split, CLASSES, pairing)
+    for epoch in range(3):
+        feed.start_epoch(epoch)
+        inputs = feed(INDEX, darker)
+        partners = pairs.drawn(7, epoch)[INDEX]
+        torch.testing.assert_close(inputs["neutral"], faces[partners], atol=1e-5, rtol=1e-4)
+        if "pixel_values" in inputs:  # but the target is
+            images = embedded(nn.Identity(), split, INDEX)
+            torch.testing.assert_close(inputs["pixel_values"], ((images * 0.25 + 0.5) / 2 - 0.5) / 0.25)
+        assert ("pixel_values" in inputs) == (augment is AUGMENT)
+    assert not torch.equal(faces[pairs.drawn(7, 0)], faces[pairs.drawn(7, 1)])
+
+
+@pytest.mark.parametrize("pairing", ["random_neutral", "prototype"])
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_evaluation_compares_with_the_references(name: str, pairing: str, data: Path) -> None:
+    run = small_run(**doe(pairing))
+    model, split = network(run), open_data(data).split(name)
+    before = model.references.clone()
+    feed = feed_of(model, run, split)
+    feed.start_epoch(0)
+    feed.choose_references()  # only training does
+    assert feed(INDEX % 40).keys() == {"embedding"}
+    assert torch.equal(model.references, before)
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_evaluation_compares_with_the_first_neutral_face_of_the_person(name: str, data: Path) -> None:
+    run = small_run(**doe("same_subject"))
+    model, split = network(run), open_data(data).split(name)
+    feed = feed_of(model, run, split)
+    people = [PEOPLE[row] for row in split.rows]
+    partners = [
+        next(other for other in range(40) if split.rows[other] % 8 == 0 and people[other] == person and other != image)
+        for image, person in enumerate(people)
+    ]
+    wanted = embedded(model.backbone, split, partners)
+    torch.testing.assert_close(feed(np.arange(40))["neutral"], wanted, atol=1e-5, rtol=1e-4)
+    assert len(set(partners)) == 4  # two of each person, one of them for the other
+
+
+def test_a_prototype_is_the_mean_of_the_neutral_training_faces(data: Path) -> None:
+    run = small_run(**doe("prototype", augment=AUGMENT))
+    model, split = network(run), open_data(data).split("train")
+    feed = feed_of(model, run, split)
+    feed.choose_references()
+    wanted = embedded(model.backbone, split, np.arange(0, 96, 8)).mean(0, keepdim=True)
+    torch.testing.assert_close(model.references, wanted, atol=1e-5, rtol=1e-4)
+    feed.start_epoch(0)
+    assert feed(INDEX, darker).keys() == {"pixel_values"}  # training compares with it too
+
+
+@pytest.mark.parametrize("augment", [NO_AUGMENT, AUGMENT])
+def test_references_are_the_embeddings_of_chosen_neutral_faces(augment: dict[str, Any], data: Path) -> None:
+    split = open_data(data).split("train")
+    chosen = []
+    for seed in (1, 1, 2):
+        run = small_run(**doe(augment=augment), seed=seed)
+        model = network(run)
+        feed_of(model, run, split).choose_references()
+        faces = embedded(model.backbone, split, np.arange(96))
+        found = (model.references[:, None] - faces).abs().amax(2).argmin(1)
+        torch.testing.assert_close(model.references, faces[found], atol=1e-5, rtol=1e-4)
+        chosen.append(found.tolist())
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert all(len(set(positions)) == 3 for positions in chosen)
+    assert {position % 8 for positions in chosen for position in positions} == {0}
+
+
+# What the data do not hold
+
+
+def test_too_few_neutral_faces_for_the_references(data: Path) -> None:
+    options = doe()["options"] | {"references": 13}
+    run = small_run(**doe(options=options))
+    feed = feed_of(network(run), run, open_data(data).split("train"))
+    with pytest.raises(UserError) as caught:
+        feed.choose_references()
+    assert str(caught.value) == "options.references: 13 asked for, the training split has 12 neutral faces"
+
+
+def test_subjects_are_needed_where_they_are_compared(tmp_path: Path) -> None:
+    run = small_run(**doe("same_subject"))
+    for name in ("train", "val"):
+        with pytest.raises(UserError, match=r"^options\.pairing: same_subject needs data that name subjects; "):
+            feed_of(network(run), run, open_data(make_data(tmp_path / name)).split(name))

@@ -1,0 +1,216 @@
+"""ResNet-50: names, shapes and numbers of torchvision's, blocks from their formulas; the layout of VGGFace2."""
+
+import hashlib
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fer.models.resnet50 import ResNet50, caffe_input
+
+PUBLISHED: dict[str, Any] = {
+    "channels": 3, "num_labels": 1000, "layers": [3, 4, 6, 3], "width": 64, "max_pool": True, "caffe": False
+}  # fmt: skip
+SMALL = PUBLISHED | {"num_labels": None, "layers": [1, 2, 1, 1], "width": 8}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def planned(**changes: Any) -> ResNet50:
+    """The network without memory for its tensors."""
+    with torch.device("meta"):
+        return ResNet50(**PUBLISHED | changes)
+
+
+def small(**changes: Any) -> ResNet50:
+    torch.manual_seed(0)
+    return ResNet50(**SMALL | changes)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Every tensor from a formula, in float64; batch norm's variances between .8 and 1.2."""
+    state = {}
+    for place, (name, tensor) in enumerate(model.state_dict().items()):
+        steps = torch.arange(tensor.numel(), dtype=torch.float64) % 997
+        wave = torch.sin(0.37 * steps**2 + place).reshape(tensor.shape)
+        if tensor.ndim > 1:
+            state[name] = wave * 2 / tensor[0].numel() ** 0.5
+        elif name.endswith("num_batches_tracked"):
+            state[name] = tensor
+        else:
+            state[name] = 0.2 * wave + float(name.endswith(("weight", "running_var")))
+    model.load_state_dict(state)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("changes", [{}, {"caffe": True}, {"max_pool": False}])
+def test_names_shapes_and_parameters_of_the_published_file(changes: dict[str, bool]) -> None:
+    model = planned(**changes)
+    lines = [f"{name} {list(tensor.shape)}\n" for name, tensor in model.state_dict().items()]
+    assert "conv1.weight [64, 3, 7, 7]\n" in lines
+    assert "layer1.0.downsample.0.weight [256, 64, 1, 1]\n" in lines
+    assert "layer4.2.bn3.running_var [2048]\n" in lines
+    assert "fc.weight [1000, 2048]\n" in lines
+    assert len(lines) == 320
+    # of torchvision 0.29.2
+    digest = "45c8e0b2d327f1cd29b3d1181bb5f512060349c9662ceb382b545cf1d108ac62"
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == digest
+    assert parameters(model) == 25_557_032
+
+
+def test_without_labels_there_is_no_dense_layer() -> None:
+    model = planned(num_labels=None)
+    assert model.num_features == 2048
+    assert parameters(model) == 25_557_032 - (2048 + 1) * 1000
+    assert {*planned().state_dict()} - {*model.state_dict()} == {"fc.weight", "fc.bias"}
+
+
+# of torchvision 0.29.2 with the same tensors, its pool or strides changed for the last two
+LOGITS = [
+    ({}, [[321.9834811592213, -688.8576724354167], [325.18880590874073, -672.5719090105174]]),
+    ({"max_pool": False}, [[210.3092319004752, -423.8380615787934], [204.9793780951657, -420.4951329237]]),
+    ({"caffe": True}, [[35.04983740543206, -363.1383460167814], [40.091491067362824, -355.932205847358]]),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), LOGITS)
+def test_logits_are_those_of_torchvision(changes: dict[str, bool], expected: list[list[float]]) -> None:
+    model = filled(ResNet50(**PUBLISHED | {"layers": [1, 2, 1, 1], "num_labels": 2} | changes))
+    images = torch.sin(1e-3 * torch.arange(2 * 3 * 64 * 64, dtype=torch.float64) ** 2).reshape(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
+
+
+def norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    scale = state[f"{name}.weight"] / (state[f"{name}.running_var"] + 1e-5).sqrt()
+    shift = state[f"{name}.bias"] - state[f"{name}.running_mean"] * scale
+    return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+
+def bottleneck(x: Tensor, state: dict[str, Tensor], first: int, second: int) -> Tensor:
+    """relu(F(x) + shortcut(x)) with the strides of the 1x1 and of the 3x3 convolution, each position picked by hand."""
+    maps = torch.relu(norm(F.conv2d(x, state["conv1.weight"])[:, :, ::first, ::first], state, "bn1"))
+    maps = F.conv2d(F.pad(maps, [1] * 4), state["conv2.weight"])[:, :, ::second, ::second]
+    maps = torch.relu(norm(maps, state, "bn2"))
+    maps = norm(F.conv2d(maps, state["conv3.weight"]), state, "bn3")
+    if "downsample.0.weight" in state:
+        step = first * second
+        x = norm(F.conv2d(x[:, :, ::step, ::step], state["downsample.0.weight"]), state, "downsample.1")
+    return torch.relu(maps + x)
+
+
+@pytest.mark.parametrize("caffe", [False, True])
+@pytest.mark.parametrize(("name", "width", "stride"), [("layer1.0", 8, 1), ("layer2.0", 32, 2), ("layer2.1", 64, 1)])
+def test_bottleneck_is_that_of_the_paper(name: str, width: int, stride: int, caffe: bool) -> None:
+    model = filled(small(caffe=caffe))
+    block = model.get_submodule(name)
+    maps = torch.randn(2, width, 9, 8, generator=torch.manual_seed(1), dtype=torch.float64)
+    with torch.inference_mode():
+        expected = bottleneck(maps, block.state_dict(), *((stride, 1) if caffe else (1, stride)))
+        torch.testing.assert_close(block(maps), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("caffe", [False, True])
+def test_where_the_map_is_halved(caffe: bool) -> None:
+    halving = [
+        name
+        for name, layer in planned(caffe=caffe).named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)
+    ]
+    inner = "conv1" if caffe else "conv2"
+    stages = [[f"layer{stage}.0.{inner}", f"layer{stage}.0.downsample.0"] for stage in (2, 3, 4)]
+    assert halving == ["conv1", *stages[0], *stages[1], *stages[2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "side", "sides"),
+    [
+        ({}, 224, [112, 56, 56, 28, 14, 7]),
+        ({"caffe": True}, 224, [112, 56, 56, 28, 14, 7]),
+        ({}, 225, [113, 57, 57, 29, 15, 8]),
+        ({"caffe": True}, 225, [113, 56, 56, 28, 14, 7]),
+        ({"max_pool": False}, 224, [112, 112, 112, 56, 28, 14]),
+    ],
+)
+def test_sides_of_the_maps(changes: dict[str, bool], side: int, sides: list[int]) -> None:
+    model = planned(num_labels=None, **changes)
+    found = []
+    for name in ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        model.get_submodule(name).register_forward_hook(lambda layer, given, maps: found.append(maps.shape[2]))
+    assert model(torch.zeros(1, 3, side, side, device="meta")).shape == (1, 2048)
+    assert found == sides
+
+
+def test_max_pool_by_hand() -> None:
+    maps = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert small().maxpool(maps).tolist() == [[[[5, 7], [13, 15]]]]  # windows begin one before the edge
+    assert small(caffe=True).maxpool(maps).tolist() == [[[[10, 11], [14, 15]]]]  # at the edge, the last ones cut
+    assert torch.equal(small(max_pool=False).maxpool(maps), maps)
+
+
+def test_batch_norm_by_hand() -> None:
+    layer = small().bn1.eval()
+    assert layer.running_var is not None
+    layer.running_var.zero_()
+    ones = torch.ones(4, 8, 1, 1)
+    torch.testing.assert_close(layer(ones), ones / math.sqrt(1e-5))
+    layer.train()(ones)
+    torch.testing.assert_close(layer.running_mean, torch.full((8,), 0.1))
+
+
+def test_input_of_the_caffe_layout_by_hand() -> None:
+    images = torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1).repeat(2, 1, 2, 3)
+    images[1, 0, 1, 2] = 0.2
+    before = images.clone()
+    out = caffe_input(images)
+    assert out.shape == images.shape
+    # blue 0 - 91.4953, green 127.5 - 103.8827, red 255 - 131.0912
+    torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([-91.4953, 23.6173, 123.9088]))
+    torch.testing.assert_close(out[1, 2, 1, 2], torch.tensor(51 - 131.0912))
+    assert torch.equal(images, before)
+    assert caffe_input(images.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("caffe", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 3, 33, 47), (3, 1, 64, 32)])
+def test_batches_and_sizes(shape: tuple[int, ...], caffe: bool) -> None:
+    images = torch.randn(shape, generator=torch.manual_seed(0))
+    model = small(channels=shape[1], caffe=caffe).eval()
+    assert model.num_features == 256
+    assert model(images).shape == (shape[0], 256)
+    logits = small(channels=shape[1], caffe=caffe, num_labels=7).eval()(images)
+    assert logits.shape == (shape[0], 7)
+    assert torch.isfinite(logits).all()
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = small(num_labels=5)
+    F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+def test_initial_weights() -> None:
+    model = small(width=16, num_labels=10)
+    for name, parameter in model.named_parameters():
+        if name.startswith("fc."):  # uniform in +-1 / sqrt(512)
+            assert 0.8 < float(parameter.detach().abs().max()) * 512**0.5 <= 1, name
+        elif parameter.ndim == 1:  # the last scale of a block is not zero
+            assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+        else:  # variance 2 / fan-out
+            expected = (2 / (parameter.shape[0] * parameter[0, 0].numel())) ** 0.5
+            allowed = 5 * expected / (2 * parameter.numel()) ** 0.5
+            assert abs(float(parameter.detach().std()) - expected) < allowed, name
+
+
+def test_nothing_has_a_default() -> None:
+    arguments = inspect.signature(ResNet50).parameters.values()
+    assert {(argument.kind, argument.default) for argument in arguments} == {
+        (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)
+    }
