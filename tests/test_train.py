@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NO_AUGMENT, PEOPLE, RESNET, doe, emotion_encoder, make_data, small_run
+from conftest import PEOPLE, RESNET, doe, emotion_encoder, make_data, small_run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
