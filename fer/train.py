@@ -92,6 +92,7 @@ def fit(
         raise UserError(f"resources.workers: {world} workers for {len(train)} training images; lower workers")
     meta = checkpoint.load_meta(folder / "last") if (folder / "last").exists() else None
     model = _build(run, folder, len(data.classes), meta is None, start).to(device)
+    since = time.perf_counter()  # what is embedded before the first epoch counts as training time
     feed, val_feed = (Feed(model, run, split, data.classes, device) for split in (train, val))
     if meta is None:
         feed.choose_references()
@@ -118,7 +119,7 @@ def fit(
             "lr": state.optimizer.param_groups[0]["lr"],  # of the last step
             **{f"train_{key}": value for key, value in trained.items()},
             **{f"val_{key}": value for key, value in found.result().items()},
-            "seconds": time.perf_counter() - started,
+            "seconds": time.perf_counter() - since,
             "images_per_second": trained_images(run, len(train)) / (time.perf_counter() - started),
             "time": time.time(),
         }
@@ -126,6 +127,7 @@ def fit(
             raise NonFiniteLoss(
                 f"{folder.name}: val loss is {row['val_loss']} after epoch {epoch + 1} (lr {row['lr']:.3g}); {REMEDY}"
             )
+        since = time.perf_counter()
         state.epoch, state.history = epoch + 1, [*(state.history or []), row]
         if rank == 0:
             _save(state, name, run, data, folder)

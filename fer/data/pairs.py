@@ -60,7 +60,7 @@ class Pairs:
             raise UserError(
                 f"options.references: {count} asked for, the training split has {len(self.neutral)} neutral faces"
             )
-        return np.sort(np.random.default_rng([seed, 2]).choice(self.neutral, count, replace=False))
+        return np.sort(np.random.default_rng([seed, 0, 2]).choice(self.neutral, count, replace=False))
 
     def _partner(self, drawn: np.ndarray) -> np.ndarray:
         skipped = (self.place >= 0) & (drawn >= self.place)  # the image itself
