@@ -251,16 +251,16 @@ def test_sending_rows_twice_changes_nothing(data: Path, tracker: Tracker):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        (f"http://127.0.0.1:{free_port()}", "no server answers at"),
+        ("http://127.0.0.1:PORT", "no server answers at"),
         ("./mlruns", "'./mlruns' is no tracking store; give sqlite:///FILE"),
         ("ftp://x", "is no tracking store"),
-        (f"postgresql://me:secret@127.0.0.1:{free_port()}/x", "no server answers at postgresql://me:***@127.0.0.1:"),
+        ("postgresql://me:secret@127.0.0.1:PORT/x", "no server answers at postgresql://me:***@127.0.0.1:"),
         ("sqlite:////nowhere/mlflow.db", "cannot write /nowhere/mlflow.db (unable to open database file); free some"),
     ],
 )
 def test_a_tracking_uri_that_cannot_work_is_one_line(uri: str, message: str):
     with pytest.raises(UserError, match="tracking.uri") as caught:
-        Tracker(uri, "test")
+        Tracker(uri.replace("PORT", str(free_port())), "test")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
