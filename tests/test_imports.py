@@ -33,8 +33,8 @@ OWNERS = {
 # a module imports from lower layers, or from its own folder
 LAYERS = [
     {"fer", "fer.errors", "fer.files", "fer.config"},
-    {"fer.weights"},
-    {"fer.device", "fer.checkpoint", "fer.losses", "fer.metrics", "fer.schedule", "fer.models", "fer.data",
+    {"fer.weights", "fer.device"},
+    {"fer.checkpoint", "fer.losses", "fer.metrics", "fer.schedule", "fer.models", "fer.data",
      "fer.super_resolution"},
     {"fer.feed"},
     {"fer.evaluate", "fer.predict"},

@@ -1,0 +1,91 @@
+"""Swin2SR: transformers' network with shifted windows, two or four times as large."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fer.errors import UserError
+from fer.super_resolution.dic import pad
+
+PUBLISHED = {2: "caidas/swin2SR-classical-sr-x2-64", 4: "caidas/swin2SR-classical-sr-x4-64"}
+
+
+class Swin2Sr(nn.Module):
+    """A `Swin2SRForImageSuperResolution` (Conde et al. 2022, arXiv 2209.11345) for images of any size."""
+
+    def __init__(self, network: Any, scale: int):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB in [0, 1], [B, 3, H, W] -> [B, 3, scale*H, scale*W] in [0, 1]."""
+        height, width = images.shape[2:]
+        # transformers' own padding ends in an error, as it forgets the padded size; whole windows it leaves alone
+        whole = pad(images, self.network.config.window_size)
+        larger = self.network(pixel_values=whole).reconstruction
+        return larger.clamp(0, 1)[:, :, : self.scale * height, : self.scale * width]
+
+
+def load_swin2sr(source: str, scale: int, key: str) -> nn.Module:
+    """The network of a hub id or a local folder, in float32 and eval mode, which makes images `scale` times as large.
+
+    Raises UserError, beginning with the configuration's `key`, when it cannot be loaded, is of another kind or scale,
+    or lacks weights.
+    """
+    from transformers import AutoConfig, Swin2SRForImageSuperResolution
+
+    kind: Any = Swin2SRForImageSuperResolution
+    try:
+        config = AutoConfig.from_pretrained(source)
+        _refuse_another(config, f"{key}: '{source}'", scale)
+        network, report = kind.from_pretrained(
+            source,
+            config=config,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            use_safetensors=True,
+            dtype=torch.float32,  # else that of the file
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[0].rstrip(".:")
+        raise UserError(
+            f"{key}: cannot load '{source}': {reason}. "
+            "Give a hub id that can be reached or a local folder with config.json and model.safetensors"
+        ) from None
+    _refuse_gaps(report, f"{key}: '{source}'")
+    return Swin2Sr(network, scale).eval()
+
+
+def _refuse_another(config: Any, where: str, scale: int) -> None:
+    if config.model_type != "swin2sr":
+        another = PUBLISHED.get(scale, PUBLISHED[2])
+        raise UserError(f"{where} is a network of type {config.model_type}, not swin2sr; name one such as {another}")
+    factor = config.upscale if config.upsampler else 1
+    if factor != scale:
+        raise UserError(
+            f"{where} makes images {factor} times as large, here scale is {scale}; "
+            f"set scale to {factor} or name another network"
+        )
+    channels = config.num_channels, config.num_channels_out
+    if channels != (3, 3):
+        raise UserError(
+            f"{where} makes images of {channels[1]} channels out of {channels[0]}, here both must be 3; "
+            "name a network for colour images"
+        )
+
+
+def _refuse_gaps(report: dict[str, Any], where: str) -> None:
+    """transformers itself would go on with random numbers in the place of tensors that are not there."""
+    shapes = {
+        name: f"{list(found)}, the network needs {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+    }
+    bad = sorted({*report["missing_keys"], *shapes})
+    if bad:
+        what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else "is missing"
+        raise UserError(
+            f"{where} does not fit its config.json: tensor {bad[0]} {what} ({len(bad)} tensors in all); "
+            "fetch it again or name another network"
+        )

@@ -1,0 +1,217 @@
+"""Swin2SR: shapes, transformers' own numbers on whole windows, and every network that is not the one asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fer.errors import UserError
+from fer.super_resolution.swin2sr import PUBLISHED, load_swin2sr
+
+KEY = "super_resolution.weights"
+TINY = {"image_size": 16, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 8}
+
+
+def tiny(**changes: Any) -> Any:
+    """Numbers large enough that some lie outside of [0, 1]."""
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+    torch.manual_seed(0)
+    config = Swin2SRConfig(**TINY | {"initializer_range": 0.15} | changes)
+    return Swin2SRForImageSuperResolution(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Scale -> folder."""
+    found = {}
+    for scale in (2, 4):
+        found[scale] = str(tmp_path_factory.mktemp("swin2sr"))
+        tiny(upscale=scale).save_pretrained(found[scale])
+    return found
+
+
+@pytest.fixture
+def folder(folders: dict[int, str], tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    for path in Path(folders[2]).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def faces(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 48, 48), (2, 3, 13, 17), (1, 3, 16, 16), (1, 3, 3, 9)])
+@pytest.mark.parametrize("scale", [2, 4])
+@torch.inference_mode()
+def test_shapes_and_range(scale: int, shape: tuple[int, ...], folders: dict[int, str]) -> None:
+    model = load_swin2sr(folders[scale], scale, KEY)
+    assert not any(module.training for module in model.modules())
+    out = model(faces(*shape))
+    assert out.shape == (shape[0], 3, scale * shape[2], scale * shape[3])
+    assert out.min() >= 0
+    assert out.max() <= 1
+    assert out.std() > 0.1
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@torch.inference_mode()
+def test_numbers_are_those_of_transformers_on_whole_windows(scale: int, folders: dict[int, str]) -> None:
+    model, network = load_swin2sr(folders[scale], scale, KEY), tiny(upscale=scale)
+    square = faces(2, 3, 16, 24)
+    expected = network(pixel_values=square).reconstruction
+    assert (expected < 0).any()
+    assert (expected > 1).any()
+    assert torch.equal(model(square), expected.clamp(0, 1))
+    images = faces(2, 3, 13, 17)
+    rows, columns = [*range(13), 11, 10, 9], [*range(17), *range(15, 8, -1)]
+    expected = network(pixel_values=images[:, :, rows][:, :, :, columns]).reconstruction
+    assert torch.equal(model(images), expected[:, :, : 13 * scale, : 17 * scale].clamp(0, 1))
+
+
+@torch.inference_mode()
+def test_a_batch_is_its_images_and_colours_have_an_order(folders: dict[int, str]) -> None:
+    model, images = load_swin2sr(folders[2], 2, KEY).double(), faces(3, 3, 16, 16).double()
+    singles = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(model(images), singles, rtol=0, atol=1e-9)
+    assert (model(images.flip(1)).flip(1) - singles).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_bfloat16_and_channels_last_are_close(folders: dict[int, str]) -> None:
+    model, images = load_swin2sr(folders[2], 2, KEY), faces(2, 3, 16, 16)
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    assert out.dtype == torch.float32
+    assert 0 < (out - expected).abs().mean() < 0.01
+    out = model.to(memory_format=torch.channels_last)(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_half_precision_files_are_computed_in_float32(tmp_path: Path) -> None:
+    tiny().half().save_pretrained(tmp_path)
+    model = load_swin2sr(str(tmp_path), 2, KEY)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(faces(1, 3, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("upsampler", ["pixelshuffle_aux", "pixelshuffledirect", "nearest+conv"])
+@torch.inference_mode()
+def test_other_upsamplers(upsampler: str, tmp_path: Path) -> None:
+    tiny(upscale=4, upsampler=upsampler).save_pretrained(tmp_path)
+    assert load_swin2sr(str(tmp_path), 4, KEY)(faces(2, 3, 9, 16)).shape == (2, 3, 36, 64)
+
+
+def test_published_networks() -> None:
+    assert PUBLISHED == {2: "caidas/swin2SR-classical-sr-x2-64", 4: "caidas/swin2SR-classical-sr-x4-64"}
+
+
+# Mistakes
+
+
+def refused(source: str | Path, scale: int = 2) -> str:
+    """The message about a network, less the key and name that each begins with."""
+    with pytest.raises(UserError) as caught:
+        load_swin2sr(str(source), scale, KEY)
+    message = str(caught.value)
+    assert message.isprintable()
+    return message.removeprefix(f"{KEY}: ")
+
+
+def reconfigured(folder: Path, **changes: Any) -> Path:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+def test_another_scale(folders: dict[int, str], tmp_path: Path) -> None:
+    assert refused(folders[2], 4) == (
+        f"'{folders[2]}' makes images 2 times as large, here scale is 4; set scale to 2 or name another network"
+    )
+    assert refused(folders[4], 8).startswith(f"'{folders[4]}' makes images 4 times as large, here scale is 8; ")
+    tiny(upscale=2, upsampler="").save_pretrained(tmp_path)  # for clearer images of the same size
+    assert refused(tmp_path).startswith(f"'{tmp_path}' makes images 1 times as large, here scale is 2; ")
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (4, 3), (3, 1)])
+def test_other_channels(channels: tuple[int, int], folder: Path) -> None:
+    reconfigured(folder, num_channels=channels[0], num_channels_out=channels[1])
+    assert refused(folder) == (
+        f"'{folder}' makes images of {channels[1]} channels out of {channels[0]}, here both must be 3; "
+        "name a network for colour images"
+    )
+
+
+def test_another_kind_of_network(folder: Path) -> None:
+    reconfigured(folder, model_type="swin")
+    assert refused(folder) == (
+        f"'{folder}' is a network of type swin, not swin2sr; name one such as caidas/swin2SR-classical-sr-x2-64"
+    )
+    assert refused(folder, 4).endswith("name one such as caidas/swin2SR-classical-sr-x4-64")
+
+
+def test_tensors_that_do_not_fit(folder: Path) -> None:
+    path, ending = folder / "model.safetensors", "fetch it again or name another network"
+    whole = load_file(path)
+    first, second = "swin2sr.first_convolution.weight", "upsample.final_convolution.bias"
+    save_file({name: tensor for name, tensor in whole.items() if name not in (first, second)}, path)
+    assert refused(folder) == (
+        f"'{folder}' does not fit its config.json: tensor {first} is missing (2 tensors in all); {ending}"
+    )
+    save_file(whole | {second: torch.ones(4)}, path)
+    assert refused(folder) == (
+        f"'{folder}' does not fit its config.json: tensor {second} has shape [4], the network needs [3] "
+        f"(1 tensors in all); {ending}"
+    )
+    save_file(whole, path)
+    assert "is missing (19 tensors in all)" in refused(reconfigured(folder, depths=[3]))
+
+
+@pytest.mark.parametrize(
+    "damage", ["no folder", "no tensors", "html", "cut", "pickle", "no config", "no json", "bad value"]
+)
+def test_a_folder_that_cannot_be_loaded(damage: str, folder: Path) -> None:
+    tensors = folder / "model.safetensors"
+    if damage == "no folder":
+        folder = folder / "none"
+    elif damage in ("no tensors", "pickle"):
+        tensors.unlink()
+    elif damage == "html":
+        tensors.write_text("<!DOCTYPE html><html>not found</html>")
+    elif damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:2000])
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no json":
+        (folder / "config.json").write_text("<html>")
+    elif damage == "bad value":
+        reconfigured(folder, upscale="two")
+    if damage == "pickle":
+        torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    message = refused(folder)
+    assert message.startswith(f"cannot load '{folder}': ")
+    assert message.endswith(
+        ". Give a hub id that can be reached or a local folder with config.json and model.safetensors"
+    )
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    assert refused(PUBLISHED[4], 4) == (
+        "cannot load 'caidas/swin2SR-classical-sr-x4-64': We couldn't connect to 'https://huggingface.co' to load the "
+        "files. Give a hub id that can be reached or a local folder with config.json and model.safetensors"
+    )
