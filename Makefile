@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-fast bench lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,11 +20,14 @@ demo: $(READY)  ## Sample data, two models trained at the same time, the best re
 	dvc repro --quiet
 	fer train vgg13_small swin_nr_fpdls_tiny
 
-test: $(READY)  ## Every test; the real FER+ too where FERPLUS_DIR names it
-	python -m pytest
+test: $(READY)  ## Every test, in two processes; the real FER+ too where FERPLUS_DIR names it
+	python -m pytest -n 2 --dist loadfile
 
 test-fast: $(READY)  ## Tests without servers, Ray and real data
 	python -m pytest -m "not slow"
+
+bench: $(READY)  ## Speed of the parts, each beside a plain reference
+	python -m benchmarks
 
 lint: $(READY)  ## Style, imports and types
 	ruff check .

@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from fer.config import RunConfig
 from fer.errors import UserError
 
 
@@ -17,8 +16,8 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager:
-    """Mixed precision of the forward pass, as `precision` says."""
-    if run.precision == "fp32":
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Mixed precision of a forward pass: fp32, bf16 or fp16."""
+    if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if run.precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

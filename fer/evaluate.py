@@ -88,7 +88,7 @@ def predict_split(
     found = []
     for first in range(0, len(mine), feed.run.eval_batch_size):
         index = mine[first : first + feed.run.eval_batch_size]
-        with autocast(feed.run, device):
+        with autocast(feed.run.precision, device):
             logits = model(**feed(index)).float()
         labels, targets = split.labels[index].to(device), split.targets[index].to(device)
         counts.update(logits, labels, loss(logits, labels, targets) if loss else None)

@@ -73,6 +73,6 @@ class Feed:
         found = []
         for first in range(0, len(positions), self.run.eval_batch_size):
             pixels = self.split.pixels(positions[first : first + self.run.eval_batch_size]).to(self.device)
-            with autocast(self.run, self.device):
+            with autocast(self.run.precision, self.device):
                 found.append(encoder.embed(normalize(to_float(pixels, self.run.image_size), self.run)).float())
         return torch.cat(found)

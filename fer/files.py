@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, resumable: bool = False) -> Iterator[Path]:
     """A folder to write in that takes the place of `target` when the block ends, and vanishes when it fails.
 
-    A process killed at any point leaves the old or the new content, found again by `recover`.
+    A process killed at any point leaves the old or the new content, found again by `recover`. A `resumable` folder
+    does not vanish unless it is empty: the next block for this target goes on in it.
     """
     recover(target)
     partial, old = _beside(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if not resumable:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         if target.exists():
@@ -33,7 +35,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         partial.replace(target)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            partial.rmdir()  # if empty
 
 
 def recover(target: Path) -> bool:

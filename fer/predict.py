@@ -40,7 +40,7 @@ class Predictor:
         found = []
         for first in range(0, len(images), self.run.eval_batch_size):
             part = slice(first, first + self.run.eval_batch_size)
-            with autocast(self.run, self.device):
+            with autocast(self.run.precision, self.device):
                 inputs = {"pixel_values": self._pixels(images[part])}
                 if neutral is not None:
                     inputs["neutral"] = self.model.embed(self._pixels(neutral[part])).float()

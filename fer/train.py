@@ -234,7 +234,7 @@ def _train_epoch(
             group["lr"] = rate
         inputs = feed(index, partial(augment, batch_size=len(index) * world, part=part))
         labels, targets = train.labels[index].to(device), train.targets[index].to(device)
-        with autocast(run, device):
+        with autocast(run.precision, device):
             logits = network(**inputs)
         value = loss(logits, labels, targets)
         unchecked.append(value.detach())

@@ -13,6 +13,7 @@ _DEFAULTS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half the memory; nothing here needs the job runner
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a dead server must not hold a run up; metrics are on disk first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "HF_HUB_VERBOSITY": "error",  # without a network it tells of every try
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # runs wait for busy GPUs instead of failing

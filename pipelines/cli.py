@@ -138,6 +138,43 @@ def models(
 
 
 @app.command()
+def upscale_gallery(
+    faces: Annotated[int, typer.Option(help="How many faces, evenly spaced in the data.", min=1)] = 6,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Draw the same faces enlarged by every super-resolution method whose weights are there, one row each."""
+    import numpy as np
+
+    from fer.data.charts import contact_sheet
+    from fer.data.images import open_images
+    from fer.device import pick_device
+    from fer.super_resolution.methods import METHODS, build_upscaler
+    from pipelines.params import load
+
+    config = load(overrides=overrides).super_resolution
+    images = open_images("data/raw/images.npy", "download")
+    chosen = images[np.unique(np.linspace(0, len(images) - 1, faces).astype(int))]
+    rows, left_out = {"as it is": chosen.repeat(4, 1).repeat(4, 2)}, []
+    for name, method in METHODS.items():
+        if name == "none":
+            continue
+        scale = max(method.scales or (8,))
+        try:
+            with console.status(f"{name} x{scale}"):
+                upscale = build_upscaler(
+                    name, scale, config.weights, config.precision, config.batch_size, pick_device(config.device)
+                )
+                rows[f"{name} x{scale}"] = upscale(chosen)
+        except UserError as error:
+            left_out.append(f"{name} left out: {error}")
+    path = Path("data/upscale_gallery.png")
+    contact_sheet(rows, side=4 * images.shape[1]).save(path)
+    console.print(f"[bold]{path}[/]: {', '.join(rows)}")
+    for line in left_out:
+        console.print(line, style="yellow")
+
+
+@app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect.")] = 4200,

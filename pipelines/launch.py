@@ -1,4 +1,4 @@
-"""The only user of Ray Train: one run on its workers, on this machine or on the cluster that RAY_ADDRESS names."""
+"""What runs on Ray, on this machine or on the cluster that RAY_ADDRESS names: a training run, or many small works."""
 
 import fcntl
 import logging
@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util import ActorPool
 
 from fer.config import Resources, RunConfig
 from fer.errors import UserError
@@ -105,6 +106,42 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
         shutil.rmtree(storage, ignore_errors=True)
     if outcome["error"]:
         raise UserError(outcome["error"])
+
+
+def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: str) -> Iterator[Any]:
+    """The results of `work(item)`, as they come, from that many processes of Ray, each with a GPU where there is one.
+
+    `work` is copied to each process once. One that dies is started again, with its item. Raises what `work` raises;
+    UserError where Ray has no room for the processes.
+    """
+    start_ray()
+    have = ray.cluster_resources()
+    gpus = 1 if device != "cpu" and have.get("GPU", 0) else 0
+    kind = "GPU" if gpus else "CPU"
+    if workers > have.get(kind, 0):
+        raise UserError(
+            f"super_resolution.workers: {workers} need a {kind} each, there are {have.get(kind, 0):g}; lower it"
+        )
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=3, max_task_retries=3)(_Worker)
+    pool = ActorPool([actor.remote(work, os.getcwd()) for _ in range(workers)])
+    try:
+        yield from pool.map_unordered(lambda worker, item: worker.run.remote(item), items)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        ray.shutdown()
+
+
+class _Worker:
+    """A process of `spread`."""
+
+    def __init__(self, work: Callable[[Any], Any], cwd: str):
+        with suppress(FileNotFoundError):  # on another machine of a cluster
+            os.chdir(cwd)
+        self.work = work
+
+    def run(self, item: Any) -> Any:
+        return self.work(item)
 
 
 @contextmanager

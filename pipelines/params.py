@@ -31,14 +31,27 @@ class Data(Section):
 
 
 class SuperResolution(Section):
-    method: Literal["none", "bicubic", "lanczos"]
+    method: Literal["none", "bicubic", "lanczos", "dic", "swin2sr"]
     scale: Annotated[int, Field(ge=1, le=16)]
+    weights: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    grey_tolerance: Annotated[int, Field(ge=0, le=255)]
+    device: Literal["auto", "cpu", "cuda"]
     batch_size: Positive
+    workers: Positive
 
     @model_validator(mode="after")
     def _scale_fits(self) -> "SuperResolution":
-        if self.method == "none" and self.scale != 1:
-            raise ValueError(f"method none keeps the size, so scale must be 1, got {self.scale}")
+        from fer.super_resolution.methods import METHODS
+
+        scales = METHODS[self.method].scales
+        if scales is not None and self.scale not in scales:
+            able = " or ".join(map(str, scales))
+            if self.method == "none":
+                raise ValueError(f"method none keeps the size, so scale must be 1, got {self.scale}")
+            raise ValueError(
+                f"method {self.method} makes images larger by {able}, so scale must be that, got {self.scale}"
+            )
         return self
 
 

@@ -284,7 +284,10 @@ def test_operations_by_hand() -> None:
 def test_where_weights_come_from() -> None:
     assert origin(SHIPPED["swin_nr_fpdls"]) == ["microsoft/swin-base-patch4-window7-224"]
     assert origin(SHIPPED["disentangled_doe"]) == ["emotion_encoder"]
-    assert origin(SHIPPED["emotion_encoder"]) == ["mobilenet_v3_large-8738ca79.pth", "weights/resnet50_ft_weight.pkl"]
+    assert origin(SHIPPED["emotion_encoder"]) == [
+        "mobilenet_v3_large-8738ca79.pth",
+        "data/weights/resnet50_ft_weight.pkl",
+    ]
     assert origin(SHIPPED["vit_se_tiny"]) == origin(SHIPPED["vgg13_small"]) == ["random weights"]
 
 

@@ -1,9 +1,9 @@
 """The one array that holds all images of a data set: `images.npy`, uint8 [N, H, W] or [N, H, W, 3]."""
 
 import hashlib
+import os
 import shutil
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +33,16 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
     return images
 
 
-def write_images(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray]) -> None:
-    """Write `batches` of uint8 images, `shape` all together, as the .npy file that `np.save` would write.
+def write_images(path: Path, images: np.ndarray) -> None:
+    """The .npy file of uint8 `images`. Raises as `allocate_images` does."""
+    allocate_images(path, images.shape)
+    write_rows(path, 0, images)
 
-    Plain writes, not a memory map: on a full disk a map kills the process without a word. Raises UserError before
-    the first byte where the disk is too small, OSError where it fills up on the way.
+
+def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
+    """The .npy file of uint8 images of `shape`, all zero, its bytes reserved on the disk.
+
+    Raises UserError where the disk is too small, OSError where it is full nevertheless: then nothing is left.
     """
     needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -46,10 +51,30 @@ def write_images(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarra
             " (DVC's cache takes as much again): free some space and run the command again"
         )
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for batch in batches:
-            file.write(np.ascontiguousarray(batch).data)
+    try:
+        with open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            if needed:
+                os.posix_fallocate(file.fileno(), file.tell(), needed)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_rows(path: Path, first: int, images: np.ndarray) -> None:
+    """Put uint8 `images` into the file of `allocate_images` from row `first` on; from several processes at once, too.
+
+    Plain writes, not a memory map: where the disk fails a map kills the process without a word.
+    """
+    with open(path, "r+b") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        if images.shape[1:] != shape[1:] or first + len(images) > shape[0]:
+            raise ValueError(f"rows {first} to {first + len(images)} of {images.shape[1:]} do not fit into {shape}")
+        file.seek(first * int(np.prod(shape[1:], dtype=np.int64)), os.SEEK_CUR)
+        file.write(np.ascontiguousarray(images).data)
+        file.flush()
+        os.fdatasync(file.fileno())
 
 
 def sha256(path: str | Path) -> str:

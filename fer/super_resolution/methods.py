@@ -64,7 +64,7 @@ class NetworkUpscaler:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W] or [B, H, W, 3], B >= 1 -> uint8 [B, scale H, scale W, 3].
 
-        Raises UserError when one image alone does not fit.
+        Raises UserError when one image alone does not fit, or a result is no number.
         """
         found: list[np.ndarray] = []
         done = 0
@@ -87,11 +87,16 @@ class NetworkUpscaler:
     def _batch(self, images: np.ndarray) -> np.ndarray:
         if len(images) == 1:  # kernels for one image round otherwise than those for several: bytes must not depend on it
             return self._batch(np.concatenate([images, images]))[:1]
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        pixels = torch.from_numpy(np.array(images)).to(self.device)  # a copy: torch wants what it may write to
         colour = pixels.unsqueeze(1).expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         batch: Tensor = (colour.float() / 255).contiguous(memory_format=torch.channels_last)
         with autocast(self.precision, self.device):
             larger = self.network(batch).float()
+        if not torch.isfinite(larger).all():
+            raise UserError(
+                f"super_resolution: the network gives pixels that are no numbers with precision {self.precision}; "
+                "set it to fp32, or use other weights"
+            )
         return (larger * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

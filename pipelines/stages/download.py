@@ -29,7 +29,7 @@ def download(params: Params) -> None:
         "vote_columns": list(VOTE_COLUMNS),
     }
     with new_folder(TARGET) as folder:
-        write_images(folder / "images.npy", source.images.shape, [source.images])
+        write_images(folder / "images.npy", source.images)
         columns = ["row", "name", "usage", "subject", *VOTE_COLUMNS, "sha1"]
         table.to_csv(folder / "labels.csv", columns=columns, index=False, lineterminator="\n")
         (folder / "source.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")

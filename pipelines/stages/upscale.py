@@ -1,40 +1,177 @@
-"""Stage upscale: data/raw/images.npy -> data/upscaled/images.npy, same order, larger by `super_resolution.scale`."""
+"""Stage upscale: data/raw/images.npy -> data/upscaled/images.npy, same order, larger by `super_resolution.scale`.
 
+The images are divided into shards, each written when it is done; a stage that was killed goes on with the next one.
+"""
+
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from fer.data.images import open_images, write_images
+from fer.data.images import allocate_images, open_images, sha256, write_rows
+from fer.device import pick_device
 from fer.files import write_json
-from fer.super_resolution.interpolation import METHODS, Upscale
-from pipelines.params import Params
+from fer.super_resolution.methods import METHODS, build_upscaler
+from fer.super_resolution.quality import down_then_up, grey
+from pipelines.params import Params, SuperResolution
 from pipelines.stages import new_folder, run
 
 RAW = Path("data/raw/images.npy")
 UPSCALED = Path("data/upscaled")
+ROOT = Path(__file__).resolve().parents[2]
+# what the images' bytes depend on, as in dvc.yaml
+CODE = (
+    "pipelines/stages/upscale.py",
+    "fer/super_resolution/*.py",
+    "fer/data/images.py",
+    "fer/device.py",
+    "fer/weights.py",
+)
+SHARD = 256  # images
+PROBED = 4  # images that tell whether a network keeps grey images grey
+JUDGED = 256  # images for the quality of a method
 
 
 def upscale(params: Params) -> None:
-    """Upscale all images in batches, which never stand in memory all at once."""
+    """Upscale all images, shard by shard, in this process or in several."""
     config = params.super_resolution
     images = open_images(RAW, "download")
+    worker = Worker(config, str(RAW.resolve()), "", False)
+    method = worker.method  # a mistake in it comes up before anything is written
+    stored_grey = _keeps_grey(worker, images, config.grey_tolerance)
     count, height, width, *channels = images.shape
-    shape = (count, height * config.scale, width * config.scale, *channels)
-    with new_folder(UPSCALED) as folder:
-        batches = _batches(images, METHODS[config.method], config.scale, config.batch_size)
-        write_images(folder / "images.npy", shape, batches)
-        facts = {"method": config.method, "scale": config.scale, "raw_shape": [height, width, *channels]}
-        write_json(folder / "upscale.json", facts)
+    colour = [] if stored_grey else channels or [3] * (METHODS[config.method].load is not None)
+    shape = (count, height * config.scale, width * config.scale, *colour)
+    with new_folder(UPSCALED, resumable=True) as folder:
+        progress = Progress(folder, _fingerprint(config, shape), shape)
+        worker = Worker(config, str(RAW.resolve()), str(folder.resolve() / "images.npy"), stored_grey, method)
+        shards = [first for first in range(0, count, SHARD) if first not in progress.done]
+        with tqdm(total=count, desc="upscale", unit="image", disable=None) as bar:
+            bar.update(count - sum(min(SHARD, count - first) for first in shards))
+            for first in _finished(worker, shards, config.workers):
+                progress.add(first)
+                bar.update(min(SHARD, count - first))
+        write_json(folder / "upscale.json", _facts(config, images, worker))
+        progress.path.unlink()
 
 
-def _batches(images: np.ndarray, method: Upscale, scale: int, size: int) -> Iterator[np.ndarray]:
-    with tqdm(total=len(images), desc="upscale", unit="image", disable=None) as bar:
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            yield method(batch, scale)
-            bar.update(len(batch))
+class Worker:
+    """Upscales shards of the raw images into the output file; goes to other processes without its network."""
+
+    def __init__(self, config: SuperResolution, raw: str, out: str, stored_grey: bool, method: Any = None):
+        self.config, self.raw, self.out, self.stored_grey, self._method = config, raw, out, stored_grey, method
+
+    @property
+    def method(self) -> Any:
+        if self._method is None:
+            c = self.config
+            device = pick_device(c.device)
+            self._method = build_upscaler(c.method, c.scale, c.weights, c.precision, c.batch_size, device)
+        return self._method
+
+    def __call__(self, first: int) -> int:
+        """Upscale the images from row `first` on; gives `first`."""
+        larger = self.method(np.load(self.raw, mmap_mode="r")[first : first + SHARD])
+        write_rows(Path(self.out), first, grey(larger) if self.stored_grey else larger)
+        return first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_method": None}
+
+
+@dataclass
+class Progress:
+    """Which shards are in the output; begun anew where settings, weights, input or code are not those it began with."""
+
+    folder: Path
+    fingerprint: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.path = self.folder / "progress.json"
+        self.done: set[int] = set()
+        try:
+            begun = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):  # cut by a power failure
+            begun = {}
+        if begun.get("fingerprint") == self.fingerprint:
+            self.done = set(begun["done"])
+            return
+        self.path.unlink(missing_ok=True)  # first: what is left of the rest must not pass for whole
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        allocate_images(self.folder / "images.npy", self.shape)
+        self._write()
+
+    def add(self, first: int) -> None:
+        self.done.add(first)
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"fingerprint": self.fingerprint, "shard": SHARD, "done": sorted(self.done)})
+
+
+def _finished(worker: Worker, shards: list[int], workers: int) -> Iterator[int]:
+    if workers == 1 or len(shards) < 2:
+        yield from map(worker, shards)
+        return
+    from pipelines.launch import spread  # Ray, which a machine with one GPU needs not have
+
+    yield from spread(worker, shards, min(workers, len(shards)), worker.config.device)
+
+
+def _keeps_grey(worker: Worker, images: np.ndarray, tolerance: int) -> bool:
+    """Whether the results are stored grey: the images are, and so are 99 % of the pixels that the method makes."""
+    if images.ndim == 4:
+        return False
+    if METHODS[worker.config.method].load is None:
+        return True
+    chosen = np.unique(np.linspace(0, len(images) - 1, PROBED).astype(int))
+    larger = worker.method(images[chosen]).astype(np.int16)
+    spread = larger.max(-1) - larger.min(-1)
+    return bool(np.percentile(spread, 99) <= tolerance)
+
+
+def _fingerprint(config: SuperResolution, shape: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    kept = config.model_dump(include={"method", "scale", "precision", "grey_tolerance"})
+    digest.update(json.dumps([kept, sha256(RAW), _weights_digest(config), SHARD, shape]).encode())
+    for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _weights_digest(config: SuperResolution) -> str | None:
+    """Of the files that the method may read; None without any, as where the network comes from the hub."""
+    if METHODS[config.method].load is None:
+        return None
+    weights = Path(config.weights)
+    files = [weights, *sorted(weights.rglob("*"))]
+    files = [path for path in files if path.is_file() and path.suffix != ".md"]
+    return files and hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
+
+
+def _facts(config: SuperResolution, images: np.ndarray, worker: Worker) -> dict[str, Any]:
+    """What was done, and how well images are restored that were made smaller by `scale` before, also by bicubic."""
+    facts: dict[str, Any] = {"method": config.method, "scale": config.scale, "raw_shape": list(images.shape[1:])}
+    if config.scale == 1:
+        return facts
+    facts["precision"], facts["weights"] = config.precision, _weights_digest(config)
+    chosen = images[np.unique(np.linspace(0, len(images) - 1, JUDGED).astype(int))]
+    if min(chosen.shape[1:3]) >= 11 + config.scale:  # the window of SSIM
+        bicubic = METHODS["bicubic"].interpolate
+        assert bicubic is not None
+        facts["restored"] = {
+            config.method: down_then_up(chosen, worker.method, config.scale),
+            "bicubic": down_then_up(chosen, lambda small: bicubic(small, config.scale), config.scale),
+        }
+    return facts
 
 
 if __name__ == "__main__":
