@@ -29,7 +29,7 @@ ALONE = "give a file of named tensors alone, such as a saved state_dict"
 def read_tensors(path: str | Path, key: str) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors`, a `.pkl` (numpy arrays) or, by any other suffix, a `torch.save` file.
 
-    Of a torch file what stands under `state_dict`, `model` or `netG` is taken, and `module.` is cut off if all names have it.
+    Of a torch file what stands under `state_dict`, `model` or `netG` is taken; `module.` is cut off where all have it.
     Raises UserError, beginning with the configuration's `key`, for a file that is missing, damaged, holds something
     else than tensors, or asks for code: that is refused by name and never run.
     """

@@ -112,7 +112,7 @@ def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: s
     """The results of `work(item)`, as they come, from that many processes of Ray, each with a GPU where there is one.
 
     `work` is copied to each process once. One that dies is started again, with its item. Raises what `work` raises;
-    UserError where Ray has no room for the processes.
+    UserError where Ray has no room for the processes, or where they die again and again.
     """
     start_ray()
     have = ray.cluster_resources()
@@ -128,6 +128,11 @@ def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: s
         yield from pool.map_unordered(lambda worker, item: worker.run.remote(item), items)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+        raise UserError(
+            "super_resolution.workers: a process died four times, as for want of memory; "
+            "lower it or super_resolution.batch_size and run the command again"
+        ) from None
     finally:
         ray.shutdown()
 

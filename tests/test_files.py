@@ -79,6 +79,35 @@ def test_a_process_killed_between_the_renames_loses_nothing(
     assert content(tmp_path) == {"out/a.txt": "three"}
 
 
+def test_a_resumable_folder_goes_on_until_its_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    write(target, "old")
+    for text in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt), new_folder(target, resumable=True) as folder:
+            (folder / f"{text}.txt").write_text(text)
+            raise KeyboardInterrupt
+        assert content(target) == {"a.txt": "old"}
+    with new_folder(target, resumable=True) as folder:
+        assert content(folder) == {"one.txt": "one", "two.txt": "two"}
+        (folder / "one.txt").unlink()
+    assert content(tmp_path) == {"deep/out/two.txt": "two"}
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_resumable_folder_in_which_nothing_was_written_vanishes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", resumable=True):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumable_folder_is_thrown_away_by_a_block_that_is_not(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", resumable=True) as folder:
+        (folder / "half.txt").write_text("x")
+        raise KeyboardInterrupt
+    write(tmp_path / "out", "one")
+    assert content(tmp_path) == {"out/a.txt": "one"}
+
+
 def test_recover_prefers_the_new_content(tmp_path: Path) -> None:
     write(tmp_path / "out", "new")
     write(tmp_path / "out.old", "old")

@@ -296,9 +296,7 @@ def test_a_run_does_not_start_where_the_one_it_starts_from_failed(project: Path,
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith(
-        "error: models.emotion_encoder_tiny.options.identity.weights: cannot load './none': "
-    )
+    assert lines[0].startswith("error: models.emotion_encoder_tiny.options.identity.weights: cannot load './none': ")
     assert lines[1] == (
         "error: disentangled_doe_tiny: not started, as emotion_encoder_tiny, from which it starts, failed"
     )

@@ -86,10 +86,20 @@ TYPES_AND_RANGES = {
     "data.sample.train=79": "data.sample.train: should be greater than or equal to 80, got 79",
     "data.sample=3": "data.sample: should be a table of keys, got 3",
     "super_resolution.method=nearest": (
-        "super_resolution.method: should be 'none', 'bicubic' or 'lanczos', got 'nearest'"
+        "super_resolution.method: should be 'none', 'bicubic', 'lanczos', 'dic' or 'swin2sr', got 'nearest'"
     ),
     "super_resolution.scale=17": "super_resolution.scale: should be less than or equal to 16, got 17",
     "super_resolution.batch_size=0": "super_resolution.batch_size: should be greater than 0, got 0",
+    "super_resolution.workers=0": "super_resolution.workers: should be greater than 0, got 0",
+    "super_resolution.precision=fp8": "super_resolution.precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'",
+    "super_resolution.device=gpu": "super_resolution.device: should be 'auto', 'cpu' or 'cuda', got 'gpu'",
+    "super_resolution.weights=null": "super_resolution.weights: should be a valid string, got None",
+    "super_resolution.grey_tolerance=-1": (
+        "super_resolution.grey_tolerance: should be greater than or equal to 0, got -1"
+    ),
+    "super_resolution.grey_tolerance=256": (
+        "super_resolution.grey_tolerance: should be less than or equal to 255, got 256"
+    ),
     "split.drop_leaked_train=1": "split.drop_leaked_train: should be a valid boolean, got 1",
     "split.prior_min_votes=0": "split.prior_min_votes: should be greater than 0, got 0",
     "split.train_share=0": "split.train_share: should be greater than 0, got 0",
@@ -194,10 +204,29 @@ def test_a_fault_of_train_names_the_models_that_make_it_their_own() -> None:
     ]
 
 
+@pytest.mark.parametrize(("method", "able"), [("dic", [8]), ("swin2sr", [2, 4])])
+def test_scales_of_super_resolution(method: str, able: list[int]) -> None:
+    for scale in range(1, 17):
+        chosen = [f"super_resolution.method={method}", f"super_resolution.scale={scale}"]
+        if scale in able:
+            assert load(PARAMS, chosen).super_resolution.scale == scale
+        else:
+            named = " or ".join(map(str, able))
+            assert mistakes(*chosen) == [
+                f"super_resolution: method {method} makes images larger by {named}, so scale must be that, got {scale}"
+            ]
+    assert load(PARAMS, ["super_resolution.method=bicubic", "super_resolution.scale=16"])
+
+
 def test_missing_keys_are_named_at_both_levels() -> None:
     assert mistakes("super_resolution={method: bicubic}", "models.vit_tiny={}") == [
         "super_resolution.scale: missing",
+        "super_resolution.weights: missing",
+        "super_resolution.precision: missing",
+        "super_resolution.grey_tolerance: missing",
+        "super_resolution.device: missing",
         "super_resolution.batch_size: missing",
+        "super_resolution.workers: missing",
         "models.vit_tiny.model: missing",
         "models.vit_tiny.options: missing",
     ]

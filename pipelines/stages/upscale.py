@@ -154,7 +154,7 @@ def _weights_digest(config: SuperResolution) -> str | None:
     weights = Path(config.weights)
     files = [weights, *sorted(weights.rglob("*"))]
     files = [path for path in files if path.is_file() and path.suffix != ".md"]
-    return files and hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
+    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest() if files else None
 
 
 def _facts(config: SuperResolution, images: np.ndarray, worker: Worker) -> dict[str, Any]:

@@ -1,0 +1,179 @@
+"""PSNR and SSIM by hand and against torchmetrics, and what is compared with what when a method restores images."""
+
+import json
+from math import log10
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from fer.super_resolution.interpolation import bicubic
+from fer.super_resolution.quality import down_then_up, grey, psnr, ssim
+
+
+def noise(*shape: int, seed: int = 0, low: int = 0, high: int = 256) -> np.ndarray:
+    return np.random.default_rng(seed).integers(low, high, shape, dtype=np.uint8)
+
+
+def faces(count: int, height: int, width: int) -> np.ndarray:
+    """Smooth, as far as it goes, and each different."""
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(rows / (3 + image)) * np.cos(columns / (4 + image)) for image in range(count)]
+    return np.rint(127 + 100 * np.stack(waves)).astype(np.uint8)
+
+
+def tensor(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images.astype(np.float64))[:, None]
+
+
+# Grey
+
+
+def test_grey_is_luma_to_the_nearest() -> None:
+    reds, greens, blues = noise(3, 5, 40, 30)
+    exact = 0.299 * reds + 0.587 * greens + 0.114 * blues
+    out = grey(np.stack([reds, greens, blues], -1))
+    assert out.dtype == np.uint8
+    assert np.abs(out - exact).max() <= 0.5 + 1e-9
+    primaries = np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]]], np.uint8)
+    assert grey(primaries).tolist() == [[[76, 150, 29, 255, 0]]]  # 76.245, 149.685, 29.07
+
+
+def test_grey_of_grey_is_itself() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    np.testing.assert_array_equal(grey(np.repeat(levels[..., None], 3, -1)), levels)
+    np.testing.assert_array_equal(grey(levels), levels)
+
+
+# PSNR
+
+
+@pytest.mark.parametrize(("off", "decibels"), [(255, 0), (51, 20 * log10(5)), (1, 48.1308), (0, 100)])
+def test_psnr_of_images_that_are_off_by_a_constant(off: int, decibels: float) -> None:
+    """10 log10(255^2 / off^2); equal images would have infinitely many dB."""
+    dark = np.zeros((2, 3, 5), np.uint8)
+    assert psnr(dark, dark + np.uint8(off)) == pytest.approx(decibels, abs=1e-4)
+    assert psnr(dark + np.uint8(off), dark) == pytest.approx(decibels, abs=1e-4)
+
+
+def test_psnr_is_the_mean_over_images_of_decibels() -> None:
+    """One pixel of four is off by 10: error 25. One image is equal: 100 dB."""
+    one = np.full((3, 2, 2), 100, np.uint8)
+    other = one.copy()
+    other[0, 0, 0], other[1] = 110, 90
+    decibels = [10 * log10(255**2 / 25), 10 * log10(255**2 / 100), 100]
+    assert psnr(one, other) == pytest.approx(sum(decibels) / 3, abs=1e-12)
+
+
+def test_psnr_agrees_with_torchmetrics() -> None:
+    one = noise(4, 20, 30)
+    other = np.where(noise(4, 20, 30, seed=1) < [[[16]], [[64]], [[128]], [[255]]], noise(4, 20, 30, seed=2), one)
+    expected = [peak_signal_noise_ratio(a, b, 255.0) for a, b in zip(tensor(one), tensor(other))]
+    assert min(expected) < 10
+    assert max(expected) > 15
+    assert psnr(one, other) == pytest.approx(float(np.mean(expected)), abs=1e-5)
+
+
+# SSIM
+
+
+def ssim_by_hand(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang et al. 2004, equations 13 to 16, of two images; a loop over the windows that lie inside."""
+    weights = np.array([[np.exp(-(a * a + b * b) / 4.5) for b in range(-5, 6)] for a in range(-5, 6)])
+    weights /= weights.sum()
+    found = []
+    for row in range(x.shape[0] - 10):
+        for column in range(x.shape[1] - 10):
+            a, b = (image[row : row + 11, column : column + 11].astype(float) for image in (x, y))
+            ma, mb = (weights * a).sum(), (weights * b).sum()
+            va, vb = (weights * (a - ma) ** 2).sum(), (weights * (b - mb) ** 2).sum()
+            both = (weights * (a - ma) * (b - mb)).sum()
+            numerator = (2 * ma * mb + 6.5025) * (2 * both + 58.5225)
+            found.append(numerator / ((ma**2 + mb**2 + 6.5025) * (va + vb + 58.5225)))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (13, 12), (24, 31)])
+def test_ssim_by_hand_and_by_torchmetrics(shape: tuple[int, int]) -> None:
+    """torchmetrics pads by reflection; its windows that reach out of the image are left away here."""
+    one = faces(3, *shape)
+    other = np.clip(one.astype(int) + noise(3, *shape, high=60) - 30, 0, 255).astype(np.uint8)
+    found = ssim(one, other)
+    assert 0.3 < found < 0.95
+    assert found == pytest.approx(np.mean([ssim_by_hand(a, b) for a, b in zip(one, other)]), abs=1e-9)
+    _, theirs = structural_similarity_index_measure(
+        tensor(one), tensor(other), sigma=1.5, kernel_size=11, data_range=255.0, return_full_image=True
+    )
+    assert isinstance(theirs, torch.Tensor)
+    assert found == pytest.approx(float(theirs[..., 5:-5, 5:-5].mean()), abs=1e-6)
+
+
+def test_ssim_of_images_without_structure() -> None:
+    """Constant a and b: (2 a b + C1) / (a^2 + b^2 + C1); here C1 = 6.5025."""
+    one, other = np.full((1, 12, 14), 50, np.uint8), np.full((1, 12, 14), 100, np.uint8)
+    assert ssim(one, other) == pytest.approx(10006.5025 / 12506.5025, abs=1e-9)
+
+
+def test_ssim_of_equal_and_of_inverted_images() -> None:
+    images = noise(3, 16, 20)
+    assert ssim(images, images) == pytest.approx(1, abs=1e-12)
+    assert ssim(images, 255 - images) < -0.5
+
+
+# Restoring
+
+
+def doubled(small: np.ndarray) -> np.ndarray:
+    return small.repeat(2, 1).repeat(2, 2)
+
+
+@pytest.mark.parametrize("colour", [(), (3,)])
+def test_a_constant_image_is_restored_without_fault(colour: tuple) -> None:
+    levels = noise(5, 1, 1, *colour) * np.ones((1, 30, 27, *colour[:1] * len(colour)), np.uint8)
+    found = down_then_up(levels, doubled, 2)
+    assert found == {"psnr": 100, "ssim": pytest.approx(1, abs=1e-12)}
+    assert json.loads(json.dumps(found))["psnr"] == 100  # plain numbers
+
+
+@pytest.mark.parametrize("scale", [2, 3, 8])
+def test_what_is_left_over_at_the_edge_is_not_looked_at(scale: int) -> None:
+    """50 x 41: the method sees Pillow's bicubic of the largest multiple, and is held against that alone."""
+    images = faces(3, 50, 41)
+    height, width = 50 // scale * scale, 41 // scale * scale
+    size = (width // scale, height // scale)
+    seen: list[np.ndarray] = []
+
+    def upscale(small: np.ndarray) -> np.ndarray:
+        seen.append(small)
+        return bicubic(small, scale)
+
+    found = down_then_up(images, upscale, scale)
+    (small,) = seen
+    cut = [image[:height, :width] for image in images]
+    expected = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in cut])
+    np.testing.assert_array_equal(small, expected)
+    larger = np.stack([np.asarray(Image.fromarray(i).resize((width, height), Image.Resampling.BICUBIC)) for i in small])
+    assert found == {"psnr": psnr(np.stack(cut), larger), "ssim": ssim(np.stack(cut), larger)}
+    assert 10 < found["psnr"] < 60
+    images[:, height:], images[:, :, width:] = 255, 0
+    assert down_then_up(images, upscale, scale) == found
+
+
+def test_colour_is_compared_in_luma() -> None:
+    """Of a blue that is 100 too bright in every pixel 11.4 are left, in whole numbers 11 or 12."""
+    images = np.stack([faces(2, 24, 24), faces(2, 24, 24)[::-1], np.full((2, 24, 24), 20, np.uint8)], -1)
+
+    def upscale(small: np.ndarray) -> np.ndarray:
+        assert small.shape == (2, 12, 12, 3)
+        return images + np.array([0, 0, 100], np.uint8)
+
+    assert 10 * log10(255**2 / 144) < down_then_up(images, upscale, 2)["psnr"] < 10 * log10(255**2 / 121)
+
+
+def test_a_network_that_answers_grey_images_in_colour() -> None:
+    images = faces(2, 24, 26)
+    grey_result = down_then_up(images, doubled, 2)
+    assert down_then_up(images, lambda small: np.repeat(doubled(small)[..., None], 3, -1), 2) == grey_result
+    assert grey_result["psnr"] < down_then_up(images, lambda small: bicubic(small, 2), 2)["psnr"]
