@@ -705,6 +705,7 @@ def code(path: Path) -> list[Path]:
 SIGKILLS = """
 import json, os, random, signal, sys, threading, time
 from pathlib import Path
+from fer.files import recover
 from pipelines.params import load
 from pipelines.stages import upscale as stage
 
@@ -748,8 +749,8 @@ events, seconds = map(float, Path("took").read_text().split())
 chance = random.Random(0)
 killed, kept = 0, []
 for turn in range(6):
-    run_other = Path("data/upscaled/images.npy")
-    run_other.write_bytes(b"of an earlier run")
+    earlier = Path("data/upscaled/images.npy")
+    earlier.write_bytes(b"of an earlier run")
     done = []
     for kill in ((chance.randrange(1, int(events)), None), (0, chance.random() * seconds)):
         Path("written").write_text("")
@@ -761,7 +762,8 @@ for turn in range(6):
             assert content() == expected
             done = []
             continue
-        assert run_other.read_bytes() == b"of an earlier run"
+        recover(Path("data/upscaled"))
+        assert earlier.read_bytes() == b"of an earlier run"
         done = [str(first) for first in json.loads((partial / "progress.json").read_text())["done"]] if (
             partial / "progress.json").exists() else []
         kept.append(len(done))
