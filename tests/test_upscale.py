@@ -957,9 +957,7 @@ def test_a_worker_that_is_killed_changes_no_byte_nor_do_several(raw: Path, swin:
     while not progress.exists() or not json.loads(progress.read_text())["done"]:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    before = ray_workers()
-    assert len(before) == 2
-    os.kill(before[0], signal.SIGKILL)
+    os.kill(ray_workers()[0], signal.SIGKILL)  # the other may still be starting
     assert 1 <= len(json.loads(progress.read_text())["done"]) <= 5
     _, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -85,7 +85,7 @@ class NetworkUpscaler:
 
     @torch.inference_mode()
     def _batch(self, images: np.ndarray) -> np.ndarray:
-        if len(images) == 1:  # its kernels round otherwise than those for several, and bytes must not depend on that
+        if len(images) == 1:  # its kernels round otherwise than those for several
             return self._batch(np.concatenate([images, images]))[:1]
         pixels = torch.from_numpy(np.array(images)).to(self.device)  # a copy: torch wants what it may write to
         colour = pixels.unsqueeze(1).expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
