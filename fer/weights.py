@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ DAMAGE = (
     SafetensorError, pickle.UnpicklingError, struct.error, EOFError, OverflowError, AssertionError, AttributeError,
     LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
+# what transformers' from_pretrained raises for a hub id or folder that it cannot load
+HUB_ERRORS = (OSError, ValueError, SafetensorError, StrictDataclassError)
 LOOKALIKES = {b"<": "looks like an html page", b"version https://git-lfs": "is a Git LFS pointer"}
 ALONE = "give a file of named tensors alone, such as a saved state_dict"
 
@@ -159,6 +162,18 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in ALLOWED:
             raise _code(f"{module}.{name}")
         return ALLOWED[module, name]
+
+
+def misfit(report: dict[str, Any]) -> str | None:
+    """The fault in a loading report of from_pretrained, which would go on with random numbers; None without any."""
+    shapes = {
+        name: f"{list(found)}, the network needs {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+    }
+    bad = sorted({*report["missing_keys"], *shapes})
+    if not bad:
+        return None
+    what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else "is missing"
+    return f"tensor {bad[0]} {what} ({len(bad)} tensors in all)"
 
 
 def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:

@@ -164,7 +164,7 @@ def test_a_folder_of_other_sizes(folders: dict[str, str]) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no file", "html", "cut", "pickle", "no config"])
+@pytest.mark.parametrize("damage", ["no folder", "no file", "html", "cut", "pickle", "no config", "bad config"])
 def test_a_folder_that_cannot_be_loaded(damage: str, folders: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     if damage != "no folder":
@@ -180,6 +180,9 @@ def test_a_folder_that_cannot_be_loaded(damage: str, folders: dict[str, str], tm
         tensors.write_text("<!DOCTYPE html><html>not found</html>")
     elif damage == "cut":
         tensors.write_bytes(tensors.read_bytes()[:2000])
+    elif damage == "bad config":
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": "wide"'))
     elif damage == "no config":
         (folder / "config.json").unlink()
     message = refusal(VIT, weights=str(folder))

@@ -3,11 +3,11 @@
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fer.config import Fraction, Positive, Section
 from fer.errors import UserError
+from fer.weights import HUB_ERRORS, misfit
 
 
 class VitSettings(Section):
@@ -80,22 +80,15 @@ class Transformer(nn.Module):
                 output_loading_info=True,
                 **pooler,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+        except HUB_ERRORS as error:
+            reason = str(error).splitlines()[0].rstrip(".:")
             raise UserError(
                 f"{key}: cannot load '{source}': {reason}. "
                 "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null"
             ) from None
-        # transformers itself would go on with random numbers in their place
-        shapes = {
-            name: f"{list(found)}, the network needs {list(wanted)}"
-            for name, found, wanted in report["mismatched_keys"]
-        }
-        bad = sorted({*report["missing_keys"], *shapes})
-        if bad:
-            what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else "is missing"
+        if wrong := misfit(report):
             raise UserError(
-                f"{key}: '{source}' does not fit: tensor {bad[0]} {what} ({len(bad)} tensors in all); "
+                f"{key}: '{source}' does not fit: {wrong}; "
                 "change the backbone's name, settings or image size, or name other weights"
             )
         self.network = network.train(self.training)

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fer.errors import UserError
 from fer.super_resolution.dic import pad
+from fer.weights import HUB_ERRORS, misfit
 
 PUBLISHED = {2: "caidas/swin2SR-classical-sr-x2-64", 4: "caidas/swin2SR-classical-sr-x4-64"}
 
@@ -49,13 +48,16 @@ def load_swin2sr(source: str, scale: int, key: str) -> nn.Module:
             dtype=torch.float32,  # else that of the file
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except HUB_ERRORS as error:
         reason = str(error).splitlines()[0].rstrip(".:")
         raise UserError(
             f"{key}: cannot load '{source}': {reason}. "
             "Give a hub id that can be reached or a local folder with config.json and model.safetensors"
         ) from None
-    _refuse_gaps(report, f"{key}: '{source}'")
+    if wrong := misfit(report):
+        raise UserError(
+            f"{key}: '{source}' does not fit its config.json: {wrong}; fetch it again or name another network"
+        )
     return Swin2Sr(network, scale).eval()
 
 
@@ -74,18 +76,4 @@ def _refuse_another(config: Any, where: str, scale: int) -> None:
         raise UserError(
             f"{where} makes images of {channels[1]} channels out of {channels[0]}, here both must be 3; "
             "name a network for colour images"
-        )
-
-
-def _refuse_gaps(report: dict[str, Any], where: str) -> None:
-    """transformers itself would go on with random numbers in the place of tensors that are not there."""
-    shapes = {
-        name: f"{list(found)}, the network needs {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
-    }
-    bad = sorted({*report["missing_keys"], *shapes})
-    if bad:
-        what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else "is missing"
-        raise UserError(
-            f"{where} does not fit its config.json: tensor {bad[0]} {what} ({len(bad)} tensors in all); "
-            "fetch it again or name another network"
         )
