@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from fer.super_resolution.dic import PUBLISHED, Dic
-from fer.super_resolution.methods import METHODS, NetworkUpscaler
+from fer.super_resolution.methods import BATCH, METHODS, NetworkUpscaler
 
 Case = tuple[str, Callable[[], int], str, Callable[[], int]]
 
@@ -64,7 +64,7 @@ def _network(name: str, network: nn.Module, faces: np.ndarray, device: torch.dev
         return len(faces)
 
     def batched() -> int:
-        return len(NetworkUpscaler(network, device, precision, len(faces))(faces))
+        return len(NetworkUpscaler(network, device, precision)(faces, min(BATCH, len(faces))))
 
     side = faces.shape[1]
     return f"{name}, {side}x{side}, {precision}", batched, "fp32, one at a time", plain

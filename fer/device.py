@@ -7,10 +7,10 @@ import torch
 from fer.errors import UserError
 
 
-def pick_device(wanted: str) -> torch.device:
+def pick_device(wanted: str, key: str = "resources.device") -> torch.device:
     """`auto`, `cpu` or `cuda` -> device; under a launcher the worker's own GPU is the only one it sees."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("resources.device: cuda, but this machine has no usable GPU; set it to auto or cpu")
+        raise UserError(f"{key}: cuda, but this machine has no usable GPU; set it to auto or cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

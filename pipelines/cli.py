@@ -144,11 +144,11 @@ def upscale_gallery(
 ) -> None:
     """Draw the same faces enlarged by every super-resolution method whose weights are there, one row each."""
     import numpy as np
+    import torch
 
     from fer.data.charts import contact_sheet
     from fer.data.images import open_images
-    from fer.device import pick_device
-    from fer.super_resolution.methods import METHODS, build_upscaler
+    from fer.super_resolution.methods import METHODS, OUT_OF_MEMORY, build_upscaler
     from pipelines.params import load
 
     config = load(overrides=overrides).super_resolution
@@ -161,12 +161,12 @@ def upscale_gallery(
         scale = max(method.scales or (8,))
         try:
             with console.status(f"{name} x{scale}"):
-                upscale = build_upscaler(
-                    name, scale, config.weights, config.precision, config.batch_size, pick_device(config.device)
-                )
-                rows[f"{name} x{scale}"] = upscale(chosen)
+                upscale = build_upscaler(name, scale, config.weights, config.hub_id, config.precision, config.device)
+                rows[f"{name} x{scale}"] = upscale(chosen, 1)
         except UserError as error:
             left_out.append(f"{name} left out: {error}")
+        except torch.OutOfMemoryError:
+            left_out.append(f"{name} left out: {OUT_OF_MEMORY}")
     path = Path("data/upscale_gallery.png")
     contact_sheet(rows, side=4 * images.shape[1]).save(path)
     console.print(f"[bold]{path}[/]: {', '.join(rows)}")

@@ -131,7 +131,7 @@ def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: s
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         raise UserError(
             "super_resolution.workers: a process died four times, as for want of memory; "
-            "lower it or super_resolution.batch_size and run the command again"
+            "lower it and run the command again"
         ) from None
     finally:
         ray.shutdown()

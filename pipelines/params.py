@@ -34,10 +34,10 @@ class SuperResolution(Section):
     method: Literal["none", "bicubic", "lanczos", "dic", "swin2sr"]
     scale: Annotated[int, Field(ge=1, le=16)]
     weights: str
+    hub_id: str | None
     precision: Literal["fp32", "bf16", "fp16"]
     grey_tolerance: Annotated[int, Field(ge=0, le=255)]
     device: Literal["auto", "cpu", "cuda"]
-    batch_size: Positive
     workers: Positive
 
     @model_validator(mode="after")

@@ -189,7 +189,7 @@ def test_second_repro_does_nothing(project: Path) -> None:
     [
         (["data.sample.seed=7"], ["download", "upscale", "split"]),
         (["super_resolution.method=bicubic", "super_resolution.scale=2"], ["upscale", "split"]),
-        (["super_resolution.batch_size=3", "super_resolution.workers=2", "super_resolution.device=cpu"], []),
+        (["super_resolution.workers=2", "super_resolution.device=cpu"], []),
         (["super_resolution.precision=bf16", "super_resolution.grey_tolerance=9"], ["upscale"]),
         (["split.drop_leaked_train=true"], ["split"]),
         (["train.lr=0.5", "experiment.retries=3"], []),
@@ -352,7 +352,7 @@ def larger(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """A fresh project whose super-resolution takes long enough to be killed in its middle, and its right outputs."""
     project = tmp_path_factory.mktemp("larger") / "project"
     shutil.copytree(fresh, project)
-    set_params(project, "super_resolution.method=lanczos", "super_resolution.scale=4", "super_resolution.batch_size=2")
+    set_params(project, "super_resolution.method=lanczos", "super_resolution.scale=4")
     whole = Path(shutil.copytree(project, project.parent / "whole"))
     repro(whole)
     return project, outputs(whole)

@@ -89,7 +89,6 @@ TYPES_AND_RANGES = {
         "super_resolution.method: should be 'none', 'bicubic', 'lanczos', 'dic' or 'swin2sr', got 'nearest'"
     ),
     "super_resolution.scale=17": "super_resolution.scale: should be less than or equal to 16, got 17",
-    "super_resolution.batch_size=0": "super_resolution.batch_size: should be greater than 0, got 0",
     "super_resolution.workers=0": "super_resolution.workers: should be greater than 0, got 0",
     "super_resolution.precision=fp8": "super_resolution.precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'",
     "super_resolution.device=gpu": "super_resolution.device: should be 'auto', 'cpu' or 'cuda', got 'gpu'",
@@ -222,10 +221,10 @@ def test_missing_keys_are_named_at_both_levels() -> None:
     assert mistakes("super_resolution={method: bicubic}", "models.vit_tiny={}") == [
         "super_resolution.scale: missing",
         "super_resolution.weights: missing",
+        "super_resolution.hub_id: missing",
         "super_resolution.precision: missing",
         "super_resolution.grey_tolerance: missing",
         "super_resolution.device: missing",
-        "super_resolution.batch_size: missing",
         "super_resolution.workers: missing",
         "models.vit_tiny.model: missing",
         "models.vit_tiny.options: missing",

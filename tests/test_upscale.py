@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from fer.data.images import allocate_images, write_rows
 from fer.errors import UserError
 from fer.super_resolution import interpolation, methods
-from fer.super_resolution.methods import Method, NetworkUpscaler
+from fer.super_resolution.dic import PUBLISHED, Dic
+from fer.super_resolution.methods import Method
 from fer.super_resolution.quality import down_then_up
 from fer.super_resolution.swin2sr import load_swin2sr
 from pipelines.params import Params, SuperResolution, load
@@ -43,7 +44,6 @@ KERNELS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANC
 OUT = Path("data/upscaled/images.npy")
 PARTIAL = Path("data/upscaled.partial")
 AGAIN = "run `dvc repro --force --single-item download` to make it again"
-CPU = torch.device("cpu")
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def test_stage_writes_what_numpy_would_save(
     written = []
     for shard in (1, 7, 23, 256):
         monkeypatch.setattr(stage, "SHARD", shard)
-        upscale(params(method, scale, batch_size=shard))
+        upscale(params(method, scale))
         written.append(OUT.read_bytes())
     assert set(written) == {Path("expected.npy").read_bytes()}
     assert beside() == ["raw", "upscaled"]
@@ -281,7 +281,7 @@ def expected_of(images: np.ndarray, scale: int = 2, shift: int = 0) -> np.ndarra
 
 def pretend(monkeypatch: pytest.MonkeyPatch, network: Callable[[int], nn.Module]) -> None:
     """`network(scale)` in the place of Swin2SR, with a file of weights that is as good as any."""
-    monkeypatch.setitem(methods.METHODS, "swin2sr", Method(scales=(2, 4), load=lambda _, scale: network(scale)))
+    monkeypatch.setitem(methods.METHODS, "swin2sr", Method(scales=(2, 4), load=lambda _, scale, hub_id: network(scale)))
     Path("weights").mkdir(exist_ok=True)
     Path("weights/model.safetensors").write_bytes(b"one")
 
@@ -313,41 +313,56 @@ def swin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 256])
 @pytest.mark.parametrize("channels", [(), (3,)])
-def test_a_networks_bytes_depend_on_neither_batches_nor_shards(
-    raw: Path, channels: tuple, batch_size: int, monkeypatch: pytest.MonkeyPatch
+def test_every_batch_is_whole_and_every_image_in_its_place(
+    raw: Path, channels: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = random_images(23, 12, 10, *channels)
     np.save(raw, images)
     np.save("expected.npy", expected_of(images, 4, 40))
-    pretend(monkeypatch, lambda scale: Tint(scale, 40))
-    for shard in (1, 5, 256):
+    for shard, batches in ((16, [16, 16]), (5, [16] * 5), (256, [16, 16])):
         monkeypatch.setattr(stage, "SHARD", shard)
-        upscale(params("swin2sr", 4, batch_size=batch_size))
+        network = Scarce(100)
+        network.scale = 4
+        pretend(monkeypatch, lambda _, network=network: network)  # type: ignore[misc]
+        upscale(params("swin2sr", 4))
         assert OUT.read_bytes() == Path("expected.npy").read_bytes()
+        assert network.seen[4 if not channels else 0 :] == batches  # four times one image for the probe
 
 
-def test_swin2sr_in_other_batches_differs_by_one_of_255_here_and_there(raw: Path, swin: Path) -> None:
-    """Kernels for other batches add in another order; 6 in 100,000 values were the most that was seen."""
-    images = random_images(40, 16, 13)
-    np.save(raw, images)
-    found = {}
-    for batch_size in (256, 1, 3, 7):
-        upscale(params("swin2sr", 2, weights=swin, batch_size=batch_size))
-        found[batch_size] = np.load(OUT).astype(int)
-    assert found[256].shape == (40, 32, 26, 3)
-    assert found[256].std() > 20
-    for larger in found.values():
-        assert np.abs(larger - found[256]).max() <= 1
-        assert (larger != found[256]).mean() < 1e-3
-    upscale(params("swin2sr", 2, weights=swin, batch_size=7))
-    np.testing.assert_array_equal(np.load(OUT), found[7])
+class Amplified(nn.Module):
+    """The last digits of what a small DIC computes, so that a sum that was rounded otherwise is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"num_features": 8, "num_steps": 2, "num_groups": 2, "hg_features": 8, "num_fusion_blocks": 2}
+        self.network = Dic(**sizes, num_keypoints=68)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.network(images) * 1e5).frac().abs()
 
 
-def test_dic_of_the_published_sizes_runs_as_a_stage(raw: Path) -> None:
-    from fer.super_resolution.dic import PUBLISHED, Dic
+def test_a_networks_bytes_depend_on_neither_shards_nor_threads(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "dic", Method(scales=(8,), load=lambda *_: Amplified()))
+    np.save(raw, random_images(40, 16, 13))
+    found = []
+    for shard, threads in ((16, 1), (256, 2), (32, 3), (48, 4)):
+        monkeypatch.setattr(stage, "SHARD", shard)
+        torch.set_num_threads(threads)
+        try:
+            upscale(params("dic", 8))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+        found.append(np.load(OUT))
+    assert found[0].shape == (40, 128, 104, 3)
+    for larger in found[1:]:
+        np.testing.assert_array_equal(larger, found[0])
 
+
+def test_dic_of_the_published_sizes_runs_as_a_stage(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "BATCH", 1)
     np.save(raw, random_images(1, 7, 8))
     torch.manual_seed(0)
     network = Dic(**PUBLISHED)
@@ -355,7 +370,7 @@ def test_dic_of_the_published_sizes_runs_as_a_stage(raw: Path) -> None:
     torch.save(network.state_dict(), "weights/DIC_HELEN.pth")
     upscale(params("dic", 8, grey_tolerance=255))
     with torch.inference_mode():
-        image = torch.from_numpy(np.load(raw))[:, None].expand(2, 3, -1, -1) / 255
+        image = torch.from_numpy(np.load(raw))[:, None].expand(1, 3, -1, -1) / 255
         exact = (network.eval()(image)[0] * 255).double()
     luma = 0.299 * exact[0] + 0.587 * exact[1] + 0.114 * exact[2]
     assert np.load(OUT).shape == (1, 56, 64)
@@ -451,39 +466,58 @@ class Scarce(Tint):
         return super().forward(images)
 
 
-def test_the_batch_is_halved_for_good_when_memory_runs_out() -> None:
-    images = random_images(43, 12, 10)
-    network = Scarce(16, 5)
-    upscaler = NetworkUpscaler(network, CPU, "fp32", 16)
-    np.testing.assert_array_equal(upscaler(images), expected_of(images, shift=40))
-    assert network.seen == [16, 16, 8, *[4] * 6, 3]
+def test_the_batch_is_halved_for_the_whole_output_when_memory_runs_out(
+    raw: Path, shards: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In the third shard, then in the first again: nothing that larger batches made is left."""
+    network = Scarce(*[16] * 6, 5)
+    pretend(monkeypatch, lambda scale: network)
+    upscale(params("swin2sr", 2))
+    assert network.seen == [*[1] * 4, 16, 16, 16, 8, 4, 4, 4, 4, 4, 4]
+    assert shards == [0, 8, 0, 8, 16]
+    np.testing.assert_array_equal(np.load(OUT), expected_of(np.load(raw), shift=40))
+    assert json.loads((OUT.parent / "upscale.json").read_text())["batch"] == 4
+    assert capsys.readouterr().err == "".join(
+        f"out of memory: all over again with {batch} images at once\n" for batch in (8, 4)
+    )
+
+
+def test_the_halved_batch_outlives_the_process(raw: Path, shards: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Scarce(4)
+    pretend(monkeypatch, lambda scale: network)
+    interrupt(params("swin2sr", 2), monkeypatch)
     network.room, network.seen = [100], []
-    np.testing.assert_array_equal(upscaler(images[:9]), expected_of(images[:9], shift=40))
-    assert network.seen[:2] == [4, 4]
+    upscale(params("swin2sr", 2))
+    assert network.seen == [1, 1, 1, 1, 4, 4]
+    assert shards == [0, 8, 16]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_memory_that_comes_and_goes_changes_no_byte(raw: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SHARD", 11)
     room = random.Random(seed).choices([2, 3, 5, 9, 100], k=30)
     pretend(monkeypatch, lambda scale: Scarce(*room, 2))
-    upscale(params("swin2sr", 2, batch_size=9))
+    upscale(params("swin2sr", 2))
     np.testing.assert_array_equal(np.load(OUT), expected_of(np.load(raw), shift=40))
 
 
-def test_one_image_that_does_not_fit_is_one_line_and_the_rest_is_kept(
-    raw: Path, shards: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("room", [(0,), (*[100] * 6, 0)])
+def test_one_image_that_does_not_fit_is_one_line(
+    raw: Path, room: tuple, shards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, lambda scale: Scarce(100, 100, 0))
+    """At once, or after two shards; when there is room again, it begins with large batches."""
+    pretend(monkeypatch, lambda scale: Scarce(*room))
     with pytest.raises(UserError) as caught:
         upscale(params("swin2sr", 2))
     assert str(caught.value) == (
         "super_resolution: one image does not fit into the GPU's memory; free it or set device: cpu"
     )
-    assert shards == [0]
-    pretend(monkeypatch, lambda scale: Tint(scale, 40))
-    upscale(params("swin2sr", 2, batch_size=1))
+    assert beside() == (["raw"] if room == (0,) else ["raw", "upscaled.partial"])
+    shards.clear()
+    network = Scarce(100)
+    pretend(monkeypatch, lambda scale: network)
+    upscale(params("swin2sr", 2))
     assert shards == [0, 8, 16]
+    assert set(network.seen[4:]) == {16}
     np.testing.assert_array_equal(np.load(OUT), expected_of(np.load(raw), shift=40))
 
 
@@ -635,7 +669,6 @@ def another_pixel() -> None:
 WEIGHTS = Path("weights")
 CHANGES: dict[str, tuple[Callable[[], object], dict[str, object], bool]] = {
     "nothing": (lambda: None, {}, True),
-    "batches": (lambda: None, {"batch_size": 3}, True),
     "place": (lambda: None, {"device": "auto", "workers": 2}, True),  # one shard is left: no Ray
     "README of the weights": (lambda: (WEIGHTS / "README.md").write_text("new"), {}, True),
     "weights elsewhere": (lambda: WEIGHTS.rename("other"), {"weights": "other"}, True),
@@ -643,6 +676,7 @@ CHANGES: dict[str, tuple[Callable[[], object], dict[str, object], bool]] = {
     "one more file of weights": (lambda: (WEIGHTS / "config.json").write_text("{}"), {}, False),
     "raw images": (another_pixel, {}, False),
     "precision": (lambda: None, {"precision": "bf16"}, False),
+    "another network of the hub": (lambda: None, {"hub_id": "other/network"}, False),
     "tolerance": (lambda: None, {"grey_tolerance": 60}, False),
     "scale": (lambda: None, {"scale": 4}, False),
     "progress.json": (lambda: (PARTIAL / "progress.json").write_bytes(b""), {}, False),
@@ -814,6 +848,7 @@ def test_upscale_json_tells_how_well_images_are_restored(
     upscale(params(method, scale))
     facts = json.loads((OUT.parent / "upscale.json").read_text())
     chosen = images[[0, 5, 11, 16, 22]]
+    network = method == "swin2sr"
     restore = {
         "bicubic": partial(METHODS["bicubic"], scale=scale),
         "lanczos": partial(METHODS["lanczos"], scale=scale),
@@ -823,18 +858,16 @@ def test_upscale_json_tells_how_well_images_are_restored(
         "method": method,
         "scale": scale,
         "raw_shape": [20, 17, *channels],
-        "precision": "fp32",
-        "weights": facts["weights"],
+        **({"precision": "fp32", "weights": facts["weights"], "batch": 16, "hub_id": None} if network else {}),
         "restored": {name: down_then_up(chosen, restore[name], scale) for name in {method, "bicubic"}},
     }
-    assert (facts["weights"] is None) == (method != "swin2sr")
     assert 0 < facts["restored"][method]["psnr"] < 20  # noise
-    first = facts["weights"]
     Path("weights/model.safetensors").write_bytes(b"two")
     upscale(params(method, scale))
     again = json.loads((OUT.parent / "upscale.json").read_text())
-    assert again == facts | {"weights": again["weights"]}
-    assert (again["weights"] == first) == (method != "swin2sr")
+    assert (again == facts) == (not network)
+    if network:
+        assert again == facts | {"weights": again["weights"]}
 
 
 def test_images_of_the_same_size_or_too_small_for_the_window_are_not_judged(raw: Path) -> None:
@@ -855,6 +888,8 @@ def spoil(fault: str, swin: Path) -> tuple[dict[str, object], str]:
     """Put what is wrong under `weights`; the settings that lead there, and the message that is due."""
     x2, x8 = {"method": "swin2sr", "scale": 2}, {"method": "dic", "scale": 8}
     folder, dic = Path("weights"), Path("weights/DIC_HELEN.pth")
+    if fault == "swin2sr: no folder":
+        return x2, "super_resolution.weights: weights not found; name a folder, an empty one for the network of the hub"
     if fault == "dic: no folder":
         return x8, "super_resolution.weights: weights not found; its authors link it at "
     shutil.copytree(swin, folder)
@@ -892,6 +927,7 @@ def spoil(fault: str, swin: Path) -> tuple[dict[str, object], str]:
         "dic: a web page",
         "dic: cut",
         "dic: of another network",
+        "swin2sr: no folder",
         "swin2sr: cut",
         "swin2sr: another scale",
         "swin2sr: a tensor is missing",
@@ -912,6 +948,23 @@ def test_weights_that_are_none_are_one_line_and_status_2(
     assert line.startswith(f"error: {message}")
     assert files() == before
     assert beside() == ["raw", "upscaled"]
+
+
+def test_a_gpu_that_is_not_there_is_missed_by_networks_alone(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    upscale(params("bicubic", 2, device="cuda"))
+    pretend(monkeypatch, Tint)
+    with pytest.raises(UserError, match=r"^super_resolution.device: cuda, but this machine has no usable GPU; set it"):
+        upscale(params("swin2sr", 2, device="cuda"))
+
+
+def test_a_hub_id_is_asked_for_before_the_folder(raw: Path, swin: Path) -> None:
+    """No hub is at hand; a folder's path stands in its place."""
+    with pytest.raises(UserError, match=r"^super_resolution.hub_id: cannot load 'no/such-network': "):
+        upscale(params("swin2sr", 2, weights=swin, hub_id="no/such-network"))
+    Path("weights").mkdir()
+    upscale(params("swin2sr", 2, hub_id=swin))
+    assert np.load(OUT).shape == (23, 24, 20, 3)
 
 
 @pytest.mark.parametrize("channels", [(), (3,)])
@@ -981,8 +1034,7 @@ def test_what_ends_the_work_of_several_processes() -> None:
     message = r"super_resolution.workers: 1000 need a CPU each, there are \d+; lower it"
     assert re.fullmatch(message, str(caught.value))
     died = (
-        "super_resolution.workers: a process died four times, as for want of memory; "
-        "lower it or super_resolution.batch_size and run the command again"
+        "super_resolution.workers: a process died four times, as for want of memory; lower it and run the command again"
     )
     for bad, message in ((3, "super_resolution: a line"), (4, died)):
         with pytest.raises(UserError) as caught:

@@ -24,6 +24,7 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
     except (ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path}: damaged or not a .npy file; {remedy}") from None
     if not isinstance(images, np.memmap):
+        images.close()
         raise UserError(f"{path}: not a .npy file; {remedy}")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
         found = f"{images.dtype} {list(images.shape)}"

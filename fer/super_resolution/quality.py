@@ -7,12 +7,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+LUMA = np.array([299, 587, 114], dtype=np.uint32)  # thousandths, ITU-R BT.601
 
 
 def grey(images: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W] or [B, H, W, 3] -> uint8 [B, H, W], rounded luma."""
-    return images if images.ndim == 3 else np.rint(images @ LUMA).astype(np.uint8)
+    if images.ndim == 3:
+        return images
+    red, green, blue = (images[..., channel] * LUMA[channel] for channel in range(3))
+    red += green
+    red += blue
+    red += np.uint32(500)
+    red //= np.uint32(1000)
+    return red.astype(np.uint8)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
