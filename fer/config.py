@@ -29,6 +29,8 @@ class Augment(Section):
     contrast: NonNegative  # factor uniform in 1 +- contrast, around the image's mean
     saturation: NonNegative  # factor uniform in 1 +- saturation, around each pixel's grey; nothing on grey images
     erasing: Fraction  # probability that one random rectangle is set to the image's mean
+    mixup: NonNegative  # a of Beta(a, a), from which the share of the other image is drawn; 0: off
+    cutmix: NonNegative  # likewise, of the area of a rectangle; where both are on, a batch gets one by chance
 
     @property
     def changes_images(self) -> bool:
@@ -42,6 +44,11 @@ class Resources(Section):
     workers: Positive  # processes that share the run (DDP)
     cpus_per_worker: Positive
     gpus_per_worker: NonNegative  # used where the device is a GPU; below 1, runs share one
+    accumulate: Positive  # parts in which a worker works off its share of a batch, to save memory
+    sync_batch_norm: bool  # batch norm over the parts of all workers; on GPUs
+    compile: bool  # torch.compile of the training step
+    data_share: Fraction  # of the free GPU memory that a split's images may take; larger ones are read ahead
+    readers: Annotated[int, Field(ge=0)]  # processes that read ahead
 
 
 class RunConfig(Section):
@@ -74,6 +81,7 @@ class RunConfig(Section):
     step_factors: list[Annotated[float, Field(gt=0, le=1)]]  # ... the lr is lr times this
     clip_grad_norm: Annotated[float, Field(gt=0)] | None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # evaluates and saves the averaged weights
+    sam_rho: Annotated[float, Field(gt=0)] | None  # sharpness-aware minimisation: radius of its step uphill
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward pass; weights and loss stay fp32
     augment: Augment
     resources: Resources
@@ -81,8 +89,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         found = []
-        if self.batch_size % self.resources.workers:
-            found.append(f"batch_size {self.batch_size} does not divide by resources.workers {self.resources.workers}")
+        workers, parts = self.resources.workers, self.resources.accumulate
+        if self.batch_size % (workers * parts):
+            by = f"resources.workers {workers}" + (f" times resources.accumulate {parts}" if parts > 1 else "")
+            found.append(f"batch_size {self.batch_size} does not divide by {by}")
+        elif (self.augment.mixup or self.augment.cutmix) and self.batch_size // (workers * parts) % 2:
+            found.append(
+                f"augment.mixup and cutmix pair images: batch_size {self.batch_size} / {workers} workers / "
+                f"{parts} parts is odd"
+            )
+        if self.sam_rho and self.precision == "fp16":
+            found.append("sam_rho needs precision fp32 or bf16, as fp16 scales its gradients")
         for key in ("pixel_mean", "pixel_std"):
             if len(getattr(self, key)) != self.channels:
                 found.append(f"{key} has {len(getattr(self, key))} numbers but channels is {self.channels}")

@@ -84,18 +84,17 @@ def predict_split(
     model.eval()
     split, device = feed.split, feed.device
     counts = Counts(split.targets.shape[1], device)
-    mine = np.arange(rank, len(split), world)
-    found = []
-    for first in range(0, len(mine), feed.run.eval_batch_size):
-        index = mine[first : first + feed.run.eval_batch_size]
+    mine, size = np.arange(rank, len(split), world), feed.run.eval_batch_size
+    found = [torch.empty(0, split.targets.shape[1], device=device)]
+    for index, pixels in feed.batches([mine[first : first + size] for first in range(0, len(mine), size)]):
         with autocast(feed.run.precision, device):
-            logits = model(**feed(index)).float()
-        labels, targets = split.labels[index].to(device), split.targets[index].to(device)
+            logits = model(**feed(index, pixels)).float()
+        labels, targets = feed.labels[index], feed.targets[index]
         counts.update(logits, labels, loss(logits, labels, targets) if loss else None)
-        found.append(logits.cpu())
+        found.append(logits)
     if world > 1:
         counts.all_reduce()
-    return torch.cat(found) if found else torch.empty(0, split.targets.shape[1]), counts
+    return torch.cat(found).cpu(), counts
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:

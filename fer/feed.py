@@ -1,15 +1,17 @@
 """What a network gets of each batch: pixels, embeddings of its frozen encoder, neutral faces to compare with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fer.config import RunConfig
-from fer.data.augment import normalize, to_float
+from fer.data.augment import Mixture, model_input
 from fer.data.dataset import Split
 from fer.data.pairs import Pairs
+from fer.data.pixels import Pixels
 from fer.device import autocast
 from fer.models.embedding_difference import DifferenceOfEmbeddings, FrozenEncoder
 
@@ -23,6 +25,8 @@ class Feed:
 
     def __init__(self, model: nn.Module, run: RunConfig, split: Split, classes: list[str], device: torch.device):
         self.run, self.split, self.device = run, split, device
+        self.pixels = Pixels(split, device, run.resources)
+        self.labels, self.targets = split.labels.to(device), split.targets.to(device)
         self.encoder = model if isinstance(model, FrozenEncoder) else None
         training = split.name == "train"
         self.embeddings: Tensor | None = None  # [n, F]
@@ -41,14 +45,29 @@ class Feed:
             if not training:
                 self.neutral = self.candidates[self.pairs.fixed()]
 
-    def __call__(self, index: np.ndarray, augment: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """Arguments of the network for the images at `index` of the split."""
+    @property
+    def needs_pixels(self) -> bool:
+        return self.embeddings is None or self.encoder is None or self.encoder.needs_pixels
+
+    def batches(self, plan: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor | None]]:
+        """Each index of `plan` with its pixels, uint8 [B, H, W(, 3)], which are None for a network that needs none."""
+        yield from zip(plan, self.pixels.ahead(plan) if self.needs_pixels else repeat(None))
+
+    def __call__(
+        self,
+        index: np.ndarray,
+        pixels: Tensor | None,
+        change: Callable[[Tensor, slice], Tensor] | None = None,
+        mixture: Mixture | None = None,
+    ) -> dict[str, Tensor]:
+        """Arguments of the network for the images at `index` of the split, whose pixels `batches` gave."""
         inputs = {}
         if self.embeddings is not None:
             inputs["embedding"] = self.embeddings[index]
-        if self.embeddings is None or self.encoder is None or self.encoder.needs_pixels:
-            images = to_float(self.split.pixels(index).to(self.device), self.run.image_size)
-            inputs["pixel_values"] = normalize(augment(images) if augment else images, self.run)
+        if pixels is not None:
+            images = model_input(pixels, self.run, change)
+            images = mixture(images) if mixture is not None else images
+            inputs["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
         if self.neutral is not None:
             inputs["neutral"] = self.neutral[index]
         return inputs
@@ -71,8 +90,8 @@ class Feed:
     def _embed(self, encoder: FrozenEncoder, positions: np.ndarray) -> Tensor:
         encoder.eval()
         found = []
-        for first in range(0, len(positions), self.run.eval_batch_size):
-            pixels = self.split.pixels(positions[first : first + self.run.eval_batch_size]).to(self.device)
+        size = self.run.eval_batch_size
+        for pixels in self.pixels.ahead([positions[first : first + size] for first in range(0, len(positions), size)]):
             with autocast(self.run.precision, self.device):
-                found.append(encoder.embed(normalize(to_float(pixels, self.run.image_size), self.run)).float())
+                found.append(encoder.embed(model_input(pixels, self.run)).float())
         return torch.cat(found)

@@ -20,7 +20,7 @@ class Counts:
         probabilities = torch.softmax(logits.detach().float(), 1)
         confidence, predicted = probabilities.max(1)
         classes = len(self.confusion)
-        self.confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+        self.confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones_like(labels))  # waits for no GPU
         index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
         self.bins.index_add_(1, index, rows.double())
@@ -29,8 +29,16 @@ class Counts:
 
     def all_reduce(self) -> None:
         """Sum over the ranks of a distributed run."""
-        for tensor in (self.confusion, self.bins, self.loss_sum):
+        for tensor in self.state().values():
             dist.all_reduce(tensor)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums themselves."""
+        return {"confusion": self.confusion, "bins": self.bins, "loss_sum": self.loss_sum}
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        for key, value in self.state().items():
+            value.copy_(saved[key])
 
     def result(self) -> dict[str, float]:
         """accuracy (WAR), balanced_accuracy (UAR), macro_f1, ece and loss, all floats."""

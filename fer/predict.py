@@ -8,7 +8,7 @@ import torch
 
 from fer import checkpoint
 from fer.config import RunConfig
-from fer.data.augment import normalize, to_float
+from fer.data.augment import model_input
 from fer.device import autocast, pick_device
 from fer.errors import UserError
 from fer.models import build_model
@@ -50,7 +50,7 @@ class Predictor:
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        return normalize(to_float(pixels, self.run.image_size), self.run)
+        return model_input(pixels, self.run)
 
 
 class _Served:

@@ -1,6 +1,6 @@
 """One training run: a plain loop over epochs that can be cut anywhere and goes on from its last checkpoint.
 
-Every random number comes from (seed, epoch), so a run that was cut at an epoch's end and resumed is the uncut run.
+Every random number comes from (seed, epoch, step), so a run that was cut and resumed is the uncut run.
 """
 
 import json
@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,47 +16,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fer import checkpoint
 from fer.config import RunConfig, run_id
-from fer.data.augment import Augmenter
+from fer.data.augment import Augmenter, draw_mixture
 from fer.data.dataset import DataSet, open_data
-from fer.device import autocast, pick_device
+from fer.device import pick_device
 from fer.errors import UserError
 from fer.evaluate import finished, predict_split
 from fer.feed import Feed
 from fer.files import recover, write_json
-from fer.losses import Loss, build_loss
+from fer.losses import build_loss
 from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.schedule import lr_at
+from fer.step import Part, Stepper
+from fer.stop import Stopped, StopSignal
 
 REMEDY = "lower lr, set clip_grad_norm, or use precision fp32"
 CHECK_EVERY = 50  # steps between looks at the losses where a look waits for the GPU or for other ranks
+AGREE_EVERY = 10  # steps after which several ranks agree whether to stop
 
 
 class NonFiniteLoss(UserError):
     """The loss became infinite or not a number; the message names the step, the learning rate and the run."""
-
-
-@dataclass
-class State:
-    """What a run carries from epoch to epoch."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
-    epoch: int = 0  # epochs done
-    history: list[dict[str, Any]] | None = None  # one row an epoch
-    best: float = -1.0  # val accuracy
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are evaluated and kept: averaged ones where the run has them."""
-        return self.ema.module if self.ema is not None else self.model
 
 
 def fit(
@@ -72,7 +54,8 @@ def fit(
 
     Inside an initialised torch.distributed group every rank calls this and the ranks share the batches. `on_epoch`
     gets each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
-    Raises UserError (data missing, weights missing, run to start from missing or unfinished, no GPU) and NonFiniteLoss.
+    Raises UserError (data missing, weights missing, run to start from missing or unfinished, no GPU), NonFiniteLoss,
+    and Stopped when SIGTERM or a file `stop` in the folder asked for an end and the state is saved.
     """
     if (start is None) != (run.init_from is None):
         raise UserError(f"{name}: init_from is {run.init_from}, the run to start from {start}; give both or neither")
@@ -82,57 +65,203 @@ def fit(
         torch.set_num_threads(run.resources.cpus_per_worker)
     data = open_data(data_dir)
     folder = Path(runs_dir) / run_id(name, run, data.hash, start)
+    stop = StopSignal(folder)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder / "last"), recover(folder / "best")
+        stop.done()  # what asked an earlier process
     if world > 1:
         dist.barrier()
-    train, val = data.split("train"), data.split("val")
-    if len(train) < world:
-        raise UserError(f"resources.workers: {world} workers for {len(train)} training images; lower workers")
-    meta = checkpoint.load_meta(folder / "last") if (folder / "last").exists() else None
-    model = _build(run, folder, len(data.classes), meta is None, start).to(device)
-    since = time.perf_counter()  # what is embedded before the first epoch counts as training time
-    feed, val_feed = (Feed(model, run, split, data.classes, device) for split in (train, val))
-    if meta is None:
-        feed.choose_references()
-    state = _start(run, folder, model, meta, device)
+    with stop:
+        trainer = Trainer(name, run, data, folder, device, stop, start)
+        while trainer.epoch < run.epochs:
+            on_epoch(trainer.train_epoch())
     if rank == 0:
-        about = {"name": name, "run_id": folder.name, "starts_from": origin(run), "start": start}
-        write_json(folder / "config.json", {**about, **_describe(run, data)})
-        _write_metrics(folder, state.history or [])
-    counts = torch.bincount(train.labels, minlength=len(data.classes))
-    loss = build_loss(run, data.prior().to(device), counts.to(device))
-    network: nn.Module = state.model
-    if world > 1:
-        network = DistributedDataParallel(state.model, device_ids=[device.index] if device.type == "cuda" else None)
-    progress = Progress(folder, run.epochs) if rank == 0 else None
-    for epoch in range(state.epoch, run.epochs):
-        started = time.perf_counter()
-        trained = _train_epoch(state, network, feed, loss, epoch, progress, folder.name)
-        if world > 1:
-            for buffer in state.evaluated.buffers():  # batch-norm statistics differ by rank; those of rank 0 are saved
+        stop.done()
+    return folder
+
+
+class Trainer:
+    """What a run carries from step to step, and how an epoch is trained, evaluated and saved."""
+
+    def __init__(
+        self, name: str, run: RunConfig, data: DataSet, folder: Path, device: torch.device, stop: StopSignal,
+        start: str | None,
+    ):  # fmt: skip
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.name, self.run, self.data, self.folder, self.device, self.stop = name, run, data, folder, device, stop
+        train, val = data.split("train"), data.split("val")
+        if len(train) < self.world:
+            raise UserError(f"resources.workers: {self.world} workers for {len(train)} training images; lower workers")
+        meta = checkpoint.load_meta(folder / "last") if (folder / "last").exists() else None
+        model = _build(run, folder, len(data.classes), meta is None, start).to(device)
+        if run.resources.sync_batch_norm and self.world > 1:
+            if device.type == "cpu":
+                raise UserError("resources.sync_batch_norm: works on GPUs only; set it to false")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.since = time.perf_counter()  # what is embedded before the first epoch counts as training time
+        self.feed, self.val_feed = (Feed(model, run, split, data.classes, device) for split in (train, val))
+        if meta is None:
+            self.feed.choose_references()
+        counts = torch.bincount(train.labels, minlength=len(data.classes))
+        self.loss = build_loss(run, data.prior().to(device), counts.to(device))
+        self.augment = Augmenter(run.augment, device)
+        self.stepper = Stepper(run, model, device, self.world)
+        self.control = dist.new_group(backend="gloo") if self.world > 1 else None
+        self.steps = max(1, len(train) // run.batch_size)
+        self.epoch, self.step = 0, 0  # epochs done, steps done of the next one
+        self.history: list[dict[str, Any]] = []  # one row an epoch
+        self.best = -1.0  # val accuracy
+        self.counts = Counts(len(data.classes), device)
+        self.spent = 0.0  # seconds, by earlier processes in the epoch under way
+        if meta is not None:
+            self._resume(meta)
+        if self.rank == 0:
+            about = {"name": name, "run_id": folder.name, "starts_from": origin(run), "start": start}
+            write_json(folder / "config.json", {**about, **_describe(run, data)})
+            _write_metrics(folder, self.history)
+        self.progress = Progress(folder, run.epochs) if self.rank == 0 else None
+
+    def _resume(self, meta: dict[str, Any]) -> None:
+        """From the last checkpoint, which `meta` describes; its weights are loaded."""
+        saved = checkpoint.load_training(self.folder / "last")
+        self.stepper.load_state(saved["stepper"])
+        self.epoch, self.step, self.spent = meta["epoch"], saved["step"], saved["seconds"]
+        self.history = meta["history"]
+        self.best = max([row["val_accuracy"] for row in self.history], default=-1.0)
+        if self.rank == 0:
+            self.counts.load_state(saved["counts"])
+
+    def train_epoch(self) -> dict[str, Any]:
+        """Train, evaluate and save; the new row of metrics.jsonl."""
+        trained = self._train()
+        if self.world > 1:
+            for buffer in self.stepper.evaluated.buffers():  # batch-norm statistics differ; those of rank 0 are saved
                 dist.broadcast(buffer, 0)
-        found = predict_split(state.evaluated, val_feed, loss, rank, world)[1]
+        found = predict_split(self.stepper.evaluated, self.val_feed, self.loss, self.rank, self.world)[1]
+        seconds = self._seconds()
         row = {
-            "epoch": epoch + 1,
-            "lr": state.optimizer.param_groups[0]["lr"],  # of the last step
+            "epoch": self.epoch + 1,
+            "lr": self.stepper.optimizer.param_groups[0]["lr"],  # of the last step
             **{f"train_{key}": value for key, value in trained.items()},
             **{f"val_{key}": value for key, value in found.result().items()},
-            "seconds": time.perf_counter() - since,
-            "images_per_second": trained_images(run, len(train)) / (time.perf_counter() - started),
+            "seconds": seconds,
+            "images_per_second": trained_images(self.run, len(self.feed.split)) / seconds,
             "time": time.time(),
         }
         if not math.isfinite(row["val_loss"]):
-            raise NonFiniteLoss(
-                f"{folder.name}: val loss is {row['val_loss']} after epoch {epoch + 1} (lr {row['lr']:.3g}); {REMEDY}"
-            )
-        since = time.perf_counter()
-        state.epoch, state.history = epoch + 1, [*(state.history or []), row]
-        if rank == 0:
-            _save(state, name, run, data, folder)
-        on_epoch(row)
-    return folder
+            where = f"after epoch {row['epoch']} (lr {row['lr']:.3g})"
+            raise NonFiniteLoss(f"{self.folder.name}: val loss is {row['val_loss']} {where}; {REMEDY}")
+        self.since, self.spent = time.perf_counter(), 0.0
+        self.epoch, self.step, self.history = self.epoch + 1, 0, [*self.history, row]
+        self.counts = Counts(len(self.data.classes), self.device)
+        if self.rank == 0:
+            self._save(row["val_accuracy"] > self.best)
+        self.best = max(self.best, row["val_accuracy"])
+        return row
+
+    def _train(self) -> dict[str, float]:
+        """The rest of an epoch's steps; mean loss and accuracy of all of them."""
+        run, labels = self.run, self.feed.split.labels
+        self.feed.start_epoch(self.epoch)
+        self.stepper.network.train()
+        plan = list(batches(run, labels, self.epoch, self.rank, self.world))[self.step :]
+        divided = [_divide(index, part, run.resources.accumulate) for index, part in plan]
+        pixels = self.feed.batches([index for parts in divided for index, _ in parts])
+        unchecked: list[Tensor] = []
+        for parts in divided:
+            if self._stops():
+                self._stop(unchecked)
+            logits, value = self._one_step(parts, pixels)
+            unchecked.append(value)
+            index = np.concatenate([index for index, _ in parts])
+            self.counts.update(logits, self.feed.labels[index], value)
+            self.step += 1
+            cheap = self.device.type == "cpu" and self.world == 1
+            if cheap or len(unchecked) == CHECK_EVERY or self.step == self.steps:
+                self._check_finite(unchecked)
+            if self.progress is not None:
+                self.progress(self.epoch, self.step, self.steps)
+        if self.world > 1:
+            self.counts.all_reduce()
+        return {key: value for key, value in self.counts.result().items() if key in ("loss", "accuracy")}
+
+    def _one_step(self, parts: list[tuple[np.ndarray, slice]], pixels: Iterator) -> tuple[Tensor, Tensor]:
+        """The next step, with the images of `parts`, whose pixels come next; logits [B, C] and mean loss."""
+        run, here = self.run, (self.epoch, self.step)
+        share = sum(len(index) for index, _ in parts)
+        draws = self.augment.draw(share * self.world, _seed(run.seed, *here))
+        mixture = draw_mixture(run.augment, run.image_size, _seed(run.seed, *here, 1))
+        fed = []
+        for (index, part), (_, raw) in zip(parts, pixels):
+            change = partial(_changed, self.augment, draws[part])
+            inputs = self.feed(index, raw, change, mixture)
+            fed.append(Part(inputs, self.feed.labels[index], self.feed.targets[index], len(index) / share))
+        rate = lr_at(run, self.epoch + (self.step + 0.5) / self.steps)
+        return self.stepper(fed, self.loss, mixture, rate, _seed(run.seed, *here, self.rank, 2))
+
+    def _stops(self) -> bool:
+        """Whether to stop before the next step, the same on every rank."""
+        if self.world == 1:
+            return self.stop.asked()
+        if self.step % AGREE_EVERY:
+            return False
+        wish = torch.tensor(float(self.stop.asked()))
+        dist.all_reduce(wish, group=self.control)
+        return bool(wish > 0)
+
+    def _stop(self, unchecked: list[Tensor]) -> None:
+        """Save the state in the middle of the epoch, and end."""
+        if unchecked:
+            self._check_finite(unchecked)
+        if self.world > 1:
+            self.counts.all_reduce()
+        if self.rank == 0:
+            self._save(is_best=False)
+            self.stop.done()
+        raise Stopped(
+            f"{self.folder.name}: stopped in epoch {self.epoch + 1} after {self.step} of {self.steps} steps, as asked; "
+            "the same command goes on"
+        )
+
+    def _check_finite(self, unchecked: list[Tensor]) -> None:
+        """Look at the losses since the last look."""
+        values = torch.stack(unchecked)
+        unchecked.clear()
+        if self.world > 1:
+            dist.all_reduce(values)  # so that every rank stops
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            at = self.step - len(values) + int(bad[0])
+            rate = lr_at(self.run, self.epoch + (at + 0.5) / self.steps)
+            where = f"epoch {self.epoch + 1}, step {at + 1} (lr {rate:.3g})"
+            raise NonFiniteLoss(f"{self.folder.name}: loss is {float(values[int(bad[0])])} in {where}; {REMEDY}")
+
+    def _seconds(self) -> float:
+        return self.spent + time.perf_counter() - self.since
+
+    def _save(self, is_best: bool) -> None:
+        """best, then last, then the line of metrics.jsonl: a cut between them repeats the epoch and doubles nothing."""
+        meta = {"name": self.name, "run_id": self.folder.name, **_describe(self.run, self.data)}
+        meta |= {"epoch": self.epoch, "history": self.history}
+        if is_best:
+            checkpoint.save(self.folder / "best", self.stepper.evaluated.state_dict(), meta, training=None)
+        seconds = self._seconds() if self.step else 0.0
+        training = {"stepper": self.stepper.state(), "step": self.step, "seconds": seconds}
+        training["counts"] = {key: value.cpu() for key, value in self.counts.state().items()}
+        checkpoint.save(self.folder / "last", self.stepper.model.state_dict(), meta, training)
+        _write_metrics(self.folder, self.history)
+
+
+def _changed(augment: Augmenter, draws: Tensor, images: Tensor, rows: slice) -> Tensor:
+    return augment(images, draws[rows])
+
+
+def _divide(index: np.ndarray, part: slice, count: int) -> list[tuple[np.ndarray, slice]]:
+    """A worker's share of a batch in `count` pieces, each with its place in the whole batch."""
+    pieces = [piece for piece in np.array_split(index, count) if len(piece)]
+    ends = part.start + np.cumsum([len(piece) for piece in pieces])
+    return [(piece, slice(int(end) - len(piece), int(end))) for piece, end in zip(pieces, ends)]
 
 
 def trained_images(run: RunConfig, images: int) -> int:
@@ -150,41 +279,6 @@ def _build(run: RunConfig, folder: Path, num_labels: int, fresh: bool, start: st
         finished(folder.parent / start)
         checkpoint.load_backbone(folder.parent / start / "best", model)
     return model
-
-
-def _start(run: RunConfig, folder: Path, model: nn.Module, meta: dict[str, Any] | None, device: torch.device) -> State:
-    """The state at the run's beginning, or that of its last checkpoint, which `meta` describes."""
-    ema = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.ema_decay), use_buffers=True)
-        if run.ema_decay
-        else None
-    )
-    state = State(
-        model, _optimizer(run, model), torch.amp.GradScaler(device.type, enabled=run.precision == "fp16"), ema
-    )
-    if meta is None:
-        return state
-    saved = checkpoint.load_training(folder / "last")
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    if ema is not None:
-        ema.load_state_dict(saved["ema"])
-    state.epoch, state.history = meta["epoch"], meta["history"]
-    state.best = max(row["val_accuracy"] for row in meta["history"])
-    return state
-
-
-def _optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Weight decay on matrices and kernels only, not on biases and norms."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": run.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if run.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=run.lr, momentum=run.momentum)
-    kind = torch.optim.AdamW if run.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=run.lr)
 
 
 def _seed(*parts: int) -> int:
@@ -210,73 +304,6 @@ def batches(run: RunConfig, labels: Tensor, epoch: int, rank: int, world: int) -
         yield order[first : first + size][part], part
 
 
-def _train_epoch(
-    state: State,
-    network: nn.Module,
-    feed: Feed,
-    loss: Loss,
-    epoch: int,
-    progress: "Progress | None",
-    name: str,
-) -> dict[str, float]:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    run, train, device = feed.run, feed.split, feed.device
-    torch.manual_seed(_seed(run.seed, epoch, rank))  # dropout, drop path
-    augment = Augmenter(run.augment, _seed(run.seed, epoch), device)
-    feed.start_epoch(epoch)
-    network.train()
-    counts = Counts(train.targets.shape[1], device)
-    steps = max(1, len(train) // run.batch_size)
-    unchecked: list[Tensor] = []
-    for step, (index, part) in enumerate(batches(run, train.labels, epoch, rank, world)):
-        rate = lr_at(run, epoch + (step + 0.5) / steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        inputs = feed(index, partial(augment, batch_size=len(index) * world, part=part))
-        labels, targets = train.labels[index].to(device), train.targets[index].to(device)
-        with autocast(run.precision, device):
-            logits = network(**inputs)
-        value = loss(logits, labels, targets)
-        unchecked.append(value.detach())
-        if (device.type == "cpu" and world == 1) or len(unchecked) == CHECK_EVERY or step == steps - 1:
-            _check_finite(unchecked, world, run, epoch, step, steps, name)
-        _update(state, run, value)
-        counts.update(logits, labels, value)
-        if progress is not None:
-            progress(epoch, step + 1, steps)
-    if world > 1:
-        counts.all_reduce()
-    return {key: value for key, value in counts.result().items() if key in ("loss", "accuracy")}
-
-
-def _update(state: State, run: RunConfig, value: Tensor) -> None:
-    state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(value).backward()
-    if run.clip_grad_norm is not None:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), run.clip_grad_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    if state.ema is not None:
-        state.ema.update_parameters(state.model)
-
-
-def _check_finite(
-    unchecked: list[Tensor], world: int, run: RunConfig, epoch: int, step: int, steps: int, name: str
-) -> None:
-    """Look at the losses since the last look; `step` is that of the newest."""
-    values = torch.stack(unchecked)
-    unchecked.clear()
-    if world > 1:
-        dist.all_reduce(values)  # so that every rank stops
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad):
-        at = step - len(values) + 1 + int(bad[0])
-        rate = lr_at(run, epoch + (at + 0.5) / steps)
-        where = f"epoch {epoch + 1}, step {at + 1} (lr {rate:.3g})"
-        raise NonFiniteLoss(f"{name}: loss is {float(values[int(bad[0])])} in {where}; {REMEDY}")
-
-
 class Progress:
     """progress.json, at most once a second: where a run is, for whoever draws a bar."""
 
@@ -288,24 +315,6 @@ class Progress:
         if now - self.written >= 1 or step == steps:
             self.written = now
             write_json(self.path, {"epoch": epoch, "epochs": self.epochs, "step": step, "steps": steps})
-
-
-def _save(state: State, name: str, run: RunConfig, data: DataSet, folder: Path) -> None:
-    """best, then last, then the line of metrics.jsonl: a cut between them repeats the epoch and doubles nothing."""
-    assert state.history
-    row = state.history[-1]
-    meta = {"name": name, "run_id": folder.name, **_describe(run, data)}
-    meta |= {"epoch": state.epoch, "history": state.history}
-    if row["val_accuracy"] > state.best:
-        state.best = row["val_accuracy"]
-        checkpoint.save(folder / "best", state.evaluated.state_dict(), meta, training=None)
-    training = {
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "ema": state.ema.state_dict() if state.ema is not None else None,
-    }
-    checkpoint.save(folder / "last", state.model.state_dict(), meta, training)
-    _write_metrics(folder, state.history)
 
 
 def _write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:

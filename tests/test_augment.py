@@ -8,13 +8,14 @@ import torch
 from conftest import small_run
 from torch import Tensor
 
-from fer.config import Augment
-from fer.data.augment import Augmenter, normalize, to_float
+from fer.config import Augment, RunConfig
+from fer.data.augment import Augmenter, Mixture, draw_mixture, model_input, normalize, to_float
 
 CPU = torch.device("cpu")
 NOTHING = {
     "flip": 0.0, "rotation": 0.0, "scale": 0.0, "translation": 0.0,
     "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "erasing": 0.0,
+    "mixup": 0.0, "cutmix": 0.0,
 }  # fmt: skip
 EVERYTHING: dict[str, Any] = {
     "flip": 0.5, "rotation": 30.0, "scale": 0.3, "translation": 0.2,
@@ -22,12 +23,13 @@ EVERYTHING: dict[str, Any] = {
 }  # fmt: skip
 
 
-def augmenter(seed: int = 0, **settings: Any) -> Augmenter:
-    return Augmenter(Augment(**(NOTHING | settings)), seed, CPU)
+def augmenter(**settings: Any) -> Augmenter:
+    return Augmenter(Augment(**(NOTHING | settings)), CPU)
 
 
-def changed(images: Tensor, **settings: Any) -> Tensor:
-    return augmenter(**settings)(images, len(images), slice(0, len(images)))
+def changed(images: Tensor, seed: int = 0, **settings: Any) -> Tensor:
+    augment = augmenter(**settings)
+    return augment(images.clone(), augment.draw(len(images), seed))
 
 
 def noise(count: int = 8, side: int = 16, channels: int = 1) -> Tensor:
@@ -52,7 +54,7 @@ class Fixed(Augmenter):
     """An augmenter whose uniform draws are given: 0 is the low end of each range, .5 the middle, 1 the high end."""
 
     def __init__(self, draws: dict[int, float], **settings: float):
-        super().__init__(Augment(**(NOTHING | settings)), 0, CPU)
+        super().__init__(Augment(**(NOTHING | settings)), CPU)
         self.draws = torch.full((1, self.PER_IMAGE), 0.5)
         for index, value in draws.items():
             self.draws[0, index] = value
@@ -245,10 +247,9 @@ def test_the_seed_decides_the_images() -> None:
     one, same, other = (changed(images, seed=seed, **EVERYTHING) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    again = augmenter(3, **EVERYTHING)
-    first, second = again(images, 8, slice(0, 8)), again(images, 8, slice(0, 8))
-    assert torch.equal(first, one)
-    assert not torch.equal(first, second)
+    again = augmenter(**EVERYTHING)
+    again.draw(5, 9)  # what was drawn before is no matter
+    assert torch.equal(again(images.clone(), again.draw(8, 3)), one)
 
 
 def test_images_of_a_batch_get_different_changes() -> None:
@@ -259,14 +260,12 @@ def test_images_of_a_batch_get_different_changes() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_parts_of_ranks_are_the_whole_batch(ranks: int) -> None:
-    batches = [noise(8, channels=3), noise(8, channels=3).flip(0)]
-    alone = augmenter(**EVERYTHING)
-    whole = [alone(images, 8, slice(0, 8)) for images in batches]
+    images = noise(8, channels=3)
+    whole = changed(images, **EVERYTHING)
     for rank in range(ranks):
         one = augmenter(**EVERYTHING)
         part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
-        for images, wanted in zip(batches, whole):
-            assert torch.equal(one(images[part], 8, part), wanted[part])
+        assert torch.equal(one(images[part].clone(), one.draw(8, 0)[part]), whole[part])
 
 
 def test_pixels_become_numbers_from_0_to_1() -> None:
@@ -296,9 +295,15 @@ def test_resizing_does_not_depend_on_the_batch() -> None:
     assert all(torch.equal(to_float(pixels[i : i + 1], 64)[0], whole[i]) for i in range(5))
 
 
+def normalized(images: Tensor, run: RunConfig) -> Tensor:
+    out = torch.empty(len(images), run.channels, *images.shape[2:])
+    normalize(images, run, out)
+    return out
+
+
 def test_grey_is_repeated_for_a_model_of_three_channels() -> None:
     run = small_run(channels=3, pixel_mean=[0.5, 0.4, 0.3], pixel_std=[0.5, 0.25, 0.1])
-    result = normalize(torch.full((2, 1, 4, 4), 0.6), run)
+    result = normalized(torch.full((2, 1, 4, 4), 0.6), run)
     assert result.shape == (2, 3, 4, 4)
     # (.6 - .5) / .5, (.6 - .4) / .25, (.6 - .3) / .1
     torch.testing.assert_close(result[1, :, 3, 3], torch.tensor([0.2, 0.8, 3.0]))
@@ -307,6 +312,101 @@ def test_grey_is_repeated_for_a_model_of_three_channels() -> None:
 def test_colour_is_averaged_for_a_model_of_one_channel() -> None:
     run = small_run(channels=1, pixel_mean=[0.5], pixel_std=[0.25])
     colour = torch.tensor([0.9, 0.6, 0.3]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    result = normalize(colour, run)
+    result = normalized(colour, run)
     assert result.shape == (1, 1, 2, 2)
     torch.testing.assert_close(result, torch.full((1, 1, 2, 2), 0.4))  # (.6 - .5) / .25
+
+
+# The whole way, a few images at a time
+
+
+@pytest.mark.parametrize(("side", "channels"), [(48, 1), (200, 1), (200, 3)])
+def test_the_model_input_is_made_a_few_images_at_a_time(side: int, channels: int) -> None:
+    """200 pixels: 6 grey images at once, 2 coloured ones; the result is that of each alone."""
+    shape = (9, side, side) if channels == 1 else (9, side, side, 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
+    run = small_run(image_size=side, channels=channels, pixel_mean=[0.4] * channels, pixel_std=[0.2] * channels)
+    augment = augmenter(**EVERYTHING)
+    draws = augment.draw(9, 1)
+    sizes: list[int] = []
+
+    def change(images: Tensor, rows: slice) -> Tensor:
+        sizes.append(len(images))
+        return augment(images, draws[rows])
+
+    found = model_input(pixels, run, change)
+    assert sizes == {(48, 1): [9], (200, 1): [6, 3], (200, 3): [2, 2, 2, 2, 1]}[side, channels]
+    assert found.shape == (9, channels, side, side)
+    for place in range(9):
+        alone = augment(to_float(pixels[place : place + 1], side), draws[place : place + 1])
+        torch.testing.assert_close(found[place], (alone[0] - 0.4) / 0.2, atol=1e-5, rtol=0)
+    plain = model_input(pixels, run)
+    torch.testing.assert_close(plain, (to_float(pixels, side) - 0.4) / 0.2, atol=1e-5, rtol=0)
+
+
+# Mixed images
+
+
+def mixture(seed: int, side: int = 16, **settings: float) -> Mixture:
+    found = draw_mixture(Augment(**(NOTHING | settings)), side, seed)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("images", "partners"), [(4, [1, 0, 3, 2]), (5, [1, 0, 3, 2, 4]), (1, [0])])
+def test_neighbours_are_mixed(images: int, partners: list[int]) -> None:
+    assert Mixture.partner(images).tolist() == partners
+
+
+def test_mixup_is_the_weighted_mean_of_two_images() -> None:
+    images = noise(5)
+    found = Mixture(0.75, None)(images)
+    torch.testing.assert_close(found[0], 0.75 * images[0] + 0.25 * images[1])
+    torch.testing.assert_close(found[3], 0.75 * images[3] + 0.25 * images[2])
+    torch.testing.assert_close(found[4], images[4])
+
+
+def test_cutmix_takes_a_rectangle_from_the_other_image() -> None:
+    images = noise(4, channels=3)
+    found = Mixture(0.9, (slice(2, 5), slice(0, 7)))(images)
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[2:5, 0:7] = True
+    assert torch.equal(found[0][:, inside], images[1][:, inside])
+    assert torch.equal(found[0][:, ~inside], images[0][:, ~inside])
+    assert torch.equal(found[3][:, inside], images[2][:, inside])
+
+
+def test_without_settings_nothing_is_mixed() -> None:
+    assert draw_mixture(Augment(**NOTHING), 16, 0) is None
+
+
+def test_the_share_of_mixup_is_drawn_from_beta() -> None:
+    shares = [mixture(seed, mixup=0.5).share for seed in range(2000)]
+    assert 0.5 <= min(shares) < 0.51
+    assert max(shares) <= 1
+    # of max(x, 1 - x), x ~ Beta(1/2, 1/2), the arcsine law: the mean is 1/2 + 1/pi, the standard deviation .158
+    assert abs(sum(shares) / 2000 - (0.5 + 1 / math.pi)) < 4 * 0.158 / 2000**0.5
+    assert all(mixture(seed, mixup=0.5).box is None for seed in range(20))
+
+
+def test_the_share_of_cutmix_is_that_of_the_pixels() -> None:
+    for seed in range(300):
+        found = mixture(seed, side=40, cutmix=1.0)
+        assert found.box is not None
+        rows, columns = found.box
+        assert 0 <= rows.start <= rows.stop <= 40
+        assert 0 <= columns.start <= columns.stop <= 40
+        assert found.share == 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / 1600
+        assert found.share >= 0.45  # half, but for rounding to whole pixels
+    areas = [1 - mixture(seed, side=40, cutmix=1.0).share for seed in range(300)]
+    assert max(areas) > 0.4
+
+
+def test_where_both_are_on_each_batch_gets_one() -> None:
+    cut = sum(mixture(seed, mixup=0.3, cutmix=0.9).box is not None for seed in range(400))
+    assert 265 < cut < 335  # 300 expected, standard deviation 8.7
+
+
+def test_the_seed_decides_the_mixture() -> None:
+    assert mixture(3, cutmix=1.0) == mixture(3, cutmix=1.0)
+    assert len({mixture(seed, mixup=1.0).share for seed in range(50)}) == 50

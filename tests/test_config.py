@@ -17,11 +17,14 @@ OTHER = {
     "pixel_mean": [0.4], "pixel_std": [0.3], "loss": "focal", "loss_alpha": 0.9, "loss_gamma": 1.0,
     "optimizer": "sgd", "lr": 0.02, "momentum": 0.8, "weight_decay": 0.1, "schedule": "step", "warmup_epochs": 1,
     "min_lr_ratio": 0.5, "step_epochs": [2], "step_factors": [0.75], "clip_grad_norm": None, "ema_decay": 0.9,
-    "precision": "bf16", "class_weights": 0.5, "balanced_sampling": 0.5,
+    "precision": "bf16", "class_weights": 0.5, "balanced_sampling": 0.5, "sam_rho": 0.05,
 }  # fmt: skip
 AUGMENT = dict.fromkeys(
-    ("flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "erasing"), 0.125
-)
+    (
+        "flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "erasing", "mixup", "cutmix"
+    ),
+    0.125,
+)  # fmt: skip
 FIXED = {
     "model": "vgg13", "options": {"width": 0.25, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.3},
     "init_from": None,
@@ -29,19 +32,22 @@ FIXED = {
     "pixel_mean": [0.5], "pixel_std": [0.25], "loss": "cross_entropy", "loss_alpha": 0.8, "loss_gamma": 2.0,
     "optimizer": "adamw", "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.05, "schedule": "cosine", "warmup_epochs": 1,
     "min_lr_ratio": 0.01, "step_epochs": [15], "step_factors": [0.25], "clip_grad_norm": 1.0, "ema_decay": None,
-    "precision": "fp32", "class_weights": 0.0, "balanced_sampling": 0.0,
+    "precision": "fp32", "class_weights": 0.0, "balanced_sampling": 0.0, "sam_rho": None,
     "augment": {
         "flip": 0.5, "rotation": 10, "scale": 0.1, "translation": 0.06, "brightness": 0.2, "contrast": 0.2,
-        "saturation": 0.0, "erasing": 0.0,
+        "saturation": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0,
     },
-    "resources": {"device": "auto", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 1},
+    "resources": {
+        "device": "auto", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 1, "accumulate": 1,
+        "sync_batch_norm": False, "compile": False, "data_share": 0.5, "readers": 2,
+    },
 }  # fmt: skip
 NOT_DECIDING = {"eval_batch_size", "resources"}
 
 
 def test_run_id_is_stable_over_releases() -> None:
     # a changed value here means that finished runs are trained again: only with a changed meaning of the settings
-    assert run_id("small", RunConfig.model_validate(FIXED), "0123456789abcdef") == "small-s1111-c5b84b59"
+    assert run_id("small", RunConfig.model_validate(FIXED), "0123456789abcdef") == "small-s1111-c8139414"
 
 
 def test_every_field_is_covered_below() -> None:
@@ -73,7 +79,17 @@ def test_run_id_changes_with_the_run_it_starts_from() -> None:
 def test_run_id_is_the_same_on_other_machines() -> None:
     moved = small_run(
         eval_batch_size=7,
-        resources={"device": "auto", "workers": 4, "cpus_per_worker": 3, "gpus_per_worker": 0.5},
+        resources={
+            "device": "auto",
+            "workers": 4,
+            "cpus_per_worker": 3,
+            "gpus_per_worker": 0.5,
+            "accumulate": 2,
+            "sync_batch_norm": True,
+            "compile": True,
+            "data_share": 0.1,
+            "readers": 0,
+        },
     )
     assert run_id("x", moved, "d") == run_id("x", small_run(), "d")
 

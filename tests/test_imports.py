@@ -34,10 +34,10 @@ OWNERS = {
 # a module imports from lower layers, or from its own folder
 LAYERS = [
     {"fer", "fer.errors", "fer.files", "fer.config"},
-    {"fer.weights", "fer.device"},
+    {"fer.weights", "fer.device", "fer.stop"},
     {"fer.checkpoint", "fer.losses", "fer.metrics", "fer.schedule", "fer.models", "fer.data",
      "fer.super_resolution"},
-    {"fer.feed"},
+    {"fer.feed", "fer.step"},
     {"fer.evaluate", "fer.predict"},
     {"fer.train"},
 ]  # fmt: skip

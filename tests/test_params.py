@@ -112,7 +112,8 @@ UNKNOWN = {
     "train.epoch=3": "train.epoch: unknown key, did you mean 'epochs'?",
     "train.augment.rotaton=3": "train.augment.rotaton: unknown key, did you mean 'rotation'?",
     "train.resources.zzz=1": (
-        "train.resources.zzz: unknown key; known: cpus_per_worker, device, gpus_per_worker, workers"
+        "train.resources.zzz: unknown key; known: accumulate, compile, cpus_per_worker, data_share, device, "
+        "gpus_per_worker, readers, sync_batch_norm, workers"
     ),
     "train.loss=focl": "train.loss: unknown loss 'focl', did you mean 'focal'?",
     "models.vgg13_small.lrr=1": "models.vgg13_small.lrr: unknown key, did you mean 'lr'?",

@@ -1,5 +1,6 @@
 """A run learns, stops where it must, and can be cut anywhere: what goes on is bit for bit the run that was not cut."""
 
+import itertools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,10 @@ from fer.losses import build_loss
 from fer.metrics import Counts
 from fer.models import MODELS, Model
 from fer.schedule import lr_at
-from fer.train import NonFiniteLoss, batches, fit, trained_images
+from fer.step import Stepper, build_optimizer
+from fer.train import NonFiniteLoss, Trainer, batches, fit, trained_images
 
+CPU = torch.device("cpu")
 TIMES = ("seconds", "images_per_second", "time")
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -39,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "balanced_sampling": 0.5,
     },
     "bf16 votes": {"precision": "bf16", "loss": "vote_sampling"},
+    "parts": {"resources": {"accumulate": 4}, "ema_decay": 0.7},
+    "sam mixed": {"sam_rho": 0.05, "augment": {"mixup": 0.4, "cutmix": 1.0}},
     "doe": doe(),
     "augmented doe with ema": doe(augment={}, ema_decay=0.8),
     "same subject": doe("same_subject", ema_decay=0.8),
@@ -258,11 +264,11 @@ def test_cut_while_the_second_epoch_is_saved(
 ) -> None:  # fmt: skip
     """The process dies at the n-th call of a function that writes, half-way through the file where it writes one."""
     saving, count = [False], [0]
-    real_save, real = train._save, getattr(module, function)
+    real_save, real = train.Trainer._save, getattr(module, function)
 
-    def save(state: Any, *others: Any) -> None:
-        saving[0] = state.epoch == 2
-        real_save(state, *others)
+    def save(trainer: Any, is_best: bool) -> None:
+        saving[0] = trainer.epoch == 2
+        real_save(trainer, is_best)
         saving[0] = False
 
     def killed(*arguments: Any, **named: Any) -> Any:
@@ -276,7 +282,7 @@ def test_cut_while_the_second_epoch_is_saved(
         return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_save", save)
+        patch.setattr(train.Trainer, "_save", save)
         patch.setattr(module, function, killed)
         # a killed process cleans nothing up
         patch.setattr(shutil, "rmtree", lambda *a, **k: None if count[0] == call else REMOVE(*a, **k))
@@ -547,15 +553,15 @@ def test_weights_spoilt_by_the_last_step_are_not_saved(
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = [0]
-    real = train._update
+    real = Stepper.update
 
-    def update(state: Any, *others: Any) -> None:
-        real(state, *others)
+    def update(stepper: Any) -> None:
+        real(stepper)
         steps[0] += 1
         if steps[0] == 12:
-            next(state.model.parameters()).data.fill_(float("nan"))
+            next(stepper.model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(train, "_update", update)
+    monkeypatch.setattr(Stepper, "update", update)
     run = small_run()
     with pytest.raises(NonFiniteLoss) as caught:
         fit("x", run, bars, tmp_path)
@@ -569,13 +575,14 @@ def test_weights_spoilt_by_the_last_step_are_not_saved(
 
 def test_a_late_look_names_the_step_that_went_wrong() -> None:
     run = small_run(schedule="cosine", epochs=3)
+    trainer: Any = SimpleNamespace(run=run, world=1, epoch=0, step=10, steps=10, folder=Path("x"))
     losses = [torch.tensor(value) for value in (1.0, float("inf"), float("nan"), 2.0)]
     with pytest.raises(NonFiniteLoss) as caught:
-        train._check_finite(losses, 1, run, epoch=0, step=9, steps=10, name="x")
+        Trainer._check_finite(trainer, losses)
     # the four losses are those of steps 7 to 10, counted from 1
     assert str(caught.value).startswith(f"x: loss is inf in epoch 1, step 8 (lr {lr_at(run, 0.75):.3g}); ")
     fine = [torch.tensor(1.0)]
-    train._check_finite(fine, 1, run, epoch=0, step=9, steps=10, name="x")
+    Trainer._check_finite(trainer, fine)
     assert fine == []
 
 
@@ -594,7 +601,7 @@ def test_weight_decay_is_for_matrices_and_kernels(optimizer: str) -> None:
     run = small_run(optimizer=optimizer, weight_decay=0.3, momentum=0.7, lr=0.02)
     model = train.build_model(run, 8)
     model.get_parameter("classifier.0.weight").requires_grad = False
-    found = train._optimizer(run, model)
+    found = build_optimizer(run, model)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
     assert type(found) is kind
     decayed, plain = found.param_groups
@@ -615,8 +622,9 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     run = small_run(clip_grad_norm=0.5, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0)
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    state = train.State(model, train._optimizer(run, model), torch.amp.GradScaler("cpu", enabled=False), None)
-    train._update(state, run, model(torch.tensor([[30.0, 40.0]])).sum())
+    stepper = Stepper(run, model, CPU, 1)
+    model(torch.tensor([[30.0, 40.0]])).sum().backward()
+    stepper.update()
     # a gradient of (30, 40), norm 50, becomes (.3, .4)
     torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[0.3, 0.4]]), atol=1e-5, rtol=0)
 
@@ -624,13 +632,14 @@ def test_gradients_are_clipped_to_the_norm() -> None:
 def test_averaged_weights_follow_with_their_decay() -> None:
     run = small_run(ema_decay=0.9, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, clip_grad_norm=None)
     model = nn.Linear(1, 1, bias=False)
-    average = train.AveragedModel(model, multi_avg_fn=train.get_ema_multi_avg_fn(0.9), use_buffers=True)
-    state = train.State(model, train._optimizer(run, model), torch.amp.GradScaler("cpu", enabled=False), average)
+    stepper = Stepper(run, model, CPU, 1)
     nn.init.constant_(model.weight, 10.0)
     weights = []
     for _ in range(3):
-        train._update(state, run, model(torch.ones(1, 1)).sum())  # a gradient of 1: 9, 8, 7
-        weights.append(float(state.evaluated.get_parameter("weight").detach()))
+        stepper.optimizer.zero_grad()
+        model(torch.ones(1, 1)).sum().backward()  # a gradient of 1: 9, 8, 7
+        stepper.update()
+        weights.append(float(stepper.evaluated.get_parameter("weight").detach()))
     assert weights == pytest.approx([9.0, 0.9 * 9 + 0.1 * 8, 0.9 * (0.9 * 9 + 0.1 * 8) + 0.1 * 7])
 
 
@@ -731,23 +740,23 @@ def test_a_batch_larger_than_the_data_is_one_step(bars: Path, tmp_path: Path) ->
     assert accuracy == pytest.approx(round(accuracy))
 
 
-def test_augmentation_is_drawn_anew_in_each_epoch(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_is_drawn_anew_in_each_step(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
-    real = train.Augmenter
+    real = train.Augmenter.draw
 
-    def augmenter(settings: Any, seed: int, device: torch.device) -> Any:
+    def draw(augmenter: Any, batch_size: int, seed: int) -> Tensor:
         seeds.append(seed)
-        return real(settings, seed, device)
+        return real(augmenter, batch_size, seed)
 
-    monkeypatch.setattr(train, "Augmenter", augmenter)
+    monkeypatch.setattr(train.Augmenter, "draw", draw)
     for seed in (1, 2):
         fit("x", small_run(seed=seed), bars, tmp_path)
-    assert len(set(seeds)) == 6
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 6
 
 
-def test_dropout_of_an_epoch_is_that_of_its_rank_and_epoch() -> None:
-    seeds = {train._seed(seed, epoch, rank) for seed in range(3) for epoch in range(4) for rank in range(4)}
-    assert len(seeds) == 48
+def test_the_random_numbers_of_a_step_are_its_own() -> None:
+    seeds = {train._seed(*place) for place in itertools.product(range(3), range(4), range(4), range(3))}
+    assert len(seeds) == 144
     assert train._seed(1, 2, 0) == train._seed(1, 2, 0)
 
 

@@ -1,29 +1,60 @@
-"""From uint8 batches to what the model sees, on the device of the batch: resize, augment (training only), normalise."""
+"""From uint8 batches to what the model sees, on the device of the batch: resize, augment (training only), normalise.
 
+Every random number of a step comes from one seed, so that a step can be repeated without those before it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fer.config import Augment, RunConfig
 
+CACHED = 2**18  # pixels that stay in a CPU's cache from one operation to the next
+
+
+def model_input(pixels: Tensor, run: RunConfig, change: Callable[[Tensor, slice], Tensor] | None = None) -> Tensor:
+    """uint8 [B, H, W] or [B, H, W, 3] -> the model's input float32 [B, run.channels, S, S], normalised.
+
+    `change(images, rows)` gets those images float32 [b, 1 or 3, S, S] in [0, 1] that stand in `rows` of the batch: all
+    at once on a GPU, a few at a time on a CPU.
+    """
+    count, side = len(pixels), run.image_size
+    per_image = max(side, pixels.shape[1]) ** 2 * (1 if pixels.ndim == 3 else 3)
+    at_once = max(2, CACHED // per_image) if pixels.device.type == "cpu" else max(1, count)
+    found = _empty((count, run.channels, side, side), pixels.device)
+    for first in range(0, count, at_once):
+        rows = slice(first, min(first + at_once, count))
+        images = to_float(pixels[rows], side)
+        normalize(change(images, rows) if change else images, run, found[rows])
+    return found
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    # numpy asks the system for huge pages, torch does not: half the time at 384 pixels
+    return torch.from_numpy(np.empty(shape, np.float32)) if device.type == "cpu" else torch.empty(shape, device=device)
+
 
 def to_float(pixels: Tensor, image_size: int) -> Tensor:
     """uint8 [B, H, W] or [B, H, W, 3] -> float32 [B, 1 or 3, image_size, image_size] in [0, 1]."""
     images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    images = images.float() / 255
+    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if images.shape[-2:] == (image_size, image_size):
         return images
     resized = F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
-    return resized.clamp(0, 1)
+    return resized.clamp_(0, 1)
 
 
-def normalize(images: Tensor, run: RunConfig) -> Tensor:
-    """float32 [B, 1 or 3, S, S] in [0, 1] -> the model's input [B, run.channels, S, S]: (x - mean) / std."""
+def normalize(images: Tensor, run: RunConfig, out: Tensor) -> None:
+    """float32 [B, 1 or 3, S, S] in [0, 1] -> (x - mean) / std in `out` [B, run.channels, S, S]."""
     if images.shape[1] > run.channels:
         images = images.mean(1, keepdim=True)
-    mean = torch.tensor(run.pixel_mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(run.pixel_std, device=images.device).view(1, -1, 1, 1)
-    return (images - mean) / std
+    for channel, (mean, std) in enumerate(zip(run.pixel_mean, run.pixel_std, strict=True)):
+        source = images[:, min(channel, images.shape[1] - 1)]
+        torch.sub(source, mean, out=out[:, channel]).div_(std)
 
 
 class Augmenter:
@@ -35,18 +66,20 @@ class Augmenter:
 
     PER_IMAGE = 13
 
-    def __init__(self, settings: Augment, seed: int, device: torch.device):
+    def __init__(self, settings: Augment, device: torch.device):
         self.settings = settings
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.device = device
+        self.generator = torch.Generator(device)
 
-    def __call__(self, images: Tensor, batch_size: int, part: slice) -> Tensor:
-        """float32 [b, C, S, S] in [0, 1], which is `part` of a batch of `batch_size` images -> same shape and range."""
-        draws = torch.rand(batch_size, self.PER_IMAGE, generator=self.generator, device=self.device)[part]
-        images = self._warp(images, draws)
-        images = self._jitter(images, draws)
-        images = self._saturate(images, draws)
-        return self._erase(images, draws)
+    def draw(self, batch_size: int, seed: int) -> Tensor:
+        """Uniform numbers for a batch, [batch_size, PER_IMAGE]."""
+        self.generator.manual_seed(seed)
+        return torch.rand(batch_size, self.PER_IMAGE, generator=self.generator, device=self.generator.device)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """float32 [b, C, S, S] in [0, 1] and [b, PER_IMAGE] -> same shape and range; `images` may be overwritten."""
+        for change in (self._warp, self._jitter, self._saturate, self._erase):
+            images = change(images, draws)
+        return images
 
     def _warp(self, images: Tensor, draws: Tensor) -> Tensor:
         s = self.settings
@@ -57,21 +90,23 @@ class Augmenter:
         flip = torch.where(draws[:, 2] < s.flip, -1.0, 1.0)
         shift = (2 * draws[:, 3:5] - 1) * 2 * s.translation  # the grid runs from -1 to 1: a side is 2
         cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        matrix = torch.stack(
-            [torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)], 1
-        )
-        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        side = images.shape[-1]
+        line = (2 * torch.arange(side, device=images.device) + 1) / side - 1
+        by_column = torch.stack([cos * flip, sin * flip], 1)[..., None] * line  # [b, 2, S]
+        by_row = torch.stack([-sin, cos], 1)[..., None] * line + shift[..., None]
+        # two planes seen as [b, S, S, 2]: faster than pairs of numbers, of which affine_grid makes them
+        grid = (by_column[:, :, None, :] + by_row[..., None]).permute(0, 2, 3, 1)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
+        """b x, then its contrast c around the mean m of that: c b x + (1 - c) b m."""
         s = self.settings
         if not s.brightness and not s.contrast:
             return images
         bright = (1 + (2 * draws[:, 5] - 1) * s.brightness).view(-1, 1, 1, 1)
         contrast = (1 + (2 * draws[:, 6] - 1) * s.contrast).view(-1, 1, 1, 1)
-        images = images * bright
-        mean = images.mean((1, 2, 3), keepdim=True)
-        return ((images - mean) * contrast + mean).clamp(0, 1)
+        rest = images.mean((1, 2, 3), keepdim=True) * bright * (1 - contrast)
+        return torch.addcmul(rest, images, bright * contrast).clamp_(0, 1)
 
     def _saturate(self, images: Tensor, draws: Tensor) -> Tensor:
         if not self.settings.saturation or images.shape[1] == 1:
@@ -93,3 +128,48 @@ class Augmenter:
         chosen = (draws[:, 7] < self.settings.erasing).view(-1, 1, 1)
         mask = (inside_rows[:, :, None] & inside_columns[:, None, :] & chosen).unsqueeze(1)
         return torch.where(mask, images.mean((1, 2, 3), keepdim=True), images)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a batch is mixed with: image i and its neighbour, which the shuffled order made a random one."""
+
+    share: float  # of the image itself in pixels and loss, .5 to 1
+    box: tuple[slice, slice] | None  # cutmix: rows and columns that come from the neighbour; None: mixup
+
+    @staticmethod
+    def partner(images: int) -> np.ndarray:
+        """1, 0, 3, 2, ...; a last one alone is its own."""
+        return np.minimum(np.arange(images) ^ 1, images - 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Float [b, C, S, S] -> the mixed images, same shape."""
+        others = images[torch.from_numpy(self.partner(len(images))).to(images.device)]
+        if self.box is None:
+            return torch.lerp(others, images, self.share)
+        mixed = images.clone()
+        mixed[:, :, *self.box] = others[:, :, *self.box]
+        return mixed
+
+
+def draw_mixture(settings: Augment, side: int, seed: int) -> Mixture | None:
+    """Mixup (Zhang et al. 2018, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899) of one batch.
+
+    Where both are on, each batch gets one of them by chance. The share is that of the larger part, as either image may
+    stand for the first.
+    """
+    if not (settings.mixup or settings.cutmix):
+        return None
+    random = np.random.default_rng(seed)
+    cut = random.random() < settings.cutmix / (settings.cutmix + settings.mixup) if settings.cutmix else False
+    alpha = settings.cutmix if cut else settings.mixup
+    share = random.beta(alpha, alpha)
+    share = max(share, 1 - share)
+    if not cut:
+        return Mixture(share, None)
+    half = side * (1 - share) ** 0.5 / 2
+    rows, columns = (
+        slice(round(max(0, centre - half)), round(min(side, centre + half))) for centre in side * random.random(2)
+    )
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return Mixture(1 - area / side**2, (rows, columns))

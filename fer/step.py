@@ -1,0 +1,172 @@
+"""One training step: forward and backward over the parts of a batch, then the update of weights and averages."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fer.config import RunConfig
+from fer.data.augment import Mixture
+from fer.device import autocast
+from fer.losses import Loss
+
+
+@dataclass
+class Part:
+    """What goes through the network at once, on its device."""
+
+    inputs: dict[str, Tensor]  # arguments of the network
+    labels: Tensor  # int64 [b]
+    targets: Tensor  # float32 [b, C]
+    weight: float  # share of the worker's images of this step
+
+
+class Stepper:
+    """The network in training, its optimizer, and averaged weights where the run has them."""
+
+    def __init__(self, run: RunConfig, model: nn.Module, device: torch.device, world: int):
+        self.run, self.model, self.device = run, model, device
+        self.optimizer = build_optimizer(run, model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        self.ema: AveragedModel | None = None
+        if run.ema_decay:
+            average = get_ema_multi_avg_fn(run.ema_decay)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.network: Any = model
+        if world > 1:
+            self.network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        self.compiled: Any = torch.compile(self.network) if run.resources.compile else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and kept: averaged ones where the run has them."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def __call__(
+        self, parts: list[Part], loss: Loss, mixture: Mixture | None, rate: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and the mean loss of this worker's images, before the update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        found = self._gradients(parts, loss, mixture, seed)
+        if self.run.sam_rho:
+            with self._uphill(self.run.sam_rho), frozen_statistics(self.model):
+                self._gradients(parts, loss, mixture, seed)
+        self.update()
+        return found
+
+    def update(self) -> None:
+        """Of the weights by their gradients."""
+        if self.run.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def _gradients(self, parts: list[Part], loss: Loss, mixture: Mixture | None, seed: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)  # dropout, drop path
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, total = [], torch.zeros((), device=self.device)
+        for number, part in enumerate(parts, 1):
+            with self._without_exchange(number < len(parts)):
+                with autocast(self.run.precision, self.device):
+                    found = self._forward(part.inputs, seed)
+                value = _mixed_loss(loss, found, part, mixture) * part.weight
+                self.scaler.scale(value).backward()
+            logits.append(found.detach())
+            total += value.detach()
+        return torch.cat(logits), total
+
+    def _forward(self, inputs: dict[str, Tensor], seed: int) -> Tensor:
+        if self.compiled is None:
+            return self.network(**inputs)
+        try:
+            return self.compiled(**inputs)
+        except _COMPILER_FAULTS as error:
+            self.compiled = None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"resources.compile: failed, goes on without ({reason})", file=sys.stderr)  # noqa: T201
+            torch.manual_seed(seed)
+            return self.network(**inputs)
+
+    def _without_exchange(self, more: bool) -> AbstractContextManager:
+        """Workers add up their gradients once a step, with the last part."""
+        if more and isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return nullcontext()
+
+    @contextmanager
+    def _uphill(self, rho: float) -> Iterator[None]:
+        """Weights moved by rho along the gradient, and put back (Foret et al. 2021, arXiv 2010.01412, equation 2)."""
+        moved = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in moved])))  # type: ignore[misc]
+        with torch.no_grad():
+            before = [p.clone() for p in moved]
+            for p in moved:
+                assert p.grad is not None
+                p.add_(p.grad * (rho / (norm + 1e-12)))
+        yield
+        with torch.no_grad():
+            for p, kept in zip(moved, before, strict=True):
+                p.copy_(kept)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter).copy_(value)  # its memory layout, which fused steps need
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+
+
+_COMPILER_FAULTS = (torch._dynamo.exc.TorchDynamoException,)
+
+
+def _mixed_loss(loss: Loss, logits: Tensor, part: Part, mixture: Mixture | None) -> Tensor:
+    value = loss(logits, part.labels, part.targets)
+    if mixture is None:
+        return value
+    others = torch.from_numpy(mixture.partner(len(logits))).to(logits.device)
+    return mixture.share * value + (1 - mixture.share) * loss(logits, part.labels[others], part.targets[others])
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm uses its batch, as in training, and keeps nothing of it."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
+
+
+def build_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Weight decay on matrices and kernels only, not on biases and norms."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": run.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if run.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=run.lr, momentum=run.momentum, fused=True)
+    kind = torch.optim.AdamW if run.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=run.lr, fused=True)
