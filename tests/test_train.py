@@ -7,6 +7,8 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +33,11 @@ from fer.metrics import Counts
 from fer.models import MODELS, Model
 from fer.schedule import lr_at
 from fer.step import Stepper, build_optimizer
+from fer.stop import Stopped
 from fer.train import NonFiniteLoss, Trainer, batches, fit, trained_images
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "images_per_second", "time")
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -245,6 +249,159 @@ def test_cut_again_and_again(bars: Path, tmp_path: Path, uncut: dict[str, Path])
             fit("x", small_run(**KINDS["ema"]), bars, tmp_path, cut_after(epoch))
     folder = fit("x", small_run(**KINDS["ema"]), bars, tmp_path)
     assert_equal_runs(folder, uncut["ema"])
+
+
+# Asked to stop in the middle of an epoch
+
+
+def stop_before(patch: pytest.MonkeyPatch, *places: tuple[int, int]) -> None:
+    """Asked to stop before these (epoch, step), both counted from 0, each once."""
+    left = list(places)
+
+    def stops(trainer: Any) -> bool:
+        if left and (trainer.epoch, trainer.step) == left[0]:
+            left.pop(0)
+            return True
+        return False
+
+    patch.setattr(Trainer, "_stops", stops)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 5), (1, 3)])
+def test_stopped_in_an_epoch_and_resumed(
+    kind: str,
+    epoch: int,
+    step: int,
+    bars: Path,
+    tmp_path: Path,
+    uncut: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = small_run(**KINDS[kind])
+    with monkeypatch.context() as patch:
+        stop_before(patch, (epoch, step))
+        with pytest.raises(Stopped) as caught:
+            fit("x", run, bars, tmp_path)
+    name = uncut[kind].name
+    assert str(caught.value) == (
+        f"{name}: stopped in epoch {epoch + 1} after {step} of 6 steps, as asked; the same command goes on"
+    )
+    assert len(rows_of(tmp_path / name)) == epoch
+    steps: list[tuple[int, int]] = []
+    real = Trainer._one_step
+
+    def one_step(trainer: Any, *others: Any) -> Any:
+        steps.append((trainer.epoch, trainer.step))
+        return real(trainer, *others)
+
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    torch.manual_seed(12345)  # what was drawn before is no matter
+    folder = fit("x", run, bars, tmp_path)
+    assert steps[0] == (epoch, step)  # no step is done again
+    assert len(steps) == 18 - 6 * epoch - step
+    assert_equal_runs(folder, uncut[kind])
+
+
+def test_stopped_again_and_again(
+    bars: Path, tmp_path: Path, uncut: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [(0, 1), (0, 2), (1, 5), (2, 0), (2, 5)]
+    stop_before(monkeypatch, *places)
+    for _ in places:
+        with pytest.raises(Stopped):
+            fit("x", small_run(**KINDS["sam mixed"]), bars, tmp_path)
+    assert_equal_runs(fit("x", small_run(**KINDS["sam mixed"]), bars, tmp_path), uncut["sam mixed"])
+
+
+@pytest.mark.parametrize("write", ["weights", "state", "json", "rename"])
+def test_killed_while_it_stops(
+    write: str, bars: Path, tmp_path: Path, uncut: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epoch's own checkpoint is still there, or the new one is."""
+    owner, name, call = {
+        "weights": (Path, "write_bytes", 1), "state": (Path, "write_bytes", 2), "json": (checkpoint, "write_json", 1),
+        "rename": (Path, "replace", 2),
+    }[write]  # fmt: skip
+    calls, real_stop, real = [-1000], Trainer._stop, getattr(owner, name)
+
+    def stop(trainer: Any, unchecked: Any) -> None:
+        calls[0] = 0
+        real_stop(trainer, unchecked)
+
+    def killed(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise Cut
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        stop_before(patch, (1, 3))
+        patch.setattr(Trainer, "_stop", stop)
+        patch.setattr(owner, name, killed)
+        patch.setattr(shutil, "rmtree", lambda *a, **k: None if calls[0] == call else REMOVE(*a, **k))
+        with pytest.raises(Cut):
+            fit("x", small_run(), bars, tmp_path)
+    assert_equal_runs(fit("x", small_run(), bars, tmp_path), uncut["adamw"])
+
+
+def test_a_file_stops_the_run_and_an_old_one_does_not(bars: Path, tmp_path: Path, uncut: dict[str, Path]) -> None:
+    folder = tmp_path / uncut["adamw"].name
+    folder.mkdir()
+    (folder / "stop").touch()
+    asked: list[int] = []
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        asked.append(row["epoch"])
+        if row["epoch"] == 1:
+            (folder / "stop").touch()
+            time.sleep(1.1)
+
+    with pytest.raises(Stopped, match="stopped in epoch 2 after 0 of 6 steps"):
+        fit("x", small_run(), bars, tmp_path, on_epoch)
+    assert asked == [1]
+    assert not (folder / "stop").exists()
+    assert_equal_runs(fit("x", small_run(), bars, tmp_path), uncut["adamw"])
+
+
+TERMINATED = """
+import json, sys, torch
+from pathlib import Path
+from fer.config import RunConfig
+from fer.stop import Stopped
+from fer.train import fit
+torch.set_num_threads(1)
+try:
+    fit("x", RunConfig.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3])
+except Stopped as stopped:
+    print(stopped)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_terminated_at_any_time_it_saves_and_goes_on(bars: Path, tmp_path: Path) -> None:
+    """SIGTERM to the process at several moments of a longer run, until one process ends it."""
+    run = small_run(epochs=12, batch_size=4)
+    whole = fit("x", run, bars, tmp_path / "whole")
+    words = [sys.executable, "-c", TERMINATED, run.model_dump_json(), str(bars), str(tmp_path / "cut")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    progress = tmp_path / "cut" / whole.name / "progress.json"
+    stops = 0
+    for moment in (0.05, 0.3, 0.1, 0.7, None):
+        before = progress.read_text() if progress.exists() else ""
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+        while moment and (not progress.exists() or progress.read_text() == before) and process.poll() is None:
+            time.sleep(0.005)
+        if moment:
+            time.sleep(moment)
+            process.terminate()
+        said, _ = process.communicate()
+        assert process.returncode in (0, 3), said
+        stops += process.returncode == 3
+        assert ("as asked; the same command goes on" in said) == (process.returncode == 3)
+    assert stops >= 2
+    assert_equal_runs(progress.parent, whole)
 
 
 # What writes while the second epoch, which is the best so far, is saved: best, then last, then metrics.jsonl
@@ -813,7 +970,10 @@ def more_models() -> Any:
     del MODELS["plain"], MODELS["normed"]
 
 
-def _rank(rank: int, port: int, run: RunConfig, data: Path, runs: Path, spoilt: bool) -> None:
+def _rank(
+    rank: int, port: int, run: RunConfig, data: Path, runs: Path, spoilt: bool, stop: tuple[int, int] | None,
+    asked: int | None,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     add_models()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -821,21 +981,29 @@ def _rank(rank: int, port: int, run: RunConfig, data: Path, runs: Path, spoilt: 
     rows: list[dict[str, Any]] = []
     if spoilt and rank == 1:
         train.build_loss = lambda *about: lambda *batch: build_loss(*about)(*batch) * float("nan")
+    if stop:
+        Trainer._stops = lambda trainer: (trainer.epoch, trainer.step) == stop  # type: ignore[method-assign]
+    if asked == rank:
+        looks = itertools.count()
+        train.StopSignal.asked = lambda signal: next(looks) > 0  # type: ignore[method-assign]
     try:
         fit("x", run, data, runs, rows.append)
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, Stopped) as error:
         (runs / f"error{rank}.txt").write_text(str(error))
     (runs / f"rows{rank}.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
-def on_two_ranks(run: RunConfig, data: Path, runs: Path, spoilt: bool = False) -> Path:
+def on_two_ranks(
+    run: RunConfig, data: Path, runs: Path, spoilt: bool = False, stop: tuple[int, int] | None = None,
+    asked: int | None = None,
+) -> Path:  # fmt: skip
     """The run's folder; what both ranks were told is equal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    runs.mkdir()
-    torch.multiprocessing.spawn(_rank, (port, run, data, runs, spoilt), nprocs=2)
+    runs.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(_rank, (port, run, data, runs, spoilt, stop, asked), nprocs=2)
     first, second = (json.loads((runs / f"rows{rank}.json").read_text()) for rank in range(2))
     assert untimed(first) == untimed(second)
     return next(path for path in runs.iterdir() if path.is_dir())
@@ -876,6 +1044,28 @@ def test_two_ranks_evaluate_the_weights_they_save(
     result = evaluated(run, data, folder / "best", loss).result()
     row = rows_of(folder)[checkpoint.load_meta(folder / "best")["epoch"] - 1]
     assert result == pytest.approx({key: row[f"val_{key}"] for key in result}, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [[(0, 3)], [(0, 0), (1, 5)]])
+def test_two_ranks_that_are_stopped_go_on_as_if_they_were_not(
+    places: list[tuple[int, int]], bars: Path, tmp_path: Path, more_models: None
+) -> None:
+    """Bit for bit, with batch norm, whose statistics differ by rank."""
+    run = small_run(model="normed", loss="vote_sampling", resources={"workers": 2, "accumulate": 2})
+    whole = on_two_ranks(run, bars, tmp_path / "whole")
+    for place in places:
+        assert on_two_ranks(run, bars, tmp_path / "cut", stop=place).name == whole.name
+    assert_equal_runs(on_two_ranks(run, bars, tmp_path / "cut"), whole)
+
+
+@pytest.mark.slow
+def test_both_ranks_stop_where_one_is_asked(bars: Path, tmp_path: Path, more_models: None) -> None:
+    """Rank 1 alone is asked, after its first look: both agree at the next step where they do."""
+    run = small_run(model="plain", batch_size=4, resources={"workers": 2})
+    folder = on_two_ranks(run, bars, tmp_path / "two", asked=1)
+    texts = [(folder.parent / f"error{rank}.txt").read_text() for rank in range(2)]
+    assert texts == [f"{folder.name}: stopped in epoch 1 after 10 of 24 steps, as asked; the same command goes on"] * 2
 
 
 @pytest.mark.slow

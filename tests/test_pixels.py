@@ -1,0 +1,96 @@
+"""The images of a split come in the order that is asked for, from memory or read ahead by other processes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_data, small_run
+
+from fer.config import Resources
+from fer.data.dataset import Split, open_data
+from fer.data.pixels import Pixels
+from fer.train import fit
+
+CPU = torch.device("cpu")
+
+
+def resources(**keys: Any) -> Resources:
+    return Resources(**small_run().resources.model_dump() | keys)
+
+
+@pytest.fixture(params=[(), (3,)], ids=["grey", "colour"])
+def split(request: pytest.FixtureRequest, tmp_path: Path) -> Split:
+    folder = make_data(tmp_path / "data")
+    if request.param:
+        grey = np.load(folder / "upscaled" / "images.npy")
+        np.save(folder / "upscaled" / "images.npy", np.stack([grey, 255 - grey, grey // 2], -1))
+    return open_data(folder).split("val")
+
+
+PLAN = [np.array([3, 0, 3]), np.array([39]), np.arange(40)[::-1].copy(), np.array([7, 8])]
+
+
+def wanted(split: Split, index: np.ndarray) -> np.ndarray:
+    return np.load(str(split.images.filename))[split.rows[index]]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("readers", [0, 1, 2])
+def test_batches_that_are_read_ahead_come_in_their_order(split: Split, readers: int) -> None:
+    pixels = Pixels(split, CPU, resources(readers=readers))
+    assert not pixels.streams
+    pixels.streams = True  # as where a GPU has no room
+    found = list(pixels.ahead(PLAN))
+    assert len(found) == len(PLAN)
+    for index, batch in zip(PLAN, found):
+        assert batch.dtype == torch.uint8
+        np.testing.assert_array_equal(batch.numpy(), wanted(split, index))
+
+
+def test_images_that_the_device_holds(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = Pixels(split, CPU, resources())
+    from_file = [pixels(index).numpy() for index in PLAN]
+    pixels._load()
+    assert pixels.resident is not None
+    assert pixels.resident.shape == (40, *split.images.shape[1:])
+    monkeypatch.setattr(Split, "pixels", None)  # the file is not asked again
+    for index, batch, before in zip(PLAN, pixels.ahead(PLAN), from_file):
+        np.testing.assert_array_equal(batch.numpy(), wanted(split, index))
+        np.testing.assert_array_equal(before, batch.numpy())
+
+
+class Gpu:
+    """Stands for a device of kind cuda, of which only the kind is asked."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize(("share", "held"), [(1.0, True), (0.5, True), (0.499, False), (0.0, False)])
+def test_a_split_is_held_where_it_takes_no_more_than_its_share(
+    share: float, held: bool, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 40 * split.images[0].nbytes, 10**12))
+    monkeypatch.setattr(Pixels, "_load", lambda pixels: loaded.append(len(pixels.split)))
+    Pixels(split, Gpu(), resources(data_share=share))  # type: ignore[arg-type]
+    assert loaded == ([40] if held else [])
+
+
+def test_a_run_is_the_same_wherever_its_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data(tmp_path / "data")
+    found = []
+    for place in ("file", "device", "ahead"):
+        real = Pixels.__init__
+
+        def placed(pixels: Pixels, *arguments: Any, place: str = place, real: Any = real) -> None:
+            real(pixels, *arguments)
+            pixels.streams = place == "ahead"
+            if place == "device":
+                pixels._load()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pixels, "__init__", placed)
+            folder = fit("x", small_run(epochs=2, resources={"accumulate": 2}), data, tmp_path / place)
+        found.append((folder / "last" / "model.safetensors").read_bytes())
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,192 @@
+"""One step: parts add up to the batch, mixed losses, sharpness-aware steps by hand, the compiler, known losses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_run
+from torch import Tensor, nn
+
+from fer.config import RunConfig
+from fer.data.augment import Mixture
+from fer.losses import build_loss
+from fer.models import build_model
+from fer.step import Part, Stepper, frozen_statistics
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+LINEAR = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "clip_grad_norm": None}
+
+
+class Square(nn.Module):
+    """Two weights; the loss of an image is half the square of their product with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return (pixel_values * self.weight).sum(1, keepdim=True)
+
+
+def half_square(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    return (logits[:, 0] ** 2).mean() / 2
+
+
+def part(images: list[list[float]], weight: float = 1.0) -> Part:
+    count = len(images)
+    return Part(
+        {"pixel_values": torch.tensor(images)}, torch.zeros(count, dtype=torch.int64), torch.ones(count, 1), weight
+    )
+
+
+def stepped(parts: list[Part], **keys: Any) -> tuple[Square, Tensor]:
+    """The network after one step of rate .1, and the loss."""
+    model = Square()
+    _, value = Stepper(small_run(**LINEAR | keys), model, CPU, 1)(parts, half_square, None, 0.1, 0)
+    return model, value
+
+
+def test_a_plain_step_by_hand() -> None:
+    # 1*3 + 2*1 = 5: loss 12.5, gradient 5 * (3, 1)
+    model, value = stepped([part([[3.0, 1.0]])])
+    assert float(value) == 12.5
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 1.5, 2 - 0.5]))
+
+
+def test_parts_add_up_by_their_weights() -> None:
+    whole, loss = stepped([part([[3.0, 1.0], [1.0, 0.0], [0.0, 2.0]])])
+    split, same = stepped([part([[3.0, 1.0], [1.0, 0.0]], 2 / 3), part([[0.0, 2.0]], 1 / 3)])
+    torch.testing.assert_close(split.weight, whole.weight)
+    torch.testing.assert_close(same, loss)
+
+
+def test_a_sharpness_aware_step_by_hand() -> None:
+    """The gradient at (1, 2) is (15, 5); with rho = sqrt(10), uphill by (3, 1) to (4, 3), where it is (45, 15)."""
+    model, value = stepped([part([[3.0, 1.0]])], sam_rho=10**0.5)
+    assert float(value) == 12.5  # of the weights as they were
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.1 * 45, 2 - 0.1 * 15]))
+
+
+def test_a_sharpness_aware_step_over_parts_is_that_of_the_batch() -> None:
+    images = [[3.0, 1.0], [1.0, -1.0], [0.5, 2.0], [2.0, 2.0]]
+    whole, _ = stepped([part(images)], sam_rho=0.5)
+    split, _ = stepped([part(images[:2], 0.5), part(images[2:], 0.5)], sam_rho=0.5)
+    torch.testing.assert_close(split.weight, whole.weight)
+    plain, _ = stepped([part(images)])
+    assert not torch.allclose(plain.weight, whole.weight)
+
+
+def test_the_second_look_of_a_sharpness_aware_step_leaves_batch_norm_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    norm: Any = model[0]
+    images = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    with frozen_statistics(model):
+        found = norm(images)
+    assert norm.running_mean.tolist() == [0, 0]
+    torch.testing.assert_close(found, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), atol=1e-4, rtol=0)  # by its own mean
+    norm(images)
+    torch.testing.assert_close(norm.running_mean, torch.tensor([0.2, 0.3]))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.layer(pixel_values)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_loss_of_mixed_images_is_mixed_alike(parts: int) -> None:
+    torch.manual_seed(0)
+    images, labels, targets = torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), torch.softmax(torch.randn(4, 3), 1)
+    model = Linear()
+    log_p = torch.log_softmax(model(images), 1).detach()
+    wanted = -((0.7 * targets + 0.3 * targets[[1, 0, 3, 2]]) * log_p).sum(1).mean()
+    run = small_run(**LINEAR, loss="vote_cross_entropy")
+    loss = build_loss(run, torch.eye(3), torch.ones(3, dtype=torch.int64))
+    pieces = [
+        Part({"pixel_values": images[rows]}, labels[rows], targets[rows], 1 / parts)
+        for rows in torch.arange(4).chunk(parts)
+    ]
+    logits, value = Stepper(run, model, CPU, 1)(pieces, loss, Mixture(0.7, None), 0.1, 0)
+    assert logits.shape == (4, 3)
+    torch.testing.assert_close(value, wanted)
+
+
+def batch_of(run: RunConfig, step: int) -> list[Part]:
+    """The bars of conftest, drawn without a file."""
+    random = np.random.default_rng(step)
+    labels = random.integers(0, 8, run.batch_size)
+    images = random.normal(0, 0.3, (run.batch_size, 1, 16, 16)).astype(np.float32)
+    images[np.arange(run.batch_size), 0, 2 * labels] += 2
+    targets = 0.8 * np.eye(8, dtype=np.float32)[labels] + 0.025
+    whole = Part({"pixel_values": torch.from_numpy(images)}, torch.from_numpy(labels), torch.from_numpy(targets), 1.0)
+    parts = run.resources.accumulate
+    return [
+        Part({"pixel_values": whole.inputs["pixel_values"][rows]}, whole.labels[rows], whole.targets[rows], 1 / parts)
+        for rows in torch.arange(run.batch_size).chunk(parts)
+    ]
+
+
+def curve(steps: int, **keys: Any) -> list[float]:
+    """The losses of the first steps from the same beginning."""
+    run = small_run(**keys)
+    torch.manual_seed(0)
+    stepper = Stepper(run, build_model(run, 8), CPU, 1)
+    loss = build_loss(run, 0.7 * torch.eye(8) + 0.3 / 8, torch.full((8,), 12))
+    return [float(stepper(batch_of(run, step), loss, None, run.lr, step)[1]) for step in range(steps)]
+
+
+UNNORMED = {"width": 0.0625, "batch_norm": False, "conv_dropout": 0.0, "dense_dropout": 0.0}
+
+
+def test_four_parts_of_four_are_one_of_sixteen() -> None:
+    keys: dict[str, Any] = {"options": UNNORMED, "loss": "focal_pdls", "class_weights": 0.5, "clip_grad_norm": 0.5}
+    whole = curve(10, **keys)
+    assert curve(10, **keys, resources={"accumulate": 4}) == pytest.approx(whole, rel=1e-4)
+    assert whole[-1] < whole[0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "sam", "bf16"])
+def test_the_first_twenty_losses_are_the_known_ones(kind: str) -> None:
+    """Written by this very function; they change only with a change of what a step means."""
+    keys: dict[str, dict[str, Any]] = {
+        "adamw": {"loss": "focal_pdls"},
+        "sgd": {"optimizer": "sgd", "loss": "compensated_focal_pdls", "ema_decay": 0.9, "lr": 0.1},
+        "sam": {"sam_rho": 0.05},
+        "bf16": {"precision": "bf16"},
+    }
+    known = json.loads(GOLDEN.read_text())[kind]
+    assert len(known) == 20
+    assert curve(20, **keys[kind]) == pytest.approx(known, rel=5e-2 if kind == "bf16" else 5e-3)
+    assert sum(known[-3:]) < 0.8 * sum(known[:3])
+
+
+# The compiler
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    keys: dict[str, Any] = {"options": UNNORMED}
+    assert curve(4, **keys, resources={"compile": True}) == pytest.approx(curve(4, **keys), rel=1e-4)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_compiler_the_step_is_taken_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
+    found = curve(3, resources={"compile": True})
+    torch._dynamo.reset()
+    assert found == curve(3)
+    message = capsys.readouterr().err
+    assert message.startswith("resources.compile: failed, goes on without (")
+    assert message.count("\n") == 1
