@@ -1,38 +1,42 @@
 """`make bench`: how fast the parts are, each beside a plain reference in the same process, and the ratio."""
 
 import argparse
-import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import upscale
+from benchmarks import pipeline, training, upscale
+from benchmarks.measure import HEAD, Effort, Row, beside, machine
 
-SECONDS = 2.0  # at least, per figure
+
+def _upscale(device: torch.device, effort: Effort) -> Iterator[Row]:
+    for what, work, reference, plain in upscale.cases(device):
+        fast, slow = beside(effort, work, plain)
+        yield Row(what, fast, reference, slow)
 
 
-def rate(work: Callable[[], int]) -> float:
-    """Images per second of `work`, which gives how many it did; after one call to warm up."""
-    work()
-    done, started = 0, time.perf_counter()
-    while (passed := time.perf_counter() - started) < SECONDS:
-        done += work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return done / passed
+CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
+    **training.CASES,
+    **pipeline.CASES,
+    "upscale": _upscale,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}\n")  # noqa: T201
-    print("| what | images/s | reference | images/s | ratio |\n|---|---|---|---|---|")  # noqa: T201
-    for what, work, reference, plain in upscale.cases(device):
-        fast, slow = rate(work), rate(plain)
-        print(f"| {what} | {fast:,.3g} | {reference} | {slow:,.3g} | {fast / slow:.2f} |", flush=True)  # noqa: T201
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=list(CASES), help="one group of rows")
+    asked = parser.parse_args()
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no usable GPU; leave it out or give cpu")
+    if asked.only == "published" and asked.device == "cpu":
+        parser.error("--only published: Swin-B and ViT-B/16 are measured on a GPU only")
+    device = torch.device(asked.device)
+    print(f"{machine(device)}\n\n{HEAD}", flush=True)  # noqa: T201
+    for name, rows in CASES.items():
+        if asked.only in (None, name):
+            for row in rows(device, Effort()):
+                print(row, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

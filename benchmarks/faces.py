@@ -1,0 +1,50 @@
+"""Drawn faces in both forms: the arrays of the pipeline, and a PNG file each in class folders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from fer.data.labels import CLASSES
+from fer.data.sample import draw_face
+
+
+def write_faces(folder: Path, side: int, **counts: int) -> None:
+    """Write `folder`/upscaled and `folder`/splits as the stages do, and `folder`/png/<split>/<number>_<class>/*.png.
+
+    `counts`: images of train, val and test, one at least each; grey, `side` px, enlarged from 48 px (bicubic).
+    """
+    rng, total = np.random.default_rng(0), sum(counts.values())
+    labels = np.arange(total) % len(CLASSES)
+    faces = (Image.fromarray(draw_face(rng, CLASSES[label])) for label in labels)
+    images = np.stack([np.asarray(face.resize((side, side), Image.Resampling.BICUBIC)) for face in faces])
+    (folder / "upscaled").mkdir(parents=True)
+    np.save(folder / "upscaled" / "images.npy", images)
+    (folder / "splits").mkdir()
+    first = 0
+    for split, count in counts.items():
+        _write_split(folder, split, np.arange(first, first + count), images, labels)
+        first += count
+    prior = 0.7 * np.eye(len(CLASSES)) + 0.3 / len(CLASSES)
+    summary = {
+        "classes": list(CLASSES),
+        "class_prior": prior.tolist(),
+        "dataset": "sample",
+        "label_mode": "majority",
+        "image_shape": [side, side],
+    }
+    (folder / "splits" / "summary.json").write_text(json.dumps(summary))
+
+
+def _write_split(folder: Path, split: str, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+    table = pd.DataFrame({"row": rows, "name": [f"{row:06}.png" for row in rows], "label": labels[rows]})
+    table[list(CLASSES)] = np.eye(len(CLASSES))[labels[rows]]
+    table["subject"], table["duplicate_of"] = "", ""
+    table.to_csv(folder / "splits" / f"{split}.csv", index=False)
+    for number, name in enumerate(CLASSES):
+        (folder / "png" / split / f"{number}_{name}").mkdir(parents=True)
+    for row, name in zip(rows, table["name"]):
+        label = labels[row]
+        Image.fromarray(images[row]).save(folder / "png" / split / f"{label}_{CLASSES[label]}" / name)

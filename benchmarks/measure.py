@@ -1,0 +1,84 @@
+"""How figures are taken: both sides in turns, each at its best, since other work on the machine only takes away."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+Work = Callable[[], int]  # does something with images and gives how many
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is computed for a figure; tests take less."""
+
+    seconds: float = 2.0  # at least, of each side in each round
+    rounds: int = 3
+    large: int = 512  # images of the sizes that published systems see
+    small: int = 2048  # images of 48 px
+    epochs: tuple[int, int] = (2, 8)  # of the two runs whose difference gives the pipeline's overhead
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    rate: float  # images per second
+    reference: str
+    plain: float  # images per second of the reference
+    note: str = ""
+
+    def __str__(self) -> str:
+        figures = f"{_rounded(self.rate)} | {self.reference} | {_rounded(self.plain)} | {self.rate / self.plain:.2f}"
+        return f"| {self.what} | {figures} | {self.note} |"
+
+
+def _rounded(value: float) -> str:
+    """To three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.12g}"
+
+
+HEAD = "| what | images/s | reference | images/s | ratio | |\n|---|---|---|---|---|---|"
+
+
+def beside(effort: Effort, work: Work, *plain: Work) -> tuple[float, float]:
+    """Images/s of `work` and of the fastest way of the reference, each after one call to warm up."""
+    sides = (work, *plain)
+    for side in sides:
+        side()
+    best = [0.0] * len(sides)
+    for _ in range(effort.rounds):
+        best = [max(known, _rate(side, effort.seconds)) for known, side in zip(best, sides)]
+    return best[0], max(best[1:])
+
+
+def _rate(work: Work, seconds: float) -> float:
+    done, passed, started = 0, 0.0, time.perf_counter()
+    while not done or passed < seconds:
+        done += work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        passed = time.perf_counter() - started
+    return done / passed
+
+
+def machine(device: torch.device) -> str:
+    """Where and on what the figures were taken."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    where = f"{name}, {torch.get_num_threads()} threads, {platform.machine()}"
+    return f"{date.today()}, commit {commit.stdout.strip() or 'unknown'}, {where}, {versions}"
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    names = [line for line in known.read_text().splitlines() if line.startswith("model name")] if known.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or "CPU"

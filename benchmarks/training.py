@@ -1,0 +1,304 @@
+"""The training engine's parts and whole epochs against the plain way of `benchmarks.reference`, on the same faces."""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import reference
+from benchmarks.faces import write_faces
+from benchmarks.measure import ROOT, Effort, Row, Work, beside
+from fer.config import RunConfig
+from fer.data.augment import Augmenter, normalize, to_float
+from fer.data.dataset import DataSet, open_data
+from fer.device import autocast
+from fer.evaluate import predict_split
+from fer.feed import Feed
+from fer.losses import Loss, build_loss
+from fer.models import build_model
+from fer.train import fit
+from pipelines.params import load
+
+# dense bf16 FLOP/s, from the makers' data sheets; the first that is a word of the device's name
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+}  # fmt: skip
+PNG = "PNG files, PIL, fp32"
+
+
+def settings(name: str, device: torch.device, **changes: Any) -> RunConfig:
+    """A run of params.yaml from random weights, on the threads of this process."""
+    keys = load(ROOT / "params.yaml").models[name].model_dump() | {"warmup_epochs": 0}
+    keys["resources"] |= {"device": device.type, "cpus_per_worker": torch.get_num_threads()}
+    if "backbone" in keys["options"]:
+        keys["options"]["backbone"]["weights"] = None
+    return RunConfig.model_validate(keys | changes)
+
+
+@contextmanager
+def faces(run: RunConfig, **counts: int) -> Iterator[tuple[DataSet, Path]]:
+    """Drawn faces of the run's size in a temporary folder: as the engine reads them, and the folder of PNG files."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_faces(Path(folder), run.image_size, **{"train": 1, "val": 1, "test": 1} | counts)
+        yield open_data(folder), Path(folder) / "png"
+
+
+def batches(
+    run: RunConfig, data: DataSet, device: torch.device, augmented: bool
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Inputs, labels and targets of one epoch, made by the engine."""
+    split = data.split("train")
+    feed = Feed(nn.Identity(), run, split, data.classes, device)
+    augmenter = Augmenter(run.augment, run.seed, device)
+    order = np.random.default_rng(run.seed).permutation(len(split))
+    for index in order[: len(order) // run.batch_size * run.batch_size].reshape(-1, run.batch_size):
+        augment = partial(augmenter, batch_size=len(index), part=slice(0, len(index))) if augmented else None
+        yield feed(index, augment), split.labels[index].to(device), split.targets[index].to(device)
+
+
+def loss_of(run: RunConfig, data: DataSet, device: torch.device) -> Loss:
+    counts = torch.bincount(data.split("train").labels, minlength=len(data.classes))
+    return build_loss(run, data.prior().to(device), counts.to(device))
+
+
+def plain_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same loss of logits and labels alone."""
+    return lambda logits, labels: loss(logits, labels, nn.functional.one_hot(labels, logits.shape[1]).float())
+
+
+def ways(way: Callable[[int], Work]) -> list[Work]:
+    """The reference with no loader process, and with as many as the engine has threads."""
+    return [way(0), way(torch.get_num_threads())]
+
+
+def inputs_alone(run: RunConfig, data: DataSet, device: torch.device, augmented: bool) -> Work:
+    """The engine's inputs of an epoch, for nobody."""
+    return lambda: sum(len(labels) for _, labels, _ in batches(run, data, device, augmented))
+
+
+def input_path(run: RunConfig, device: torch.device, effort: Effort, images: int) -> Iterator[Row]:
+    """From files to normalised batches on the device, without and with augmentation."""
+    kinds = (
+        ("input", None, "PNG files"),
+        ("input, augmented", reference.same_work(run), "PNG files, PIL, same work"),
+        ("input, augmented", reference.as_published(run), "PNG files, PIL, as published"),
+    )
+    with faces(run, train=images) as (data, pngs):
+        for what, transform, name in kinds:
+
+            def way(workers: int, transform: reference.Transform | None = transform) -> Work:
+                files = reference.loader(pngs / "train", run, transform, workers, train=True)
+                return lambda: sum(len(labels) for _, labels in reference.on_device(files, device))
+
+            ours = inputs_alone(run, data, device, augmented=transform is not None)
+            yield Row(f"{what}, {run.image_size} px", *_named(name, beside(effort, ours, *ways(way))))
+
+
+def _named(name: str, rates: tuple[float, float]) -> tuple[float, str, float]:
+    return rates[0], name, rates[1]
+
+
+def augmentation(run: RunConfig, device: torch.device, effort: Effort, images: int) -> Iterator[Row]:
+    """Decoded images to normalised ones: batches on the device against one image at a time in PIL, in one thread."""
+    with faces(run, train=images) as (data, pngs):
+        pixels = data.split("train").pixels(np.arange(images)).to(device)
+        augmenter = Augmenter(run.augment, run.seed, device)
+        plain = reference.PngFolder(pngs / "train", run, None)
+        decoded = [plain.open(index) for index in range(images)]
+        transform = reference.same_work(run)
+
+        def ours() -> int:
+            for part in pixels.split(run.batch_size):
+                floats = to_float(part, run.image_size)
+                normalize(augmenter(floats, batch_size=len(part), part=slice(0, len(part))), run)
+            return images
+
+        def theirs() -> int:
+            return len([plain.normalized(transform(image)) for image in decoded])
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        rates = beside(effort, ours, theirs)
+        torch.set_num_threads(threads)
+    yield Row(f"augmentation, {run.image_size} px, one thread", *_named("PIL, same work", rates))
+
+
+class Trainer:
+    """A network, its loss and optimiser, and steps on them: the engine's precision, or the reference's fp32."""
+
+    def __init__(self, run: RunConfig, data: DataSet, device: torch.device):
+        torch.manual_seed(run.seed)
+        self.run, self.device = run, device
+        self.model = build_model(run, len(data.classes)).to(device).train()
+        self.loss = loss_of(run, data, device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+
+    def step(self, inputs: dict[str, Tensor], labels: Tensor, targets: Tensor) -> None:
+        with autocast(self.run.precision, self.device):
+            logits = self.model(**inputs)
+        value = self.loss(logits, labels, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+
+    def plain_step(self, images: Tensor, labels: Tensor) -> None:
+        reference.train_step(self.model, images, labels, plain_loss(self.loss), self.optimizer)
+
+
+def train_step(run: RunConfig, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
+    """Forward, backward and update on one batch that is there already."""
+    with faces(run, train=run.batch_size) as (data, _):
+        inputs, labels, targets = next(batches(run, data, device, augmented=False))
+        sides = Trainer(run, data, device), Trainer(run, data, device)
+
+    def ours() -> int:
+        sides[0].step(inputs, labels, targets)
+        return len(labels)
+
+    def theirs() -> int:
+        sides[1].plain_step(inputs["pixel_values"], labels)
+        return len(labels)
+
+    yield Row(f"train step, {name}, {run.precision}", *_named("fp32, .item()", beside(effort, ours, theirs)))
+
+
+def evaluation(run: RunConfig, device: torch.device, effort: Effort, name: str, images: int) -> Iterator[Row]:
+    """The accuracy on a split, from its files."""
+    with faces(run, val=images) as (data, pngs):
+        model = build_model(run, len(data.classes)).to(device)
+        split = data.split("val")
+        feed = Feed(model, run, split, data.classes, device)
+
+        def ours() -> int:
+            predict_split(model, feed)
+            return images
+
+        def way(workers: int) -> Work:
+            files = reference.loader(pngs / "val", run, None, workers, train=False)
+            return lambda: images if reference.accuracy(model, files, device) >= 0 else 0
+
+        rates = beside(effort, ours, *ways(way))
+    yield Row(f"evaluation, {name}, {run.precision}", *_named(PNG, rates))
+
+
+def epoch(run: RunConfig, device: torch.device, effort: Effort, name: str, images: int) -> Iterator[Row]:
+    """A whole epoch of `fit`, its evaluation and checkpoints too, and how much of it the input alone would take."""
+    with faces(run, train=images, val=images // 8) as (data, pngs):
+        rows: list[dict[str, Any]] = []
+        fit("bench", run, data.folder, data.folder / "runs", rows.append)
+        # the first one warms up
+        rate = images / min(row["seconds"] for row in rows[1:])
+
+        trainer = Trainer(run, data, device)
+
+        def way(workers: int) -> Work:
+            train = reference.loader(pngs / "train", run, reference.same_work(run), workers, train=True)
+            val = reference.loader(pngs / "val", run, None, workers, train=False)
+
+            def work() -> int:
+                seen = reference.train_epoch(trainer.model, train, plain_loss(trainer.loss), trainer.optimizer, device)
+                reference.accuracy(trainer.model, val, device)
+                torch.save(trainer.model.state_dict(), data.folder / "last.pth")
+                return seen
+
+            return work
+
+        inputs, plain = beside(effort, inputs_alone(run, data, device, augmented=True), *ways(way))
+    yield Row(f"epoch, {name}, {run.precision}", rate, PNG, plain, f"input {100 * rate / inputs:.2g} % of it")
+
+
+def published(run: RunConfig, device: torch.device, effort: Effort, name: str, images: int) -> Iterator[Row]:
+    """Training of a published system from files of its size: share of the peak, of the input, and memory.
+
+    `fit` evaluates one small batch, so its images/s are those of training.
+    """
+    with faces(run, train=images, val=8) as (data, pngs):
+        rows: list[dict[str, Any]] = []
+        _forget_peak(device)
+        fit("bench", run, data.folder, data.folder / "runs", rows.append)
+        rate, memory = max(row["images_per_second"] for row in rows[1:]), _peak_memory(device)
+        trainer = Trainer(run, data, device)
+        with FlopCounterMode(display=False) as counter:
+            trainer.step(*next(batches(run, data, device, augmented=False)))
+        flops = counter.get_total_flops() / run.batch_size
+
+        def way(workers: int) -> Work:
+            files = reference.loader(pngs / "train", run, reference.same_work(run), workers, train=True)
+            loss, optimizer = plain_loss(trainer.loss), trainer.optimizer
+            return lambda: reference.train_epoch(trainer.model, files, loss, optimizer, device)
+
+        _forget_peak(device)
+        inputs, plain = beside(effort, inputs_alone(run, data, device, augmented=True), *ways(way))
+        note = f"{_share_of_peak(flops * rate, device)}, input {100 * rate / inputs:.2g} % of it"
+        if memory:
+            note += f", {memory:.1f} GiB against {_peak_memory(device):.1f}"
+    yield Row(f"training, {name}, {run.precision}", rate, PNG, plain, note)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB that tensors took at the most; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def _share_of_peak(flops: float, device: torch.device) -> str:
+    """Model FLOP/s: convolutions, matrix products and attention, forward and backward, of what bf16 could do."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((value for known, value in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
+    return f"{flops / 1e12:.3g} TFLOP/s" + (f", MFU {100 * flops / peak:.1f} %" if peak else "")
+
+
+def _input(device: torch.device, effort: Effort) -> Iterator[Row]:
+    yield from input_path(settings("swin_nr_fpdls", device), device, effort, effort.large)
+    yield from input_path(settings("vgg13_small", device), device, effort, effort.small)
+
+
+def _augmentation(device: torch.device, effort: Effort) -> Iterator[Row]:
+    yield from augmentation(settings("swin_nr_fpdls", device), device, effort, effort.large // 4)
+
+
+def _train_step(device: torch.device, effort: Effort) -> Iterator[Row]:
+    for name in SMALL:
+        yield from train_step(settings(name, device), device, effort, name)
+
+
+def _evaluation(device: torch.device, effort: Effort) -> Iterator[Row]:
+    for name in SMALL:
+        yield from evaluation(settings(name, device), device, effort, name, effort.small)
+
+
+def _epoch(device: torch.device, effort: Effort) -> Iterator[Row]:
+    for name in SMALL:
+        yield from epoch(settings(name, device, epochs=1 + effort.rounds), device, effort, name, effort.small)
+
+
+def _published(device: torch.device, effort: Effort) -> Iterator[Row]:
+    """Nothing on a CPU, where an epoch takes hours."""
+    for name in ("swin_nr_fpdls", "vit_se") if device.type == "cuda" else ():
+        run = settings(name, device, epochs=1 + effort.rounds)
+        yield from published(run, device, effort, name, 8 * effort.large)
+
+
+SMALL = ("vgg13_small", "swin_nr_fpdls_tiny")
+CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
+    "input": _input,
+    "augmentation": _augmentation,
+    "step": _train_step,
+    "evaluation": _evaluation,
+    "epoch": _epoch,
+    "published": _published,
+}

@@ -1,0 +1,197 @@
+"""The benchmarks run on small sizes, and both sides compute the same; no time is asserted."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NO_AUGMENT, small_run
+from PIL import Image
+
+from benchmarks import __main__ as bench
+from benchmarks import pipeline, reference, training
+from benchmarks.measure import HEAD, Effort, Row, beside
+from fer.config import RunConfig
+from fer.evaluate import metrics, predict_split
+from fer.feed import Feed
+from fer.models import build_model
+
+CPU = torch.device("cpu")
+LITTLE = Effort(seconds=0, rounds=1, large=16, small=32, epochs=(1, 2))
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "ways", lambda way: [way(0)])
+
+
+def three_channels(**changes: object) -> RunConfig:
+    return small_run(channels=3, pixel_mean=[0.5, 0.4, 0.3], pixel_std=[0.2, 0.25, 0.3], **changes)
+
+
+@pytest.mark.parametrize("run", [small_run(), three_channels()], ids=["grey", "rgb"])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_both_sides_make_the_same_batches(run: RunConfig, flip: float) -> None:
+    """The engine in its own order, the reference in that of its files."""
+    run = run.model_copy(update={"augment": run.augment.model_validate(NO_AUGMENT | {"flip": flip})})
+    with training.faces(run, train=32) as (data, pngs):
+        order = np.random.default_rng(run.seed).permutation(32)
+        ours = list(training.batches(run, data, CPU, augmented=True))
+        plain = reference.PngFolder(pngs / "train", run, reference.same_work(run))
+        theirs = [plain[index] for index in order]
+    assert [len(labels) for _, labels, _ in ours] == [16, 16]
+    images = torch.cat([inputs["pixel_values"] for inputs, _, _ in ours])
+    expected = torch.stack([image for image, _ in theirs])
+    assert images.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    assert torch.cat([labels for _, labels, _ in ours]).tolist() == [label for _, label in theirs]
+
+
+def test_the_references_warp_turns_enlarges_and_moves() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
+
+    def warped(angle: float, zoom: float, shift: list[float]) -> np.ndarray:
+        return np.asarray(reference._affine(image, angle, zoom, shift, Image.Resampling.NEAREST))
+
+    pixels = np.asarray(image)
+    np.testing.assert_array_equal(warped(0, 1, [0, 0]), pixels)
+    np.testing.assert_array_equal(warped(90, 1, [0, 0]), np.rot90(pixels, -1))
+    np.testing.assert_array_equal(warped(0, 2, [0, 0]), pixels[4:12, 4:12].repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(warped(0, 1, [3, 5])[5:, 3:], pixels[:-5, :-3])
+
+
+def test_the_references_augmentations_keep_size_and_change_images() -> None:
+    run = three_channels()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for transform in (reference.same_work(run), reference.as_published(run)):
+        found = transform(image)
+        assert (found.size, found.mode) == ((16, 16), "RGB")
+        assert (np.asarray(found) != np.asarray(image)).any()
+
+
+def test_both_sides_take_the_same_step() -> None:
+    run = small_run(
+        loss="focal_pdls", options={"width": 0.0625, "batch_norm": True, "conv_dropout": 0.0, "dense_dropout": 0.0}
+    )
+    with training.faces(run, train=16) as (data, _):
+        inputs, labels, targets = next(training.batches(run, data, CPU, augmented=False))
+        ours, theirs, still = (training.Trainer(run, data, CPU) for _ in range(3))
+    ours.step(inputs, labels, targets)
+    theirs.plain_step(inputs["pixel_values"], labels)
+    for one, two in zip(ours.model.parameters(), theirs.model.parameters()):
+        torch.testing.assert_close(one, two)
+    moved = zip(ours.model.parameters(), still.model.parameters())
+    assert any((one != two).any() for one, two in moved)
+
+
+def test_both_sides_find_the_same_accuracy() -> None:
+    run = small_run()
+    with training.faces(run, val=40) as (data, pngs):
+        torch.manual_seed(0)
+        model = build_model(run, 8)
+        split = data.split("val")
+        found = metrics(predict_split(model, Feed(model, run, split, data.classes, CPU))[0], split.labels)["accuracy"]
+        expected = reference.accuracy(model, reference.loader(pngs / "val", run, None, 0, train=False), CPU)
+    assert found == pytest.approx(expected)
+    assert 0 < found < 1
+
+
+CASES: dict[str, tuple[Callable[[], object], int]] = {
+    "input": (lambda: training.input_path(small_run(), CPU, LITTLE, 16), 3),
+    "augmentation": (lambda: training.augmentation(small_run(), CPU, LITTLE, 16), 1),
+    "step": (lambda: training.train_step(small_run(), CPU, LITTLE, "x"), 1),
+    "evaluation": (lambda: training.evaluation(small_run(), CPU, LITTLE, "x", 16), 1),
+    "epoch": (lambda: training.epoch(small_run(epochs=2), CPU, LITTLE, "x", 16), 1),
+    "published": (lambda: training.published(small_run(epochs=2), CPU, LITTLE, "x", 16), 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_gives_its_rows(name: str, no_processes: None) -> None:
+    make, count = CASES[name]
+    rows = list(make())
+    assert len(rows) == count
+    for row in rows:
+        assert row.rate > 0
+        assert row.plain > 0
+        assert str(row).count("|") == HEAD.splitlines()[0].count("|")
+
+
+def test_the_cases_of_the_table_are_tried_here() -> None:
+    assert set(training.CASES) == set(CASES)
+    assert set(bench.CASES) == {*CASES, "pipeline", "workers", "upscale"}
+
+
+def test_settings_are_those_of_params_yaml_without_files_of_weights() -> None:
+    run = training.settings("swin_nr_fpdls", CPU)
+    assert run.image_size == 384
+    assert run.augment.rotation == 45
+    assert run.options["backbone"]["weights"] is None
+    assert (run.resources.device, run.resources.cpus_per_worker) == ("cpu", torch.get_num_threads())
+
+
+def test_the_best_of_the_reference_counts() -> None:
+    done: list[str] = []
+
+    def side(name: str, images: int) -> Callable[[], int]:
+        return lambda: done.append(name) or images
+
+    fast, slow = beside(Effort(seconds=0, rounds=2), side("ours", 10), side("none", 10), side("two", 10**9))
+    assert done == ["ours", "none", "two"] * 3
+    assert slow > fast
+
+
+def test_fixed_and_per_epoch_cost_from_two_lengths() -> None:
+    """8 s and 3 s an epoch: 14 s for 2, 32 s for 8."""
+    assert pipeline.line({8: 32.0, 2: 14.0}) == (8.0, 3.0)
+
+
+@pytest.mark.parametrize(("device", "expected"), [
+    ("NVIDIA H100 80GB HBM3", "495 TFLOP/s, MFU 50.1 %"),
+    ("NVIDIA H100 PCIe", "495 TFLOP/s, MFU 65.5 %"),
+    ("NVIDIA A100-SXM4-80GB", "495 TFLOP/s, MFU 158.7 %"),
+    ("NVIDIA RTX A1000", "495 TFLOP/s"),
+])  # fmt: skip
+def test_share_of_the_peak(device: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda which: device)
+    assert training._share_of_peak(495e12, torch.device("cuda")) == expected
+
+
+def test_a_row_is_a_line_of_the_table() -> None:
+    assert str(Row("epoch", 1500.0, "plain", 500.0, "x")) == "| epoch | 1,500 | plain | 500 | 3.00 | x |"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(("words", "message"), [
+    (["--device", "cuda"], "--device cuda: this machine has no usable GPU; leave it out or give cpu"),
+    (["--only", "published"], "--only published: Swin-B and ViT-B/16 are measured on a GPU only"),
+])  # fmt: skip
+def test_what_needs_a_gpu_says_so(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    with pytest.raises(SystemExit) as caught:
+        bench.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_run_tells_its_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"models\.x\.epochs=2 ended with status 1: no such thing"):
+        pipeline.run("import sys; sys.exit('no such thing')", tmp_path, "x", epochs=2)
+
+
+@pytest.mark.slow
+def test_the_pipelines_cost_is_told() -> None:
+    (row,) = pipeline.overhead(CPU, LITTLE)
+    assert re.fullmatch(r"[+-][\d.]+ s fixed, [+-][\d.]+ % an epoch of [\d.-]+ s", row.note)
+
+
+@pytest.mark.slow
+def test_one_worker_and_two_train() -> None:
+    (row,) = pipeline.workers(CPU, LITTLE)
+    assert (row.what, row.reference) == ("2 workers, vgg13_small", "1 worker")
+    assert min(row.rate, row.plain) > 0
