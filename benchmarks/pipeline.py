@@ -78,14 +78,14 @@ def overhead(device: torch.device, effort: Effort) -> Iterator[Row]:
 def workers(device: torch.device, effort: Effort) -> Iterator[Row]:
     """images/s of one run on n workers, a CPU core or a GPU each, against one worker; nothing where there is one."""
     most = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
-    alone = _rate(1, device, effort) if most > 1 else 0.0
+    alone = trained_by(1, device, effort) if most > 1 else 0.0
     for count in range(2, most + 1):
         if 64 % count == 0:  # the batch divides by it
-            yield Row(f"{count} workers, {NAME}", _rate(count, device, effort), "1 worker", alone)
+            yield Row(f"{count} workers, {NAME}", trained_by(count, device, effort), "1 worker", alone)
 
 
-def _rate(count: int, device: torch.device, effort: Effort) -> float:
-    """images/s of the best epoch after the first."""
+def trained_by(count: int, device: torch.device, effort: Effort) -> float:
+    """images/s of `count` workers, in the best epoch after the first."""
     with project(2 * effort.small) as folder:
         asked = {"resources.workers": count, "resources.cpus_per_worker": 1, "resources.device": device.type}
         run(FLOW, folder, NAME, epochs=1 + effort.rounds, warmup_epochs=0, **asked)
