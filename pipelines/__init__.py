@@ -16,10 +16,12 @@ _DEFAULTS = {
     "HF_HUB_VERBOSITY": "error",  # without a network it tells of every try
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces
+    "RAY_enable_metrics_collection": "0",  # nobody reads them here, and the agent that holds them grows with every run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # runs wait for busy GPUs instead of failing
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_CALLBACKS": "pipelines.launch.GiveBack",  # frees the GPUs of workers that could not start
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 for _name, _value in _DEFAULTS.items():

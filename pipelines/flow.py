@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,37 +138,57 @@ def _ctrl_c_ends_it() -> Iterator[None]:
 
 
 def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:
-    """Submit every run at once and wait, a run that starts from another after that one; name -> error of the failed."""
-    step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
+    """Submit every run and wait, a run that starts from another after that one; name -> error of the failed."""
     runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(runs)))
     with runner as pool:
-        futures: dict[str, Any] = {}
-        for name, (run, folder) in runs.items():
-            first = run.init_from if run.init_from in runs else None
-            futures[name] = pool.submit(
-                step,
-                parameters={
-                    "name": name,
-                    "run": run,
-                    "folder": folder,
-                    "tracker": tracker,
-                    "max_failures": params.experiment.max_worker_failures,
-                    "start": runs[first][1].name if first else None,
-                },
-                wait_for=[futures[first]] if first else None,
-            )
+        futures = _submit(runs, pool, tracker, params)
         wait(list(futures.values()))
     failed: dict[str, BaseException] = {}
-    for name, future in futures.items():
+    for name in runs:
         first = runs[name][0].init_from
         if first in failed:
             kind = UserError if isinstance(failed[first], UserError) else RuntimeError
             failed[name] = kind(f"{name}: not started, as {first}, from which it starts, failed")
-        elif not future.state.is_completed():
-            failed[name] = future.state.result(raise_on_failure=False)
+        elif not futures[name].state.is_completed():
+            failed[name] = futures[name].state.result(raise_on_failure=False)
         if name in failed:
             get_run_logger().error("%s: %s", name, failed[name])
     return failed
+
+
+def _submit(runs: Runs, pool: Any, tracker: Tracker, params: Params) -> dict[str, Any]:
+    """A future per run. Where they do not all fit at once, each stands in Ray's line before the next is submitted.
+
+    The widest go first: Ray gives what is free to any run that fits, so a wide one behind narrow ones would be last.
+    """
+    step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
+    in_order = not launch.all_fit([run for run, _ in runs.values()])
+    futures: dict[str, Any] = {}
+    for name in sorted(runs, key=lambda name: (_steps_before(name, runs), *launch.narrowness(runs[name][0]))):
+        run, folder = runs[name]
+        first = run.init_from if run.init_from in runs else None
+        line = launch.in_line() if in_order else set()
+        futures[name] = pool.submit(
+            step,
+            parameters={
+                "name": name,
+                "run": run,
+                "folder": folder,
+                "tracker": tracker,
+                "max_failures": params.experiment.max_worker_failures,
+                "start": runs[first][1].name if first else None,
+            },
+            wait_for=[futures[first]] if first else None,
+        )
+        while in_order and not first and launch.in_line() <= line and not futures[name].wrapped_future.done():
+            time.sleep(0.1)
+    return futures
+
+
+def _steps_before(name: str, runs: Runs) -> int:
+    """How many of `runs` end before this one begins."""
+    first = runs[name][0].init_from
+    return 1 + _steps_before(first, runs) if first in runs else 0
 
 
 def _worth_a_retry(task: Any, task_run: Any, state: State) -> bool:

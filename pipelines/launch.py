@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util import ActorPool
+from torch.distributed import Backend
 
 from fer.config import Resources, RunConfig
 from fer.errors import UserError
@@ -56,15 +59,49 @@ def check_resources(runs: dict[str, RunConfig]) -> None:
         if asked.device == "cuda" and not have.get("GPU"):
             lines.append(f"models.{name}.resources.device: cuda, but no GPU is there; set it to auto or cpu")
             continue
-        for kind, count in _per_worker(asked).items():
-            need = asked.workers * count
-            if need > have.get(kind, 0):
-                lines.append(
-                    f"models.{name}.resources: {asked.workers} worker(s) need {need:g} {kind}s, "
-                    f"there are {have.get(kind, 0):g}; lower workers or name a larger cluster in RAY_ADDRESS"
-                )
+        short = [
+            f"models.{name}.resources: {asked.workers} worker(s) need {need:g} {kind}s, "
+            f"there are {have.get(kind, 0):g}; lower workers or name a larger cluster in RAY_ADDRESS"
+            for kind, need in _needs(run).items()
+            if need > have.get(kind, 0)
+        ]
+        lines += short
+        if not short and (room := _room(asked)) < asked.workers:
+            share = " and ".join(f"{count:g} {kind}s" for kind, count in _per_worker(asked).items())
+            lines.append(
+                f"models.{name}.resources: a worker needs {share} of one machine; the machines that are there have "
+                f"room for {room} of {asked.workers} worker(s); lower cpus_per_worker or gpus_per_worker"
+            )
     if lines:
         raise UserError("\n".join(lines))
+
+
+def _room(asked: Resources) -> int:
+    """How many workers of this kind all machines hold when nothing else runs."""
+    share = {kind: count for kind, count in _per_worker(asked).items() if count}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(machine.get(kind, 0) / count) for kind, count in share.items()) for machine in machines)
+
+
+def all_fit(runs: list[RunConfig]) -> bool:
+    """Whether there is room for all of them at the same time."""
+    have = ray.cluster_resources()
+    total: Counter[str] = Counter()
+    for run in runs:
+        total.update(_needs(run))
+    return all(need <= have.get(kind, 0) for kind, need in total.items())
+
+
+def narrowness(run: RunConfig) -> tuple[float, float]:
+    """Sorts runs that need many GPUs, then many CPUs, before the others."""
+    needs = _needs(run)
+    return -needs.get("GPU", 0), -needs["CPU"]
+
+
+def in_line() -> set[str]:
+    """Ids of what the runs of this process have asked of Ray so far, given or not."""
+    job = ray.get_runtime_context().get_job_id()
+    return {group for group in ray.util.placement_group_table() if group.endswith(job)}
 
 
 def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures: int, start: str | None) -> None:
@@ -91,6 +128,8 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
             use_gpu=_uses_gpu(run.resources),
             resources_per_worker=_per_worker(run.resources),
         ),
+        # each worker takes what fits its machine, NCCL or Gloo; Ray's own choice is NCCL also where torch has no GPU
+        torch_config=TorchConfig(backend=Backend.UNDEFINED if _uses_gpu(run.resources) else "gloo"),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=uuid.uuid4().hex,  # a name used before would silently bring its old state back
             storage_path=str(storage.resolve()),
@@ -106,6 +145,26 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
         shutil.rmtree(storage, ignore_errors=True)
     if outcome["error"]:
         raise UserError(outcome["error"])
+
+
+class GiveBack(ControllerCallback, WorkerGroupCallback):
+    """Frees what workers hold that die while they start; Ray 2.60 keeps it, and the next try would wait for ever.
+
+    Runs in Ray Train's controller, before its other callbacks (RAY_TRAIN_CALLBACKS).
+    """
+
+    starting: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.starting = worker_group.get_worker_group_state()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        self.starting = None  # it has started: now Ray frees it
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        if self.starting is not None:
+            self.starting.shutdown()
+            self.starting = None
 
 
 def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: str) -> Iterator[Any]:
@@ -194,6 +253,10 @@ def _per_worker(asked: Resources) -> dict[str, float]:
     if _uses_gpu(asked):
         share["GPU"] = asked.gpus_per_worker
     return share
+
+
+def _needs(run: RunConfig) -> dict[str, float]:
+    return {kind: run.resources.workers * count for kind, count in _per_worker(run.resources).items()}
 
 
 def _reason(name: str, error: ray.train.TrainingFailedError) -> RuntimeError:
