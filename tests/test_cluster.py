@@ -1,0 +1,293 @@
+"""Scheduling proven on Ray's logical resources: many runs on four GPUs that do not exist, and on two nodes."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from conftest import ROOT, make_data, small_run
+from ray.cluster_utils import Cluster
+from test_flow import BIN, _workers, env, wait_for
+
+from fer.config import RunConfig, run_id
+from fer.data.dataset import open_data
+from fer.errors import UserError
+from fer.train import fit
+from pipelines import launch
+from pipelines.params import load
+
+pytestmark = pytest.mark.slow
+
+GPUS = 4
+# name -> workers, GPUs of each; ten GPUs in all, and the one that needs all four stands last in params.yaml
+NEEDS = {"one": (1, 1), "half_a": (1, 0.5), "half_b": (1, 0.5), "two": (1, 2), "pair": (2, 1), "wide": (2, 2)}
+
+
+def model(seed: int, epochs: int, workers: int = 1, gpus: float = 1) -> str:
+    """Keys of a small run, as a value for --set; device auto, so that it asks for the GPUs that Ray declares."""
+    keys = small_run(seed=seed, epochs=epochs).model_dump()
+    keys["resources"] |= {"device": "auto", "workers": workers, "gpus_per_worker": gpus}
+    return json.dumps(keys)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    make_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def prefect() -> Iterator[str]:
+    """Prefect's own server, started once; its address."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two raylets with a CPU each; the driver joins the first. Used before `four_gpus`: a process has one Ray."""
+    for key, value in {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(key, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def start(project: Path, cluster: Cluster, prefect: str, *words: str) -> subprocess.Popen:
+    addresses = env(RAY_ADDRESS=cluster.address, PREFECT_API_URL=prefect)
+    return subprocess.Popen(
+        [str(BIN / "fer"), "train", *words], cwd=project, env=addresses, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def worker_on(project: Path, raylet: int) -> list[int]:
+    return [pid for pid in _workers(project) if raylet in {parent.pid for parent in psutil.Process(pid).parents()}]
+
+
+def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
+    project: Path, tmp_path: Path, two_nodes: Cluster, prefect: str
+):
+    """The second start finds the cluster free; the node dies while each node is in the middle of a run."""
+    names = ["left", "right"]
+    runs = {f"models.{name}": model(seed, 60) for seed, name in enumerate(names)}
+    words = [*names, *(word for setting in settings(runs) for word in ("--set", setting))]
+    (second,) = two_nodes.worker_nodes
+    raylet = second.all_processes["raylet"][0].process.pid
+
+    cancelled = start(project, two_nodes, prefect, *words)
+    wait_for(lambda: len(epochs(project)) == 2 and all(len(rows) >= 3 for rows in epochs(project).values()))
+    cancelled.send_signal(signal.SIGINT)
+    _, errors = cancelled.communicate(timeout=60)
+    assert cancelled.returncode == 130, errors
+    wait_for(lambda: not _workers(project))
+    wait_for(lambda: [status for status, _ in recorded(project).values()] == ["FAILED", "FAILED"])
+    cut = {name: len(rows) for name, rows in epochs(project).items()}
+    assert all(count < 60 for count in cut.values()), cut
+
+    running = start(project, two_nodes, prefect, *words)
+    wait_for(lambda: all(len(rows) >= cut[name] + 3 for name, rows in epochs(project).items()))
+    assert len(worker_on(project, raylet)) == 1
+    two_nodes.remove_node(second, allow_graceful=False)
+    assert not list((project / "data/runs").glob("*/summary.json"))
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+
+    assert recorded(project) == {name: ("FINISHED", list(range(1, 61))) for name in names}
+    for name, run in load(project / "params.yaml", settings(runs)).models.items():
+        if name in names:
+            (folder,) = (project / "data/runs").glob(f"{name}-*")
+            uncut = fit(name, run, project / "data", tmp_path / "uncut")
+            for file in ("best/model.safetensors", "last/model.safetensors"):
+                assert (folder / file).read_bytes() == (uncut / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def four_gpus(prefect: str) -> Iterator[None]:
+    """A Ray of this process that believes in four GPUs."""
+    quiet = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 128 * 2**20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_LOG_MONITOR_MAX_OPEN_FILES", "10")  # by default Ray keeps up to 200 logs open
+        ray.init(address="local", num_cpus=8, num_gpus=GPUS, **quiet)
+    yield
+    ray.shutdown()
+
+
+@contextmanager
+def sampled() -> Iterator[list[list[float]]]:
+    """GPUs of each group of workers that Ray has placed, looked at twenty times a second."""
+    seen: list[list[float]] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            groups = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
+            seen.append([sum(bundle.get("GPU", 0) for bundle in group["bundles"].values()) for group in groups])
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield seen
+    stop.set()
+    thread.join()
+
+
+def epochs(project: Path) -> dict[str, list[tuple[float, float]]]:
+    """name -> when each epoch began and ended, as the workers wrote it."""
+    found = {}
+    for path in (project / "data/runs").glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1)), path
+        found[path.parent.name.split("-")[0]] = [(row["time"] - row["seconds"], row["time"]) for row in rows]
+    return found
+
+
+def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
+    """name -> status and steps of its MLflow run, of which there is one; read from the store itself."""
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        runs = store.execute("select run_uuid, name, status from runs").fetchall()
+        steps = "select step from metrics where run_uuid = ? and key = 'val_accuracy' order by timestamp"
+        found = {name.split("-")[0]: (status, [s for (s,) in store.execute(steps, [i])]) for i, name, status in runs}
+    assert len(found) == len(runs)
+    return found
+
+
+def settings(words: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in words.items()]
+
+
+def test_six_runs_share_four_gpus_the_widest_first_and_one_that_fails_is_retried(project: Path, four_gpus: None):
+    from pipelines import flow
+
+    runs = {f"models.{name}": model(seed, 20, *need) for seed, (name, need) in enumerate(NEEDS.items())}
+    killed: list[int] = []
+
+    def kill_one_after_the_widest() -> None:
+        wait_for(lambda: any(name != "wide" and len(rows) >= 3 for name, rows in epochs(project).items()))
+        killed.append(_workers(project)[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_after_the_widest, daemon=True)
+    killer.start()
+    with sampled() as placed:
+        state = flow.train(list(NEEDS), settings({**runs, "experiment.max_worker_failures": "0"}), return_state=True)
+    killer.join(5)
+    assert state.is_completed(), state.message
+    assert len(killed) == 1
+
+    done = epochs(project)
+    assert {name: len(rows) for name, rows in done.items()} == dict.fromkeys(NEEDS, 20)
+    moments = [begin for rows in done.values() for begin, _ in rows]
+    used = [sum(workers * gpus for name, (workers, gpus) in NEEDS.items()
+                for begin, end in done[name] if begin <= now < end) for now in moments]  # fmt: skip
+    assert max(used) <= GPUS
+    assert max(sum(groups) for groups in placed) == GPUS
+    assert max(len(groups) for groups in placed) >= 2
+    assert done["wide"][-1][1] < min(begin for name, rows in done.items() if name != "wide" for begin, _ in rows)
+    assert recorded(project) == {name: ("FINISHED", list(range(1, 21))) for name in NEEDS}
+    tries = _tries()
+    assert sorted(tries.values()) == [1, 1, 1, 1, 1, 2], tries
+    assert ray.available_resources()["GPU"] == GPUS
+
+
+def _tries() -> dict[str, int]:
+    """task run of the newest flow run -> how often it was started."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
+        tasks = client.read_task_runs()
+    return {task.name: task.run_count for task in tasks if task.flow_run_id == newest.id}
+
+
+def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus: None, monkeypatch):
+    """As when NCCL fails: Ray would keep what the worker had, and the next try would wait for ever."""
+    run = RunConfig.model_validate_json(model(0, 1, gpus=GPUS))
+    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Backend, "UNDEFINED", "nccl")
+        with pytest.raises(RuntimeError, match="x: .*NCCL"):
+            launch.launch("x", run, folder, project / "data", 0, None)
+    launch.launch("x", run, folder, project / "data", 0, None)
+    assert (folder / "summary.json").exists()
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
+
+
+@pytest.mark.timeout(600)
+def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path, four_gpus: None):
+    """Five flows of four runs at a time; the first two flows are the warm-up, the other twelve runs are measured.
+
+    Ray's GCS keeps a connection per run open, and its log monitor up to ten logs.
+    """
+    from pipelines import flow
+
+    before = set(psutil.Process().children(recursive=True))
+    use = []
+    for turn in range(5):
+        runs = {f"models.run_{seed}": model(seed, 1) for seed in range(4 * turn, 4 * turn + 4)}
+        state = flow.train([key.removeprefix("models.") for key in runs], settings(runs), return_state=True)
+        assert state.is_completed(), state.message
+        use.append(_use(before))
+    assert len(list((project / "data/runs").glob("*/summary.json"))) == 20
+    first, last = use[1], use[-1]
+    growth = {key: last[key] - first[key] for key in last}
+    assert growth["driver files"] <= 4, use
+    assert growth["ray files"] <= 30, use
+    assert growth["driver threads"] <= 4, use
+    assert growth["ray processes"] <= 0, use
+    assert growth["driver MB"] <= 96, use
+    assert growth["ray MB"] <= 96, use
+
+
+OF_ONE_RUN = ("ray::TrainController", "ray::RayTrainW", "ray::PlacementGroupC", "ray::Synchroniz")
+
+
+def _use(before: set[psutil.Process]) -> dict[str, float]:
+    """Memory, open files and threads of this process and of Ray's, once those of the ended runs are gone."""
+    me = psutil.Process()
+    gc.collect()
+    wait_for(lambda: not any(new.name().startswith(OF_ONE_RUN) for new in set(me.children(recursive=True)) - before))
+    found = {
+        "driver MB": me.memory_info().rss / 2**20,
+        "driver files": me.num_fds(),
+        "driver threads": me.num_threads(),
+    }
+    rays = me.children(recursive=True)
+    found |= {"ray processes": len(rays), "ray files": sum(child.num_fds() for child in rays)}
+    return found | {"ray MB": sum(child.memory_info().rss for child in rays) / 2**20}
+
+
+def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monkeypatch: pytest.MonkeyPatch):
+    machine = {"CPU": 4.0, "GPU": 2.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": machine}] * 2)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    fits = (
+        {"workers": 4, "gpus_per_worker": 1},
+        {"workers": 2, "gpus_per_worker": 2},
+        {"workers": 8, "gpus_per_worker": 0.5},
+    )
+    for resources in fits:
+        launch.check_resources({"x": small_run(resources={"device": "auto", **resources})})
+    with pytest.raises(UserError) as error:
+        launch.check_resources({"x": small_run(resources={"device": "auto", "workers": 1, "gpus_per_worker": 4})})
+    assert str(error.value) == (
+        "models.x.resources: a worker needs 1 CPUs and 4 GPUs of one machine; the machines that are there have room "
+        "for 0 of 1 worker(s); lower cpus_per_worker or gpus_per_worker"
+    )
