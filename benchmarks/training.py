@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from benchmarks import reference
 from benchmarks.faces import write_faces
 from benchmarks.measure import ROOT, Effort, Row, Work, beside
 from fer.config import RunConfig
-from fer.data.augment import Augmenter, normalize, to_float
+from fer.data.augment import Augmenter, model_input
 from fer.data.dataset import DataSet, open_data
-from fer.device import autocast
 from fer.evaluate import predict_split
 from fer.feed import Feed
 from fer.losses import Loss, build_loss
 from fer.models import build_model
+from fer.step import Part, Stepper
 from fer.train import fit
 from pipelines.params import load
 
@@ -58,11 +58,22 @@ def batches(
     """Inputs, labels and targets of one epoch, made by the engine."""
     split = data.split("train")
     feed = Feed(nn.Identity(), run, split, data.classes, device)
-    augmenter = Augmenter(run.augment, run.seed, device)
+    change = changes(run, device) if augmented else None
     order = np.random.default_rng(run.seed).permutation(len(split))
-    for index in order[: len(order) // run.batch_size * run.batch_size].reshape(-1, run.batch_size):
-        augment = partial(augmenter, batch_size=len(index), part=slice(0, len(index))) if augmented else None
-        yield feed(index, augment), split.labels[index].to(device), split.targets[index].to(device)
+    whole = order[: len(order) // run.batch_size * run.batch_size].reshape(-1, run.batch_size)
+    for index, pixels in feed.batches(list(whole)):
+        yield feed(index, pixels, change() if change else None), feed.labels[index], feed.targets[index]
+
+
+def changes(run: RunConfig, device: torch.device) -> Callable[[], Callable[[Tensor, slice], Tensor]]:
+    """Gives the random changes of one batch after the other."""
+    augmenter, seeds = Augmenter(run.augment, device), count()
+
+    def change() -> Callable[[Tensor, slice], Tensor]:
+        draws = augmenter.draw(run.batch_size, next(seeds))
+        return lambda images, rows: augmenter(images, draws[rows])
+
+    return change
 
 
 def loss_of(run: RunConfig, data: DataSet, device: torch.device) -> Loss:
@@ -111,15 +122,14 @@ def augmentation(run: RunConfig, device: torch.device, effort: Effort, images: i
     """Decoded images to normalised ones: batches on the device against one image at a time in PIL, in one thread."""
     with faces(run, train=images) as (data, pngs):
         pixels = data.split("train").pixels(np.arange(images)).to(device)
-        augmenter = Augmenter(run.augment, run.seed, device)
+        change = changes(run, device)
         plain = reference.PngFolder(pngs / "train", run, None)
         decoded = [plain.open(index) for index in range(images)]
         transform = reference.same_work(run)
 
         def ours() -> int:
             for part in pixels.split(run.batch_size):
-                floats = to_float(part, run.image_size)
-                normalize(augmenter(floats, batch_size=len(part), part=slice(0, len(part))), run)
+                model_input(part, run, change())
             return images
 
         def theirs() -> int:
@@ -132,23 +142,19 @@ def augmentation(run: RunConfig, device: torch.device, effort: Effort, images: i
     yield Row(f"augmentation, {run.image_size} px, one thread", *_named("PIL, same work", rates))
 
 
-class Trainer:
-    """A network, its loss and optimiser, and steps on them: the engine's precision, or the reference's fp32."""
+class Steps:
+    """A network, its loss and optimiser, and steps on them: the engine's, or the reference's in fp32."""
 
     def __init__(self, run: RunConfig, data: DataSet, device: torch.device):
         torch.manual_seed(run.seed)
-        self.run, self.device = run, device
+        self.run = run
         self.model = build_model(run, len(data.classes)).to(device).train()
         self.loss = loss_of(run, data, device)
+        self.stepper = Stepper(run, self.model, device, 1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
     def step(self, inputs: dict[str, Tensor], labels: Tensor, targets: Tensor) -> None:
-        with autocast(self.run.precision, self.device):
-            logits = self.model(**inputs)
-        value = self.loss(logits, labels, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        self.optimizer.step()
+        self.stepper([Part(inputs, labels, targets, 1.0)], self.loss, None, 1e-4, self.run.seed)
 
     def plain_step(self, images: Tensor, labels: Tensor) -> None:
         reference.train_step(self.model, images, labels, plain_loss(self.loss), self.optimizer)
@@ -158,7 +164,7 @@ def train_step(run: RunConfig, device: torch.device, effort: Effort, name: str) 
     """Forward, backward and update on one batch that is there already."""
     with faces(run, train=run.batch_size) as (data, _):
         inputs, labels, targets = next(batches(run, data, device, augmented=False))
-        sides = Trainer(run, data, device), Trainer(run, data, device)
+        sides = Steps(run, data, device), Steps(run, data, device)
 
     def ours() -> int:
         sides[0].step(inputs, labels, targets)
@@ -198,16 +204,16 @@ def epoch(run: RunConfig, device: torch.device, effort: Effort, name: str, image
         # the first one warms up
         rate = images / min(row["seconds"] for row in rows[1:])
 
-        trainer = Trainer(run, data, device)
+        steps = Steps(run, data, device)
 
         def way(workers: int) -> Work:
             train = reference.loader(pngs / "train", run, reference.same_work(run), workers, train=True)
             val = reference.loader(pngs / "val", run, None, workers, train=False)
 
             def work() -> int:
-                seen = reference.train_epoch(trainer.model, train, plain_loss(trainer.loss), trainer.optimizer, device)
-                reference.accuracy(trainer.model, val, device)
-                torch.save(trainer.model.state_dict(), data.folder / "last.pth")
+                seen = reference.train_epoch(steps.model, train, plain_loss(steps.loss), steps.optimizer, device)
+                reference.accuracy(steps.model, val, device)
+                torch.save(steps.model.state_dict(), data.folder / "last.pth")
                 return seen
 
             return work
@@ -226,15 +232,15 @@ def published(run: RunConfig, device: torch.device, effort: Effort, name: str, i
         _forget_peak(device)
         fit("bench", run, data.folder, data.folder / "runs", rows.append)
         rate, memory = max(row["images_per_second"] for row in rows[1:]), _peak_memory(device)
-        trainer = Trainer(run, data, device)
+        steps = Steps(run, data, device)
         with FlopCounterMode(display=False) as counter:
-            trainer.step(*next(batches(run, data, device, augmented=False)))
+            steps.step(*next(batches(run, data, device, augmented=False)))
         flops = counter.get_total_flops() / run.batch_size
 
         def way(workers: int) -> Work:
             files = reference.loader(pngs / "train", run, reference.same_work(run), workers, train=True)
-            loss, optimizer = plain_loss(trainer.loss), trainer.optimizer
-            return lambda: reference.train_epoch(trainer.model, files, loss, optimizer, device)
+            loss, optimizer = plain_loss(steps.loss), steps.optimizer
+            return lambda: reference.train_epoch(steps.model, files, loss, optimizer, device)
 
         _forget_peak(device)
         inputs, plain = beside(effort, inputs_alone(run, data, device, augmented=True), *ways(way))

@@ -77,10 +77,10 @@ def test_the_references_augmentations_keep_size_and_change_images() -> None:
 @pytest.mark.parametrize("loss", ["focal_pdls", "vote_cross_entropy"])
 def test_both_sides_take_the_same_step(loss: str) -> None:
     no_dropout = {"width": 0.0625, "batch_norm": True, "conv_dropout": 0.0, "dense_dropout": 0.0}
-    run = small_run(loss=loss, options=no_dropout)
+    run = small_run(loss=loss, options=no_dropout, optimizer="adam", weight_decay=0.0, clip_grad_norm=None)
     with training.faces(run, train=16) as (data, _):
         inputs, labels, targets = next(training.batches(run, data, CPU, augmented=False))
-        ours, theirs, still = (training.Trainer(run, data, CPU) for _ in range(3))
+        ours, theirs, still = (training.Steps(run, data, CPU) for _ in range(3))
     ours.step(inputs, labels, targets)
     theirs.plain_step(inputs["pixel_values"], labels)
     for one, two in zip(ours.model.parameters(), theirs.model.parameters()):
