@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_run
 from torch import Tensor
 
@@ -135,6 +136,25 @@ def test_what_comes_in_at_the_edge_is_the_reflected_image() -> None:
     torch.testing.assert_close(changed(white, rotation=45.0, scale=0.4, translation=0.3), white, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{"rotation": 45.0, "scale": 0.2, "translation": 0.6}, {"scale": 0.5}])
+def test_a_fold_of_the_grid_is_the_reflection(settings: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that reflect once are folded by hand; torch's own reflection gives the same."""
+    images, paddings = noise(64, side=24), []
+    real = F.grid_sample
+
+    def sample(images: Tensor, grid: Tensor, **keys: Any) -> Tensor:
+        paddings.append(keys["padding_mode"])
+        return real(images, grid, **keys)
+
+    monkeypatch.setattr(F, "grid_sample", sample)
+    folded = changed(images, **settings)
+    monkeypatch.setattr(Tensor, "lerp_", lambda grid, *_: grid)
+    monkeypatch.setattr(F, "grid_sample", lambda *a, **keys: real(*a, **keys | {"padding_mode": "reflection"}))
+    torch.testing.assert_close(folded, changed(images, **settings), atol=1e-5, rtol=0)
+    assert paddings == ["border"]
+    assert (folded - images).abs().max() > 0.5
+
+
 def test_brightness_is_a_factor() -> None:
     images = 0.4 * noise(300)
     factors = changed(images, brightness=0.5).mean((1, 2, 3)) / images.mean((1, 2, 3))
@@ -204,7 +224,7 @@ def test_saturation_has_a_draw_of_its_own() -> None:
     other = draws.clone()
     other[:, SATURATION] = 1 - draws[:, SATURATION]
     for change in (every._warp, every._jitter, every._erase):
-        assert torch.equal(change(images, draws), change(images, other))
+        assert torch.equal(change(images.clone(), draws), change(images.clone(), other))
     other[:, :SATURATION] = 1 - draws[:, :SATURATION]
     other[:, SATURATION] = draws[:, SATURATION]
     assert torch.equal(every._saturate(images, draws), every._saturate(images, other))

@@ -54,11 +54,11 @@ def normalize(images: Tensor, run: RunConfig, out: Tensor) -> None:
         images = images.mean(1, keepdim=True)
     for channel, (mean, std) in enumerate(zip(run.pixel_mean, run.pixel_std, strict=True)):
         source = images[:, min(channel, images.shape[1] - 1)]
-        torch.sub(source, mean, out=out[:, channel]).div_(std)
+        torch.add(images.new_tensor(-mean / std), source, alpha=1 / std, out=out[:, channel])
 
 
 class Augmenter:
-    """Random flip, rotation, zoom and shift in one warp, then brightness, contrast, saturation and erasing.
+    """Random flip, rotation, zoom and shift in one warp, then brightness, contrast, saturation and erasing; in place.
 
     The random numbers of a whole batch are drawn on every rank and each takes its part, so that a run gives the same
     images on any number of workers.
@@ -95,8 +95,13 @@ class Augmenter:
         by_column = torch.stack([cos * flip, sin * flip], 1)[..., None] * line  # [b, 2, S]
         by_row = torch.stack([-sin, cos], 1)[..., None] * line + shift[..., None]
         # two planes seen as [b, S, S, 2]: faster than pairs of numbers, of which affine_grid makes them
-        grid = (by_column[:, :, None, :] + by_row[..., None]).permute(0, 2, 3, 1)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        grid = by_column[:, :, None, :] + by_row[..., None]
+        padding = "reflection"
+        if 2**0.5 / (1 - s.scale) + 2 * s.translation <= 3:  # one reflection at most: 2 clamp(x) - x is faster
+            grid.lerp_(grid.clamp(-1, 1), 2.0)
+            padding = "border"
+        grid = grid.permute(0, 2, 3, 1)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
         """b x, then its contrast c around the mean m of that: c b x + (1 - c) b m."""
@@ -106,7 +111,7 @@ class Augmenter:
         bright = (1 + (2 * draws[:, 5] - 1) * s.brightness).view(-1, 1, 1, 1)
         contrast = (1 + (2 * draws[:, 6] - 1) * s.contrast).view(-1, 1, 1, 1)
         rest = images.mean((1, 2, 3), keepdim=True) * bright * (1 - contrast)
-        return torch.addcmul(rest, images, bright * contrast).clamp_(0, 1)
+        return images.mul_(bright * contrast).add_(rest).clamp_(0, 1)
 
     def _saturate(self, images: Tensor, draws: Tensor) -> Tensor:
         if not self.settings.saturation or images.shape[1] == 1:
