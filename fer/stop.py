@@ -3,13 +3,14 @@
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fer.errors import UserError
 
-FILE = "stop"
+RUNNING, ASKED = "training", "stop"  # the names of the file, before and after
 
 
 class Stopped(UserError):
@@ -17,13 +18,15 @@ class Stopped(UserError):
 
 
 class StopSignal:
-    """Inside the block SIGTERM is a wish that `asked` tells, as is the file `stop` in the run's folder."""
+    """Inside the block SIGTERM is a wish that `asked` tells, as is the renaming of the file that lies in the folder."""
 
-    def __init__(self, folder: Path):
-        self.file, self.wished, self.looked = folder / FILE, False, 0.0
+    def __init__(self, folder: Path, leads: bool):
+        self.folder, self.leads, self.wished, self.looked = folder, leads, False, 0.0
 
     def __enter__(self) -> "StopSignal":
-        self.file.unlink(missing_ok=True)  # of an earlier process
+        if self.leads:
+            (self.folder / ASKED).unlink(missing_ok=True)  # of an earlier process
+            (self.folder / RUNNING).touch()
         self.handled = threading.current_thread() is threading.main_thread()
         if self.handled:
             self.before: Any = signal.signal(signal.SIGTERM, self._wish)
@@ -32,28 +35,29 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         if self.handled:
             signal.signal(signal.SIGTERM, self.before)
+        if self.leads:
+            for name in (RUNNING, ASKED):  # whoever waits sees them go
+                (self.folder / name).unlink(missing_ok=True)
 
     def _wish(self, signum: int, frame: FrameType | None) -> None:
         self.wished = True
 
     def asked(self) -> bool:
-        """Looks for the file once a second."""
+        """Looks at the folder once a second."""
         now = time.monotonic()
-        if now - self.looked >= 1:
+        if self.leads and now - self.looked >= 1:
             self.looked = now
-            self.wished = self.wished or self.file.exists()
+            self.wished = self.wished or (self.folder / ASKED).exists()
         return self.wished
-
-    def done(self) -> None:
-        """The state is saved: whoever waits for it sees the file go."""
-        self.file.unlink(missing_ok=True)
 
 
 def ask_to_stop(folders: list[Path], seconds: float) -> None:
-    """Ask the runs in these folders to stop, and wait so long for them to save."""
-    files = [folder / FILE for folder in folders if folder.exists()]
-    for file in files:
-        file.touch()
+    """Ask the runs that are training in these folders to stop, and wait so long for them to save."""
+    asked = []
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            (folder / RUNNING).rename(folder / ASKED)
+            asked.append(folder / ASKED)
     until = time.monotonic() + seconds
-    while time.monotonic() < until and any(file.exists() for file in files):
+    while time.monotonic() < until and any(file.exists() for file in asked):
         time.sleep(0.05)

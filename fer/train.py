@@ -55,7 +55,7 @@ def fit(
     Inside an initialised torch.distributed group every rank calls this and the ranks share the batches. `on_epoch`
     gets each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
     Raises UserError (data missing, weights missing, run to start from missing or unfinished, no GPU), NonFiniteLoss,
-    and Stopped when SIGTERM or a file `stop` in the folder asked for an end and the state is saved.
+    and Stopped when SIGTERM or `fer.stop.ask_to_stop` asked for an end and the state is saved.
     """
     if (start is None) != (run.init_from is None):
         raise UserError(f"{name}: init_from is {run.init_from}, the run to start from {start}; give both or neither")
@@ -65,19 +65,16 @@ def fit(
         torch.set_num_threads(run.resources.cpus_per_worker)
     data = open_data(data_dir)
     folder = Path(runs_dir) / run_id(name, run, data.hash, start)
-    stop = StopSignal(folder)
+    stop = StopSignal(folder, leads=rank == 0)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder / "last"), recover(folder / "best")
-        stop.done()  # what asked an earlier process
     if world > 1:
         dist.barrier()
     with stop:
         trainer = Trainer(name, run, data, folder, device, stop, start)
         while trainer.epoch < run.epochs:
             on_epoch(trainer.train_epoch())
-    if rank == 0:
-        stop.done()
     return folder
 
 
@@ -218,7 +215,6 @@ class Trainer:
             self.counts.all_reduce()
         if self.rank == 0:
             self._save(is_best=False)
-            self.stop.done()
         raise Stopped(
             f"{self.folder.name}: stopped in epoch {self.epoch + 1} after {self.step} of {self.steps} steps, as asked; "
             "the same command goes on"

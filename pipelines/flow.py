@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from fer.config import RunConfig, run_id
 from fer.data.dataset import open_data
 from fer.errors import UserError, disk_error
+from fer.stop import ask_to_stop
 from pipelines import launch, report
 from pipelines.guard import guarded, mark_children
 from pipelines.params import Params, load
 from pipelines.tracking import Tracker
 
 DATA, RUNS = Path("data"), Path("data/runs")
+PATIENCE = 20  # seconds for the runs to save when they are asked to stop; Slurm kills after 30
 
 
 Runs = dict[str, tuple[RunConfig, Path]]  # name -> run and its folder; a run stands after the one it starts from
@@ -95,7 +97,7 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     params = load(overrides=overrides or [])
     runs, tracker = prepare(params, models or [])
     tracker.close_abandoned()
-    with guarded(tracker.uri, tracker.name), _ctrl_c_ends_it():
+    with guarded(tracker.uri, tracker.name), _stops_at_a_signal([folder for _, folder in runs.values()]):
         failed = _train_all(runs, tracker, params)
     done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
     create_table_artifact(
@@ -109,10 +111,11 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
 
 
 @contextmanager
-def _ctrl_c_ends_it() -> Iterator[None]:
-    """Ctrl-C cancels the flow run and ends the process at once; the guard then stops the workers and closes the runs.
+def _stops_at_a_signal(folders: list[Path]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: the runs save what they have, the flow run is cancelled, and the process ends.
 
-    Without it Prefect waits for the tasks, and these for Ray, which does not hear of the signal.
+    The guard then ends the workers and closes the runs. Without it Prefect waits for the tasks, and these for Ray,
+    which does not hear of the signal. A second Ctrl-C does not wait for the runs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -120,21 +123,31 @@ def _ctrl_c_ends_it() -> Iterator[None]:
     run_id = flow_run.id
 
     def stop(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-        sys.stderr.write(f"{show_cursor}\nstopped: the same command goes on from each run's last epoch\n")
-        sys.stderr.flush()
+        with suppress(KeyboardInterrupt):
+            _tell(f"{show_cursor}\nstopping: every run saves what it has; Ctrl-C again ends at once")
+            ask_to_stop(folders, PATIENCE)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _tell("stopped: the same command goes on from there")
         try:
             with get_client(sync_client=True) as client:
-                client.set_flow_run_state(run_id, Cancelled(message="Ctrl-C"), force=True)
+                client.set_flow_run_state(run_id, Cancelled(message=signal.Signals(signum).name), force=True)
         finally:
-            os._exit(130)
+            os._exit(128 + signum)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:

@@ -222,19 +222,30 @@ def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path,
     assert list(mlflow_runs(project, epochs=60).values()) == ["FINISHED"]
 
 
-def test_ctrl_c_ends_at_once_and_leaves_nothing_running(project: Path, server: str):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_leaves_nothing_running(project: Path, server: str, number: signal.Signals):
+    """Ctrl-C or SIGTERM: the state is that of the last step, not of the last epoch."""
     running = subprocess.Popen(
         command("train", "vgg13_small", "--set", "models.vgg13_small.epochs=2000"),
         cwd=project, env=env(PREFECT_API_URL=server), start_new_session=True, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(lambda: epochs_done(project) >= 2)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, errors = running.communicate(timeout=60)
     assert (running.returncode, errors.strip()) == (
-        130, "stopped: the same command goes on from each run's last epoch"
-    )  # fmt: skip
+        128 + number,
+        "stopping: every run saves what it has; Ctrl-C again ends at once\n"
+        "stopped: the same command goes on from there",
+    )
+    (folder,) = (project / "data/runs").iterdir()
+    progress = json.loads((folder / "progress.json").read_text())
+    training = torch.load(folder / "last" / "training.pt", weights_only=True)
+    meta = json.loads((folder / "last" / "checkpoint.json").read_text())
+    # progress.json is written once a second, so it may be a little behind
+    assert (meta["epoch"], training["step"]) >= (progress["epoch"], progress["step"])
     wait_for(lambda: not _workers(project) and _status(project) == "FAILED")
+    assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
 
 
 def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_it_is_the_users(

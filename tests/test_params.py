@@ -134,6 +134,9 @@ UNKNOWN = {
 }
 IMPOSSIBLE = {
     "models.vit_tiny.resources.workers=3": "models.vit_tiny: batch_size 64 does not divide by resources.workers 3",
+    "models.vit_tiny.resources.accumulate=3": (
+        "models.vit_tiny: batch_size 64 does not divide by resources.workers 1 times resources.accumulate 3"
+    ),
     "models.vgg13_small.channels=3": [
         "models.vgg13_small: pixel_mean has 1 numbers but channels is 3",
         "models.vgg13_small: pixel_std has 1 numbers but channels is 3",
@@ -195,6 +198,20 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize(("override", "message"), [*TYPES_AND_RANGES.items(), *UNKNOWN.items(), *IMPOSSIBLE.items()])
 def test_mistake_is_reported_once_where_it_stands(override: str, message: str | list[str]) -> None:
     assert mistakes(override) == ([message] if isinstance(message, str) else message)
+
+
+def test_mixed_images_come_in_pairs() -> None:
+    odd = ["models.vit_tiny.resources.accumulate=64", "models.vit_tiny.augment.cutmix=1.0"]
+    assert mistakes(*odd) == [
+        "models.vit_tiny: augment.mixup and cutmix pair images: batch_size 64 / 1 workers / 64 parts is odd"
+    ]
+    assert load(PARAMS, [odd[1], "models.vit_tiny.resources.accumulate=32"])
+
+
+def test_sharpness_aware_steps_need_gradients_as_they_are() -> None:
+    keys = ["models.vit_tiny.sam_rho=0.05", "models.vit_tiny.precision=fp16"]
+    assert mistakes(*keys) == ["models.vit_tiny: sam_rho needs precision fp32 or bf16, as fp16 scales its gradients"]
+    assert load(PARAMS, keys[:1])
 
 
 def test_a_fault_of_train_names_the_models_that_make_it_their_own() -> None:

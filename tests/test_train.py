@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from fer.metrics import Counts
 from fer.models import MODELS, Model
 from fer.schedule import lr_at
 from fer.step import Stepper, build_optimizer
-from fer.stop import Stopped
+from fer.stop import Stopped, ask_to_stop
 from fer.train import NonFiniteLoss, Trainer, batches, fit, trained_images
 
 CPU = torch.device("cpu")
@@ -350,17 +351,21 @@ def test_a_file_stops_the_run_and_an_old_one_does_not(bars: Path, tmp_path: Path
     folder.mkdir()
     (folder / "stop").touch()
     asked: list[int] = []
+    ask_to_stop([folder, tmp_path / "none"], 0)  # nobody trains there
+    asking = threading.Thread(target=ask_to_stop, args=([folder, tmp_path / "none"], 60))
 
     def on_epoch(row: dict[str, Any]) -> None:
         asked.append(row["epoch"])
         if row["epoch"] == 1:
-            (folder / "stop").touch()
+            asking.start()
             time.sleep(1.1)
 
     with pytest.raises(Stopped, match="stopped in epoch 2 after 0 of 6 steps"):
         fit("x", small_run(), bars, tmp_path, on_epoch)
     assert asked == [1]
-    assert not (folder / "stop").exists()
+    asking.join(5)
+    assert not asking.is_alive()
+    assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
     assert_equal_runs(fit("x", small_run(), bars, tmp_path), uncut["adamw"])
 
 
