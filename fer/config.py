@@ -50,6 +50,12 @@ class Resources(Section):
     data_share: Fraction  # of the free GPU memory that a split's images may take; larger ones are read ahead
     readers: Annotated[int, Field(ge=0)]  # processes that read ahead
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "Resources":
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"gpus_per_worker above 1 must be a whole number, got {self.gpus_per_worker:g}")
+        return self
+
 
 class RunConfig(Section):
     """Everything that decides the numbers of one run, and the resources it asks for."""

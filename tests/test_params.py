@@ -134,6 +134,9 @@ UNKNOWN = {
 }
 IMPOSSIBLE = {
     "models.vit_tiny.resources.workers=3": "models.vit_tiny: batch_size 64 does not divide by resources.workers 3",
+    "models.vit_tiny.resources.gpus_per_worker=1.5": (
+        "models.vit_tiny.resources: gpus_per_worker above 1 must be a whole number, got 1.5"
+    ),
     "models.vit_tiny.resources.accumulate=3": (
         "models.vit_tiny: batch_size 64 does not divide by resources.workers 1 times resources.accumulate 3"
     ),
