@@ -62,7 +62,7 @@ def batches(
     order = np.random.default_rng(run.seed).permutation(len(split))
     whole = order[: len(order) // run.batch_size * run.batch_size].reshape(-1, run.batch_size)
     for index, pixels in feed.batches(list(whole)):
-        yield feed(index, pixels, change() if change else None), feed.labels[index], feed.targets[index]
+        yield feed(index, pixels, change() if change else None), *feed.truth(index)
 
 
 def changes(run: RunConfig, device: torch.device) -> Callable[[], Callable[[Tensor, slice], Tensor]]:

@@ -2,7 +2,9 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fer.errors import UserError
 
@@ -14,6 +16,12 @@ def pick_device(wanted: str, key: str = "resources.device") -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def index_on(device: torch.device, index: np.ndarray) -> Tensor:
+    """An index, there; from pinned memory, since other copies wait for all that a GPU still computes."""
+    tensor = torch.from_numpy(index)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

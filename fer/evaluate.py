@@ -89,7 +89,7 @@ def predict_split(
     for index, pixels in feed.batches([mine[first : first + size] for first in range(0, len(mine), size)]):
         with autocast(feed.run.precision, device):
             logits = model(**feed(index, pixels)).float()
-        labels, targets = feed.labels[index], feed.targets[index]
+        labels, targets = feed.truth(index)
         counts.update(logits, labels, loss(logits, labels, targets) if loss else None)
         found.append(logits)
     if world > 1:

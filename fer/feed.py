@@ -12,7 +12,7 @@ from fer.data.augment import Mixture, model_input
 from fer.data.dataset import Split
 from fer.data.pairs import Pairs
 from fer.data.pixels import Pixels
-from fer.device import autocast
+from fer.device import autocast, index_on
 from fer.models.embedding_difference import DifferenceOfEmbeddings, FrozenEncoder
 
 
@@ -45,6 +45,11 @@ class Feed:
             if not training:
                 self.neutral = self.candidates[self.pairs.fixed()]
 
+    def truth(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Labels [B] and targets [B, C] of the images at `index`, on the device."""
+        here = index_on(self.device, index)
+        return self.labels[here], self.targets[here]
+
     @property
     def needs_pixels(self) -> bool:
         return self.embeddings is None or self.encoder is None or self.encoder.needs_pixels
@@ -61,15 +66,15 @@ class Feed:
         mixture: Mixture | None = None,
     ) -> dict[str, Tensor]:
         """Arguments of the network for the images at `index` of the split, whose pixels `batches` gave."""
-        inputs = {}
+        inputs, here = {}, index_on(self.device, index)
         if self.embeddings is not None:
-            inputs["embedding"] = self.embeddings[index]
+            inputs["embedding"] = self.embeddings[here]
         if pixels is not None:
             images = model_input(pixels, self.run, change)
             images = mixture(images) if mixture is not None else images
             inputs["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
         if self.neutral is not None:
-            inputs["neutral"] = self.neutral[index]
+            inputs["neutral"] = self.neutral[here]
         return inputs
 
     def choose_references(self) -> None:

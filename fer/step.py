@@ -144,7 +144,7 @@ def _mixed_loss(loss: Loss, logits: Tensor, part: Part, mixture: Mixture | None)
     value = loss(logits, part.labels, part.targets)
     if mixture is None:
         return value
-    others = torch.from_numpy(mixture.partner(len(logits))).to(logits.device)
+    others = mixture.partner(logits)
     return mixture.share * value + (1 - mixture.share) * loss(logits, part.labels[others], part.targets[others])
 
 

@@ -169,10 +169,9 @@ class Trainer:
         for parts in divided:
             if self._stops():
                 self._stop(unchecked)
-            logits, value = self._one_step(parts, pixels)
+            logits, labels, value = self._one_step(parts, pixels)
             unchecked.append(value)
-            index = np.concatenate([index for index, _ in parts])
-            self.counts.update(logits, self.feed.labels[index], value)
+            self.counts.update(logits, labels, value)
             self.step += 1
             cheap = self.device.type == "cpu" and self.world == 1
             if cheap or len(unchecked) == CHECK_EVERY or self.step == self.steps:
@@ -183,8 +182,8 @@ class Trainer:
             self.counts.all_reduce()
         return {key: value for key, value in self.counts.result().items() if key in ("loss", "accuracy")}
 
-    def _one_step(self, parts: list[tuple[np.ndarray, slice]], pixels: Iterator) -> tuple[Tensor, Tensor]:
-        """The next step, with the images of `parts`, whose pixels come next; logits [B, C] and mean loss."""
+    def _one_step(self, parts: list[tuple[np.ndarray, slice]], pixels: Iterator) -> tuple[Tensor, Tensor, Tensor]:
+        """The next step, with the images of `parts`, whose pixels come next; logits [B, C], labels [B], mean loss."""
         run, here = self.run, (self.epoch, self.step)
         share = sum(len(index) for index, _ in parts)
         draws = self.augment.draw(share * self.world, _seed(run.seed, *here))
@@ -192,10 +191,10 @@ class Trainer:
         fed = []
         for (index, part), (_, raw) in zip(parts, pixels):
             change = partial(_changed, self.augment, draws[part])
-            inputs = self.feed(index, raw, change, mixture)
-            fed.append(Part(inputs, self.feed.labels[index], self.feed.targets[index], len(index) / share))
+            fed.append(Part(self.feed(index, raw, change, mixture), *self.feed.truth(index), len(index) / share))
         rate = lr_at(run, self.epoch + (self.step + 0.5) / self.steps)
-        return self.stepper(fed, self.loss, mixture, rate, _seed(run.seed, *here, self.rank, 2))
+        logits, value = self.stepper(fed, self.loss, mixture, rate, _seed(run.seed, *here, self.rank, 2))
+        return logits, torch.cat([part.labels for part in fed]), value
 
     def _stops(self) -> bool:
         """Whether to stop before the next step, the same on every rank."""

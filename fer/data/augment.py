@@ -54,7 +54,7 @@ def normalize(images: Tensor, run: RunConfig, out: Tensor) -> None:
         images = images.mean(1, keepdim=True)
     for channel, (mean, std) in enumerate(zip(run.pixel_mean, run.pixel_std, strict=True)):
         source = images[:, min(channel, images.shape[1] - 1)]
-        torch.add(images.new_tensor(-mean / std), source, alpha=1 / std, out=out[:, channel])
+        torch.add(images.new_full((), -mean / std), source, alpha=1 / std, out=out[:, channel])
 
 
 class Augmenter:
@@ -143,13 +143,13 @@ class Mixture:
     box: tuple[slice, slice] | None  # cutmix: rows and columns that come from the neighbour; None: mixup
 
     @staticmethod
-    def partner(images: int) -> np.ndarray:
-        """1, 0, 3, 2, ...; a last one alone is its own."""
-        return np.minimum(np.arange(images) ^ 1, images - 1)
+    def partner(images: Tensor) -> Tensor:
+        """For [b, ...] the index 1, 0, 3, 2, ..., int64 [b] on its device; a last one alone is its own."""
+        return torch.arange(len(images), device=images.device).bitwise_xor(1).clamp_(max=len(images) - 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Float [b, C, S, S] -> the mixed images, same shape."""
-        others = images[torch.from_numpy(self.partner(len(images))).to(images.device)]
+        others = images[self.partner(images)]
         if self.box is None:
             return torch.lerp(others, images, self.share)
         mixed = images.clone()

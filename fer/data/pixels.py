@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fer.config import Resources
 from fer.data.dataset import Split
+from fer.device import index_on
 
 
 class Pixels:
@@ -39,7 +40,7 @@ class Pixels:
     def __call__(self, index: np.ndarray) -> Tensor:
         """uint8 [B, H, W] or [B, H, W, 3]."""
         if self.resident is not None:
-            return self.resident[torch.from_numpy(index).to(self.device, non_blocking=True)]
+            return self.resident[index_on(self.device, index)]
         return self.split.pixels(index).to(self.device)
 
     def ahead(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
