@@ -71,8 +71,7 @@ class Feed:
             inputs["embedding"] = self.embeddings[here]
         if pixels is not None:
             images = model_input(pixels, self.run, change)
-            images = mixture(images) if mixture is not None else images
-            inputs["pixel_values"] = images.contiguous(memory_format=torch.channels_last)
+            inputs["pixel_values"] = mixture(images) if mixture is not None else images
         if self.neutral is not None:
             inputs["neutral"] = self.neutral[here]
         return inputs
