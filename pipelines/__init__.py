@@ -23,6 +23,9 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_CALLBACKS": "pipelines.launch.GiveBack",  # frees the GPUs of workers that could not start
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; `fer sweep` has one
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what a trial did stands in its own folder
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the flow's
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
@@ -29,6 +31,22 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of params.yaml.")]
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models of params.yaml; all without.")]
 RUNS = Path("data/runs")
+
+
+class _RunByDefault(typer.core.TyperGroup):
+    """`fer sweep NAME` is `fer sweep run NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = not args or args[0] in self.commands or args[0] == "--help"
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+sweeps = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Search for better settings of a model: `fer sweep NAME`, of params.yaml.",
+)
+app.add_typer(sweeps, name="sweep")
 
 
 @app.command()
@@ -174,6 +192,70 @@ def upscale_gallery(
         console.print(line, style="yellow")
 
 
+@sweeps.command(name="run")
+def sweep_run(
+    name: Annotated[str, typer.Argument(help="A sweep of params.yaml.")],
+    new: Annotated[bool, typer.Option("--new", help="Start another where settings differ from the one begun.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Search, confirm the best with other seeds, record all in MLflow; goes on where it was cut."""
+    from pipelines import trials
+    from pipelines.params import load, space_of
+
+    params = load(overrides=overrides)
+    space_of(params, name)  # before the frameworks, which take seconds to import
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from pipelines import flow
+
+    plan, _ = flow.prepare_sweep(params, name, new)
+    if trials.complete(plan):
+        console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to go on.")
+    else:
+        _warn_of_random_weights({plan.sweep.base: plan.base})
+        with _Board(plan.folder):
+            state = flow.sweep(name, overrides, new, return_state=True)
+        failed = _failures(state)
+        if failed:
+            raise _first_failure(failed)
+    console.print(_trials_table(plan.folder))
+    _print_result(plan.folder)
+
+
+@sweeps.command(name="status")
+def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all without.")] = None) -> None:
+    """Show the trials of a sweep and the best so far, also while it runs elsewhere."""
+    from pipelines import trials
+
+    found = trials.folders(name)
+    if not found:
+        raise UserError(
+            f"{trials.SWEEPS}: no sweep {name or ''} yet; start one with `fer sweep NAME`".replace("  ", " ")
+        )
+    for folder in found:
+        console.print(_trials_table(folder))
+        _print_result(folder)
+
+
+@sweeps.command(name="apply")
+def sweep_apply(
+    name: Annotated[str, typer.Argument(help="A finished sweep.")],
+    new_name: Annotated[
+        str | None, typer.Option("--as", metavar="MODEL", help="Name of the model; NAME_best without.")
+    ] = None,
+) -> None:
+    """Write the best settings of a finished sweep into params.yaml as a model; nothing else there changes."""
+    from pipelines import trials
+    from pipelines.params import add_model
+
+    found = [(folder, result) for folder in trials.folders(name) if (result := trials.result(folder))]
+    if not found:
+        raise UserError(f"sweeps.{name}: no finished sweep of that name; run `fer sweep {name}`")
+    folder, result = found[0]
+    model = new_name or result["best_name"]
+    add_model("params.yaml", model, result["run"], result["base"], report.sweep_line(result))
+    console.print(f"params.yaml: models.{model}, from {folder.name}; train it with [bold]fer train {model}[/]")
+
+
 @app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
@@ -230,6 +312,58 @@ def _serve(servers: dict[tuple[str, int], list[str]]) -> None:
 def _last_line(server: subprocess.Popen) -> str:
     text = server.stderr.read().decode(errors="replace").strip() if server.stderr else ""
     return text.splitlines()[-1] if text else f"exit status {server.returncode}"
+
+
+class _Board:
+    """The table of a sweep's trials, drawn anew from what they write."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.stop = folder, threading.Event()
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> None:
+        self.live.start()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.live.stop()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(1.0):
+            if console.is_terminal:
+                self.live.update(_trials_table(self.folder), refresh=True)
+
+
+def _trials_table(folder: Path) -> Table:
+    """Trials, best first; below them how far the sweep is, and the time that is left."""
+    from pipelines import trials
+
+    found, about = trials.read_trials(folder), json.loads((folder / "sweep.json").read_text())
+    rows = report.trial_rows(found, about["run"]["epochs"])
+    columns = [Column(key, justify="right", no_wrap=key in list(rows[0])[:5]) for key in rows[0]] if rows else []
+    over = trials.result(folder) is not None and not trials.running(folder)
+    caption = None if over else report.progress(found, about, trials.spent(folder), trials.running(folder))
+    table = Table(
+        *columns, title=folder.name, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
+    for row in rows[: max(8, console.height - 8) if console.is_terminal else None]:
+        table.add_row(*row.values())
+    return table
+
+
+def _print_result(folder: Path) -> None:
+    from pipelines import trials
+
+    found = trials.result(folder)
+    if found is not None:
+        console.print(Markdown(report.sweep_note(found)))
+        name = folder.name.rpartition("-")[0]
+        console.print(
+            f"Pictures and trials.csv: [bold]{folder}[/]. Keep the best: [bold]fer sweep apply {name} --as MODEL[/]"
+        )
 
 
 class _Bars:

@@ -23,10 +23,11 @@ from fer.config import RunConfig, run_id
 from fer.data.dataset import open_data
 from fer.errors import UserError, disk_error
 from fer.stop import ask_to_stop
-from pipelines import launch, report
+from pipelines import launch, report, trials
 from pipelines.guard import guarded, mark_children
 from pipelines.params import Params, load
 from pipelines.tracking import Tracker
+from pipelines.trials import Plan, Trial
 
 DATA, RUNS = Path("data"), Path("data/runs")
 PATIENCE = 20  # seconds for the runs to save when they are asked to stop; Slurm kills after 30
@@ -183,14 +184,7 @@ def _submit(runs: Runs, pool: Any, tracker: Tracker, params: Params) -> dict[str
         line = launch.in_line() if in_order else set()
         futures[name] = pool.submit(
             step,
-            parameters={
-                "name": name,
-                "run": run,
-                "folder": folder,
-                "tracker": tracker,
-                "max_failures": params.experiment.max_worker_failures,
-                "start": runs[first][1].name if first else None,
-            },
+            parameters=_parameters(name, run, folder, tracker, params, runs[first][1].name if first else None),
             wait_for=[futures[first]] if first else None,
         )
         while in_order and not first and launch.in_line() <= line and not futures[name].wrapped_future.done():
@@ -204,5 +198,122 @@ def _steps_before(name: str, runs: Runs) -> int:
     return 1 + _steps_before(first, runs) if first in runs else 0
 
 
+def _parameters(
+    name: str, run: RunConfig, folder: Path, tracker: Tracker, params: Params, start: str | None
+) -> dict[str, Any]:
+    failures = params.experiment.max_worker_failures
+    return {
+        "name": name, "run": run, "folder": folder, "tracker": tracker, "max_failures": failures, "start": start
+    }  # fmt: skip
+
+
 def _worth_a_retry(task: Any, task_run: Any, state: State) -> bool:
     return not isinstance(state.result(raise_on_failure=False), UserError)
+
+
+def prepare_sweep(params: Params, name: str, new: bool) -> tuple[Plan, Tracker]:
+    """The named sweep, begun or found again, checked against data, tracking server and machine.
+
+    Raises UserError for whatever stands in the way, before any trial starts. May be called again at no cost.
+    """
+    plan = trials.plan(params, name, open_data(DATA).hash)
+    trials.check_same(plan, new)
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    if not trials.complete(plan):
+        from pipelines import sweep as search
+
+        mark_children()
+        launch.start_ray()
+        search.check(plan)
+        if plan.sweep.confirm_seeds:
+            launch.check_resources({plan.sweep.base: params.models[plan.sweep.base]})
+    trials.begin(plan)
+    return plan, tracker
+
+
+@flow(name="sweep", flow_run_name="{name}", validate_parameters=False)
+def sweep(name: str, overrides: list[str] | None = None, new: bool = False) -> State:
+    """Search for better settings of one model, confirm them with other seeds beside the model's own, register."""
+    mark_children()
+    params = load(overrides=overrides or [])
+    plan, tracker = prepare_sweep(params, name, new)
+    data = open_data(DATA)
+    tracker.close_abandoned()
+    with (
+        guarded(tracker.uri, tracker.name),
+        _ctrl_c_ends_it(),
+        launch.held(plan.folder, plan.name),
+        tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
+    ):
+        found = search_trials(plan)
+        runs = _confirming(plan, params, found)
+        failed = _train_listed(runs, tracker, params)
+        if failed:
+            return Failed(message="; ".join(map(str, failed.values())), data=failed)
+        result = trials.conclude(plan, params, found, [folder for _, _, folder in runs])
+        register_result(plan, found, result, tracker, run_id)
+    create_table_artifact(
+        report.trial_rows(found, plan.base.epochs), key="trials", description=report.sweep_note(result)
+    )
+    return Completed(message=f"{len(found)} trials, best {result['best']['number']}", data={})
+
+
+@task(task_run_name="search", cache_policy=NO_CACHE, persist_result=False)
+def search_trials(plan: Plan) -> list[Trial]:
+    """Run the trials that are left; Ray and Optuna take seconds to import, so only here."""
+    from pipelines import sweep as search
+
+    found = search.search(plan)
+    if trials.best_of(found) is None:
+        raise UserError(f"sweeps.{plan.name}.hours: over before any trial ended an epoch; raise it")
+    return found
+
+
+Listed = list[tuple[str, RunConfig, Path]]  # name, run and folder
+
+
+def _confirming(plan: Plan, params: Params, found: list[Trial]) -> Listed:
+    """The best of the search and the base, each with seeds that the search did not use."""
+    best = trials.best_of(found)
+    assert best is not None
+    base = params.models[plan.sweep.base]
+    runs: Listed = []
+    for seed in trials.seeds(plan, best):
+        for name, run in ((trials.best_name(plan), trials.best_run(plan, params, best)), (plan.sweep.base, base)):
+            seeded = run.model_copy(update={"seed": seed})
+            runs.append((name, seeded, RUNS / run_id(name, seeded, plan.data_hash)))
+    return runs
+
+
+def _train_listed(runs: Listed, tracker: Tracker, params: Params) -> dict[str, BaseException]:
+    """Train runs that do not depend on each other; run id -> error of the failed."""
+    step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
+    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(runs)))
+    with runner as pool:
+        futures = {
+            folder.name: pool.submit(step, parameters=_parameters(name, run, folder, tracker, params, None))
+            for name, run, folder in runs
+        }
+        wait(list(futures.values()))
+    return {
+        name: future.state.result(raise_on_failure=False)
+        for name, future in futures.items()
+        if not future.state.is_completed()
+    }
+
+
+@task(task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
+def register_result(plan: Plan, found: list[Trial], result: dict[str, Any], tracker: Tracker, run_id: str) -> None:
+    """Write result.json, trials.csv and the pictures, and bring them to MLflow."""
+    from pipelines import sweep as search
+    from pipelines import sweep_charts as charts
+
+    result["importance"] = search.importance(plan, found)
+    files = [
+        plan.folder / "sweep.json",
+        trials.write_table(plan, found),
+        charts.parallel(plan.space, found, plan.folder / "parallel.png"),
+        charts.effects(plan.space, found, result["importance"], plan.folder / "effects.png"),
+    ]
+    tracker.describe_sweep(run_id, report.sweep_note(result), trials.numbers(result), files)
+    trials.write_result(plan, result)

@@ -1,16 +1,20 @@
 """The only reader of params.yaml: typed, checked as a whole before any work, all faults reported at once."""
 
 import copy
+import io
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
-from fer.config import Positive, RunConfig, Section, faults, nearest
+from fer.config import Fraction, Positive, RunConfig, Section, faults, nearest
 from fer.errors import UserError
+from pipelines import space as spaces
 
 
 class Sample(Section):
@@ -73,6 +77,25 @@ class Tracking(Section):
     experiment: str
 
 
+class Sweep(Section):
+    """A search for better settings of one model, on val."""
+
+    base: str  # model of params.yaml: the first trial, and what the others change
+    seed: Annotated[int, Field(ge=0)]  # of the search
+    search: Literal["tpe", "random", "grid"]
+    scheduler: Literal["asha", "pbt", "none"]
+    grace_epochs: Positive
+    reduction: Annotated[int, Field(ge=2)]
+    trials: Positive
+    hours: Annotated[float, Field(gt=0)] | None
+    at_once: Positive | None
+    cpus_per_trial: Positive
+    gpus_per_trial: Fraction
+    max_failures: Annotated[int, Field(ge=0)]
+    confirm_seeds: Annotated[int, Field(ge=0)]
+    space: dict[str, Any]  # key of the base -> {kind: values}, see pipelines/space.py
+
+
 class Params(Section):
     data: Data
     super_resolution: SuperResolution
@@ -80,6 +103,7 @@ class Params(Section):
     experiment: Experiment
     tracking: Tracking
     models: dict[str, RunConfig]  # `train` with each model's own keys laid over it
+    sweeps: dict[str, Sweep]
 
     def named(self, names: list[str]) -> list[str]:
         """`names`, or all models without any. Raises UserError, a line for each name that is no model."""
@@ -116,16 +140,17 @@ def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] | list[str
 def check(tree: dict, source: str = "params.yaml") -> Params:
     """Turn the plain tree of params.yaml into Params, or raise UserError with all faults."""
     tree = copy.deepcopy(tree)
-    train, models = tree.pop("train", None), tree.pop("models", None)
+    train, models, sweeps = tree.pop("train", None), tree.pop("models", None), tree.pop("sweeps", None)
     found: list[str] = []
     sections: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
         sections[name] = _section(kind, tree.pop(name, None), name, found)
-    found += [f"{key}: unknown key{nearest(str(key), ['train', 'models', *SECTIONS])}" for key in tree]
+    found += [f"{key}: unknown key{nearest(str(key), ['train', 'models', 'sweeps', *SECTIONS])}" for key in tree]
     runs = _runs(train, models, found)
+    searches = _sweeps(sweeps if sweeps is not None else {}, models, found)
     if found:
         raise UserError("\n".join(f"{source}: {line}" for line in dict.fromkeys(found)))
-    return Params.model_construct(**sections, models=runs)
+    return Params.model_construct(**sections, models=runs, sweeps=searches)
 
 
 Kind = TypeVar("Kind", bound=Section)
@@ -167,6 +192,67 @@ def _runs(train: Any, models: Any, found: list[str]) -> dict[str, RunConfig]:
             runs[name] = run
     found += _chain_faults(runs, list(models))
     return runs
+
+
+COMMANDS = ("run", "status", "apply")  # of `fer sweep`: no sweep can have their names
+
+
+def _sweeps(sweeps: Any, models: Any, found: list[str]) -> dict[str, Sweep]:
+    """One Sweep per entry. Whether its space fits the base is asked by those who use it, in `space_of`."""
+    if not isinstance(sweeps, dict):
+        found.append("sweeps: must be a table of sweeps")
+        return {}
+    checked = {}
+    for name, own in sweeps.items():
+        prefix = f"sweeps.{name}"
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in COMMANDS:
+            found.append(
+                f"{prefix}: a sweep's name is made of letters, digits, _ and -, and is none of "
+                f"{', '.join(COMMANDS)}; rename it"
+            )
+            continue
+        sweep = _section(Sweep, own, prefix, found)
+        if sweep is not None and isinstance(models, dict):
+            if sweep.base not in models:
+                found.append(
+                    f"{prefix}.base: no model '{sweep.base}' in params.yaml{nearest(sweep.base, list(models))}"
+                )
+            checked[name] = sweep
+    return checked
+
+
+def space_of(params: Params, name: str) -> spaces.Space:
+    """The space of a sweep. Raises UserError, a line for each fault: in it, or between the sweep and its base."""
+    if name not in params.sweeps:
+        raise UserError(f"sweeps.{name}: no such sweep in params.yaml{nearest(name, list(params.sweeps))}")
+    sweep, prefix = params.sweeps[name], f"sweeps.{name}"
+    base, found = params.models[sweep.base], []
+    if base.init_from is not None:
+        found.append(f"{prefix}.base: {sweep.base} starts from another run (init_from), trials cannot; name another")
+    if sweep.grace_epochs > base.epochs:
+        found.append(f"{prefix}.grace_epochs: {sweep.grace_epochs}, but the base has {base.epochs} epochs; lower it")
+    if not sweep.space:
+        found.append(f"{prefix}.space: holds no key to search; name one at least")
+    space = spaces.read(sweep.space, base, f"{prefix}.space", run_faults, found)
+    ranges = [key for key, dimension in space.items() if dimension.kind != "choice"]
+    if sweep.search == "grid" and ranges:
+        found.append(f"{prefix}.search: grid needs choices alone, {ranges[0]} has a range; use tpe or random")
+    if sweep.scheduler == "pbt":
+        if sweep.search != "random":
+            found.append(f"{prefix}.search: pbt draws its first trials at random; set it to random")
+        fixed = [key for key in space if key.split(".")[0] in spaces.NOT_ON_THE_WAY]
+        found += [f"{prefix}.space.{key}: a running run cannot change it, as pbt needs; leave it out" for key in fixed]
+    if found:
+        raise UserError("\n".join(found))
+    return space
+
+
+def run_faults(tree: dict[str, Any]) -> list[str]:
+    """What is wrong with the plain tree of one run."""
+    lines: list[str] = []
+    run = _section(RunConfig, tree, "run", lines)
+    lines += _name_faults(tree, run, "run")
+    return [line.removeprefix("run.").removeprefix("run: ") for line in lines]
 
 
 def _chain_faults(runs: dict[str, RunConfig], names: list[str]) -> list[str]:
@@ -287,3 +373,77 @@ def _override(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"--set {override}: '{part}' is a value, not a table of keys")
     tree[last] = value
+
+
+def add_model(path: str | Path, name: str, run: dict[str, Any], base: str, comment: str) -> None:
+    """Write `run` (a RunConfig as plain values) into the file as models.<name>, after the other models.
+
+    It holds what `base` sets and what differs from `train`; every other line stays as it is. Raises UserError when the
+    name is taken, or the file is written in a way that leaves no place for it.
+    """
+    path = Path(path)
+    tree = _read(path)
+    if not NAME.fullmatch(name):
+        raise UserError(f"--as {name}: a model's name is made of letters, digits, _ and -")
+    if name in tree.get("models", {}):
+        raise UserError(f"models.{name}: is in {path} already; give another name with --as")
+    own = _own_keys(run, tree["train"], tree["models"].get(base, {}))
+    text = _with_model(path.read_text(), name, own, comment)
+    try:
+        added = YAML(typ="safe", pure=True).load(text)
+        fits = added == {**tree, "models": {**tree["models"], name: own}}
+    except YAMLError:
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: `models:` is not written as a block of lines; write models.{name} by hand: {own}")
+    if check(added, str(path)).models[name].model_dump() != run:
+        raise UserError(f"{path}: `train` has changed since the sweep; change it back, or run the sweep again")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _own_keys(run: dict[str, Any], train: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `run` that a model must set: those that `base` sets, in its order, and what differs from `train`."""
+    own = {}
+    for key in [*(key for key in base if key in run), *(key for key in run if key not in base)]:
+        value, default = run[key], train.get(key)
+        if key != "options" and isinstance(value, dict) and isinstance(default, dict):
+            value = _own_keys(value, default, base.get(key, {}))
+            if value:
+                own[key] = value
+        elif key in base or key == "options" or value != default:
+            own[key] = value
+    return own
+
+
+def _with_model(text: str, name: str, own: dict[str, Any], comment: str) -> str:
+    """The file's text with one more entry at the end of the block `models:`."""
+    lines = text.splitlines(keepends=True)
+    heads = [i for i, line in enumerate(lines) if re.match(r"[^\s#]", line)]
+    first = next((i for i in heads if lines[i].startswith("models:")), len(lines) - 1)
+    end = next((i for i in heads if i > first), len(lines))
+    while end > first + 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
+        end -= 1  # blank lines and comments before the next section are its own
+    indent = next((found[1] for line in lines[first + 1 : end] if (found := re.match(r"( +)[^\s#]", line))), "  ")
+    writer, buffer = YAML(), io.StringIO()
+    writer.width = 4096
+    writer.dump({name: _compact(own)}, buffer)
+    entry = [f"# {comment}\n", *buffer.getvalue().splitlines(keepends=True)]
+    if not lines[end - 1].endswith("\n"):
+        lines[end - 1] += "\n"
+    return "".join([*lines[:end], "\n", *(indent + line for line in entry), *lines[end:]])
+
+
+def _compact(value: Any) -> Any:
+    """Lists, and tables of plain values, in one line."""
+    if isinstance(value, list):
+        short = CommentedSeq(map(_compact, value))
+        short.fa.set_flow_style()
+        return short
+    if not isinstance(value, dict):
+        return value
+    table = CommentedMap((key, _compact(item)) for key, item in value.items())
+    if not any(isinstance(item, dict) for item in value.values()):
+        table.fa.set_flow_style()
+    return table

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipelines.trials import RUNNING, Trial, best_of
+
 # Test accuracy in % as the papers report it, each from its own training
 PUBLISHED = {
     "ferplus": [
@@ -86,3 +88,82 @@ def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
     axes.set_title(f"{summary['run_id']} on {dataset} test: {_percent(test['accuracy'])} % of {test['images']}")
     figure.savefig(path, dpi=110)
     return path
+
+
+def trial_rows(trials: list[Trial], epochs: int) -> list[dict[str, str]]:
+    """A sweep's trials as text, the best first; accuracies in %."""
+    best = best_of(trials)
+    first = best.number if best else 0
+    ordered = sorted(trials, key=lambda trial: (trial.number == first, trial.rank), reverse=True)
+    return [
+        {
+            "trial": str(trial.number),
+            "state": trial.state,
+            "epoch": f"{trial.epoch}/{epochs}",
+            "val": _percent(trial.best),
+            "min": f"{trial.seconds / 60:.1f}",
+            **{key: value if isinstance(value, str) else f"{value}" for key, value in trial.point.items()},
+        }
+        for trial in ordered
+    ]
+
+
+def progress(trials: list[Trial], about: dict[str, Any], spent: float, running: bool) -> str:
+    """How far a sweep is, the best so far, and the time that is left. `about`: sweep.json."""
+    budget, ended, best = about["budget"], [trial for trial in trials if trial.state != RUNNING], best_of(trials)
+    parts = [f"{len(ended)} of {budget['trials']} trials ended"]
+    if best is not None:
+        parts.append(f"best so far {_percent(best.best)} % (trial {best.number})")
+    epochs = sum(trial.epoch for trial in trials)
+    parts.append(f"{epochs} epochs, {spent / 60:.1f} min")
+    if not running:
+        parts.append(f"no process works on it; `fer sweep {about['name']}` goes on")
+    elif len(ended) >= budget["trials"]:
+        parts.append("the search is over: best and base are trained with other seeds")
+    elif ended:
+        left = spent / len(ended) * (budget["trials"] - len(ended))
+        limit = None if budget["hours"] is None else max(0.0, budget["hours"] * 3600 - spent)
+        parts.append(f"about {left / 60:.0f} min left" + (f", {limit / 60:.0f} at most" if limit is not None else ""))
+    return "; ".join(parts)
+
+
+def sweep_line(result: dict[str, Any]) -> str:
+    """Where a model of params.yaml comes from."""
+    found, best = result["confirmed"], result["best"]
+    if found is None:
+        return f"sweep {result['sweep']}, trial {best['number']}: val {_percent(best['val_accuracy'])} %, not confirmed"
+    return (
+        f"sweep {result['sweep']}, trial {best['number']}: val {_mean(found['best'])} %, "
+        f"{result['base']} {_mean(found['base'])} % ({len(result['seeds'])} seeds)"
+    )
+
+
+def sweep_note(result: dict[str, Any]) -> str:
+    """What a sweep found, as Markdown."""
+    best, states = result["best"], result["states"]
+    share = 100 * result["epochs"] / result["epochs_of_all"]
+    counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+    lines = [
+        f"{result['trials']} trials ({counts}) in {result['minutes']:.1f} min, {result['epochs']} of "
+        f"{result['epochs_of_all']} epochs ({share:.0f} %).",
+        f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} as it is, "
+        f"trial 1: {_percent(result['first']['val_accuracy'])} %. Both with the seed of the search.",
+    ]
+    found = result["confirmed"]
+    if found:
+        ours, base, pair = found["best"], found["base"], found["difference"]
+        lines.append(
+            f"With {len(result['seeds'])} other seeds: best {_mean(ours)} %, {result['base']} {_mean(base)} %, "
+            f"difference of pairs **{_mean(pair)}** points (mean +- standard deviation, val)."
+        )
+    elif best["number"] == 1:
+        lines.append(f"Nothing is better than {result['base']} as it is.")
+    if result.get("importance"):
+        ranked = ", ".join(f"{key} {100 * share:.0f} %" for key, share in result["importance"].items())
+        lines.append(f"Importance for a trial's rank: {ranked}.")
+    lines.append("Settings: " + ", ".join(f"{key} {value}" for key, value in best["point"].items()) + ".")
+    return "\n\n".join(lines)
+
+
+def _mean(values: dict[str, Any]) -> str:
+    return f"{100 * values['mean']:.2f} +- {100 * values['sd']:.2f}"

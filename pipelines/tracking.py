@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ from fer.files import write_json
 from fer.models import origin, packages
 from pipelines.guard import alive, process_id
 from pipelines.report import confusion_picture, note
+from pipelines.trials import FAILED, RUNNING, Plan, Trial, best_of, read_trials
 
 RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
 HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
+STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a sweep's trial: how it ended, and the sweep's own run
 NOT_METRICS = ("epoch", "time")
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -75,6 +77,29 @@ class Tracker:
             self._fail(run_id, error)
             raise
 
+    @contextmanager
+    def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
+        """Around a sweep: its MLflow run, given by id, and below it one run for each trial, fed from their folders."""
+        about = {"fer.sweep": plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
+        run_id = self._open(plan.folder.name, plan.sweep.base, plan.base, data, about)
+        feed = _SweepFeed(self, run_id, plan, data)
+        try:
+            yield run_id
+            feed.close()
+            self.client.set_terminated(run_id, "FINISHED")
+        except BaseException as error:
+            feed.close()
+            self._fail(run_id, error)
+            raise
+
+    def describe_sweep(self, run_id: str, text: str, numbers: dict[str, float], files: list[Path]) -> None:
+        """What a sweep found: a note as Markdown, metrics and artifacts of its run."""
+        self.client.set_tag(run_id, "mlflow.note.content", text)
+        for key, value in numbers.items():
+            self.client.log_metric(run_id, key, value)
+        for path in files:
+            self.client.log_artifact(run_id, str(path))
+
     def recorded(self, folder: Path) -> bool:
         """Whether this server already has the finished run in `folder`."""
         try:
@@ -102,7 +127,10 @@ class Tracker:
                 found[model.name] = {**champion.tags, "version": str(champion.version)}
         return found
 
-    def _open(self, ours: str, name: str, run: RunConfig, data: dict[str, Any]) -> str:
+    def _open(
+        self, ours: str, name: str, run: RunConfig, data: dict[str, Any], about: dict[str, str] | None = None
+    ) -> str:
+        """The MLflow run of our run id, RUNNING; made with the tags `about` where there is none yet."""
         found = self.client.search_runs([self.experiment], f"tags.`{RUN_ID}` = '{ours}'", max_results=1)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
@@ -118,7 +146,7 @@ class Tracker:
         tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
         tags |= {"starts_from": ", ".join(origin(run))}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
-        tags |= {"mlflow.source.type": "JOB"}
+        tags |= {"mlflow.source.type": "JOB", **(about or {})}
         run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
         self._describe(run_id, name, run, data)
         return run_id
@@ -219,14 +247,92 @@ class _Feed:
             return True
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
         for row in rows[self.sent :]:
-            when = int(row["time"] * 1000)
-            points = [Metric(key, value, when, row["epoch"]) for key, value in row.items() if key not in NOT_METRICS]
             try:
-                self.client.log_batch(self.run_id, metrics=points)
+                self.client.log_batch(self.run_id, metrics=_points(row))
             except MlflowException:
                 return False
             self.sent += 1
         return True
+
+
+class _SweepFeed:
+    """Carries a sweep's trials to MLflow as they come, from one thread: trials themselves know no server."""
+
+    def __init__(self, tracker: Tracker, parent: str, plan: Plan, data: dict[str, Any]):
+        self.tracker, self.client, self.parent, self.plan, self.data = tracker, tracker.client, parent, plan, data
+        self.runs: dict[int, str] = {}  # number of a trial -> id of its MLflow run
+        self.sent: dict[int, int] = {}  # number of a trial -> its last epoch that is there
+        self.ended = self._ended_before()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _ended_before(self) -> set[str]:
+        query = f"tags.`{PARENT}` = '{self.parent}' and attributes.status != 'RUNNING'"
+        found = self.client.search_runs([self.tracker.experiment], query)
+        return {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
+
+    def close(self) -> None:
+        """Send what is left; a server that is gone is noticed by the caller's next call to it."""
+        self._stop.set()
+        self._thread.join()
+        self._send()
+        for run_id in self.runs.values():  # of trials that time did not let end
+            with suppress(MlflowException):
+                self.client.set_terminated(run_id, "KILLED")
+
+    def _follow(self) -> None:
+        pause = 2.0
+        while not self._stop.wait(pause):
+            pause = 2.0 if self._send() else min(2 * pause, 30.0)
+
+    def _send(self) -> bool:
+        trials = read_trials(self.plan.folder)
+        try:
+            for trial in trials:
+                if self._name(trial) not in self.ended:
+                    self._send_trial(trial)
+                    if trial.state != RUNNING:
+                        self._send_end(trial, trials)
+        except MlflowException:
+            return False
+        return True
+
+    def _name(self, trial: Trial) -> str:
+        return f"{self.plan.folder.name}/{trial.folder.name}"
+
+    def _send_trial(self, trial: Trial) -> None:
+        if trial.number not in self.runs:
+            run, about = self.plan.run(trial.point), {PARENT: self.parent}
+            run_id = self.tracker._open(self._name(trial), self.plan.sweep.base, run, self.data, about)
+            given = [Param(f"sweep/{key}", str(value)) for key, value in trial.point.items()]
+            if self.plan.sweep.scheduler != "pbt":  # whose points change
+                self.client.log_batch(run_id, params=given)
+            self.runs[trial.number] = run_id
+        for row in trial.rows:
+            if row["epoch"] > self.sent.get(trial.number, 0):
+                self.client.log_batch(self.runs[trial.number], metrics=_points(row))
+                self.sent[trial.number] = row["epoch"]
+
+    def _send_end(self, trial: Trial, trials: list[Trial]) -> None:
+        run_id = self.runs[trial.number]
+        self.client.set_tag(run_id, STATE, trial.state)
+        if trial.error:
+            self.client.set_tag(run_id, "fer.error", trial.error[:500])
+        if trial.best is not None:
+            self.client.log_metric(run_id, "best_val_accuracy", trial.best, step=trial.epoch)
+        self.client.set_terminated(run_id, "FAILED" if trial.state == FAILED else "FINISHED")
+        del self.runs[trial.number]
+        self.ended.add(self._name(trial))
+        best = best_of([other for other in trials if self._name(other) in self.ended])
+        if best is not None and best.best is not None:
+            self.client.log_metric(self.parent, "best_val_accuracy", best.best, step=len(self.ended))
+        self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
+
+
+def _points(row: dict[str, Any]) -> list[Metric]:
+    when = int(row["time"] * 1000)
+    return [Metric(key, value, when, row["epoch"]) for key, value in row.items() if key not in NOT_METRICS]
 
 
 def tracking_uri(configured: str) -> str:

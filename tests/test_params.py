@@ -1,6 +1,7 @@
 """params.yaml: every mistake is one line with its dotted path, all at once; and no key is dead."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fer.losses import LOSSES
 from fer.models import MODELS
 from fer.models.backbones import FAMILIES, BackboneOptions
 from fer.models.classifier import ClassifierOptions
-from pipelines.params import SECTIONS, Sample, check, load, merge
+from pipelines.params import SECTIONS, Sample, Sweep, add_model, check, load, merge
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "params.yaml"
@@ -309,7 +310,7 @@ def test_a_key_that_is_no_text_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         check(tree)
     assert str(caught.value).splitlines() == [
-        f"params.yaml: 1: unknown key; known: {', '.join(sorted(['train', 'models', *SECTIONS]))}",
+        f"params.yaml: 1: unknown key; known: {', '.join(sorted(['train', 'models', 'sweeps', *SECTIONS]))}",
         "params.yaml: models.7: a model's name is made of letters, digits, _ and -; rename it",
     ]
 
@@ -387,7 +388,8 @@ def _reads() -> set[str]:
 OPTIONS: dict[str, type[BaseModel]] = {f"options of {name}": row.options for name, row in MODELS.items()}
 OPTIONS |= {f"settings of {name}": family.settings for name, family in FAMILIES.items()} | {"backbone": BackboneOptions}
 KINDS: dict[str, type[BaseModel]] = {
-    "train": RunConfig, "augment": Augment, "resources": Resources, "sample": Sample, **SECTIONS, **OPTIONS
+    "train": RunConfig, "augment": Augment, "resources": Resources, "sample": Sample, "sweep": Sweep,
+    **SECTIONS, **OPTIONS
 }  # fmt: skip
 
 
@@ -443,3 +445,78 @@ def test_what_yaml_anchors_share_is_set_in_one_place_alone() -> None:
     models = load(PARAMS, ["models.vit_tiny.options.backbone.settings.depth=2"]).models
     assert models["vit_tiny"].options["backbone"]["settings"]["depth"] == 2
     assert models["vit_deeper"].options["backbone"]["settings"]["depth"] == 6
+
+
+def test_a_model_is_added_and_every_other_line_stays(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text())
+    run = load(path, ["models.vgg13_small.lr=3e-4", "train.augment.flip=0.25", "train.batch_size=16"]).models[
+        "vgg13_small"
+    ]
+    add_model(path, "found", run.model_dump(), "vgg13_small", "sweep x")
+    assert load(path).models["found"] == run
+    before, after = SHIPPED.read_text().splitlines(), path.read_text().splitlines()
+    first = next(i for i, (one, other) in enumerate(zip(before, after)) if one != other)
+    added = len(after) - len(before)
+    assert after[:first] + after[first + added :] == before
+    assert after[first : first + added] == [
+        "  # sweep x",
+        "  found:",
+        "    model: vgg13",
+        "    options: {width: 0.25, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.3}",
+        "    epochs: 10",
+        "    channels: 1",
+        "    pixel_mean: [0.5]",
+        "    pixel_std: [0.25]",
+        "    weight_decay: 0.01",
+        "    lr: 0.0003",
+        "    batch_size: 16",
+        "    augment: {flip: 0.25}",
+        "",
+    ]
+
+
+def test_a_model_with_a_backbone_is_added_whole_at_the_files_end(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    sections = SHIPPED.read_text().split("\nmodels:\n")
+    models, rest = sections[1].split("\nexperiment:")
+    path.write_text(
+        f"{sections[0]}\nexperiment:{rest.split(chr(10) + 'sweeps:')[0]}\nmodels:\n{models.rstrip()}"
+    )  # no newline
+    for name in ("swin_nr_fpdls", "swin_nr_fpdls_tiny"):
+        add_model(path, f"{name}_2", load(path).models[name].model_dump(), name, "again")
+    models = load(path).models
+    assert models["swin_nr_fpdls_2"] == models["swin_nr_fpdls"]
+    assert models["swin_nr_fpdls_tiny_2"] == models["swin_nr_fpdls_tiny"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("vit_tiny", ("", ""), "models.vit_tiny: is in {path} already; give another name with --as"),
+        ("a b", ("", ""), "--as a b: a model's name is made of letters, digits, _ and -"),
+        ("new", ("lr: 1e-3\n", "lr: 2e-3\n"), None),
+        ("new", ("eval_batch_size: 256\n", "zzz: 1\n"), "{path}: train.zzz: unknown key"),
+    ],
+)
+def test_a_model_that_cannot_be_added(tmp_path: Path, name: str, change: tuple[str, str], message: str | None) -> None:
+    run = load(PARAMS).models["vit_tiny"].model_dump()
+    path = tmp_path / "params.yaml"
+    path.write_text(text := PARAMS.read_text().replace(*change))
+    if message is None:  # the file's own train has changed: the model sets what differs now
+        add_model(path, name, run, "vit_tiny", "c")
+        assert load(path).models[name].lr == 1e-3
+        return
+    with pytest.raises(UserError) as caught:
+        add_model(path, name, run, "vit_tiny", "c")
+    assert message.format(path=path) in str(caught.value)
+    assert path.read_text() == text
+
+
+def test_a_file_whose_models_stand_in_one_line_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    tree = _plain(PARAMS)
+    path.write_text(text := json.dumps(tree))
+    with pytest.raises(UserError, match="`models:` is not written as a block of lines; write models.new by hand: "):
+        add_model(path, "new", load(path).models["vit_tiny"].model_dump(), "vit_tiny", "c")
+    assert path.read_text() == text

@@ -1,0 +1,395 @@
+"""The only user of Ray Tune and Optuna: runs the trials of a sweep, several at once, and tells what they teach.
+
+What is known stands in the sweep's folder (pipelines/trials.py). A restart reads it: ended trials are told to Optuna
+and to the scheduler again, the others run on from their own checkpoints.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import ray
+from optuna.trial import TrialState, create_trial
+from pydantic import ValidationError
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from fer.checkpoint import load_meta
+from fer.errors import UserError, disk_error
+from fer.files import write_json
+from fer.train import NonFiniteLoss, fit
+from pipelines import trials as disk
+from pipelines.params import run_faults
+from pipelines.space import Dimension, Point, Space, grid
+from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial, read_trials
+
+TRIES = 200  # points in a row that are known or cannot work, before the search is over ...
+OWN_TRIES = 20  # ... of which so many are the sampler's; TPE asks again and again for the best it knows
+METRIC, TIME = "best", "epoch"
+
+
+def check(plan: Plan) -> None:
+    """Raises UserError where the started Ray has no room for a trial, or the space no points that work."""
+    have, sweep, prefix = ray.cluster_resources(), plan.sweep, f"sweeps.{plan.name}"
+    for kind, need in (("cpu", sweep.cpus_per_trial), ("gpu", sweep.gpus_per_trial)):
+        if need > have.get(kind.upper(), 0):
+            remedy = "set it to 0 to use CPUs" if kind == "gpu" else "lower it"
+            there = f"there are {have.get(kind.upper(), 0):g}"
+            raise UserError(f"{prefix}.{kind}s_per_trial: {need:g} {kind.upper()}s, {there}; {remedy}")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
+    faults = [fault for _ in range(50) if (fault := _fault(plan, _point(plan, study.ask(_distributions(plan.space)))))]
+    if faults:
+        raise UserError(f"{prefix}.space: {len(faults)} of 50 points drawn from it cannot work, as {faults[0]}")
+
+
+def search(plan: Plan) -> list[Trial]:
+    """Run trials until the budget is used up; what was done before counts. Returns all trials.
+
+    Raises UserError for what stops every trial, RuntimeError when each of them failed.
+    """
+    sweep, before = plan.sweep, read_trials(plan.folder)
+    left = sweep.trials - sum(trial.state != RUNNING for trial in before)
+    seconds = None if sweep.hours is None else sweep.hours * 3600 - disk.spent(plan.folder)
+    if left <= 0 or (seconds is not None and seconds <= 0):
+        return before
+    clock = _Clock(plan.folder, seconds)
+    searcher = _Search(plan, before, clock)
+    storage = plan.folder / ".tune"
+    shutil.rmtree(storage, ignore_errors=True)  # of a start that was killed; nothing in it is read
+    work = tune.with_parameters(_trial, plan=plan)
+    whole_population = sweep.scheduler == "pbt"  # takes turns, where there is no room for all
+    tuner = tune.Tuner(
+        tune.with_resources(work, {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=_scheduler(plan, before),
+            num_samples=left,
+            max_concurrent_trials=None if whole_population else _at_once(plan),
+            reuse_actors=not whole_population,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(storage.resolve()),
+            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+            stop=clock,
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        clock.save()
+        shutil.rmtree(storage, ignore_errors=True)
+    if clock.fatal:
+        raise UserError(clock.fatal)
+    after = read_trials(plan.folder)
+    if after and all(trial.state == FAILED for trial in after):
+        raise RuntimeError(f"sweeps.{plan.name}: all {len(after)} trials failed; the first: {after[0].error}")
+    return after
+
+
+def _at_once(plan: Plan) -> int:
+    """As many trials as are wished, or as there is room for."""
+    have, sweep = ray.cluster_resources(), plan.sweep
+    room = have["CPU"] // sweep.cpus_per_trial
+    if sweep.gpus_per_trial:
+        room = min(room, int(have["GPU"]) * int(1 / sweep.gpus_per_trial + 1e-9))
+    return int(min(room, sweep.at_once or room))
+
+
+class _Clock(tune.Stopper):
+    """Ends everything when time is up, or when a trial met what would stop every other. Keeps clock.json."""
+
+    def __init__(self, folder: Path, seconds: float | None):
+        self.folder, self.before, self.started = folder, disk.spent(folder), time.monotonic()
+        self.seconds, self.saved = seconds, 0.0
+        self.fatal: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.fatal is not None or (self.seconds is not None and self.passed() >= self.seconds)
+
+    def passed(self) -> float:
+        return time.monotonic() - self.started
+
+    def save(self) -> None:
+        write_json(self.folder / "clock.json", {"seconds": round(self.before + self.passed(), 1)})
+        self.saved = self.passed()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self.passed() - self.saved >= 1:
+            self.save()
+        return self.over
+
+
+class _Search(Searcher):
+    """Optuna for Tune. Ray's own tells it nothing of trials that were stopped early, and repeats configurations."""
+
+    def __init__(self, plan: Plan, before: list[Trial], clock: _Clock):
+        super().__init__(metric=METRIC, mode="max")
+        self.plan, self.clock, self.distributions = plan, clock, _distributions(plan.space)
+        self.known = {plan.id_of(trial.point) for trial in before}
+        self.count = len(before)
+        self.study = _study(plan, before)
+        self.sampler = self.study.sampler
+        self.random = optuna.samplers.RandomSampler(seed=plan.sweep.seed + len(before))
+        self.again = [(self._given(trial.point), trial) for trial in before if trial.state == RUNNING]
+        self.live: dict[str, tuple[optuna.Trial, Trial]] = {}
+        if not before:
+            self.study.enqueue_trial(plan.published)
+        for point in grid(plan.space) if plan.sweep.search == "grid" else ():
+            if plan.id_of(point) not in self.known:
+                self.study.enqueue_trial(point)
+
+    def _given(self, point: Point) -> optuna.Trial:
+        self.study.enqueue_trial(point)
+        return self.study.ask(self.distributions)
+
+    def suggest(self, trial_id: str) -> Any:
+        found = self.again.pop(0) if self.again else self._next()
+        if found is None:
+            return Searcher.FINISHED
+        self.live[trial_id] = found
+        return {"point": found[1].point, "folder": str(found[1].folder.resolve())}
+
+    def _next(self) -> tuple[optuna.Trial, Trial] | None:
+        """A trial that is not known yet, on disk before it starts; None when the search finds no other."""
+        for attempt in range(TRIES):
+            self.study.sampler = self.sampler if attempt < OWN_TRIES else self.random
+            asked = self.study.ask(self.distributions)
+            point = _point(self.plan, asked)
+            if not _fault(self.plan, point) and (ours := self.plan.id_of(point)) not in self.known:
+                self.known.add(ours)
+                self.count += 1
+                return asked, disk.add_trial(self.plan.folder, self.count, point)
+            self.study.tell(asked, state=TrialState.FAIL)
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.clock.fatal = self.clock.fatal or result.get("fatal")
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        asked, trial = self.live.pop(trial_id)
+        result = result or {}
+        state, reason = DONE, None
+        if error or result.get("error"):
+            state, reason = FAILED, result.get("error") or _reason(trial.folder)
+        elif result.get(TIME, 0) < self.plan.base.epochs:
+            state = RUNNING if self.clock.over else PRUNED
+        ended = disk.set_state(trial, state, reason)
+        told = _outcome(ended)
+        for epoch, value in told["intermediate_values"].items():
+            asked.report(value, epoch)
+        self.study.tell(asked, told["value"], told["state"])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune wishes a file; everything is in the sweep's folder already."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    def one(dimension: Dimension) -> Any:
+        if dimension.kind == "choice":
+            return optuna.distributions.CategoricalDistribution(dimension.labels)
+        low, high = dimension.values
+        if dimension.kind == "int":
+            return optuna.distributions.IntDistribution(low, high)
+        return optuna.distributions.FloatDistribution(low, high, log=dimension.kind == "log")
+
+    return {key: one(dimension) for key, dimension in space.items()}
+
+
+def _point(plan: Plan, asked: optuna.Trial) -> Point:
+    """The values asked for, in a few digits, but for the base's own."""
+    own = plan.published
+    return {
+        key: value if value == own[key] else plan.space[key].round(value)
+        for key, value in ((key, asked.params[key]) for key in plan.space)
+    }
+
+
+def _fault(plan: Plan, point: Point) -> str | None:
+    """Why a run cannot have this point, whose values may each be well."""
+    try:
+        faults = run_faults(plan.run(point).model_dump())
+    except ValidationError as error:
+        faults = [str(fault["msg"]) for fault in error.errors()]
+    return f"{faults[0]} ({point})" if faults else None
+
+
+def _study(plan: Plan, before: list[Trial]) -> optuna.Study:
+    """Optuna's study of the ended trials."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    seed = plan.sweep.seed + len(before)  # else a restart would ask for its first points again
+    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
+    if plan.sweep.search == "tpe":
+        start = min(10, max(4, plan.sweep.trials // 4))
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=start)
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    distributions = _distributions(plan.space)
+    for trial in before:
+        if trial.state != RUNNING:
+            study.add_trial(create_trial(params=trial.point, distributions=distributions, **_outcome(trial)))
+    return study
+
+
+def _outcome(trial: Trial) -> dict[str, Any]:
+    """What Optuna is told: for it those that were stopped early rank below, one that failed comes last."""
+    best = np.maximum.accumulate([row["val_accuracy"] for row in trial.rows]).tolist()
+    seen = dict(zip((row["epoch"] for row in trial.rows), best))
+    if trial.state == DONE:
+        return {"state": TrialState.COMPLETE, "value": best[-1], "intermediate_values": seen}
+    if trial.state == RUNNING:
+        return {"state": TrialState.FAIL, "value": None, "intermediate_values": {}}
+    lost = trial.state == FAILED or not seen
+    return {"state": TrialState.PRUNED, "value": None, "intermediate_values": {1: 0.0} if lost else seen}
+
+
+def _scheduler(plan: Plan, before: list[Trial]) -> TrialScheduler:
+    sweep, epochs = plan.sweep, plan.base.epochs
+    if sweep.scheduler == "none":
+        return FIFOScheduler()
+    if sweep.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr=TIME,
+            metric=METRIC,
+            mode="max",
+            perturbation_interval=sweep.grace_epochs,
+            hyperparam_mutations={"point": {key: _mutation(dimension) for key, dimension in plan.space.items()}},
+            custom_explore_fn=partial(_within, plan.space),
+        )
+    scheduler = ASHAScheduler(TIME, METRIC, "max", epochs, sweep.grace_epochs, sweep.reduction)
+    controller: Any = None  # which it does not ask
+    ended: list[Trial] = [trial for trial in before if trial.state != RUNNING and trial.rows]
+    for trial in ended:  # so that a restart compares with what it knows
+        scheduler.on_trial_add(controller, _known(trial.folder.name))
+    rows = [(row["time"], trial.folder.name, row) for trial in ended for row in trial.rows]
+    best: dict[str, float] = {}
+    for _, name, row in sorted(rows, key=lambda item: item[:2]):
+        best[name] = max(best.get(name, 0.0), row["val_accuracy"])
+        result = {TIME: row["epoch"], METRIC: best[name]}
+        scheduler.on_trial_result(controller, _known(name), result)
+    return scheduler
+
+
+def _known(name: str) -> Any:
+    """All that the scheduler asks of a trial."""
+    return SimpleNamespace(trial_id=name)
+
+
+def _mutation(dimension: Dimension) -> Any:
+    if dimension.kind == "choice":
+        return dimension.labels
+    low, high = dimension.values
+    if dimension.kind == "int":
+        return tune.randint(low, high + 1)
+    return tune.loguniform(low, high) if dimension.kind == "log" else tune.uniform(low, high)
+
+
+def _within(space: Space, config: dict[str, Any]) -> dict[str, Any]:
+    """pbt multiplies by 0.8 or 1.2: back into the range."""
+    for key, value in config["point"].items():
+        if space[key].kind != "choice":
+            low, high = space[key].values
+            config["point"][key] = space[key].round(type(low)(min(max(value, low), high)))
+    return config
+
+
+def _reason(folder: Path) -> str:
+    try:
+        return (folder / "failure.txt").read_text()
+    except FileNotFoundError:
+        return "its process was killed"
+
+
+def _trial(config: dict[str, Any], plan: Plan) -> None:
+    """On a worker: train the point, or go on with it, and report every epoch."""
+    with suppress(FileNotFoundError):  # on another machine of a cluster
+        os.chdir(plan.root)  # paths in params.yaml are relative to the project, Ray starts workers elsewhere
+    folder, run = Path(config["folder"]), plan.run(config["point"])
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the process of a killed driver is gone
+        report = _Report(folder / plan.id_of(config["point"]), config["point"], plan)
+        try:
+            for row in disk.read_rows(report.folder):
+                report(row)
+            fit(plan.sweep.base, run, plan.root / "data", folder, on_epoch=report)
+        except NonFiniteLoss as error:
+            report.end(error=str(error))
+        except UserError as error:
+            report.end(fatal=str(error))
+        except OSError as error:
+            known = disk_error(error, folder)
+            if known is None:
+                raise
+            report.end(fatal=str(known))
+        except Exception as error:
+            (folder / "failure.txt").write_text(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            raise
+
+
+class _Report:
+    """Tells Tune of an epoch; with pbt, gives the checkpoint that others may take over."""
+
+    def __init__(self, folder: Path, point: Point, plan: Plan):
+        self.folder, self.plan, self.best, self.epoch = folder, plan, 0.0, 0
+        given = tune.get_checkpoint() if plan.sweep.scheduler == "pbt" else None
+        taken = self._take(given) if given else None
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "point.json", {"point": point, "from": taken})
+
+    def _take(self, given: tune.Checkpoint) -> str | None:
+        """Go on from another trial's checkpoint, unless that was done already or it is this trial's own."""
+        with given.as_directory() as other:
+            meta = load_meta(Path(other))
+            origin = f"{meta['run_id']} epoch {meta['epoch']}"
+            before = (disk.read_point(self.folder) or {}).get("from")
+            if meta["run_id"] == self.folder.name:
+                return before
+            if before != origin:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.copytree(other, self.folder / "last")
+        return origin
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self.best, self.epoch = max(self.best, row["val_accuracy"]), row["epoch"]
+        every = self.plan.sweep.grace_epochs
+        shares = self.plan.sweep.scheduler == "pbt" and self.epoch % every == 0 and (self.folder / "last").exists()
+        checkpoint = tune.Checkpoint.from_directory(str(self.folder / "last")) if shares else None
+        tune.report({TIME: self.epoch, METRIC: self.best}, checkpoint=checkpoint)
+
+    def end(self, **why: str) -> None:
+        tune.report({TIME: self.epoch, METRIC: self.best, **why})
+
+
+def importance(plan: Plan, trials: list[Trial]) -> dict[str, float]:
+    """Share of each key in what decides a trial's rank (PED-ANOVA), the largest first; {} where trials are too few.
+
+    By rank, since the accuracies of trials that ended at different epochs do not compare.
+    """
+    ranked = sorted((trial for trial in trials if trial.state != RUNNING), key=lambda trial: trial.rank)
+    if len(ranked) < 5:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    distributions = _distributions(plan.space)
+    for place, trial in enumerate(ranked):
+        study.add_trial(create_trial(params=trial.point, distributions=distributions, value=float(place)))
+    return optuna.importance.get_param_importances(study)
