@@ -5,6 +5,7 @@ and to the scheduler again, the others run on from their own checkpoints.
 """
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search import Searcher
 
 from fer.checkpoint import load_meta
+from fer.config import RunConfig, faults
 from fer.errors import UserError, disk_error
 from fer.files import write_json
 from fer.train import NonFiniteLoss, fit
@@ -48,9 +50,10 @@ def check(plan: Plan) -> None:
             raise UserError(f"{prefix}.{kind}s_per_trial: {need:g} {kind.upper()}s, {there}; {remedy}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
-    faults = [fault for _ in range(50) if (fault := _fault(plan, _point(plan, study.ask(_distributions(plan.space)))))]
-    if faults:
-        raise UserError(f"{prefix}.space: {len(faults)} of 50 points drawn from it cannot work, as {faults[0]}")
+    drawn = [_fault(plan, _point(plan, study.ask(_distributions(plan.space)))) for _ in range(50)]
+    found = [fault for fault in drawn if fault]
+    if found:
+        raise UserError(f"{prefix}.space: {len(found)} of 50 points drawn from it cannot work, as {found[0]}")
 
 
 def search(plan: Plan) -> list[Trial]:
@@ -68,15 +71,16 @@ def search(plan: Plan) -> list[Trial]:
     storage = plan.folder / ".tune"
     shutil.rmtree(storage, ignore_errors=True)  # of a start that was killed; nothing in it is read
     work = tune.with_parameters(_trial, plan=plan)
-    whole_population = sweep.scheduler == "pbt"  # takes turns, where there is no room for all
+    members = _members(searcher, left) if sweep.scheduler == "pbt" else []  # all alive; without room they take turns
     tuner = tune.Tuner(
         tune.with_resources(work, {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial}),
+        param_space={"member": tune.grid_search(members)} if members else {},
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=None if members else searcher,
             scheduler=_scheduler(plan, before),
-            num_samples=left,
-            max_concurrent_trials=None if whole_population else _at_once(plan),
-            reuse_actors=not whole_population,
+            num_samples=1 if members else left,
+            max_concurrent_trials=None if members else _at_once(plan),
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -84,6 +88,7 @@ def search(plan: Plan) -> list[Trial]:
             storage_path=str(storage.resolve()),
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             stop=clock,
+            callbacks=[_Followed(searcher)] if members else None,
             verbose=0,
         ),
     )
@@ -205,6 +210,32 @@ class _Search(Searcher):
         raise NotImplementedError
 
 
+def _members(searcher: _Search, count: int) -> list[dict[str, Any]]:
+    """The population of pbt, which takes no search algorithm: drawn at once."""
+    given = [(f"member {i}", searcher.suggest(f"member {i}")) for i in range(count)]
+    return [{"key": key, **config} for key, config in given if config != Searcher.FINISHED]
+
+
+class _Followed(tune.Callback):
+    """Tells the searcher of the members of pbt what Tune itself tells it of other trials."""
+
+    def __init__(self, searcher: _Search):
+        self.searcher = searcher
+        self.keys: dict[str, str] = {}  # Tune's id -> member: later on a trial may have the config of another
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.keys.setdefault(trial.trial_id, trial.config["member"]["key"])
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict, **info: Any) -> None:
+        self.searcher.on_trial_result(self.keys[trial.trial_id], result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.searcher.on_trial_complete(self.keys[trial.trial_id], trial.last_result)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.searcher.on_trial_complete(self.keys[trial.trial_id], error=True)
+
+
 def _distributions(space: Space) -> dict[str, Any]:
     def one(dimension: Dimension) -> Any:
         if dimension.kind == "choice":
@@ -229,10 +260,10 @@ def _point(plan: Plan, asked: optuna.Trial) -> Point:
 def _fault(plan: Plan, point: Point) -> str | None:
     """Why a run cannot have this point, whose values may each be well."""
     try:
-        faults = run_faults(plan.run(point).model_dump())
+        found = run_faults(plan.run(point).model_dump())
     except ValidationError as error:
-        faults = [str(fault["msg"]) for fault in error.errors()]
-    return f"{faults[0]} ({point})" if faults else None
+        found = [line.removeprefix(": ") for line in faults(error, RunConfig)]
+    return f"{found[0]} ({point})" if found else None
 
 
 def _study(plan: Plan, before: list[Trial]) -> optuna.Study:
@@ -273,7 +304,7 @@ def _scheduler(plan: Plan, before: list[Trial]) -> TrialScheduler:
             metric=METRIC,
             mode="max",
             perturbation_interval=sweep.grace_epochs,
-            hyperparam_mutations={"point": {key: _mutation(dimension) for key, dimension in plan.space.items()}},
+            hyperparam_mutations={"member": {"point": {key: _mutation(one) for key, one in plan.space.items()}}},
             custom_explore_fn=partial(_within, plan.space),
         )
     scheduler = ASHAScheduler(TIME, METRIC, "max", epochs, sweep.grace_epochs, sweep.reduction)
@@ -306,10 +337,11 @@ def _mutation(dimension: Dimension) -> Any:
 
 def _within(space: Space, config: dict[str, Any]) -> dict[str, Any]:
     """pbt multiplies by 0.8 or 1.2: back into the range."""
-    for key, value in config["point"].items():
+    point = config["member"]["point"]
+    for key, value in point.items():
         if space[key].kind != "choice":
             low, high = space[key].values
-            config["point"][key] = space[key].round(type(low)(min(max(value, low), high)))
+            point[key] = space[key].round(type(low)(min(max(value, low), high)))
     return config
 
 
@@ -324,7 +356,8 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
     """On a worker: train the point, or go on with it, and report every epoch."""
     with suppress(FileNotFoundError):  # on another machine of a cluster
         os.chdir(plan.root)  # paths in params.yaml are relative to the project, Ray starts workers elsewhere
-    folder, run = Path(config["folder"]), plan.run(config["point"])
+    config = config.get("member", config)
+    folder, run = _own_folder(config, plan), plan.run(config["point"])
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the process of a killed driver is gone
         report = _Report(folder / plan.id_of(config["point"]), config["point"], plan)
@@ -344,6 +377,16 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
         except Exception as error:
             (folder / "failure.txt").write_text(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             raise
+
+
+def _own_folder(config: dict[str, Any], plan: Plan) -> Path:
+    """The trial's folder. What pbt takes over from another is its whole config, so the first one is remembered."""
+    if plan.sweep.scheduler != "pbt":
+        return Path(config["folder"])
+    note = plan.root / plan.folder / ".tune" / f"{tune.get_context().get_trial_id()}.json"
+    if not note.exists():
+        write_json(note, config["folder"])
+    return Path(json.loads(note.read_text()))
 
 
 class _Report:
@@ -381,15 +424,20 @@ class _Report:
 
 
 def importance(plan: Plan, trials: list[Trial]) -> dict[str, float]:
-    """Share of each key in what decides a trial's rank (PED-ANOVA), the largest first; {} where trials are too few.
+    """Share of each key in what decides a trial's rank (fANOVA), the largest first; {} where trials are too few.
 
     By rank, since the accuracies of trials that ended at different epochs do not compare.
     """
-    ranked = sorted((trial for trial in trials if trial.state != RUNNING), key=lambda trial: trial.rank)
-    if len(ranked) < 5:
+    ended = [trial for trial in trials if trial.state != RUNNING]
+    if len(ended) < 5:
+        return {}
+    places = sorted({trial.rank for trial in ended})
+    if len(places) == 1:
         return {}
     study = optuna.create_study(direction="maximize")
     distributions = _distributions(plan.space)
-    for place, trial in enumerate(ranked):
-        study.add_trial(create_trial(params=trial.point, distributions=distributions, value=float(place)))
-    return optuna.importance.get_param_importances(study)
+    for trial in ended:
+        place = float(places.index(trial.rank))
+        study.add_trial(create_trial(params=trial.point, distributions=distributions, value=place))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=plan.sweep.seed)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)

@@ -1,0 +1,384 @@
+"""`fer sweep` on a local Ray: searched, confirmed, applied; killed anywhere and gone on with; fed to MLflow by one."""
+
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, make_data
+from ray.tune.search import Searcher
+from test_flow import BIN, env, server, wait_for  # noqa: F401
+
+from fer.data.dataset import open_data
+from fer.errors import UserError
+from fer.files import write_json
+from pipelines import launch, trials
+from pipelines import sweep as search
+from pipelines.params import load
+from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+EPOCHS = 9
+SMALL = [
+    "models.vgg13_small.image_size=16",
+    "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
+    f"models.vgg13_small.epochs={EPOCHS}",
+    "models.vgg13_small.batch_size=16",
+    "sweeps.sample.trials=6",
+    "sweeps.sample.confirm_seeds=0",
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    make_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*overrides: str) -> Plan:
+    return trials.plan(load(overrides=[*SMALL, *overrides]), "sample", open_data("data").hash)
+
+
+def command(*words: str) -> list[str]:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    return [str(BIN / "fer"), "sweep", words[0], *settings, *words[1:]]
+
+
+def sweep(project: Path, url: str, *own: str) -> subprocess.CompletedProcess:
+    words, surroundings = command("sample", *own), env(PREFECT_API_URL=url)
+    return subprocess.run(words, cwd=project, env=surroundings, capture_output=True, text=True, timeout=250)
+
+
+def start(project: Path, url: str, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("sample", *words), cwd=project, env=env(PREFECT_API_URL=url), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def ask(project: Path, query: str) -> list[tuple]:
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        return store.execute(query).fetchall()
+
+
+def statuses(project: Path) -> dict[str, str]:
+    """our id -> status of each MLflow run."""
+    rows = ask(project, "select t.value, r.status from runs r join tags t using (run_uuid) where t.key = 'fer.run_id'")
+    assert len(dict(rows)) == len(rows), "one MLflow run for each trial"
+    return dict(rows)
+
+
+def check_books(project: Path, folder: Path, count: int) -> list[Trial]:
+    """No trial lost or counted twice, each epoch once on disk and in MLflow, nothing left RUNNING."""
+    found = trials.read_trials(folder)
+    assert [trial.number for trial in found] == list(range(1, count + 1))
+    assert len({json.dumps(trial.point) for trial in found}) == count
+    for trial in found:
+        assert trial.state in (DONE, PRUNED), trial.error
+        assert [row["epoch"] for row in trial.rows] == list(range(1, trial.epoch + 1))
+        assert (trial.epoch == EPOCHS) == (trial.state == DONE)
+    assert statuses(project) == dict.fromkeys(
+        [folder.name, *(f"{folder.name}/{trial.number:03d}" for trial in found)], "FINISHED"
+    )
+    steps = ask(
+        project,
+        "select t.value, m.step from metrics m join tags t using (run_uuid) "
+        "where t.key = 'fer.run_id' and m.key = 'val_accuracy'",
+    )
+    assert Counter(steps) == Counter(
+        (f"{folder.name}/{trial.number:03d}", row["epoch"]) for trial in found for row in trial.rows
+    )
+    return found
+
+
+def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
+    own = ["--set", "models.vgg13_small.lr=5e-4", "--set", "sweeps.sample.confirm_seeds=2"]
+    done = sweep(project, server, *own)
+    assert done.returncode == 0, done.stderr
+    (folder,) = trials.folders("sample")
+    found = trials.read_trials(folder)
+    assert found[0].point == {"lr": 5e-4, "loss": "cross_entropy", "weight_decay": 0.01}  # the base
+    assert len(found) == 6
+    assert not list((folder / "trials").glob("*/*/predictions*")), "a trial never opens test"
+    result = trials.result(folder)
+    assert result is not None
+    best = trials.best_of(found)
+    assert best is not None
+    assert result["best"] == {"number": best.number, "val_accuracy": best.best, "epoch": EPOCHS, "point": best.point}
+    assert best.number != 1  # so that it is confirmed
+    assert result["seeds"] == [1112, 1113]
+    summaries = [json.loads((project / "data/runs" / run / "summary.json").read_text()) for run in result["runs"]]
+    assert [summary["name"] for summary in summaries] == ["sample_best", "vgg13_small"] * 2
+    values = [summary["val"]["accuracy"] for summary in summaries]
+    assert result["confirmed"] == trials.compared(values[::2], values[1::2])
+    assert set(statuses(project).values()) == {"FINISHED"}
+    assert len(statuses(project)) == 1 + 6 + 4
+    parents = ask(project, "select value from tags where key = 'mlflow.parentRunId'")
+    ((parent,),) = ask(project, f"select run_uuid from tags where key = 'fer.run_id' and value = '{folder.name}'")
+    assert parents == [(parent,)] * 6
+    artifacts = {path.name for path in next((project / "mlruns").glob(f"*/{parent}/artifacts")).iterdir()}
+    assert artifacts == {"sweep.json", "trials.csv", "parallel.png", "effects.png"}
+    assert "models:/" not in done.stderr
+
+    again = sweep(project, server, *own)
+    assert "Nothing to do: " in again.stdout, again.stderr
+    changed = sweep(project, server, *own, "--set", "sweeps.sample.seed=1")
+    assert (changed.returncode, changed.stderr) == (
+        2,
+        f"error: sweeps.sample: sweeps.sample.seed differs from the sweep in data/sweeps/{folder.name}; "
+        "change it back to go on with that one, or give --new to start another\n",
+    )
+    shown = subprocess.run([BIN / "fer", "sweep", "status"], cwd=project, env=env(), capture_output=True, text=True)
+    assert all(f" {trial.number} " in shown.stdout for trial in found)
+    assert "With 2 other seeds: best " in shown.stdout
+    subprocess.run([BIN / "fer", "sweep", "apply", "sample", "--as", "better"], cwd=project, env=env(), check=True)
+    better, base = load().models["better"], load(overrides=[*SMALL, own[1]]).models["vgg13_small"]
+    assert better == base.model_copy(update=best.point)
+
+
+def driver(process: subprocess.Popen, project: Path, folder: Path) -> None:
+    process.send_signal(signal.SIGKILL)
+
+
+def head(process: subprocess.Popen, project: Path, folder: Path) -> None:
+    """Ray's own processes, so that the driver loses its cluster."""
+    for child in psutil.Process(process.pid).children():
+        if child.name() in ("raylet", "gcs_server"):
+            child.kill()
+
+
+@pytest.mark.timeout(600)  # a driver waits a minute for a head that is gone
+@pytest.mark.parametrize(("victim", "moments"), [(driver, (1, 14)), (head, (8,))], ids=["driver", "head"])
+def test_killed_at_any_moment_it_goes_on_and_no_trial_is_lost(project: Path, server: str, victim, moments):  # noqa: F811
+    """`moments`: epochs of all trials that are done when it is cut."""
+    folder = plan().folder
+    for epochs in moments:
+        process = start(project, server)
+        wait_for(lambda done=epochs: sum(trial.epoch for trial in trials.read_trials(folder)) >= done)
+        victim(process, project, folder)
+        process.wait(timeout=120)
+        wait_for(lambda: "RUNNING" not in statuses(project).values(), 60)
+    before = {trial.number: trial for trial in trials.read_trials(folder) if trial.state != RUNNING}
+    done = sweep(project, server)
+    assert done.returncode == 0, done.stderr
+    found = check_books(project, folder, 6)
+    for number, trial in before.items():
+        assert found[number - 1] == trial  # not run again
+
+
+def test_a_trial_that_is_killed_goes_on_from_its_checkpoint(project: Path, server: str):  # noqa: F811
+    folder = plan().folder
+    process = start(project, server)
+    for epochs in (2, 12):
+        wait_for(lambda done=epochs: sum(trial.epoch for trial in trials.read_trials(folder)) >= done)
+        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if _trains(child, project)]
+        for worker in workers:
+            worker.kill()
+    assert process.wait(timeout=200) == 0
+    check_books(project, folder, 6)
+
+
+def _trains(process: psutil.Process, project: Path) -> bool:
+    try:
+        return f"{project}/data/upscaled/images.npy" in Path(f"/proc/{process.pid}/maps").read_text()
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return False
+
+
+def ended(sweep: Plan, number: int, point: dict, state: str, *accuracies: float) -> Trial:
+    """A trial on disk as if it had been run."""
+    trial = trials.add_trial(sweep.folder, number, point)
+    run = trial.folder / sweep.id_of(point)
+    run.mkdir()
+    write_json(run / "point.json", {"point": point, "from": None})
+    rows = [
+        {"epoch": i + 1, "val_accuracy": v, "seconds": 1.0, "time": 100.0 * number + i}
+        for i, v in enumerate(accuracies)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return trials.set_state(trial, state)
+
+
+def points(sweep: Plan) -> list[dict]:
+    return list(search.grid(sweep.space))
+
+
+def test_what_is_known_is_told_to_optuna_again(project: Path):
+    sweep = plan()
+    one, two, three, four, *_ = points(sweep)
+    before = [
+        ended(sweep, 1, one, DONE, *[0.1, 0.4, 0.3] * 3),
+        ended(sweep, 2, two, PRUNED, 0.2, 0.1),
+        ended(sweep, 3, three, FAILED, 0.9),
+        ended(sweep, 4, four, RUNNING, 0.3),
+    ]
+    told = search._study(sweep, before).trials
+    assert [trial.state.name for trial in told] == ["COMPLETE", "PRUNED", "PRUNED"]  # the fourth will be run again
+    assert told[0].value == 0.4
+    assert told[0].intermediate_values == {1: 0.1, **dict.fromkeys(range(2, 10), 0.4)}  # the best so far
+    assert told[1].intermediate_values == {1: 0.2, 2: 0.2}
+    assert told[2].intermediate_values == {1: 0.0}  # a failure is the worst
+    assert [trial.params for trial in told] == [one, two, three]
+
+
+def test_the_search_begins_with_the_base_goes_on_with_what_was_cut_and_repeats_nothing(project: Path):
+    sweep = plan("sweeps.sample.trials=16")
+    clock = search._Clock(sweep.folder, None)
+    trials.begin(sweep)
+    fresh = search._Search(sweep, [], clock)
+    assert fresh.suggest("a")["point"] == sweep.published
+    second = fresh.suggest("b")
+    assert {trial.number for trial in trials.read_trials(sweep.folder)} == {1, 2}  # on disk before they start
+
+    again = search._Search(sweep, trials.read_trials(sweep.folder), clock)
+    given = [again.suggest(str(i)) for i in range(17)]
+    assert [config["point"] for config in given[:2]] == [sweep.published, second["point"]]
+    assert given[:2] == [{"point": trial.point, "folder": str(trial.folder.resolve())}
+                         for trial in trials.read_trials(sweep.folder)[:2]]  # fmt: skip
+    assert len({json.dumps(config["point"]) for config in given[:16]}) == 16  # each point of the space, TPE or not
+    assert given[16] == Searcher.FINISHED
+    assert len(trials.read_trials(sweep.folder)) == 16
+
+
+def test_a_grid_is_gone_through_once_the_base_first(project: Path):
+    sweep = plan("sweeps.sample.search=grid", "sweeps.sample.trials=99")
+    trials.begin(sweep)
+    given = search._Search(sweep, [], search._Clock(sweep.folder, None))
+    found = [given.suggest(str(i)) for i in range(16)]
+    assert found[0]["point"] == sweep.published
+    assert [config["point"] for config in found[1:]] == [point for point in points(sweep) if point != sweep.published]
+    assert given.suggest("16") == Searcher.FINISHED
+
+
+def test_after_a_restart_asha_compares_with_the_trials_it_knows(project: Path):
+    """grace 1, reduction 3: rungs at 1, 3 and 9. A trial must be in the upper third of a rung's trials to go on."""
+    sweep = plan()
+    before = [
+        ended(sweep, i + 1, point, PRUNED, value)
+        for i, (point, value) in enumerate(zip(points(sweep), (0.2, 0.5, 0.6)))
+    ]
+    asha = search._scheduler(sweep, before)
+    for name, value, decision in (("good", 0.7, "CONTINUE"), ("bad", 0.55, "STOP")):
+        asha.on_trial_add(None, search._known(name))
+        assert asha.on_trial_result(None, search._known(name), {"epoch": 1, "best": value}) == decision
+    untold = search._scheduler(sweep, [])
+    untold.on_trial_add(None, search._known("bad"))
+    assert untold.on_trial_result(None, search._known("bad"), {"epoch": 1, "best": 0.55}) == "CONTINUE"
+
+
+def test_importance_names_the_key_that_decides(project: Path):
+    sweep = plan()
+    found = [
+        ended(sweep, i + 1, point, PRUNED, 0.9 if point["loss"] == "focal_pdls" else 0.1)
+        for i, point in enumerate(points(sweep))
+    ]
+    shares = search.importance(sweep, found)
+    assert next(iter(shares)) == "loss"
+    assert shares["loss"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+    assert search.importance(sweep, found[:4]) == {}
+
+
+def test_points_that_cannot_work_are_named_before_anything_starts(project: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    space = "{schedule: {choice: [cosine, constant]}, warmup_epochs: {choice: [1.0, 8.0]}}"
+    together = plan("models.vgg13_small.schedule=constant", f"sweeps.sample.space={space}")
+    search.check(together)  # 8 < 9 epochs
+    odd = ["models.vgg13_small.epochs=3", "models.vgg13_small.schedule=constant", "sweeps.sample.space=" + space]
+    with pytest.raises(UserError) as caught:
+        search.check(plan(*odd))
+    line = str(caught.value)
+    assert line.startswith("sweeps.sample.space: 15 of 50 points drawn from it cannot work, as warmup_epochs 8 leaves ")
+
+
+@pytest.mark.parametrize(
+    ("key", "have", "message"),
+    [
+        ("gpus_per_trial=1", {"CPU": 2.0}, "gpus_per_trial: 1 GPUs, there are 0; set it to 0 to use CPUs"),
+        ("cpus_per_trial=4", {"CPU": 2.0}, "cpus_per_trial: 4 CPUs, there are 2; lower it"),
+    ],
+)
+def test_more_than_the_machine_has(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, have: dict, message: str):
+    monkeypatch.setattr(search.ray, "cluster_resources", lambda: have)
+    with pytest.raises(UserError) as caught:
+        search.check(plan(f"sweeps.sample.{key}"))
+    assert str(caught.value) == f"sweeps.sample.{message}"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "at_once", "trials_at_once"),
+    [(0, "null", 8), (0.5, "null", 4), (0.1, "null", 8), (1, "null", 2), (0.5, 3, 3)],
+)
+def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch, gpus, at_once, trials_at_once):
+    """On 8 CPUs and 2 GPUs: 0.1 GPU a trial would give 20, but each needs a CPU too."""
+    monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert (
+        search._at_once(plan(f"sweeps.sample.gpus_per_trial={gpus}", f"sweeps.sample.at_once={at_once}"))
+        == trials_at_once
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    launch.start_ray()
+    yield
+    launch.ray.shutdown()
+
+
+def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, cluster):
+    diverging = ["sweeps.sample.space={lr: {choice: [2e-3, 1e30]}, loss: {choice: [cross_entropy, focal_pdls]}}"]
+    sweep = plan(*diverging, "sweeps.sample.trials=4", "sweeps.sample.scheduler=none")
+    trials.begin(sweep)
+    found = search.search(sweep)
+    assert Counter(trial.state for trial in found) == {DONE: 2, FAILED: 2}
+    for trial in found:
+        assert (trial.state == FAILED) == (trial.point["lr"] == 1e30)
+        assert trial.error is None or "loss is " in trial.error
+    assert trials.best_of(found).state == DONE
+
+
+def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster):
+    sweep = plan()
+    trials.begin(sweep)
+    (project / "data/upscaled/images.npy").unlink()
+    with pytest.raises(UserError, match="images.npy: not found"):
+        search.search(sweep)
+
+
+def test_time_that_is_over_cuts_trials_and_more_of_it_goes_on_with_them(project: Path, cluster):
+    sweep = plan("models.vgg13_small.epochs=200", "sweeps.sample.hours=0.002", "sweeps.sample.trials=2")
+    trials.begin(sweep)
+    search.search(sweep)
+    found = trials.read_trials(sweep.folder)
+    assert {trial.state for trial in found} == {RUNNING}
+    assert trials.spent(sweep.folder) > 7.2
+    assert search.search(sweep) == found  # no time is left
+    more = plan("models.vgg13_small.epochs=200", "sweeps.sample.trials=2", "sweeps.sample.scheduler=asha")
+    assert more.folder == sweep.folder
+
+
+def test_pbt_takes_over_better_weights_and_keeps_within_the_ranges(project: Path, cluster):
+    space = "{lr: {log: [1e-3, 1e-2]}, weight_decay: {choice: [0.01, 0.1]}}"
+    own = ["search=random", "scheduler=pbt", "grace_epochs=3", "trials=4", f"space={space}"]
+    sweep = plan(*(f"sweeps.sample.{key}" for key in own))
+    trials.begin(sweep)
+    found = search.search(sweep)
+    assert [trial.state for trial in found] == [DONE] * 4
+    runs = {path.parent.name: json.loads(path.read_text()) for path in sweep.folder.glob("trials/*/*/point.json")}
+    taken = [about["from"] for about in runs.values() if about["from"]]
+    assert taken
+    assert all(origin.split(" epoch ")[0] in runs for origin in taken)
+    for about in runs.values():
+        assert 1e-3 <= about["point"]["lr"] <= 1e-2
+        assert about["point"]["weight_decay"] in (0.01, 0.1)
+    for trial in found:
+        assert [row["epoch"] for row in trial.rows] == list(range(1, EPOCHS + 1))
