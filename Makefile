@@ -39,4 +39,4 @@ format: $(READY)  ## Put the code into the project's format
 	ruff format .
 
 clean:  ## Remove what was made, but for the installation: data, runs, MLflow and Prefect stores
-	rm -rf data/raw data/upscaled data/splits data/runs data/*.partial mlflow.db mlruns mlartifacts .prefect
+	rm -rf data/raw data/upscaled data/splits data/runs data/sweeps data/*.partial mlflow.db mlruns mlartifacts .prefect

@@ -249,7 +249,7 @@ def sweep(name: str, overrides: list[str] | None = None, new: bool = False) -> S
         runs = _confirming(plan, params, found)
         failed = _train_listed(runs, tracker, params)
         if failed:
-            return Failed(message="; ".join(map(str, failed.values())), data=failed)
+            raise next(iter(failed.values()))
         result = trials.conclude(plan, params, found, [folder for _, _, folder in runs])
         register_result(plan, found, result, tracker, run_id)
     create_table_artifact(

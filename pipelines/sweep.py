@@ -197,6 +197,8 @@ class _Search(Searcher):
         elif result.get(TIME, 0) < self.plan.base.epochs:
             state = RUNNING if self.clock.over else PRUNED
         ended = disk.set_state(trial, state, reason)
+        if state != RUNNING:
+            disk.drop_weights(ended)
         told = _outcome(ended)
         for epoch, value in told["intermediate_values"].items():
             asked.report(value, epoch)

@@ -85,7 +85,8 @@ class Tracker:
         feed = _SweepFeed(self, run_id, plan, data)
         try:
             yield run_id
-            feed.close()
+            if not feed.close():
+                raise UserError(self._silent("trials"))
             self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
             feed.close()
@@ -216,10 +217,13 @@ class Tracker:
             self.client.set_tag(run_id, "fer.error", reason[:500])
             self.client.set_terminated(run_id, "FAILED")
         except MlflowException:
-            raise UserError(
-                f"tracking.uri: {without_password(self.uri)} does not answer any more; runs are safe on disk, "
-                "start the server and run the command again"
-            ) from error
+            raise UserError(self._silent("runs")) from error
+
+    def _silent(self, what: str) -> str:
+        return (
+            f"tracking.uri: {without_password(self.uri)} does not answer any more; {what} are safe on disk, "
+            "start the server and run the command again"
+        )
 
 
 class _Feed:
@@ -272,14 +276,15 @@ class _SweepFeed:
         found = self.client.search_runs([self.tracker.experiment], query)
         return {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
 
-    def close(self) -> None:
-        """Send what is left; a server that is gone is noticed by the caller's next call to it."""
+    def close(self) -> bool:
+        """Send what is left; False when the server does not answer."""
         self._stop.set()
         self._thread.join()
-        self._send()
+        sent = self._send()
         for run_id in self.runs.values():  # of trials that time did not let end
             with suppress(MlflowException):
                 self.client.set_terminated(run_id, "KILLED")
+        return sent
 
     def _follow(self) -> None:
         pause = 2.0

@@ -7,6 +7,7 @@ import csv
 import fcntl
 import hashlib
 import json
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,13 @@ def set_state(trial: Trial, state: str, error: str | None = None) -> Trial:
     """The trial as it is now, in that state."""
     _write(trial.folder, trial.number, trial.point, state, error)
     return read_trial(trial.folder)
+
+
+def drop_weights(trial: Trial) -> None:
+    """An ended trial is there for its numbers: dozens of checkpoints would fill the disk."""
+    for name in ("last", "best"):
+        for path in trial.folder.glob(f"*/{name}"):
+            shutil.rmtree(path)
 
 
 def _write(folder: Path, number: int, point: Point, state: str, error: str | None) -> None:

@@ -109,6 +109,7 @@ def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
     assert found[0].point == {"lr": 5e-4, "loss": "cross_entropy", "weight_decay": 0.01}  # the base
     assert len(found) == 6
     assert not list((folder / "trials").glob("*/*/predictions*")), "a trial never opens test"
+    assert not list((folder / "trials").rglob("*.safetensors")), "nor does an ended one keep its weights"
     result = trials.result(folder)
     assert result is not None
     best = trials.best_of(found)
