@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
     params = load(overrides=overrides or [])
     runs, tracker = prepare(params, models or [])
     tracker.close_abandoned()
-    with guarded(tracker.uri, tracker.name), _stops_at_a_signal([folder for _, folder in runs.values()]):
+    with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: list(launch.running)):
         failed = _train_all(runs, tracker, params)
     done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
     create_table_artifact(
@@ -112,8 +112,8 @@ def train(models: list[str] | None = None, overrides: list[str] | None = None) -
 
 
 @contextmanager
-def _stops_at_a_signal(folders: list[Path]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM: the runs save what they have, the flow run is cancelled, and the process ends.
+def _stops_at_a_signal(folders: Callable[[], list[Path]]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: the runs in `folders` save what they have, the flow run is cancelled, and the process ends.
 
     The guard then ends the workers and closes the runs. Without it Prefect waits for the tasks, and these for Ray,
     which does not hear of the signal. A second Ctrl-C does not wait for the runs.
@@ -129,7 +129,7 @@ def _stops_at_a_signal(folders: list[Path]) -> Iterator[None]:
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with suppress(KeyboardInterrupt):
             _tell(f"{show_cursor}\nstopping: every run saves what it has; Ctrl-C again ends at once")
-            ask_to_stop(folders, PATIENCE)
+            ask_to_stop(folders(), PATIENCE)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _tell("stopped: the same command goes on from there")
         try:
@@ -241,7 +241,7 @@ def sweep(name: str, overrides: list[str] | None = None, new: bool = False) -> S
     tracker.close_abandoned()
     with (
         guarded(tracker.uri, tracker.name),
-        _ctrl_c_ends_it(),
+        _stops_at_a_signal(lambda: [*launch.running, *plan.folder.glob("trials/*/*")]),
         launch.held(plan.folder, plan.name),
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):

@@ -22,6 +22,8 @@ from torch.distributed import Backend
 from fer.config import Resources, RunConfig
 from fer.errors import UserError
 
+running: set[Path] = set()  # folders of the runs that this process has given to Ray
+
 
 def start_ray() -> None:
     """Connect to RAY_ADDRESS, or start Ray on this machine; token authentication is on, as Ray listens widely."""
@@ -137,11 +139,13 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    running.add(folder)
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         raise _reason(name, error) from None
     finally:
+        running.discard(folder)
         shutil.rmtree(storage, ignore_errors=True)
     if outcome["error"]:
         raise UserError(outcome["error"])
