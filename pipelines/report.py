@@ -140,14 +140,15 @@ def sweep_line(result: dict[str, Any]) -> str:
 
 def sweep_note(result: dict[str, Any]) -> str:
     """What a sweep found, as Markdown."""
-    best, states = result["best"], result["states"]
+    best, states, first = result["best"], result["states"], result["first"]
+    stopped = f" when it was stopped after epoch {first['epoch']}" if first["epoch"] < first["epochs"] else ""
     share = 100 * result["epochs"] / result["epochs_of_all"]
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     lines = [
         f"{result['trials']} trials ({counts}) in {result['minutes']:.1f} min, {result['epochs']} of "
         f"{result['epochs_of_all']} epochs ({share:.0f} %).",
         f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} as it is, "
-        f"trial 1: {_percent(result['first']['val_accuracy'])} %. Both with the seed of the search.",
+        f"trial 1: {_percent(first['val_accuracy'])} %{stopped}. Both with the seed of the search.",
     ]
     found = result["confirmed"]
     if found:

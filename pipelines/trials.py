@@ -292,7 +292,7 @@ def conclude(plan: Plan, params: Params, trials: list[Trial], confirmed: list[Pa
         "epochs": sum(trial.epoch for trial in trials),
         "epochs_of_all": len(trials) * plan.base.epochs,
         "minutes": spent(plan.folder) / 60,
-        "first": {"val_accuracy": trials[0].best},
+        "first": {"val_accuracy": trials[0].best, "epoch": trials[0].epoch, "epochs": plan.base.epochs},
         "best": {"number": best.number, "val_accuracy": best.best, "epoch": best.epoch, "point": best.point},
         "run": best_run(plan, params, best).model_dump(),
         "seeds": seeds(plan, best) if values else [],

@@ -55,7 +55,7 @@ def command(*words: str) -> list[str]:
 
 def sweep(project: Path, url: str, *own: str) -> subprocess.CompletedProcess:
     words, surroundings = command("sample", *own), env(PREFECT_API_URL=url)
-    return subprocess.run(words, cwd=project, env=surroundings, capture_output=True, text=True, timeout=250)
+    return subprocess.run(words, cwd=project, env=surroundings, capture_output=True, text=True, timeout=500)
 
 
 def start(project: Path, url: str, *words: str) -> subprocess.Popen:
@@ -100,8 +100,10 @@ def check_books(project: Path, folder: Path, count: int) -> list[Trial]:
     return found
 
 
+@pytest.mark.timeout(600)
 def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
     own = ["--set", "models.vgg13_small.lr=5e-4", "--set", "sweeps.sample.confirm_seeds=2"]
+    own += ["--set", "sweeps.sample.scheduler=none"]  # so that the best does not hang on which trial was faster
     done = sweep(project, server, *own)
     assert done.returncode == 0, done.stderr
     (folder,) = trials.folders("sample")
@@ -383,3 +385,28 @@ def test_pbt_takes_over_better_weights_and_keeps_within_the_ranges(project: Path
         assert about["point"]["weight_decay"] in (0.01, 0.1)
     for trial in found:
         assert [row["epoch"] for row in trial.rows] == list(range(1, EPOCHS + 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "sweeps.nope: no such sweep in params.yaml; known: fpdls, sample, tiny"),
+        (["sampel"], "sweeps.sampel: no such sweep in params.yaml, did you mean 'sample'?"),
+        (["sample", "--set", "sweeps.sample.trials=0"],
+         "params.yaml: sweeps.sample.trials: should be greater than 0, got 0"),
+        (["sample", "--set", "sweeps.sample.base=x"],
+         "params.yaml: sweeps.sample.base: no model 'x' in params.yaml; known: "),
+        (["sample", "--set", "sweeps.sample.space.lr={int: [1, 2]}"],
+         "sweeps.sample.space.lr: an int range, but the base has 0.002; use float or log"),
+        (["sample", "--set", "sweeps.sample.gpus_per_trial=1"],
+         "sweeps.sample.gpus_per_trial: 1 GPUs, there are 0; set it to 0 to use CPUs"),
+        (["status"], "data/sweeps: no sweep yet; start one with `fer sweep NAME`"),
+        (["status", "sample"], "data/sweeps: no sweep sample yet; start one with `fer sweep NAME`"),
+        (["apply", "sample"], "sweeps.sample: no finished sweep of that name; run `fer sweep sample`"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_status_2_and_starts_nothing(project: Path, words: list[str], message: str):
+    done = subprocess.run([BIN / "fer", "sweep", *words], cwd=project, env=env(), capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"error: {message}")
+    assert not (project / "data/sweeps").exists()

@@ -150,3 +150,19 @@ def test_trials_are_listed_with_the_best_first() -> None:
     assert report.trial_rows(found, 2)[0] == {
         "trial": "3", "state": "done", "epoch": "2/2", "val": "70.00", "min": "0.2", "lr": "0.3"
     }  # fmt: skip
+
+
+def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:
+    sweep = plan()
+    point = {**sweep.published, "loss_alpha": 0.5}
+    rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 6.0} for i in range(sweep.base.epochs))
+    first = Trial(1, sweep.published, PRUNED, None, Path(), rows[:2])
+    result = trials.conclude(sweep, load(SHIPPED), [first, Trial(2, point, DONE, None, Path(), rows)], [])
+    note = report.sweep_note({**result, "importance": {"loss_alpha": 0.75}})
+    assert "2 trials (1 done, 1 pruned) in 0.0 min, 22 of 40 epochs (55 %)." in note
+    assert "trial 1: 50.00 % when it was stopped after epoch 2." in note
+    assert "Importance for a trial's rank: loss_alpha 75 %." in note
+    assert report.sweep_line(result) == f"sweep {sweep.folder.name}, trial 2: val 50.00 %, not confirmed"
+    assert (
+        load(SHIPPED).models["swin_nr_fpdls_tiny"].model_copy(update={"loss_alpha": 0.5}).model_dump() == result["run"]
+    )
