@@ -31,6 +31,8 @@ SMALL = [
     "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
     f"models.vgg13_small.epochs={EPOCHS}",
     "models.vgg13_small.batch_size=16",
+    "sweeps.sample.grace_epochs=1",
+    "sweeps.sample.reduction=3",
     "sweeps.sample.trials=6",
     "sweeps.sample.confirm_seeds=0",
 ]
