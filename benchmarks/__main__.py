@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import pipeline, training, upscale
 from benchmarks.measure import HEAD, Effort, Row, beside, machine
+from fer.device import use_cpu
 
 
 def _upscale(device: torch.device, effort: Effort) -> Iterator[Row]:
@@ -32,6 +33,8 @@ def main() -> None:
     if asked.only == "published" and asked.device == "cpu":
         parser.error("--only published: Swin-B and ViT-B/16 are measured on a GPU only")
     device = torch.device(asked.device)
+    if device.type == "cpu":
+        use_cpu(torch.get_num_threads())  # as a run does; the reference has it too
     print(f"{machine(device)}\n\n{HEAD}", flush=True)  # noqa: T201
     for name, rows in CASES.items():
         if asked.only in (None, name):

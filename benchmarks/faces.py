@@ -14,7 +14,8 @@ from fer.data.sample import draw_face
 def write_faces(folder: Path, side: int, **counts: int) -> None:
     """Write `folder`/upscaled and `folder`/splits as the stages do, and `folder`/png/<split>/<number>_<class>/*.png.
 
-    `counts`: images of train, val and test, one at least each; grey, `side` px, enlarged from 48 px (bicubic).
+    `counts`: images of train, val and test, one at least each; grey, `side` px, enlarged from 48 px (bicubic). PNG
+    files of enlarged ones are in colour, as published super-resolution writes them.
     """
     rng, total = np.random.default_rng(0), sum(counts.values())
     labels = np.arange(total) % len(CLASSES)
@@ -45,6 +46,7 @@ def _write_split(folder: Path, split: str, rows: np.ndarray, images: np.ndarray,
     table.to_csv(folder / "splits" / f"{split}.csv", index=False)
     for number, name in enumerate(CLASSES):
         (folder / "png" / split / f"{number}_{name}").mkdir(parents=True)
+    mode = "L" if images.shape[1] == 48 else "RGB"
     for row, name in zip(rows, table["name"]):
         label = labels[row]
-        Image.fromarray(images[row]).save(folder / "png" / split / f"{label}_{CLASSES[label]}" / name)
+        Image.fromarray(images[row]).convert(mode).save(folder / "png" / split / f"{label}_{CLASSES[label]}" / name)

@@ -17,7 +17,7 @@ from benchmarks import reference
 from benchmarks.faces import write_faces
 from benchmarks.measure import ROOT, Effort, Row, Work, beside
 from fer.config import RunConfig
-from fer.data.augment import Augmenter, model_input
+from fer.data.augment import Augmenter, Change, model_input
 from fer.data.dataset import DataSet, open_data
 from fer.evaluate import predict_split
 from fer.feed import Feed
@@ -65,15 +65,10 @@ def batches(
         yield feed(index, pixels, change() if change else None), *feed.truth(index)
 
 
-def changes(run: RunConfig, device: torch.device) -> Callable[[], Callable[[Tensor, slice], Tensor]]:
+def changes(run: RunConfig, device: torch.device) -> Callable[[], Change]:
     """Gives the random changes of one batch after the other."""
     augmenter, seeds = Augmenter(run.augment, device), count()
-
-    def change() -> Callable[[Tensor, slice], Tensor]:
-        draws = augmenter.draw(run.batch_size, next(seeds))
-        return lambda images, rows: augmenter(images, draws[rows])
-
-    return change
+    return lambda: augmenter.changes(augmenter.draw(run.batch_size, next(seeds)), run.image_size)
 
 
 def loss_of(run: RunConfig, data: DataSet, device: torch.device) -> Loss:

@@ -1,6 +1,6 @@
 """What a network gets of each batch: pixels, embeddings of its frozen encoder, neutral faces to compare with."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fer.config import RunConfig
-from fer.data.augment import Mixture, model_input
+from fer.data.augment import Change, Mixture, model_input
 from fer.data.dataset import Split
 from fer.data.pairs import Pairs
 from fer.data.pixels import Pixels
@@ -62,7 +62,7 @@ class Feed:
         self,
         index: np.ndarray,
         pixels: Tensor | None,
-        change: Callable[[Tensor, slice], Tensor] | None = None,
+        change: Change | None = None,
         mixture: Mixture | None = None,
     ) -> dict[str, Tensor]:
         """Arguments of the network for the images at `index` of the split, whose pixels `batches` gave."""

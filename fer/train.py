@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fer import checkpoint
 from fer.config import RunConfig, run_id
 from fer.data.augment import Augmenter, draw_mixture
 from fer.data.dataset import DataSet, open_data
-from fer.device import pick_device
+from fer.device import pick_device, use_cpu
 from fer.errors import UserError
 from fer.evaluate import finished, predict_split
 from fer.feed import Feed
@@ -62,7 +61,7 @@ def fit(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = pick_device(run.resources.device)
     if device.type == "cpu":
-        torch.set_num_threads(run.resources.cpus_per_worker)
+        use_cpu(run.resources.cpus_per_worker)
     data = open_data(data_dir)
     folder = Path(runs_dir) / run_id(name, run, data.hash, start)
     stop = StopSignal(folder, leads=rank == 0)
@@ -190,7 +189,7 @@ class Trainer:
         mixture = draw_mixture(run.augment, run.image_size, _seed(run.seed, *here, 1))
         fed = []
         for (index, part), (_, raw) in zip(parts, pixels):
-            change = partial(_changed, self.augment, draws[part])
+            change = self.augment.changes(draws[part], run.image_size)
             fed.append(Part(self.feed(index, raw, change, mixture), *self.feed.truth(index), len(index) / share))
         rate = lr_at(run, self.epoch + (self.step + 0.5) / self.steps)
         logits, value = self.stepper(fed, self.loss, mixture, rate, _seed(run.seed, *here, self.rank, 2))
@@ -246,10 +245,6 @@ class Trainer:
         training["counts"] = {key: value.cpu() for key, value in self.counts.state().items()}
         checkpoint.save(self.folder / "last", self.stepper.model.state_dict(), meta, training)
         _write_metrics(self.folder, self.history)
-
-
-def _changed(augment: Augmenter, draws: Tensor, images: Tensor, rows: slice) -> Tensor:
-    return augment(images, draws[rows])
 
 
 def _divide(index: np.ndarray, part: slice, count: int) -> list[tuple[np.ndarray, slice]]:

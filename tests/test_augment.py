@@ -1,6 +1,8 @@
 """What the model sees: resizing, normalising and the random changes, each with a known answer."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -60,11 +62,8 @@ class Fixed(Augmenter):
         for index, value in draws.items():
             self.draws[0, index] = value
 
-    def warp(self, image: Tensor) -> Tensor:
-        return self._warp(image, self.draws)
-
-    def saturate(self, image: Tensor) -> Tensor:
-        return self._saturate(image, self.draws)
+    def change(self, image: Tensor) -> Tensor:
+        return self(image, self.draws)
 
 
 ANGLE, ZOOM, FLIP, SHIFT_X, SHIFT_Y = range(5)  # places of the draws
@@ -98,7 +97,7 @@ def test_flip_is_drawn_per_image() -> None:
 @pytest.mark.parametrize(("draw", "turns"), [(1.0, 1), (0.0, -1)])
 def test_rotation_by_90_degrees_turns_around_the_centre(draw: float, turns: int) -> None:
     images = noise(1)
-    rotated = Fixed({ANGLE: draw}, rotation=90.0).warp(images)
+    rotated = Fixed({ANGLE: draw}, rotation=90.0).change(images)
     torch.testing.assert_close(rotated, torch.rot90(images, turns, (2, 3)), atol=1e-4, rtol=0)
 
 
@@ -117,7 +116,7 @@ def test_rotation_is_within_its_range_and_both_ways() -> None:
 @pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.8), (0.5, 1.0), (1.0, 1.2)])
 def test_zoom_enlarges_around_the_centre(draw: float, factor: float) -> None:
     image = dot(16, 26)
-    row, column = place(Fixed({ZOOM: draw}, scale=0.2).warp(image))
+    row, column = place(Fixed({ZOOM: draw}, scale=0.2).change(image))
     assert row == pytest.approx(16, abs=0.05)
     assert column - 16 == pytest.approx(10 * factor, abs=0.2)
 
@@ -125,9 +124,9 @@ def test_zoom_enlarges_around_the_centre(draw: float, factor: float) -> None:
 @pytest.mark.parametrize(("draw", "pixels"), [(0.0, 4.0), (1.0, -4.0)])
 def test_translation_is_a_share_of_the_side(draw: float, pixels: float) -> None:
     image = dot(20, 20, side=40)
-    row, column = place(Fixed({SHIFT_X: draw}, translation=0.1).warp(image))  # .1 of 40 pixels
+    row, column = place(Fixed({SHIFT_X: draw}, translation=0.1).change(image))  # .1 of 40 pixels
     assert (row, column) == (pytest.approx(20, abs=0.01), pytest.approx(20 + pixels, abs=0.01))
-    row, column = place(Fixed({SHIFT_Y: draw}, translation=0.1).warp(image))
+    row, column = place(Fixed({SHIFT_Y: draw}, translation=0.1).change(image))
     assert (row, column) == (pytest.approx(20 + pixels, abs=0.01), pytest.approx(20, abs=0.01))
 
 
@@ -191,7 +190,7 @@ def colours(*pixels: tuple[float, float, float]) -> Tensor:
 )
 def test_saturation_is_a_factor_around_the_grey_of_each_pixel(draw: float, wanted: list) -> None:
     image = colours((0.5, 0.3, 0.1), (0.0, 0.0, 1.0))
-    found = Fixed({SATURATION: draw}, saturation=1.0).saturate(image)
+    found = Fixed({SATURATION: draw}, saturation=1.0).change(image)
     torch.testing.assert_close(found, colours(*wanted), atol=1e-6, rtol=0)
 
 
@@ -214,20 +213,21 @@ def test_saturation_leaves_grey_images_alone() -> None:
 def test_saturation_comes_after_contrast() -> None:
     images = noise(64, channels=3)
     draws = torch.rand(64, Augmenter.PER_IMAGE, generator=torch.manual_seed(0))
-    one_by_one = augmenter(saturation=0.9)._saturate(changed(images, contrast=0.9), draws)
+    one_by_one = augmenter(saturation=0.9)(changed(images, contrast=0.9), draws)
     assert torch.equal(changed(images, contrast=0.9, saturation=0.9), one_by_one)
 
 
 def test_saturation_has_a_draw_of_its_own() -> None:
-    images, every = noise(channels=3), augmenter(**EVERYTHING)
+    images = noise(channels=3)
     draws = torch.rand(8, Augmenter.PER_IMAGE, generator=torch.manual_seed(0))
     other = draws.clone()
     other[:, SATURATION] = 1 - draws[:, SATURATION]
-    for change in (every._warp, every._jitter, every._erase):
-        assert torch.equal(change(images.clone(), draws), change(images.clone(), other))
+    rest = augmenter(**EVERYTHING | {"saturation": 0.0})
+    assert torch.equal(rest(images.clone(), draws), rest(images.clone(), other))
     other[:, :SATURATION] = 1 - draws[:, :SATURATION]
     other[:, SATURATION] = draws[:, SATURATION]
-    assert torch.equal(every._saturate(images, draws), every._saturate(images, other))
+    alone = augmenter(saturation=0.8)
+    assert torch.equal(alone(images.clone(), draws), alone(images.clone(), other))
 
 
 def test_erasing_sets_one_rectangle_to_the_mean() -> None:
@@ -362,6 +362,36 @@ def test_the_model_input_is_made_a_few_images_at_a_time(side: int, channels: int
         torch.testing.assert_close(found[place], (alone[0] - 0.4) / 0.2, atol=1e-5, rtol=0)
     plain = model_input(pixels, run)
     torch.testing.assert_close(plain, (to_float(pixels, side) - 0.4) / 0.2, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_share_the_images_and_change_no_bit(inference: bool) -> None:
+    """Nor are more threads than wished left to torch, in a thread that is there or in a new one."""
+    pixels = torch.randint(256, (7, 200, 200), dtype=torch.uint8, generator=torch.manual_seed(0))
+    run = small_run(image_size=200, channels=3, pixel_mean=[0.4, 0.5, 0.6], pixel_std=[0.2, 0.3, 0.4])
+    augment = augmenter(**EVERYTHING)
+    draws = augment.draw(7, 1)
+    seen: list[tuple[int, int, slice]] = []
+
+    def change(images: Tensor, rows: slice) -> Tensor:
+        seen.append((threading.get_ident(), torch.get_num_threads(), rows))
+        return augment(images, draws[rows])
+
+    alone = model_input(pixels, run, change)
+    seen.clear()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(inference):
+            found = model_input(pixels, run, change)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found, alone)
+    assert sorted(rows.start for _, _, rows in seen) == [0, 3, 6]
+    assert {threads for _, threads, _ in seen} == {1}
+    assert threading.get_ident() not in {thread for thread, _, _ in seen}
 
 
 # Mixed images

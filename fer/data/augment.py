@@ -4,7 +4,10 @@ Every random number of a step comes from one seed, so that a step can be repeate
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -16,26 +19,48 @@ from fer.config import Augment, RunConfig
 CACHED = 2**18  # pixels that stay in a CPU's cache from one operation to the next
 
 
-def model_input(pixels: Tensor, run: RunConfig, change: Callable[[Tensor, slice], Tensor] | None = None) -> Tensor:
+Change = Callable[[Tensor, slice], Tensor]  # images, and in which rows of their batch they stand -> changed images
+
+
+def model_input(pixels: Tensor, run: RunConfig, change: Change | None = None) -> Tensor:
     """uint8 [B, H, W] or [B, H, W, 3] -> the model's input float32 [B, run.channels, S, S], normalised.
 
     `change(images, rows)` gets those images float32 [b, 1 or 3, S, S] in [0, 1] that stand in `rows` of the batch: all
-    at once on a GPU, a few at a time on a CPU.
+    at once on a GPU, on a CPU a few at a time in each of torch's threads.
     """
-    count, side = len(pixels), run.image_size
+    count, side, inference = len(pixels), run.image_size, torch.is_inference_mode_enabled()
+    found = torch.empty(count, run.channels, side, side, device=pixels.device)
+
+    def make(rows: slice) -> None:
+        with torch.inference_mode(inference):  # which a thread does not inherit
+            images = to_float(pixels[rows], side)
+            normalize(change(images, rows) if change else images, run, found[rows])
+
+    if pixels.device.type != "cpu":
+        make(slice(0, count))
+        return found
+    threads = torch.get_num_threads()
     per_image = max(side, pixels.shape[1]) ** 2 * (1 if pixels.ndim == 3 else 3)
-    at_once = max(2, CACHED // per_image) if pixels.device.type == "cpu" else max(1, count)
-    found = _empty((count, run.channels, side, side), pixels.device)
-    for first in range(0, count, at_once):
-        rows = slice(first, min(first + at_once, count))
-        images = to_float(pixels[rows], side)
-        normalize(change(images, rows) if change else images, run, found[rows])
+    at_once = max(1, min(CACHED // per_image, -(-count // threads)))
+    parts = [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    for _ in _pool(threads).map(make, parts) if threads > 1 else map(make, parts):
+        pass
     return found
 
 
-def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    # numpy asks the system for huge pages, torch does not: half the time at 384 pixels
-    return torch.from_numpy(np.empty(shape, np.float32)) if device.type == "cpu" else torch.empty(shape, device=device)
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """That many threads in which torch uses one each: a few images are too little to be shared out by torch itself."""
+    pool, all_here = ThreadPoolExecutor(threads), Barrier(threads)
+
+    def alone(_: int) -> None:
+        all_here.wait()
+        torch.get_num_threads()  # else the first operation takes back what is set here
+        torch.set_num_threads(1)
+
+    list(pool.map(alone, range(threads)))
+    torch.set_num_threads(threads)  # for threads that are yet to start
+    return pool
 
 
 def to_float(pixels: Tensor, image_size: int) -> Tensor:
@@ -77,62 +102,91 @@ class Augmenter:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """float32 [b, C, S, S] in [0, 1] and [b, PER_IMAGE] -> same shape and range; `images` may be overwritten."""
-        for change in (self._warp, self._jitter, self._saturate, self._erase):
-            images = change(images, draws)
-        return images
+        return self.changes(draws, images.shape[-1])(images, slice(None))
 
-    def _warp(self, images: Tensor, draws: Tensor) -> Tensor:
+    def changes(self, draws: Tensor, side: int) -> Change:
+        """What `draws` [B, PER_IMAGE] make of images of `side` px, worked out for the whole batch at once.
+
+        Images given to it may be overwritten.
+        """
+        made = (make(draws, side) for make in (self._warp, self._jitter, self._saturate, self._erase))
+        changes = [change for change in made if change is not None]
+
+        def change(images: Tensor, rows: slice) -> Tensor:
+            for one in changes:
+                images = one(images, rows)
+            return images
+
+        return change
+
+    def _warp(self, draws: Tensor, side: int) -> Change | None:
         s = self.settings
         if not (s.flip or s.rotation or s.scale or s.translation):
-            return images
+            return None
         angle = torch.deg2rad((2 * draws[:, 0] - 1) * s.rotation)
         zoom = 1 + (2 * draws[:, 1] - 1) * s.scale
         flip = torch.where(draws[:, 2] < s.flip, -1.0, 1.0)
         shift = (2 * draws[:, 3:5] - 1) * 2 * s.translation  # the grid runs from -1 to 1: a side is 2
         cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        side = images.shape[-1]
-        line = (2 * torch.arange(side, device=images.device) + 1) / side - 1
-        by_column = torch.stack([cos * flip, sin * flip], 1)[..., None] * line  # [b, 2, S]
-        by_row = torch.stack([-sin, cos], 1)[..., None] * line + shift[..., None]
-        # two planes seen as [b, S, S, 2]: faster than pairs of numbers, of which affine_grid makes them
-        grid = by_column[:, :, None, :] + by_row[..., None]
-        padding = "reflection"
-        if 2**0.5 / (1 - s.scale) + 2 * s.translation <= 3:  # one reflection at most: 2 clamp(x) - x is faster
-            grid.lerp_(grid.clamp(-1, 1), 2.0)
-            padding = "border"
-        grid = grid.permute(0, 2, 3, 1)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+        line = (2 * torch.arange(side, device=draws.device) + 1) / side - 1
+        by_column = (torch.stack([cos * flip, sin * flip], 1)[..., None] * line)[:, :, None, :]  # [B, 2, 1, S]
+        by_row = (torch.stack([-sin, cos], 1)[..., None] * line + shift[..., None])[..., None]  # [B, 2, S, 1]
+        once = 2**0.5 / (1 - s.scale) + 2 * s.translation <= 3  # one reflection at most: 2 clamp(x) - x is faster
 
-    def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
+        def warp(images: Tensor, rows: slice) -> Tensor:
+            # two planes seen as [b, S, S, 2]: faster than pairs of numbers, of which affine_grid makes them
+            grid = by_column[rows] + by_row[rows]
+            if once:
+                grid.lerp_(grid.clamp(-1, 1), 2.0)
+            padding = "border" if once else "reflection"
+            return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode=padding, align_corners=False)
+
+        return warp
+
+    def _jitter(self, draws: Tensor, side: int) -> Change | None:
         """b x, then its contrast c around the mean m of that: c b x + (1 - c) b m."""
         s = self.settings
         if not s.brightness and not s.contrast:
-            return images
+            return None
         bright = (1 + (2 * draws[:, 5] - 1) * s.brightness).view(-1, 1, 1, 1)
         contrast = (1 + (2 * draws[:, 6] - 1) * s.contrast).view(-1, 1, 1, 1)
-        rest = images.mean((1, 2, 3), keepdim=True) * bright * (1 - contrast)
-        return images.mul_(bright * contrast).add_(rest).clamp_(0, 1)
+        of_pixel, of_mean = bright * contrast, bright * (1 - contrast)
 
-    def _saturate(self, images: Tensor, draws: Tensor) -> Tensor:
-        if not self.settings.saturation or images.shape[1] == 1:
-            return images
+        def jitter(images: Tensor, rows: slice) -> Tensor:
+            rest = images.mean((1, 2, 3), keepdim=True) * of_mean[rows]
+            return images.mul_(of_pixel[rows]).add_(rest).clamp_(0, 1)
+
+        return jitter
+
+    def _saturate(self, draws: Tensor, side: int) -> Change | None:
+        if not self.settings.saturation:
+            return None
         factor = (1 + (2 * draws[:, 12] - 1) * self.settings.saturation).view(-1, 1, 1, 1)
-        red, green, blue = images.split(1, 1)
-        grey = 0.299 * red + 0.587 * green + 0.114 * blue  # luma of ITU-R BT.601
-        return ((images - grey) * factor + grey).clamp(0, 1)
 
-    def _erase(self, images: Tensor, draws: Tensor) -> Tensor:
+        def saturate(images: Tensor, rows: slice) -> Tensor:
+            if images.shape[1] == 1:
+                return images
+            red, green, blue = images.split(1, 1)
+            grey = 0.299 * red + 0.587 * green + 0.114 * blue  # luma of ITU-R BT.601
+            return ((images - grey) * factor[rows] + grey).clamp(0, 1)
+
+        return saturate
+
+    def _erase(self, draws: Tensor, side: int) -> Change | None:
         if not self.settings.erasing:
-            return images
-        side = images.shape[-1]
+            return None
         height, width = (0.15 + 0.3 * draws[:, 8:10]).unbind(1)  # shares of the side: 2 to 20 % of the area
         top, left = draws[:, 10] * (1 - height), draws[:, 11] * (1 - width)
-        line = (torch.arange(side, device=images.device) + 0.5) / side
-        inside_rows = (line >= top[:, None]) & (line < (top + height)[:, None])
-        inside_columns = (line >= left[:, None]) & (line < (left + width)[:, None])
-        chosen = (draws[:, 7] < self.settings.erasing).view(-1, 1, 1)
-        mask = (inside_rows[:, :, None] & inside_columns[:, None, :] & chosen).unsqueeze(1)
-        return torch.where(mask, images.mean((1, 2, 3), keepdim=True), images)
+        line = (torch.arange(side, device=draws.device) + 0.5) / side
+        chosen = (draws[:, 7] < self.settings.erasing)[:, None]
+        of_rows = (line >= top[:, None]) & (line < (top + height)[:, None]) & chosen  # [B, S]
+        of_columns = (line >= left[:, None]) & (line < (left + width)[:, None])
+
+        def erase(images: Tensor, rows: slice) -> Tensor:
+            mask = of_rows[rows, None, :, None] & of_columns[rows, None, None, :]
+            return torch.where(mask, images.mean((1, 2, 3), keepdim=True), images)
+
+        return erase
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""What a process on a CPU is set to."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fer.device import use_cpu
+
+FAULTS = """
+import resource
+
+import torch
+
+from fer.device import use_cpu
+
+torch.set_num_threads(1)
+
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.full((2**24,), 1.0)  # 64 MiB: 16,384 pages, or 32 large ones
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+without = faults()
+use_cpu(1)
+faults()
+print(without, faults())
+"""
+
+
+def test_a_run_has_the_threads_it_asks_for() -> None:
+    use_cpu(2)
+    try:
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is set")
+def test_memory_that_is_freed_is_used_again() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    without, after = map(int, done.stdout.split())
+    assert without >= 20 * 32
+    assert after < 32
