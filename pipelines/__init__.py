@@ -7,6 +7,7 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_HOME": str(Path.cwd() / ".prefect"),
+    "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN": "1",  # else Prefect's temporary server waits 5 s for its own clients
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default 20 is too short on a loaded machine
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -16,6 +17,7 @@ _DEFAULTS = {
     "HF_HUB_VERBOSITY": "error",  # without a network it tells of every try
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces
+    "RAY_prestart_worker_first_driver": "0",  # the workers of a run have an environment of their own and start anew
     "RAY_enable_metrics_collection": "0",  # nobody reads them here, and the agent that holds them grows with every run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # runs wait for busy GPUs instead of failing
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

@@ -1,12 +1,15 @@
 """The only importer of prefect: the flow `train` runs one task per model, as many at a time as Ray has room for."""
 
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +50,32 @@ def prepare(params: Params, names: list[str]) -> tuple[Runs, Tracker]:
     runs: Runs = {}
     for name in names:
         _add(runs, name, params, data.hash, asked=True)
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
-    if any(not (folder / "summary.json").exists() for _, folder in runs.values()):
-        mark_children()
-        launch.start_ray()
-        launch.check_resources({name: run for name, (run, _) in runs.items()})
+    unfinished = any(not (folder / "summary.json").exists() for _, folder in runs.values())
+    with _server_wakes(unfinished):
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        if unfinished:
+            launch.start_ray()
+            launch.check_resources({name: run for name, (run, _) in runs.items()})
     return runs, tracker
+
+
+@contextmanager
+def _server_wakes(wanted: bool) -> Iterator[None]:
+    """Where none is running, Prefect starts a server for each command, which takes seconds: so beside the block."""
+    if not wanted:
+        yield
+        return
+    mark_children()
+    # here, as what two threads import at a time one of them may see half made
+    importlib.import_module("prefect.server.api.server")
+
+    def call() -> None:
+        with get_client(sync_client=True) as client:
+            client.api_healthcheck()
+
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(copy_context().run, call)  # what is wrong with it, the flow tells
+        yield
 
 
 def _folder(name: str, params: Params, data_hash: str) -> Path:
