@@ -231,6 +231,11 @@ def space_of(params: Params, name: str) -> spaces.Space:
         found.append(f"{prefix}.base: {sweep.base} starts from another run (init_from), trials cannot; name another")
     if sweep.grace_epochs > base.epochs:
         found.append(f"{prefix}.grace_epochs: {sweep.grace_epochs}, but the base has {base.epochs} epochs; lower it")
+    elif sweep.scheduler == "asha" and 2 * sweep.grace_epochs > base.epochs:
+        found.append(
+            f"{prefix}.grace_epochs: {sweep.grace_epochs}, but asha stops no trial in the second half of the base's "
+            f"{base.epochs} epochs; lower it or set scheduler to none"
+        )
     if not sweep.space:
         found.append(f"{prefix}.space: holds no key to search; name one at least")
     space = spaces.read(sweep.space, base, f"{prefix}.space", run_faults, found)

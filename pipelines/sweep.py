@@ -1,7 +1,7 @@
 """The only user of Ray Tune and Optuna: runs the trials of a sweep, several at once, and tells what they teach.
 
-What is known stands in the sweep's folder (pipelines/trials.py). A restart reads it: ended trials are told to Optuna
-and to the scheduler again, the others run on from their own checkpoints.
+What is known stands in the sweep's folder (pipelines/trials.py). A restart reads it: Optuna and the scheduler are told
+of all trials, those that did not end are given again and go on from their own checkpoints, or wait at their rung.
 """
 
 import fcntl
@@ -13,7 +13,6 @@ import uuid
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import ray
 from optuna.trial import TrialState, create_trial
 from pydantic import ValidationError
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
 from fer.checkpoint import load_meta
@@ -31,6 +30,7 @@ from fer.errors import UserError, disk_error
 from fer.files import write_json
 from fer.train import NonFiniteLoss, fit
 from pipelines import trials as disk
+from pipelines.halving import Halving, rungs_of
 from pipelines.params import run_faults
 from pipelines.space import Dimension, Point, Space, grid
 from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial, read_trials
@@ -67,7 +67,7 @@ def search(plan: Plan) -> list[Trial]:
     if left <= 0 or (seconds is not None and seconds <= 0):
         return before
     clock = _Clock(plan.folder, seconds)
-    searcher = _Search(plan, before, clock)
+    searcher = _Search(plan, before, clock, _at_once(plan))
     storage = plan.folder / ".tune"
     shutil.rmtree(storage, ignore_errors=True)  # of a start that was killed; nothing in it is read
     work = tune.with_parameters(_trial, plan=plan)
@@ -77,9 +77,8 @@ def search(plan: Plan) -> list[Trial]:
         param_space={"member": tune.grid_search(members)} if members else {},
         tune_config=tune.TuneConfig(
             search_alg=None if members else searcher,
-            scheduler=_scheduler(plan, before),
+            scheduler=_scheduler(plan, searcher),
             num_samples=1 if members else left,
-            max_concurrent_trials=None if members else _at_once(plan),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -145,51 +144,54 @@ class _Clock(tune.Stopper):
 class _Search(Searcher):
     """Optuna for Tune. Ray's own tells it nothing of trials that were stopped early, and repeats configurations."""
 
-    def __init__(self, plan: Plan, before: list[Trial], clock: _Clock):
+    def __init__(self, plan: Plan, before: list[Trial], clock: _Clock, at_once: int):
         super().__init__(metric=METRIC, mode="max")
-        self.plan, self.clock, self.distributions = plan, clock, _distributions(plan.space)
+        self.plan, self.clock, self.at_once = plan, clock, at_once
+        self.halving = Halving(_rungs(plan), plan.sweep.reduction, before)
         self.known = {plan.id_of(trial.point) for trial in before}
-        self.count = len(before)
-        self.study = _study(plan, before)
-        self.sampler = self.study.sampler
-        self.random = optuna.samplers.RandomSampler(seed=plan.sweep.seed + len(before))
-        self.again = [(self._given(trial.point), trial) for trial in before if trial.state == RUNNING]
-        self.live: dict[str, tuple[optuna.Trial, Trial]] = {}
-        if not before:
-            self.study.enqueue_trial(plan.published)
-        for point in grid(plan.space) if plan.sweep.search == "grid" else ():
-            if plan.id_of(point) not in self.known:
-                self.study.enqueue_trial(point)
+        self.again = [trial for trial in before if trial.state == RUNNING]
+        self.live: dict[str, Trial] = {}  # Tune's id -> the trial, paused or not
+        self.queue = [] if before else [plan.published]
+        if plan.sweep.search == "grid":
+            self.queue += [point for point in grid(plan.space) if plan.id_of(point) not in self.known]
 
-    def _given(self, point: Point) -> optuna.Trial:
-        self.study.enqueue_trial(point)
-        return self.study.ask(self.distributions)
+    @property
+    def room(self) -> bool:
+        """For one more trial beside those that run. Tune's own limit would count the paused ones."""
+        return len(self.live) - len(self.halving.paused) < self.at_once
 
     def suggest(self, trial_id: str) -> Any:
-        found = self.again.pop(0) if self.again else self._next()
-        if found is None:
-            return Searcher.FINISHED
-        self.live[trial_id] = found
-        return {"point": found[1].point, "folder": str(found[1].folder.resolve())}
+        """A trial to start; None while there is no room, or while one that is to be promoted comes first."""
+        waits = not self.again and self.halving.next() is not None
+        return self.give(trial_id) if self.room and not waits else None
 
-    def _next(self) -> tuple[optuna.Trial, Trial] | None:
+    def give(self, trial_id: str) -> Any:
+        trial = self.again.pop(0) if self.again else self._next()
+        if trial is None:
+            return Searcher.FINISHED
+        self.live[trial_id] = trial
+        return {"point": trial.point, "folder": str(trial.folder.resolve())}
+
+    def _next(self) -> Trial | None:
         """A trial that is not known yet, on disk before it starts; None when the search finds no other."""
+        before = read_trials(self.plan.folder)
+        study = _study(self.plan, before)
+        own, chance = study.sampler, optuna.samplers.RandomSampler(seed=self.plan.sweep.seed + len(before))
         for attempt in range(TRIES):
-            self.study.sampler = self.sampler if attempt < OWN_TRIES else self.random
-            asked = self.study.ask(self.distributions)
-            point = _point(self.plan, asked)
+            study.sampler = own if attempt < OWN_TRIES else chance
+            point = self.queue.pop(0) if self.queue else _asked(self.plan, study)
             if not _fault(self.plan, point) and (ours := self.plan.id_of(point)) not in self.known:
                 self.known.add(ours)
-                self.count += 1
-                return asked, disk.add_trial(self.plan.folder, self.count, point)
-            self.study.tell(asked, state=TrialState.FAIL)
+                return disk.add_trial(self.plan.folder, len(before) + 1, point)
         return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self.clock.fatal = self.clock.fatal or result.get("fatal")
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        asked, trial = self.live.pop(trial_id)
+        """Without a result it is a paused one that nobody promoted."""
+        trial = self.live.pop(trial_id)
+        self.halving.leave(trial.number)
         result = result or {}
         state, reason = DONE, None
         if error or result.get("error"):
@@ -199,10 +201,6 @@ class _Search(Searcher):
         ended = disk.set_state(trial, state, reason)
         if state != RUNNING:
             disk.drop_weights(ended)
-        told = _outcome(ended)
-        for epoch, value in told["intermediate_values"].items():
-            asked.report(value, epoch)
-        self.study.tell(asked, told["value"], told["state"])
 
     def save(self, checkpoint_path: str) -> None:
         """Tune wishes a file; everything is in the sweep's folder already."""
@@ -214,7 +212,7 @@ class _Search(Searcher):
 
 def _members(searcher: _Search, count: int) -> list[dict[str, Any]]:
     """The population of pbt, which takes no search algorithm: drawn at once."""
-    given = [(f"member {i}", searcher.suggest(f"member {i}")) for i in range(count)]
+    given = [(f"member {i}", searcher.give(f"member {i}")) for i in range(count)]
     return [{"key": key, **config} for key, config in given if config != Searcher.FINISHED]
 
 
@@ -259,6 +257,13 @@ def _point(plan: Plan, asked: optuna.Trial) -> Point:
     }
 
 
+def _asked(plan: Plan, study: optuna.Study) -> Point:
+    """A point of the sampler. That it was asked for is no news to it: a trial is known by its folder."""
+    asked = study.ask(_distributions(plan.space))
+    study.tell(asked, state=TrialState.FAIL)
+    return _point(plan, asked)
+
+
 def _fault(plan: Plan, point: Point) -> str | None:
     """Why a run cannot have this point, whose values may each be well."""
     try:
@@ -269,37 +274,46 @@ def _fault(plan: Plan, point: Point) -> str | None:
 
 
 def _study(plan: Plan, before: list[Trial]) -> optuna.Study:
-    """Optuna's study of the ended trials."""
+    """Optuna's study of the trials on disk: made anew for each question, so that a restart is told the same."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = plan.sweep.seed + len(before)  # else a restart would ask for its first points again
+    seed = plan.sweep.seed + len(before)  # else it would ask for its first points again
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
     if plan.sweep.search == "tpe":
         start = min(10, max(4, plan.sweep.trials // 4))
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=start)
     study = optuna.create_study(sampler=sampler, direction="maximize")
-    distributions = _distributions(plan.space)
+    distributions, rungs = _distributions(plan.space), _rungs(plan)
     for trial in before:
-        if trial.state != RUNNING:
-            study.add_trial(create_trial(params=trial.point, distributions=distributions, **_outcome(trial)))
+        study.add_trial(create_trial(params=trial.point, distributions=distributions, **_outcome(trial, rungs)))
     return study
 
 
-def _outcome(trial: Trial) -> dict[str, Any]:
-    """What Optuna is told: for it those that were stopped early rank below, one that failed comes last."""
+def _outcome(trial: Trial, rungs: list[int]) -> dict[str, Any]:
+    """What Optuna is told: for it those that came less far rank below, one that failed comes last.
+
+    Most trials wait at a rung until the search ends, so one that did not end counts as stopped at its last rung.
+    """
     best = np.maximum.accumulate([row["val_accuracy"] for row in trial.rows]).tolist()
     seen = dict(zip((row["epoch"] for row in trial.rows), best))
     if trial.state == DONE:
         return {"state": TrialState.COMPLETE, "value": best[-1], "intermediate_values": seen}
     if trial.state == RUNNING:
-        return {"state": TrialState.FAIL, "value": None, "intermediate_values": {}}
+        last = max((rung for rung in rungs if rung <= trial.epoch), default=0)
+        seen = {epoch: value for epoch, value in seen.items() if epoch <= last}
+        return {"state": TrialState.PRUNED if seen else TrialState.RUNNING, "intermediate_values": seen}
     lost = trial.state == FAILED or not seen
-    return {"state": TrialState.PRUNED, "value": None, "intermediate_values": {1: 0.0} if lost else seen}
+    return {"state": TrialState.PRUNED, "intermediate_values": {1: 0.0} if lost else seen}
 
 
-def _scheduler(plan: Plan, before: list[Trial]) -> TrialScheduler:
-    sweep, epochs = plan.sweep, plan.base.epochs
-    if sweep.scheduler == "none":
-        return FIFOScheduler()
+def _rungs(plan: Plan) -> list[int]:
+    sweep = plan.sweep
+    return rungs_of(sweep.grace_epochs, sweep.reduction, plan.base.epochs) if sweep.scheduler == "asha" else []
+
+
+def _scheduler(plan: Plan, searcher: _Search) -> TrialScheduler:
+    sweep = plan.sweep
+    if sweep.scheduler == "asha":
+        return _Asha(searcher)
     if sweep.scheduler == "pbt":
         return PopulationBasedTraining(
             time_attr=TIME,
@@ -309,23 +323,38 @@ def _scheduler(plan: Plan, before: list[Trial]) -> TrialScheduler:
             hyperparam_mutations={"member": {"point": {key: _mutation(one) for key, one in plan.space.items()}}},
             custom_explore_fn=partial(_within, plan.space),
         )
-    scheduler = ASHAScheduler(TIME, METRIC, "max", epochs, sweep.grace_epochs, sweep.reduction)
-    controller: Any = None  # which it does not ask
-    ended: list[Trial] = [trial for trial in before if trial.state != RUNNING and trial.rows]
-    for trial in ended:  # so that a restart compares with what it knows
-        scheduler.on_trial_add(controller, _known(trial.folder.name))
-    rows = [(row["time"], trial.folder.name, row) for trial in ended for row in trial.rows]
-    best: dict[str, float] = {}
-    for _, name, row in sorted(rows, key=lambda item: item[:2]):
-        best[name] = max(best.get(name, 0.0), row["val_accuracy"])
-        result = {TIME: row["epoch"], METRIC: best[name]}
-        scheduler.on_trial_result(controller, _known(name), result)
-    return scheduler
+    return FIFOScheduler()
 
 
-def _known(name: str) -> Any:
-    """All that the scheduler asks of a trial."""
-    return SimpleNamespace(trial_id=name)
+class _Asha(FIFOScheduler):
+    """Pauses trials at their rungs and promotes them (pipelines/halving.py). Ray's own never lets one come back."""
+
+    def __init__(self, searcher: _Search):
+        super().__init__()
+        self.searcher, self.halving = searcher, searcher.halving
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        number = self.searcher.live[trial.trial_id].number
+        pauses = self.halving.pauses(number, result[TIME], result[METRIC])
+        return TrialScheduler.PAUSE if pauses else TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.halving.leave(self.searcher.live[trial.trial_id].number)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """A new trial or a promoted one, the same until it runs. When nothing is left to do, the paused ones end."""
+        best = self.halving.next()
+        if best is not None and self.searcher.room:
+            self.halving.promote(best)
+        alive = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
+        for trial in alive:
+            waits = self.searcher.live[trial.trial_id].number in self.halving.paused
+            if trial.status in ("PENDING", "PAUSED") and not waits:
+                return trial
+        if tune_controller.search_alg.is_finished() and all(trial.status == "PAUSED" for trial in alive):
+            for trial in alive:
+                tune_controller.stop_trial(trial)
+        return None
 
 
 def _mutation(dimension: Dimension) -> Any:

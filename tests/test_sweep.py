@@ -8,7 +8,9 @@ import subprocess
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, make_data
@@ -31,7 +33,7 @@ SMALL = [
     "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
     f"models.vgg13_small.epochs={EPOCHS}",
     "models.vgg13_small.batch_size=16",
-    "sweeps.sample.grace_epochs=1",
+    "sweeps.sample.grace_epochs=3",  # the only rung
     "sweeps.sample.reduction=3",
     "sweeps.sample.trials=6",
     "sweeps.sample.confirm_seeds=0",
@@ -219,32 +221,39 @@ def points(sweep: Plan) -> list[dict]:
 
 def test_what_is_known_is_told_to_optuna_again(project: Path):
     sweep = plan()
-    one, two, three, four, *_ = points(sweep)
+    one, two, three, four, five, six, *_ = points(sweep)
     before = [
         ended(sweep, 1, one, DONE, *[0.1, 0.4, 0.3] * 3),
         ended(sweep, 2, two, PRUNED, 0.2, 0.1),
         ended(sweep, 3, three, FAILED, 0.9),
-        ended(sweep, 4, four, RUNNING, 0.3),
+        ended(sweep, 4, four, RUNNING, 0.3, 0.4),
+        ended(sweep, 5, five, RUNNING, 0.3, 0.2, 0.4),
+        ended(sweep, 6, six, RUNNING, 0.3, 0.2, 0.4, 0.5),
     ]
     told = search._study(sweep, before).trials
-    assert [trial.state.name for trial in told] == ["COMPLETE", "PRUNED", "PRUNED"]  # the fourth will be run again
+    assert [trial.state.name for trial in told] == ["COMPLETE", "PRUNED", "PRUNED", "RUNNING", "PRUNED", "PRUNED"]
     assert told[0].value == 0.4
     assert told[0].intermediate_values == {1: 0.1, **dict.fromkeys(range(2, 10), 0.4)}  # the best so far
     assert told[1].intermediate_values == {1: 0.2, 2: 0.2}
     assert told[2].intermediate_values == {1: 0.0}  # a failure is the worst
-    assert [trial.params for trial in told] == [one, two, three]
+    assert told[3].intermediate_values == {}  # before its first rung it compares with none
+    assert told[4].intermediate_values == {1: 0.3, 2: 0.3, 3: 0.4}  # it waits at the rung, most trials until the end
+    assert told[5].intermediate_values == told[4].intermediate_values
+    assert [trial.params for trial in told] == [one, two, three, four, five, six]
+    unhurried = search._study(plan("sweeps.sample.scheduler=none"), before).trials
+    assert [trial.state.name for trial in unhurried[3:]] == ["RUNNING"] * 3
 
 
 def test_the_search_begins_with_the_base_goes_on_with_what_was_cut_and_repeats_nothing(project: Path):
     sweep = plan("sweeps.sample.trials=16")
     clock = search._Clock(sweep.folder, None)
     trials.begin(sweep)
-    fresh = search._Search(sweep, [], clock)
+    fresh = search._Search(sweep, [], clock, 99)
     assert fresh.suggest("a")["point"] == sweep.published
     second = fresh.suggest("b")
     assert {trial.number for trial in trials.read_trials(sweep.folder)} == {1, 2}  # on disk before they start
 
-    again = search._Search(sweep, trials.read_trials(sweep.folder), clock)
+    again = search._Search(sweep, trials.read_trials(sweep.folder), clock, 99)
     given = [again.suggest(str(i)) for i in range(17)]
     assert [config["point"] for config in given[:2]] == [sweep.published, second["point"]]
     assert given[:2] == [{"point": trial.point, "folder": str(trial.folder.resolve())}
@@ -257,27 +266,70 @@ def test_the_search_begins_with_the_base_goes_on_with_what_was_cut_and_repeats_n
 def test_a_grid_is_gone_through_once_the_base_first(project: Path):
     sweep = plan("sweeps.sample.search=grid", "sweeps.sample.trials=99")
     trials.begin(sweep)
-    given = search._Search(sweep, [], search._Clock(sweep.folder, None))
+    given = search._Search(sweep, [], search._Clock(sweep.folder, None), 99)
     found = [given.suggest(str(i)) for i in range(16)]
     assert found[0]["point"] == sweep.published
     assert [config["point"] for config in found[1:]] == [point for point in points(sweep) if point != sweep.published]
     assert given.suggest("16") == Searcher.FINISHED
 
 
-def test_after_a_restart_asha_compares_with_the_trials_it_knows(project: Path):
-    """grace 1, reduction 3: rungs at 1, 3 and 9. A trial must be in the upper third of a rung's trials to go on."""
+def test_no_more_trials_run_than_at_once_and_a_promotion_comes_before_a_new_trial(project: Path):
+    sweep = plan("sweeps.sample.reduction=2")
+    trials.begin(sweep)
+    given = search._Search(sweep, [], search._Clock(sweep.folder, None), 2)
+    assert [given.suggest(name) is None for name in "abc"] == [False, False, True]
+    assert given.halving.pauses(1, 3, 0.5)
+    assert [given.suggest(name) is None for name in "de"] == [False, True]  # one that waits takes no room
+    assert given.halving.pauses(2, 3, 0.6)
+    assert given.room
+    assert given.suggest("f") is None  # the second comes first
+    given.halving.promote(2)
+    assert not given.room
+    given.on_trial_complete("b", {"epoch": 4})
+    given.on_trial_complete("a")
+    assert [trial.state for trial in trials.read_trials(sweep.folder)] == [PRUNED, PRUNED, RUNNING]
+    assert given.suggest("g") is not None
+
+
+class Controller:
+    """Of Tune's, what a scheduler asks."""
+
+    def __init__(self) -> None:
+        self.trials: list[SimpleNamespace] = []
+        self.search_alg = SimpleNamespace(is_finished=lambda: False)
+
+    def get_trials(self) -> list[SimpleNamespace]:
+        return self.trials
+
+
+def test_asha_after_a_restart_knows_all_trials_and_promotes_those_that_wait(project: Path):
+    """One rung, at 3, reduction 3: two of six may pass it, which are the failed one and the third."""
     sweep = plan()
+    curves = ((0.2, 0.5, 0.6), (0.9, 0.9, 0.9), (0.1, 0.8, 0.7), (0.5, 0.5, 0.5), (0.4, 0.4, 0.4), (0.1, 0.1, 0.1))
+    states = (PRUNED, FAILED, RUNNING, RUNNING, RUNNING, RUNNING)
     before = [
-        ended(sweep, i + 1, point, PRUNED, value)
-        for i, (point, value) in enumerate(zip(points(sweep), (0.2, 0.5, 0.6)))
+        ended(sweep, i, point, state, *curve)
+        for i, (point, state, curve) in enumerate(zip(points(sweep), states, curves), 1)
     ]
-    asha = search._scheduler(sweep, before)
-    for name, value, decision in (("good", 0.7, "CONTINUE"), ("bad", 0.55, "STOP")):
-        asha.on_trial_add(None, search._known(name))
-        assert asha.on_trial_result(None, search._known(name), {"epoch": 1, "best": value}) == decision
-    untold = search._scheduler(sweep, [])
-    untold.on_trial_add(None, search._known("bad"))
-    assert untold.on_trial_result(None, search._known("bad"), {"epoch": 1, "best": 0.55}) == "CONTINUE"
+    again = search._Search(sweep, before, search._Clock(sweep.folder, None), 1)
+    asha, tune = search._scheduler(sweep, again), Controller()
+
+    def replays(trial: SimpleNamespace, curve: tuple[float, ...]) -> list[str]:
+        best = np.maximum.accumulate(curve).tolist()
+        return [asha.on_trial_result(tune, trial, {"epoch": i, "best": value}) for i, value in enumerate(best, 1)]
+
+    for number, goes_on in ((3, True), (4, False)):
+        trial = SimpleNamespace(trial_id=f"t{number}", status="RUNNING", is_finished=lambda: False)
+        tune.trials = [trial]
+        assert again.suggest(trial.trial_id)["folder"] == str(before[number - 1].folder.resolve())
+        assert replays(trial, curves[number - 1]) == ["CONTINUE", "CONTINUE", "PAUSE"]
+        assert asha.choose_trial_to_run(tune) is None  # Tune saves it yet
+        trial.status = "PAUSED"
+        assert [asha.choose_trial_to_run(tune) for _ in range(2)] == [trial if goes_on else None] * 2
+        if goes_on:
+            assert again.suggest("other") is None  # it takes the room
+            assert replays(trial, curves[number - 1]) == ["CONTINUE"] * 3
+            again.on_trial_complete(trial.trial_id, {"epoch": EPOCHS})
 
 
 def test_importance_names_the_key_that_decides(project: Path):
@@ -298,7 +350,12 @@ def test_points_that_cannot_work_are_named_before_anything_starts(project: Path,
     space = "{schedule: {choice: [cosine, constant]}, warmup_epochs: {choice: [1.0, 8.0]}}"
     together = plan("models.vgg13_small.schedule=constant", f"sweeps.sample.space={space}")
     search.check(together)  # 8 < 9 epochs
-    odd = ["models.vgg13_small.epochs=3", "models.vgg13_small.schedule=constant", "sweeps.sample.space=" + space]
+    odd = [
+        "models.vgg13_small.epochs=3",
+        "sweeps.sample.grace_epochs=1",
+        "models.vgg13_small.schedule=constant",
+        "sweeps.sample.space=" + space,
+    ]
     with pytest.raises(UserError) as caught:
         search.check(plan(*odd))
     line = str(caught.value)
@@ -339,16 +396,92 @@ def cluster():
     launch.ray.shutdown()
 
 
-def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, cluster):
+@pytest.mark.parametrize(
+    ("scheduler", "states"), [("none", {DONE: 2, FAILED: 2}), ("asha", {DONE: 1, PRUNED: 1, FAILED: 2})]
+)
+def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, cluster, scheduler: str, states: dict):
     diverging = ["sweeps.sample.space={lr: {choice: [2e-3, 1e30]}, loss: {choice: [cross_entropy, focal_pdls]}}"]
-    sweep = plan(*diverging, "sweeps.sample.trials=4", "sweeps.sample.scheduler=none")
+    diverging += [f"sweeps.sample.scheduler={scheduler}", "sweeps.sample.reduction=2"]
+    sweep = plan(*diverging, "sweeps.sample.trials=4")
     trials.begin(sweep)
     found = search.search(sweep)
-    assert Counter(trial.state for trial in found) == {DONE: 2, FAILED: 2}
+    assert Counter(trial.state for trial in found) == states
     for trial in found:
         assert (trial.state == FAILED) == (trial.point["lr"] == 1e30)
         assert trial.error is None or "loss is " in trial.error
     assert trials.best_of(found).state == DONE
+
+
+LADDER = ["sweeps.sample.grace_epochs=1", "sweeps.sample.reduction=2", "sweeps.sample.trials=12"]  # rungs 1, 2 and 4
+
+
+def best_at(trial: Trial, epoch: int) -> float:
+    return max(row["val_accuracy"] for row in trial.rows[:epoch])
+
+
+def one_by_one(found: list[Trial]) -> dict[int, int]:
+    """How far each trial comes with one worker, by the accuracies that were measured."""
+    came: dict[int, int] = {}
+    for trial in found:
+        came[trial.number], promoted = 1, True
+        while promoted:
+            promoted = False
+            for rung, after in ((4, EPOCHS), (2, 4), (1, 2)):
+                there = sorted((-best_at(found[n - 1], rung), n) for n in came if came[n] >= rung)
+                up = [n for _, n in there[: len(there) // 2] if came[n] == rung]
+                if up and not promoted:
+                    came[up[0]], promoted = after, True
+    return came
+
+
+@pytest.mark.timeout(400)
+def test_asha_takes_the_epochs_of_its_rule_and_cut_and_gone_on_with_it_ends_the_same(
+    project: Path, cluster, monkeypatch: pytest.MonkeyPatch
+):
+    sweep = plan(*LADDER, "sweeps.sample.at_once=1")
+    trials.begin(sweep)
+    found = search.search(sweep)
+    came = {trial.number: trial.epoch for trial in found}
+    assert came == one_by_one(found)
+    assert [trial.state for trial in found] == [DONE if trial.epoch == EPOCHS else PRUNED for trial in found]
+    assert sum(came.values()) >= 12 * 1 + 6 * 1 + 3 * 2 + 1 * 5
+    assert not list(sweep.folder.rglob("*.safetensors"))
+    assert not list(sweep.folder.glob("trials/*/*/training")), "nobody waits for them at a signal"
+
+    sweep.folder.rename("whole")
+    trials.begin(sweep)
+    for epochs in (3, 11, 17, 23):
+        with monkeypatch.context() as patch:
+            patch.setattr(search._Clock, "over", property(lambda clock, most=epochs: _epochs(clock.folder) >= most))
+            cut = search.search(sweep)
+        assert epochs <= sum(trial.epoch for trial in cut) <= epochs + 3
+        for trial in cut:  # also one that waits keeps its weights
+            assert trial.state == (RUNNING if trial.epoch < EPOCHS else DONE)
+            kept = (trial.folder / sweep.id_of(trial.point) / "last").exists()
+            assert kept == (trial.state == RUNNING) or not trial.epoch
+    assert [told(trial) for trial in search.search(sweep)] == [told(trial) for trial in found]
+
+
+def _epochs(folder: Path) -> int:
+    return sum(trial.epoch for trial in trials.read_trials(folder))
+
+
+def told(trial: Trial) -> tuple:
+    return trial.number, trial.point, trial.state, [row["val_accuracy"] for row in trial.rows]
+
+
+def test_asha_with_two_at_once_keeps_to_them_and_leaves_none_behind(project: Path, cluster):
+    sweep = plan(*LADDER, "sweeps.sample.at_once=2")
+    trials.begin(sweep)
+    found = search.search(sweep)
+    assert len(found) == 12
+    assert [trial.state for trial in found] == [DONE if trial.epoch == EPOCHS else PRUNED for trial in found]
+    assert {trial.epoch for trial in found} == {1, 2, 4, EPOCHS}
+    for rung in (1, 2, 4):
+        there = sorted((-best_at(trial, rung), trial.number, trial.epoch) for trial in found if trial.epoch >= rung)
+        assert all(epoch > rung for _, _, epoch in there[: len(there) // 2]), "none that is due stays behind"
+    times = [(row["time"] - 0.9 * row["seconds"], row["time"]) for trial in found for row in trial.rows]
+    assert max(sum(start < moment < end for start, end in times) for moment, _ in times) <= 2
 
 
 def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster):
