@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipelines.halving import expected_epochs, rungs_of
 from pipelines.trials import RUNNING, Trial, best_of
 
 # Test accuracy in % as the papers report it, each from its own training
@@ -120,11 +121,18 @@ def progress(trials: list[Trial], about: dict[str, Any], spent: float, running: 
         parts.append(f"no process works on it; `fer sweep {about['name']}` goes on")
     elif len(ended) >= budget["trials"]:
         parts.append("the search is over: best and base are trained with other seeds")
-    elif ended:
-        left = spent / len(ended) * (budget["trials"] - len(ended))
+    elif epochs:
+        left = spent / epochs * max(0, _epochs_of_all(about) - epochs)
         limit = None if budget["hours"] is None else max(0.0, budget["hours"] * 3600 - spent)
         parts.append(f"about {left / 60:.0f} min left" + (f", {limit / 60:.0f} at most" if limit is not None else ""))
     return "; ".join(parts)
+
+
+def _epochs_of_all(about: dict[str, Any]) -> int:
+    """With asha most trials wait until the search ends, so it is epochs that tell how far it is."""
+    reduction, epochs = about["reduction"], about["run"]["epochs"]
+    rungs = rungs_of(about["grace_epochs"], reduction, epochs) if about["scheduler"] == "asha" else []
+    return expected_epochs(rungs, reduction, about["budget"]["trials"], epochs)
 
 
 def sweep_line(result: dict[str, Any]) -> str:

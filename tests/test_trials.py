@@ -131,12 +131,16 @@ def test_seeds_of_the_confirmation_are_not_that_of_the_search_and_the_base_is_no
 
 
 def test_progress_tells_what_is_left() -> None:
-    about = {"name": "tiny", "budget": {"trials": 6, "hours": 1.0, "confirm_seeds": 3}}
+    """6 trials, of which 2 go on after epoch 1: 6 * 1 + 2 * 4 epochs, and 4 took 2 minutes."""
+    about = {"name": "tiny", "budget": {"trials": 6, "hours": 1.0, "confirm_seeds": 3}, "run": {"epochs": 5}}
+    about |= {"scheduler": "asha", "grace_epochs": 1, "reduction": 3}
     found = [trial(1, DONE, 0.5, 0.6), trial(2, PRUNED, 0.4), trial(3, RUNNING, 0.9)]
     line = report.progress(found, about, 120.0, running=True)
     assert line == (
-        "2 of 6 trials ended; best so far 60.00 % (trial 1); 4 epochs, 2.0 min; about 4 min left, 58 at most"
+        "2 of 6 trials ended; best so far 60.00 % (trial 1); 4 epochs, 2.0 min; about 5 min left, 58 at most"
     )
+    whole = report.progress(found, about | {"scheduler": "none"}, 120.0, running=True)
+    assert "about 13 min left" in whole  # 30 epochs
     assert report.progress(found, about, 120.0, running=False).endswith(
         "no process works on it; `fer sweep tiny` goes on"
     )
