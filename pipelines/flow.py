@@ -264,7 +264,7 @@ def sweep(name: str, overrides: list[str] | None = None, new: bool = False) -> S
     tracker.close_abandoned()
     with (
         guarded(tracker.uri, tracker.name),
-        _stops_at_a_signal(lambda: [*launch.running, *plan.folder.glob("trials/*/*")]),
+        _stops_at_a_signal(lambda: [*launch.running, *plan.folder.glob("trials/*/*/")]),
         launch.held(plan.folder, plan.name),
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):
