@@ -22,6 +22,7 @@ from fer.errors import UserError
 from fer.files import write_json
 from pipelines import launch, trials
 from pipelines import sweep as search
+from pipelines.halving import Halving
 from pipelines.params import load
 from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
 
@@ -163,8 +164,18 @@ def head(process: subprocess.Popen, project: Path, folder: Path) -> None:
             child.kill()
 
 
+def interrupted(process: subprocess.Popen, project: Path, folder: Path) -> None:
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert {trial.state for trial in trials.read_trials(folder)} == {RUNNING}
+
+
 @pytest.mark.timeout(600)  # a driver waits a minute for a head that is gone
-@pytest.mark.parametrize(("victim", "moments"), [(driver, (1, 14)), (head, (8,))], ids=["driver", "head"])
+@pytest.mark.parametrize(
+    ("victim", "moments"),
+    [(driver, (1, 14)), (head, (8,)), (interrupted, (8,))],
+    ids=["driver", "head", "interrupted"],
+)
 def test_killed_at_any_moment_it_goes_on_and_no_trial_is_lost(project: Path, server: str, victim, moments):  # noqa: F811
     """`moments`: epochs of all trials that are done when it is cut."""
     folder = plan().folder
@@ -482,6 +493,28 @@ def test_asha_with_two_at_once_keeps_to_them_and_leaves_none_behind(project: Pat
         assert all(epoch > rung for _, _, epoch in there[: len(there) // 2]), "none that is due stays behind"
     times = [(row["time"] - 0.9 * row["seconds"], row["time"]) for trial in found for row in trial.rows]
     assert max(sum(start < moment < end for start, end in times) for moment, _ in times) <= 2
+
+
+def test_a_promoted_trial_that_cannot_go_on_fails_alone(project: Path, cluster, monkeypatch: pytest.MonkeyPatch):
+    """One rung, at 3. The first that is promoted has a checkpoint of which it dies, twice."""
+    sweep = plan("sweeps.sample.reduction=2", "sweeps.sample.max_failures=1")
+    trials.begin(sweep)
+    promote, promoted = Halving.promote, []
+
+    def spoil(halving: Halving, number: int) -> None:
+        if not promoted:
+            (folder,) = sweep.folder.glob(f"trials/{number:03d}/*/last")
+            write_json(folder / "checkpoint.json", {})
+        promoted.append(number)
+        promote(halving, number)
+
+    monkeypatch.setattr(Halving, "promote", spoil)
+    found = search.search(sweep)
+    first = found[promoted[0] - 1]
+    assert (first.state, first.epoch, first.error) == (FAILED, 3, "KeyError: 'epoch'")
+    assert len(promoted) == len(set(promoted)) >= 3
+    assert [trial.number for trial in found if trial.state == DONE] == sorted(promoted[1:])
+    assert {trial.state for trial in found} == {FAILED, DONE, PRUNED}
 
 
 def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster):
