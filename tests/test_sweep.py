@@ -334,6 +334,10 @@ def test_asha_after_a_restart_knows_all_trials_and_promotes_those_that_wait(proj
         tune.trials = [trial]
         assert again.suggest(trial.trial_id)["folder"] == str(before[number - 1].folder.resolve())
         assert replays(trial, curves[number - 1]) == ["CONTINUE", "CONTINUE", "PAUSE"]
+        again.live["another"] = before[-1]
+        assert asha.choose_trial_to_run(tune) is None
+        assert number in again.halving.paused  # while another has the room
+        del again.live["another"]
         assert asha.choose_trial_to_run(tune) is None  # Tune saves it yet
         trial.status = "PAUSED"
         assert [asha.choose_trial_to_run(tune) for _ in range(2)] == [trial if goes_on else None] * 2
