@@ -530,14 +530,15 @@ def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster
 
 
 def test_time_that_is_over_cuts_trials_and_more_of_it_goes_on_with_them(project: Path, cluster):
-    sweep = plan("models.vgg13_small.epochs=200", "sweeps.sample.hours=0.002", "sweeps.sample.trials=2")
+    long = ["models.vgg13_small.epochs=2000", "sweeps.sample.grace_epochs=1000", "sweeps.sample.trials=2"]
+    sweep = plan(*long, "sweeps.sample.hours=0.002")
     trials.begin(sweep)
     search.search(sweep)
     found = trials.read_trials(sweep.folder)
     assert {trial.state for trial in found} == {RUNNING}
     assert trials.spent(sweep.folder) > 7.2
     assert search.search(sweep) == found  # no time is left
-    more = plan("models.vgg13_small.epochs=200", "sweeps.sample.trials=2", "sweeps.sample.scheduler=asha")
+    more = plan(*long, "sweeps.sample.scheduler=asha")
     assert more.folder == sweep.folder
 
 
