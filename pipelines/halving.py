@@ -1,7 +1,9 @@
 """Which trials of a sweep go on: ASHA as published (Li et al. 2020, arXiv 1810.05934, algorithm 2), its books alone.
 
 Every trial pauses at each rung. A worker that is free promotes one that is among the best of those that came to its
-rung, from the highest rung down; only where there is none, it starts a new trial. The books are made from the disk.
+rung, from the highest rung down; only where there is none, it starts a new trial. `halving` turns the order round: all
+trials come to a rung before any goes on from it (Jamieson and Talwalkar 2016, arXiv 1502.07943), so that none goes on
+which better ones overtake. The books are made from the disk.
 """
 
 from pipelines.trials import Trial
@@ -28,9 +30,9 @@ def expected_epochs(rungs: list[int], reduction: int, trials: int, epochs: int) 
 class Halving:
     """Who came to which rung with which accuracy, who was promoted from there, and who waits."""
 
-    def __init__(self, rungs: list[int], reduction: int, before: list[Trial]):
+    def __init__(self, rungs: list[int], reduction: int, before: list[Trial], by_level: bool = False):
         """`before`: all trials as they are on disk. One with epochs after a rung was promoted there."""
-        self.reduction = reduction
+        self.reduction, self.by_level = reduction, by_level
         self.reached: dict[int, dict[int, float]] = {rung: {} for rung in rungs}  # number of a trial -> best so far
         self.promoted: dict[int, set[int]] = {rung: set() for rung in rungs}
         self.paused: set[int] = set()
@@ -52,9 +54,11 @@ class Halving:
         self.paused.add(number)
         return True
 
-    def next(self) -> int | None:
-        """The paused trial to promote before any new one starts; None when there is none."""
-        for rung in sorted(self.reached, reverse=True):
+    def next(self, more: bool = False) -> int | None:
+        """The paused trial to promote before any new one starts; None when there is none. `more`: one could start."""
+        if self.by_level and more:
+            return None
+        for rung in sorted(self.reached, reverse=not self.by_level):
             reached = self.reached[rung]
             ranking = sorted(reached, key=lambda number: (-reached[number], number))
             for number in ranking[: len(reached) // self.reduction]:

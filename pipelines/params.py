@@ -77,13 +77,16 @@ class Tracking(Section):
     experiment: str
 
 
+PROMOTING = ("asha", "halving")  # schedulers that pause trials and let the better ones go on
+
+
 class Sweep(Section):
     """A search for better settings of one model, on val."""
 
     base: str  # model of params.yaml: the first trial, and what the others change
     seed: Annotated[int, Field(ge=0)]  # of the search
     search: Literal["tpe", "random", "grid"]
-    scheduler: Literal["asha", "pbt", "none"]
+    scheduler: Literal["asha", "halving", "pbt", "none"]
     grace_epochs: Positive
     reduction: Annotated[int, Field(ge=2)]
     trials: Positive
@@ -231,9 +234,9 @@ def space_of(params: Params, name: str) -> spaces.Space:
         found.append(f"{prefix}.base: {sweep.base} starts from another run (init_from), trials cannot; name another")
     if sweep.grace_epochs > base.epochs:
         found.append(f"{prefix}.grace_epochs: {sweep.grace_epochs}, but the base has {base.epochs} epochs; lower it")
-    elif sweep.scheduler == "asha" and 2 * sweep.grace_epochs > base.epochs:
+    elif sweep.scheduler in PROMOTING and 2 * sweep.grace_epochs > base.epochs:
         found.append(
-            f"{prefix}.grace_epochs: {sweep.grace_epochs}, but asha stops no trial in the second half of the base's "
+            f"{prefix}.grace_epochs: {sweep.grace_epochs}, but no trial is stopped in the second half of the base's "
             f"{base.epochs} epochs; lower it or set scheduler to none"
         )
     if not sweep.space:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.halving import expected_epochs, rungs_of
+from pipelines.params import PROMOTING
 from pipelines.trials import RUNNING, Trial, best_of
 
 # Test accuracy in % as the papers report it, each from its own training
@@ -129,9 +130,9 @@ def progress(trials: list[Trial], about: dict[str, Any], spent: float, running: 
 
 
 def _epochs_of_all(about: dict[str, Any]) -> int:
-    """With asha most trials wait until the search ends, so it is epochs that tell how far it is."""
+    """With asha and halving most trials wait until the search ends, so it is epochs that tell how far it is."""
     reduction, epochs = about["reduction"], about["run"]["epochs"]
-    rungs = rungs_of(about["grace_epochs"], reduction, epochs) if about["scheduler"] == "asha" else []
+    rungs = rungs_of(about["grace_epochs"], reduction, epochs) if about["scheduler"] in PROMOTING else []
     return expected_epochs(rungs, reduction, about["budget"]["trials"], epochs)
 
 

@@ -31,7 +31,7 @@ from fer.files import write_json
 from fer.train import NonFiniteLoss, fit
 from pipelines import trials as disk
 from pipelines.halving import Halving, rungs_of
-from pipelines.params import run_faults
+from pipelines.params import PROMOTING, run_faults
 from pipelines.space import Dimension, Point, Space, grid
 from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial, read_trials
 
@@ -147,9 +147,10 @@ class _Search(Searcher):
     def __init__(self, plan: Plan, before: list[Trial], clock: _Clock, at_once: int):
         super().__init__(metric=METRIC, mode="max")
         self.plan, self.clock, self.at_once = plan, clock, at_once
-        self.halving = Halving(_rungs(plan), plan.sweep.reduction, before)
+        self.halving = Halving(_rungs(plan), plan.sweep.reduction, before, plan.sweep.scheduler == "halving")
         self.known = {plan.id_of(trial.point) for trial in before}
         self.again = [trial for trial in before if trial.state == RUNNING]
+        self.exhausted = False  # the search finds no other point
         self.live: dict[str, Trial] = {}  # Tune's id -> the trial, paused or not
         self.queue = [] if before else [plan.published]
         if plan.sweep.search == "grid":
@@ -160,14 +161,21 @@ class _Search(Searcher):
         """For one more trial beside those that run. Tune's own limit would count the paused ones."""
         return len(self.live) - len(self.halving.paused) < self.at_once
 
+    @property
+    def promotes(self) -> int | None:
+        """The paused trial that goes on next, before a new one starts."""
+        more = bool(self.again) or (not self.exhausted and len(self.known) < self.plan.sweep.trials)
+        return self.halving.next(more)
+
     def suggest(self, trial_id: str) -> Any:
         """A trial to start; None while there is no room, or while one that is to be promoted comes first."""
-        waits = not self.again and self.halving.next() is not None
+        waits = not self.again and self.promotes is not None
         return self.give(trial_id) if self.room and not waits else None
 
     def give(self, trial_id: str) -> Any:
         trial = self.again.pop(0) if self.again else self._next()
         if trial is None:
+            self.exhausted = True
             return Searcher.FINISHED
         self.live[trial_id] = trial
         return {"point": trial.point, "folder": str(trial.folder.resolve())}
@@ -307,13 +315,15 @@ def _outcome(trial: Trial, rungs: list[int]) -> dict[str, Any]:
 
 def _rungs(plan: Plan) -> list[int]:
     sweep = plan.sweep
-    return rungs_of(sweep.grace_epochs, sweep.reduction, plan.base.epochs) if sweep.scheduler == "asha" else []
+    if sweep.scheduler not in PROMOTING:
+        return []
+    return rungs_of(sweep.grace_epochs, sweep.reduction, plan.base.epochs)
 
 
 def _scheduler(plan: Plan, searcher: _Search) -> TrialScheduler:
     sweep = plan.sweep
-    if sweep.scheduler == "asha":
-        return _Asha(searcher)
+    if sweep.scheduler in PROMOTING:
+        return _Promoting(searcher)
     if sweep.scheduler == "pbt":
         return PopulationBasedTraining(
             time_attr=TIME,
@@ -326,7 +336,7 @@ def _scheduler(plan: Plan, searcher: _Search) -> TrialScheduler:
     return FIFOScheduler()
 
 
-class _Asha(FIFOScheduler):
+class _Promoting(FIFOScheduler):
     """Pauses trials at their rungs and promotes them (pipelines/halving.py). Ray's own never lets one come back."""
 
     def __init__(self, searcher: _Search):
@@ -343,7 +353,7 @@ class _Asha(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """A new trial or a promoted one, the same until it runs. When nothing is left to do, the paused ones end."""
-        best = self.halving.next()
+        best = self.searcher.promotes
         if best is not None and self.searcher.room:
             self.halving.promote(best)
         alive = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]

@@ -34,7 +34,7 @@ def test_no_rung_is_in_the_second_half(grace: int, reduction: int, epochs: int, 
 def run(halving: Halving, curves: Curves, new: list[int], epochs: int) -> list[tuple[int, int]]:
     """One worker: (trial, epoch at which it stops) in order. A trial that was promoted starts from its first row."""
     stops, waiting = [], list(new)
-    while (number := halving.next()) is not None or waiting:
+    while (number := halving.next(more=bool(waiting))) is not None or waiting:
         if number is None:
             number = waiting.pop(0)
         else:
@@ -63,6 +63,22 @@ def test_promotions_with_reduction_3() -> None:
     curves = {number: {2: value} for number, value in enumerate(accuracies, 1)}
     stops = run(Halving(rungs_of(2, 3, 10), 3, []), curves, list(curves), 10)
     assert stops == [(1, 2), (2, 2), (3, 2), (2, 10), (4, 2), (4, 10), (5, 2), (6, 2), (7, 2), (7, 10)]
+
+
+def test_by_level_all_come_to_a_rung_before_any_goes_on() -> None:
+    """As with reduction 2 above, but of four at rung 1 the best two are 3 and 2, and of these 3."""
+    curves = {1: {1: 0.5}, 2: {1: 0.6, 2: 0.65}, 3: {1: 0.7, 2: 0.72}, 4: {1: 0.4}}
+    halving = Halving(rungs_of(1, 2, 5), 2, [], by_level=True)
+    assert run(halving, curves, list(curves), 5) == [(1, 1), (2, 1), (3, 1), (4, 1), (3, 2), (2, 2), (3, 5)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_by_level_the_epochs_are_those_of_the_rule(seed: int) -> None:
+    random.seed(seed)
+    rungs = rungs_of(1, 3, 20)
+    curves = {n: {rung: random.random() for rung in rungs} for n in range(1, 30)}
+    came = dict(run(Halving(rungs, 3, [], by_level=True), curves, list(curves), 20))
+    assert sum(came.values()) == expected_epochs(rungs, 3, 29, 20) == 29 * 1 + 9 * 2 + 3 * 6 + 1 * 11
 
 
 def test_the_highest_rung_comes_first_and_of_equals_the_earlier_trial() -> None:

@@ -99,7 +99,7 @@ def test_a_space_that_does_not_fit_an_override_leaves_other_commands_alone() -> 
         ("gpus_per_trial=2", "gpus_per_trial: should be less than or equal to 1, got 2"),
         ("grace_epochs=21", "grace_epochs: 21, but the base has 20 epochs; lower it"),
         ("grace_epochs=11",
-         "grace_epochs: 11, but asha stops no trial in the second half of the base's 20 epochs; lower it or set "
+         "grace_epochs: 11, but no trial is stopped in the second half of the base's 20 epochs; lower it or set "
          "scheduler to none"),
         ("reduction=1", "reduction: should be greater than or equal to 2, got 1"),
         ("search=bayes", "search: should be 'tpe', 'random' or 'grid', got 'bayes'"),

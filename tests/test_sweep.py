@@ -34,6 +34,7 @@ SMALL = [
     "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
     f"models.vgg13_small.epochs={EPOCHS}",
     "models.vgg13_small.batch_size=16",
+    "sweeps.sample.scheduler=asha",
     "sweeps.sample.grace_epochs=3",  # the only rung
     "sweeps.sample.reduction=3",
     "sweeps.sample.trials=6",
@@ -483,6 +484,17 @@ def _epochs(folder: Path) -> int:
 
 def told(trial: Trial) -> tuple:
     return trial.number, trial.point, trial.state, [row["val_accuracy"] for row in trial.rows]
+
+
+def test_halving_starts_all_before_it_promotes_the_best(project: Path, cluster):
+    sweep = plan(*LADDER, "sweeps.sample.at_once=1", "sweeps.sample.scheduler=halving")
+    trials.begin(sweep)
+    found = search.search(sweep)
+    going = {trial.number for trial in found}
+    for rung, count in ((1, 6), (2, 3), (4, 1)):
+        going = set(sorted(going, key=lambda n, rung=rung: (-best_at(found[n - 1], rung), n))[:count])
+        assert {trial.number for trial in found if trial.epoch > rung} == going
+    assert sum(trial.epoch for trial in found) == 12 * 1 + 6 * 1 + 3 * 2 + 1 * (EPOCHS - 4)
 
 
 def test_asha_with_two_at_once_keeps_to_them_and_leaves_none_behind(project: Path, cluster):
