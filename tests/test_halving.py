@@ -77,8 +77,9 @@ def test_by_level_the_epochs_are_those_of_the_rule(seed: int) -> None:
     random.seed(seed)
     rungs = rungs_of(1, 3, 20)
     curves = {n: {rung: random.random() for rung in rungs} for n in range(1, 30)}
-    came = dict(run(Halving(rungs, 3, [], by_level=True), curves, list(curves), 20))
-    assert sum(came.values()) == expected_epochs(rungs, 3, 29, 20) == 29 * 1 + 9 * 2 + 3 * 6 + 1 * 11
+    stops = run(Halving(rungs, 3, [], by_level=True), curves, list(curves), 20)
+    assert [epoch for _, epoch in stops] == [1] * 29 + [3] * 9 + [9] * 3 + [20]
+    assert sum(dict(stops).values()) == expected_epochs(rungs, 3, 29, 20) == 29 * 1 + 9 * 2 + 3 * 6 + 1 * 11
 
 
 def test_the_highest_rung_comes_first_and_of_equals_the_earlier_trial() -> None:
