@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "FER_DRIVER"  # in the environment of everything that a driver starts: Ray's processes, Prefect's own server
@@ -58,13 +58,17 @@ def main() -> None:
 
     from pipelines.tracking import Tracker
 
-    mark = os.environ[MARK]
+    left = set()
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                process.kill()
+            if process.environ().get(MARK) == os.environ[MARK]:
+                # a process that names itself, as Ray's do, may write over its environment: its parent still tells
+                left |= {process, *process.children(recursive=True)}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+    for process in left - {psutil.Process()}:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     Tracker(uri, experiment).close_abandoned()
 
 
