@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fer.config import RunConfig, nearest
-from fer.models import MODELS, backbones_of
-from fer.models.backbones import settings_of
 
 RANGES = ("int", "float", "log", "factor")
 HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]}, {factor: [low, high]}, {choice: [...]}"
@@ -91,6 +89,10 @@ def grid(space: Space) -> Iterator[Point]:
 
 def settled(run: RunConfig) -> dict[str, Any]:
     """The run as a plain tree in which the settings of its backbones stand as a whole."""
+    # only here: stages read params.yaml, and start without torch
+    from fer.models import MODELS, backbones_of
+    from fer.models.backbones import settings_of
+
     tree = run.model_dump()
     tree["options"] = MODELS[run.model].options.model_validate(run.options).model_dump()
     for key, options in backbones_of(run).items():
