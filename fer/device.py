@@ -23,7 +23,7 @@ def pick_device(wanted: str, key: str = "resources.device") -> torch.device:
 def use_cpu(threads: int) -> None:
     """For a process that trains on a CPU: so many threads, and freed memory is kept for the next tensor.
 
-    Else the system maps and clears the memory of every large tensor anew, which takes a third of the time.
+    Else the system maps and clears the memory of every large tensor anew (figures in benchmarks/RESULTS.md).
     """
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":

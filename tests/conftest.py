@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -89,6 +90,15 @@ def make_data(
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: params.yaml and small data, nothing trained."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    make_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def small_run(**changes: object) -> RunConfig:

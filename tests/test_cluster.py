@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from conftest import ROOT, make_data, small_run
+from conftest import small_run
 from ray.cluster_utils import Cluster
 from test_flow import BIN, _workers, env, wait_for
 
@@ -39,14 +38,6 @@ def model(seed: int, epochs: int, workers: int = 1, gpus: float = 1) -> str:
     keys = small_run(seed=seed, epochs=epochs).model_dump()
     keys["resources"] |= {"device": "auto", "workers": workers, "gpus_per_worker": gpus}
     return json.dumps(keys)
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    make_data(tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`fer sweep` on a local Ray: searched, confirmed, applied; killed anywhere and gone on with; fed to MLflow by one."""
 
 import json
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, make_data
 from ray.tune.search import Searcher
 from test_flow import BIN, env, server, wait_for  # noqa: F401
 
@@ -40,14 +38,6 @@ SMALL = [
     "sweeps.sample.trials=6",
     "sweeps.sample.confirm_seeds=0",
 ]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    make_data(tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def plan(*overrides: str) -> Plan:
