@@ -1,5 +1,6 @@
 """The command `fer`."""
 
+import gc
 import json
 import os
 import signal
@@ -483,6 +484,8 @@ def main() -> None:
         if known is None:
             raise
         _fail(known, 2)
+    finally:
+        gc.freeze()  # else Python looks through all that Ray, MLflow and torch left once more, for seconds
 
 
 def _fail(error: BaseException, status: int) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.torch import TorchConfig
 from ray.util import ActorPool
 from torch.distributed import Backend
 
 from fer.config import Resources, RunConfig
 from fer.errors import UserError
+from pipelines.controller import Trainer
 
 running: set[Path] = set()  # folders of the runs that this process has given to Ray
 
@@ -115,7 +115,7 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
     user can mend, RuntimeError for the rest.
     """
     storage = folder / ".ray"
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _work,  # type: ignore[arg-type]
         train_loop_config={
             "name": name,
@@ -130,8 +130,7 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
             use_gpu=_uses_gpu(run.resources),
             resources_per_worker=_per_worker(run.resources),
         ),
-        # each worker takes what fits its machine, NCCL or Gloo; Ray's own choice is NCCL also where torch has no GPU
-        torch_config=TorchConfig(backend=Backend.UNDEFINED if _uses_gpu(run.resources) else "gloo"),
+        backend_config=_group(run.resources),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=uuid.uuid4().hex,  # a name used before would silently bring its old state back
             storage_path=str(storage.resolve()),
@@ -149,26 +148,6 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
         shutil.rmtree(storage, ignore_errors=True)
     if outcome["error"]:
         raise UserError(outcome["error"])
-
-
-class GiveBack(ControllerCallback, WorkerGroupCallback):
-    """Frees what workers hold that die while they start; Ray 2.60 keeps it, and the next try would wait for ever.
-
-    Runs in Ray Train's controller, before its other callbacks (RAY_TRAIN_CALLBACKS).
-    """
-
-    starting: Any = None
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        self.starting = worker_group.get_worker_group_state()
-
-    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        self.starting = None  # it has started: now Ray frees it
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        if self.starting is not None:
-            self.starting.shutdown()
-            self.starting = None
 
 
 def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: str) -> Iterator[Any]:
@@ -250,6 +229,16 @@ def _work(config: dict[str, Any]) -> dict[str, str | None]:
 
 def _uses_gpu(asked: Resources) -> bool:
     return asked.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _group(asked: Resources) -> TorchConfig | None:
+    """How the workers find each other: each takes what fits its machine, NCCL or Gloo; one alone needs nobody.
+
+    Ray's own choice is NCCL also where torch has no GPU.
+    """
+    if asked.workers == 1:
+        return None
+    return TorchConfig(backend=Backend.UNDEFINED if _uses_gpu(asked) else "gloo")
 
 
 def _per_worker(asked: Resources) -> dict[str, float]:

@@ -1,0 +1,85 @@
+"""Ray Train with its controller in the driver, so that a run is its workers and no other process.
+
+Ray 2.60 starts five actors for a run, most of them one after another before the first worker: the controller, one that
+asks an autoscaler for machines, one that cleans up after a dead controller, one for Ray's data sets and one for
+`ray.train.report`. Here a pending placement group asks, it goes with the driver's job, and only the last is left.
+"""
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
+class Trainer(DataParallelTrainer):
+    """A trainer whose `fit` steers the workers from the calling thread, which must not run an event loop."""
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        ours = [callback for callback in parts["callbacks"] if not isinstance(callback, UNUSED)]
+        parts |= {"callbacks": [_GiveBack(), *ours], "scaling_policy": _AsAsked(parts["scaling_policy"].scaling_config)}
+        controller = _Controller(**parts)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _AsAsked(FixedScalingPolicy):  # type: ignore[misc]
+    """The configured number of workers, asked of Ray by their placement group alone."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
+    def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, args: dict[str, list[Any]]) -> None:
+        """Without the handle of a controller actor, which serves `ray.train.get_all_reported_checkpoints` alone."""
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{key: values[rank] for key, values in args.items()},
+                )
+                for rank, worker in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _WorkerGroup
+
+
+class _GiveBack(ControllerCallback, WorkerGroupCallback):
+    """Frees what workers hold that die while they start; Ray 2.60 keeps it, and the next try would wait for ever.
+
+    It has to come before Ray Train's other callbacks.
+    """
+
+    starting: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.starting = worker_group.get_worker_group_state()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        self.starting = None  # it has started: now Ray frees it
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        if self.starting is not None:
+            self.starting.shutdown()
+            self.starting = None
