@@ -22,7 +22,7 @@ class Effort:
     rounds: int = 3
     large: int = 512  # images of the sizes that published systems see
     small: int = 2048  # images of 48 px
-    epochs: tuple[int, int] = (2, 8)  # of the two runs whose difference gives the pipeline's overhead
+    epochs: int = 8  # of the runs that give the pipeline's overhead
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -52,27 +54,45 @@ def run(code: str, folder: Path, name: str, **changes: object) -> float:
     return time.perf_counter() - started
 
 
-def line(seconds: dict[int, float]) -> tuple[float, float]:
-    """Fixed seconds and seconds per epoch through two measured lengths, seconds of a run by its epochs."""
-    (few, short), (many, long) = sorted(seconds.items())
-    slope = (long - short) / (many - few)
-    return short - few * slope, slope
+def timed(code: str, folder: Path, epochs: int, **changes: object) -> tuple[float, list[float]]:
+    """Seconds that such a run takes beside its epochs, and the seconds from each epoch's end to the next one's."""
+    shutil.rmtree(folder / "data" / "runs", ignore_errors=True)
+    total = run(code, folder, NAME, epochs=epochs, warmup_epochs=0, **changes)
+    ends = [row["time"] for row in rows(folder)]
+    between = [later - earlier for earlier, later in pairwise(ends)]
+    return total - epochs * median(between), between
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """What the one run of a project wrote into metrics.jsonl."""
+    (metrics,) = (folder / "data" / "runs").glob("*/metrics.jsonl")
+    return [json.loads(text) for text in metrics.read_text().splitlines()]
 
 
 def overhead(device: torch.device, effort: Effort) -> Iterator[Row]:
-    """T(n) = fixed + n * epoch, for n epochs of `fer train` and of the bare `fit` and `evaluate`, in new processes."""
+    """`fer train` and the bare `fit` and `evaluate` in turns, each in a new process, with one core and with all.
+
+    The first command of a project also makes the stores of MLflow and Prefect, so it is told apart.
+    """
     images = 2 * effort.small
-    threads = torch.get_num_threads()
-    taken: dict[str, dict[int, float]] = {FLOW: {}, BARE: {}}
-    for epochs in effort.epochs:
-        for code, seconds in taken.items():
-            with project(images) as folder:
-                asked = {"epochs": epochs, "warmup_epochs": 0, "resources.cpus_per_worker": threads}
-                seconds[epochs] = run(code, folder, NAME, **asked, **{"resources.device": device.type})
-    (fixed, epoch), (bare_fixed, bare_epoch) = line(taken[FLOW]), line(taken[BARE])
-    lengths = " and ".join(str(epochs) for epochs in effort.epochs)
-    note = f"{fixed - bare_fixed:+.1f} s fixed, {100 * (epoch / bare_epoch - 1):+.1f} % an epoch of {bare_epoch:.1f} s"
-    yield Row(f"pipeline, {NAME}, {lengths} epochs", images / epoch, "fit and evaluate", images / bare_epoch, note)
+    for threads in sorted({1, torch.get_num_threads()}):
+        asked = {"resources.cpus_per_worker": threads, "resources.device": device.type}
+        fixed: dict[str, list[float]] = {FLOW: [], BARE: []}
+        epochs: dict[str, list[float]] = {FLOW: [], BARE: []}
+        with project(images) as folder:
+            first, _ = timed(FLOW, folder, effort.epochs, **asked)
+            for _ in range(effort.rounds):
+                for code, found in fixed.items():
+                    beside, between = timed(code, folder, effort.epochs, **asked)
+                    found.append(beside)
+                    epochs[code] += between
+        bare, epoch, bare_epoch = median(fixed[BARE]), median(epochs[FLOW]), median(epochs[BARE])
+        note = (
+            f"{median(fixed[FLOW]) - bare:+.1f} s a command ({first - bare:+.1f} s the first of a project), "
+            f"{100 * (epoch / bare_epoch - 1):+.1f} % an epoch of {bare_epoch:.1f} s"
+        )
+        what = f"pipeline, {NAME}, {threads} core(s) of {os.cpu_count()}"
+        yield Row(what, images / epoch, "fit and evaluate", images / bare_epoch, note)
 
 
 def workers(device: torch.device, effort: Effort) -> Iterator[Row]:
@@ -89,9 +109,7 @@ def trained_by(count: int, device: torch.device, effort: Effort) -> float:
     with project(2 * effort.small) as folder:
         asked = {"resources.workers": count, "resources.cpus_per_worker": 1, "resources.device": device.type}
         run(FLOW, folder, NAME, epochs=1 + effort.rounds, warmup_epochs=0, **asked)
-        (metrics,) = (folder / "data" / "runs").glob("*/metrics.jsonl")
-        rows = [json.loads(text) for text in metrics.read_text().splitlines()]
-    return max(row["images_per_second"] for row in rows[1:])
+        return max(row["images_per_second"] for row in rows(folder)[1:])
 
 
 CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {"pipeline": overhead, "workers": workers}

@@ -30,6 +30,8 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # a run computes in a thread: with a heap of its own it would give back what `fer.device.use_cpu` keeps
+    quiet["runtime_env"] = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:

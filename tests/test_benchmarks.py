@@ -22,7 +22,7 @@ from fer.feed import Feed
 from fer.models import build_model
 
 CPU = torch.device("cpu")
-LITTLE = Effort(seconds=0, rounds=1, large=16, small=32, epochs=(1, 2))
+LITTLE = Effort(seconds=0, rounds=1, large=16, small=32, epochs=3)
 
 
 @pytest.fixture
@@ -146,11 +146,6 @@ def test_the_best_of_the_reference_counts() -> None:
     assert slow > fast
 
 
-def test_fixed_and_per_epoch_cost_from_two_lengths() -> None:
-    """8 s and 3 s an epoch: 14 s for 2, 32 s for 8."""
-    assert pipeline.line({8: 32.0, 2: 14.0}) == (8.0, 3.0)
-
-
 @pytest.mark.parametrize(("device", "expected"), [
     ("NVIDIA H100 80GB HBM3", "495 TFLOP/s, MFU 50.1 %"),
     ("NVIDIA H100 PCIe", "495 TFLOP/s, MFU 65.5 %"),
@@ -187,18 +182,30 @@ def test_a_failed_run_tells_its_error(tmp_path: Path) -> None:
 
 
 def test_the_pipelines_cost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 s and 3 s an epoch against 2 s and 2.5 s an epoch, 64 images each."""
+    """10 s and 3 s an epoch against 2 s and 2.5 s an epoch, 64 images each; the first command takes 5 s more."""
     seconds = {pipeline.FLOW: (10, 3), pipeline.BARE: (2, 2.5)}
+    cores = []
 
     def run(code: str, folder: Path, name: str, **changes: Any) -> float:
         assert (folder / "data" / "splits" / "train.csv").read_text().count("\n") == 1 + 64
         fixed, epoch = seconds[code]
-        return fixed + changes["epochs"] * epoch
+        ends = [1e9 + fixed + epoch * (number + 1) for number in range(changes["epochs"])]
+        (folder / "data" / "runs" / "x").mkdir(parents=True)
+        text = "".join(json.dumps({"time": end}) + "\n" for end in ends)
+        (folder / "data" / "runs" / "x" / "metrics.jsonl").write_text(text)
+        cores.append(changes["resources.cpus_per_worker"])
+        fresh = 0 if (folder / "stores").exists() else 5
+        (folder / "stores").touch()
+        return fixed + fresh + changes["epochs"] * epoch
 
     monkeypatch.setattr(pipeline, "run", run)
-    (row,) = pipeline.overhead(CPU, LITTLE)
-    assert row.note == "+8.0 s fixed, +20.0 % an epoch of 2.5 s"
-    assert (row.rate, row.plain) == pytest.approx((64 / 3, 64 / 2.5))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = list(pipeline.overhead(CPU, LITTLE))
+    for row in found:
+        assert row.note == "+8.0 s a command (+13.0 s the first of a project), +20.0 % an epoch of 2.5 s"
+        assert (row.rate, row.plain) == pytest.approx((64 / 3, 64 / 2.5))
+    assert len(found) == 2
+    assert cores == [1] * (1 + 2 * LITTLE.rounds) + [3] * (1 + 2 * LITTLE.rounds)
 
 
 @pytest.mark.slow
