@@ -113,10 +113,12 @@ class Stepper:
             for p in moved:
                 assert p.grad is not None
                 p.add_(p.grad * (rho / (norm + 1e-12)))
-        yield
-        with torch.no_grad():
-            for p, kept in zip(moved, before, strict=True):
-                p.copy_(kept)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, kept in zip(moved, before, strict=True):
+                    p.copy_(kept)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -154,9 +156,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def build_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:

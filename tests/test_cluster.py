@@ -22,6 +22,7 @@ from test_flow import BIN, _workers, env, wait_for
 from fer.config import RunConfig, run_id
 from fer.data.dataset import open_data
 from fer.errors import UserError
+from fer.stop import ask_to_stop
 from fer.train import fit
 from pipelines import launch
 from pipelines.params import load
@@ -209,8 +210,8 @@ def _tries() -> dict[str, int]:
 
 
 def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus: None, monkeypatch):
-    """As when NCCL fails: Ray would keep what the worker had, and the next try would wait for ever."""
-    run = RunConfig.model_validate_json(model(0, 1, gpus=GPUS))
+    """As when NCCL fails: Ray would keep what the workers had, and the next try would wait for ever."""
+    run = RunConfig.model_validate_json(model(0, 1, workers=2, gpus=GPUS / 2))
     folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
     with monkeypatch.context() as patch:
         patch.setattr(launch.Backend, "UNDEFINED", "nccl")
@@ -222,7 +223,27 @@ def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus
     assert {group["state"] for group in groups} == {"REMOVED"}
 
 
-@pytest.mark.timeout(900)  # it starts a hundred processes
+def test_a_run_is_its_worker_and_one_process_of_rays(project: Path, four_gpus: None):
+    """Whatever else a run started would cost it seconds at its start, and the machine memory while it waits."""
+    run = RunConfig.model_validate_json(model(0, 200))
+    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    before = {child["pid"] for child in _children()}
+    thread = threading.Thread(target=lambda: _launch_until_asked(run, folder, project))
+    thread.start()
+    wait_for(lambda: epochs(project))
+    started = [child["name"] for child in _children() if child["pid"] not in before and child["name"] != "ray::IDLE"]
+    ask_to_stop([folder], 20)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert sorted(name.split(".")[0][:15] for name in started) == ["ray::RayTrainWo", "ray::Synchroniz"]
+
+
+def _launch_until_asked(run: RunConfig, folder: Path, project: Path) -> None:
+    with pytest.raises(UserError, match="stopped in epoch"):
+        launch.launch("x", run, folder, project / "data", 0, None)
+
+
+@pytest.mark.timeout(900)  # it starts dozens of processes
 def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path, four_gpus: None):
     """Five flows of four runs at a time; the first two flows are the warm-up, the other twelve runs are measured.
 
@@ -248,7 +269,7 @@ def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path
     assert growth["ray MB"] <= 96, use
 
 
-OF_ONE_RUN = ("ray::TrainController", "ray::RayTrainW", "ray::PlacementGroupC", "ray::Synchroniz")
+OF_ONE_RUN = ("ray::RayTrainW", "ray::Synchroniz")
 
 
 def _use(before: set[int]) -> dict[str, float]:
