@@ -18,6 +18,7 @@ _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces
     "RAY_prestart_worker_first_driver": "0",  # the workers of a run have an environment of their own and start anew
+    "RAY_worker_niceness": "0",  # as any training; with Ray's 15 every small process beside it comes first
     "RAY_enable_metrics_collection": "0",  # nobody reads them here, and the agent that holds them grows with every run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # runs wait for busy GPUs instead of failing
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
