@@ -77,9 +77,12 @@ def worker_on(project: Path, raylet: int) -> list[int]:
 def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     project: Path, tmp_path: Path, two_nodes: Cluster, prefect: str
 ):
-    """The second start finds the cluster free; the node dies while each node is in the middle of a run."""
-    names = ["left", "right"]
-    runs = {f"models.{name}": model(seed, 60) for seed, name in enumerate(names)}
+    """The second start finds the cluster free; the node dies while each node is in the middle of a run.
+
+    As many epochs as one run does while the other's process still starts, and more.
+    """
+    names, last = ["left", "right"], 240
+    runs = {f"models.{name}": model(seed, last) for seed, name in enumerate(names)}
     words = [*names, *(word for setting in settings(runs) for word in ("--set", setting))]
     (second,) = two_nodes.worker_nodes
     raylet = second.all_processes["raylet"][0].process.pid
@@ -92,7 +95,7 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     wait_for(lambda: not _workers(project))
     wait_for(lambda: [status for status, _ in recorded(project).values()] == ["FAILED", "FAILED"])
     cut = {name: len(rows) for name, rows in epochs(project).items()}
-    assert all(count < 60 for count in cut.values()), cut
+    assert all(count < last for count in cut.values()), cut
 
     running = start(project, two_nodes, prefect, *words)
     wait_for(lambda: all(len(rows) >= cut[name] + 3 for name, rows in epochs(project).items()))
@@ -102,7 +105,7 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0, errors
 
-    assert recorded(project) == {name: ("FINISHED", list(range(1, 61))) for name in names}
+    assert recorded(project) == {name: ("FINISHED", list(range(1, last + 1))) for name in names}
     for name, run in load(project / "params.yaml", settings(runs)).models.items():
         if name in names:
             (folder,) = (project / "data/runs").glob(f"{name}-*")
