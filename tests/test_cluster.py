@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -262,16 +263,17 @@ def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path
         assert state.is_completed(), state.message
         use.append(_use(before))
     assert len(list((project / "data/runs").glob("*/summary.json"))) == 20
-    first, last = use[1], use[-1]
-    growth = {key: last[key] - first[key] for key in last}
-    assert growth["driver files"] <= 4, use
-    assert growth["ray files"] <= 30, use
-    assert growth["driver threads"] <= 4, use
-    assert growth["processes"] <= 4, use
-    assert growth["driver MB"] <= 96, use
-    assert growth["ray MB"] <= 96, use
+    warm = {key: max(turn[key] for turn in use[:2]) for key in LIMITS}
+    for _ in range(20):  # what has just ended may be there for a moment
+        last = _use(before)
+        grown = {key: last[key] - warm[key] for key, limit in LIMITS.items() if last[key] > warm[key] + limit}
+        if not grown:
+            break
+        time.sleep(1)
+    assert not grown, (use, last)
 
 
+LIMITS = {"driver files": 4, "ray files": 30, "driver threads": 4, "processes": 4, "driver MB": 96, "ray MB": 96}
 OF_ONE_RUN = ("ray::RayTrainW", "ray::Synchroniz")
 
 
