@@ -1,4 +1,4 @@
-"""Ray Train with its controller in the driver, so that a run is its workers and no other process.
+"""Ray Train with its controller in the driver, so that a run is its workers and one process more.
 
 Ray 2.60 starts five actors for a run, most of them one after another before the first worker: the controller, one that
 asks an autoscaler for machines, one that cleans up after a dead controller, one for Ray's data sets and one for

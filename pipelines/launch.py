@@ -29,14 +29,17 @@ def start_ray() -> None:
     """Connect to RAY_ADDRESS, or start Ray on this machine; token authentication is on, as Ray listens widely."""
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    # a run computes in a thread: with a heap of its own it would give back what `fer.device.use_cpu` keeps
-    quiet["runtime_env"] = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        # a run computes in a thread: with a heap of its own it would give back what `fer.device.use_cpu` keeps
+        "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "1"}},
+    }
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
             _knock(address)
-            ray.init(**quiet)
+            ray.init(**options)
         except (OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -44,7 +47,7 @@ def start_ray() -> None:
             ) from None
     else:
         # "local": else Ray joins whatever cluster was last started on this machine, running or not
-        ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+        ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **options)
 
 
 def _knock(address: str) -> None:
