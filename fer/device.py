@@ -26,10 +26,22 @@ def use_cpu(threads: int) -> None:
     Else the system maps and clears the memory of every large tensor anew (figures in benchmarks/RESULTS.md).
     """
     torch.set_num_threads(threads)
+    _mallopt(_MMAP_MAX, 0)
+    _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def share_heaps() -> None:
+    """For a process whose threads come and go: they have two heaps together, as each of its own would keep what it
+    held at its most."""
+    _mallopt(_ARENA_MAX, 2)
+
+
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def _mallopt(parameter: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
-        allocator, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # of malloc.h
-        allocator.mallopt(mmap_max, 0)
-        allocator.mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def index_on(device: torch.device, index: np.ndarray) -> Tensor:

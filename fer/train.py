@@ -215,7 +215,8 @@ class Trainer:
             self._save(is_best=False)
         raise Stopped(
             f"{self.folder.name}: stopped in epoch {self.epoch + 1} after {self.step} of {self.steps} steps, as asked; "
-            "the same command goes on"
+            "the same command goes on",
+            self.stop.terminated,
         )
 
     def _check_finite(self, unchecked: list[Tensor]) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import ray
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from fer.stop import heed_sigterm
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
@@ -24,8 +26,9 @@ class Trainer(DataParallelTrainer):
     """A trainer whose `fit` steers the workers from the calling thread, which must not run an event loop."""
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        ours = [callback for callback in parts["callbacks"] if not isinstance(callback, UNUSED)]
-        parts |= {"callbacks": [_GiveBack(), *ours], "scaling_policy": _AsAsked(parts["scaling_policy"].scaling_config)}
+        rays = [callback for callback in parts["callbacks"] if not isinstance(callback, UNUSED)]
+        parts["callbacks"] = [_GiveBack(), _HeedSigterm(), *rays]
+        parts["scaling_policy"] = _AsAsked(parts["scaling_policy"].scaling_config)
         controller = _Controller(**parts)
         asyncio.run(controller.run())
         return controller.get_result()
@@ -83,3 +86,10 @@ class _GiveBack(ControllerCallback, WorkerGroupCallback):
         if self.starting is not None:
             self.starting.shutdown()
             self.starting = None
+
+
+class _HeedSigterm(WorkerCallback):
+    """A worker that gets SIGTERM saves its run; training runs in a thread, which cannot see to signals itself."""
+
+    def after_init_train_context(self) -> None:
+        heed_sigterm()

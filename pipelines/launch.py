@@ -19,6 +19,7 @@ from ray.util import ActorPool
 from torch.distributed import Backend
 
 from fer.config import Resources, RunConfig
+from fer.device import share_heaps
 from fer.errors import UserError
 from pipelines.controller import Trainer
 
@@ -27,6 +28,7 @@ running: set[Path] = set()  # folders of the runs that this process has given to
 
 def start_ray() -> None:
     """Connect to RAY_ADDRESS, or start Ray on this machine; token authentication is on, as Ray listens widely."""
+    share_heaps()  # a flow's tasks are threads, in which MLflow and matplotlib work
     if ray.is_initialized():
         return
     options: dict[str, Any] = {
@@ -212,6 +214,7 @@ def _work(config: dict[str, Any]) -> dict[str, str | None]:
     """On every worker. A user's mistake is returned, not raised: Ray would restart the run for it."""
     from fer.errors import disk_error
     from fer.evaluate import evaluate
+    from fer.stop import Stopped
     from fer.train import fit
 
     with suppress(FileNotFoundError):  # on another machine of a cluster
@@ -222,6 +225,8 @@ def _work(config: dict[str, Any]) -> dict[str, str | None]:
         if ray.train.get_context().get_world_rank() == 0:
             evaluate(folder, config["data_dir"])
     except UserError as error:
+        if isinstance(error, Stopped) and error.terminated:
+            raise  # nobody asked the run to stop, its machine goes: Ray starts it again, on another one where it can
         key = f"models.{config['name']}." if str(error).startswith("options.") else ""
         return {"error": f"{key}{error}"}
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def note(summary: dict[str, Any]) -> str:
 
 def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
     """The test confusion matrix as a picture: counts, coloured by the share of each true class."""
+    return _drawing.submit(_draw_confusion, summary, path).result()
+
+
+_drawing = ThreadPoolExecutor(1)  # runs end in several threads; matplotlib is made for one, and opens its fonts in each
+
+
+def _draw_confusion(summary: dict[str, Any], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     names, confusion = summary["classes"], summary["test"]["confusion"]

@@ -15,12 +15,14 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 from conftest import small_run
 from ray.cluster_utils import Cluster
 from test_flow import BIN, _workers, env, wait_for
 
 from fer.config import RunConfig, run_id
 from fer.data.dataset import open_data
+from fer.device import share_heaps
 from fer.errors import UserError
 from fer.stop import ask_to_stop
 from fer.train import fit
@@ -120,6 +122,7 @@ def four_gpus(prefect: str) -> Iterator[None]:
     quiet = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 128 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_LOG_MONITOR_MAX_OPEN_FILES", "10")  # by default Ray keeps up to 200 logs open
+        share_heaps()  # as `launch.start_ray` does before
         ray.init(address="local", num_cpus=8, num_gpus=GPUS, **quiet)
     yield
     ray.shutdown()
@@ -224,6 +227,31 @@ def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus
     assert (folder / "summary.json").exists()
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_ray_goes_on_from_there(
+    project: Path, four_gpus: None, tmp_path: Path, workers: int
+):
+    """As when its machine is taken back."""
+    wide = {"width": 0.5, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}  # a second an epoch, or more
+    run = small_run(epochs=2, batch_size=4, image_size=64, options=wide, resources={"workers": workers})
+    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    arguments = ("x", run, folder, project / "data")
+    thread = threading.Thread(target=launch.launch, args=(*arguments, 1, None))
+    thread.start()
+    wait_for(lambda: (folder / "progress.json").exists())  # its first step is done
+    os.kill(max(_workers(project)), signal.SIGTERM)
+    wait_for(lambda: (folder / "last/training.pt").exists())
+    cut = torch.load(folder / "last/training.pt", weights_only=True)
+    thread.join(120)
+    assert 1 <= cut["step"] < 24
+    assert not thread.is_alive()
+    assert (folder / "summary.json").exists()
+    uncut = tmp_path / "uncut" / folder.name
+    launch.launch("x", run, uncut, project / "data", 0, None)
+    for name in ("best/model.safetensors", "last/model.safetensors"):
+        assert (folder / name).read_bytes() == (uncut / name).read_bytes()
 
 
 def test_a_run_is_its_worker_and_one_process_of_rays(project: Path, four_gpus: None):

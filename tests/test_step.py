@@ -71,6 +71,33 @@ def test_a_sharpness_aware_step_by_hand() -> None:
     torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.1 * 45, 2 - 0.1 * 15]))
 
 
+class Normed(Square):
+    """With batch norm; the second keeps no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1, track_running_stats=False))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.norms(super().forward(pixel_values))
+
+
+def test_a_sharpness_aware_step_that_fails_uphill_leaves_the_network_as_it_was() -> None:
+    model = Normed()
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    losses = iter([half_square])
+    stepper = Stepper(small_run(**LINEAR, sam_rho=0.5), model, CPU, 1)
+
+    def once(*arguments: Any) -> Tensor:
+        return next(losses)(*arguments)  # the second look fails
+
+    with pytest.raises(StopIteration):
+        stepper([part([[3.0, 1.0], [1.0, 0.0]])], once, None, 0.1, 0)
+    assert [norm.track_running_stats for norm in model.norms] == [True, False]
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.data, before[key], rtol=0, atol=0)
+
+
 def test_a_sharpness_aware_step_over_parts_is_that_of_the_batch() -> None:
     images = [[3.0, 1.0], [1.0, -1.0], [0.5, 2.0], [2.0, 2.0]]
     whole, _ = stepped([part(images)], sam_rho=0.5)

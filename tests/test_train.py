@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from fer.metrics import Counts
 from fer.models import MODELS, Model
 from fer.schedule import lr_at
 from fer.step import Stepper, build_optimizer
-from fer.stop import Stopped, ask_to_stop
+from fer.stop import Stopped, ask_to_stop, heed_sigterm
 from fer.train import NonFiniteLoss, Trainer, batches, fit, trained_images
 
 CPU = torch.device("cpu")
@@ -407,6 +408,33 @@ def test_terminated_at_any_time_it_saves_and_goes_on(bars: Path, tmp_path: Path)
         assert ("as asked; the same command goes on" in said) == (process.returncode == 3)
     assert stops >= 2
     assert_equal_runs(progress.parent, whole)
+
+
+def test_a_run_in_a_thread_hears_of_sigterm_while_it_trains(bars: Path, tmp_path: Path, uncut: dict[str, Path]) -> None:
+    """And what SIGTERM did before, it does before and after that."""
+    heard: list[int] = []
+    ours = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    trained, ended = threading.Event(), []
+
+    def train_it() -> None:
+        try:
+            fit("x", small_run(), bars, tmp_path, lambda row: (trained.set(), time.sleep(1)))
+        except Stopped as stopped:
+            ended.append(stopped)
+
+    try:
+        heed_sigterm()
+        thread = threading.Thread(target=train_it)
+        thread.start()
+        assert trained.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        thread.join(60)
+        assert (heard, [stopped.terminated for stopped in ended]) == ([], [True])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, ours)
+    assert_equal_runs(fit("x", small_run(), bars, tmp_path), uncut["adamw"])
 
 
 # What writes while the second epoch, which is the best so far, is saved: best, then last, then metrics.jsonl
