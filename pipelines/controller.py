@@ -6,6 +6,7 @@ asks an autoscaler for machines, one that cleans up after a dead controller, one
 """
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from fer.stop import heed_sigterm
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
+logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails reaches the caller as an exception
 
 
 class Trainer(DataParallelTrainer):

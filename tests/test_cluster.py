@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import signal
 import sqlite3
@@ -215,14 +216,18 @@ def _tries() -> dict[str, int]:
     return {task.name: task.run_count for task in tasks if task.flow_run_id == newest.id}
 
 
-def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus: None, monkeypatch):
-    """As when NCCL fails: Ray would keep what the workers had, and the next try would wait for ever."""
+def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus: None, monkeypatch, caplog):
+    """As when NCCL fails: Ray would keep what the workers had, and the next try would wait for ever.
+
+    It also logs the traceback, where the caller has the exception.
+    """
     run = RunConfig.model_validate_json(model(0, 1, workers=2, gpus=GPUS / 2))
     folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
     with monkeypatch.context() as patch:
         patch.setattr(launch.Backend, "UNDEFINED", "nccl")
         with pytest.raises(RuntimeError, match="x: .*NCCL"):
             launch.launch("x", run, folder, project / "data", 0, None)
+    assert [record.name for record in caplog.records if record.levelno >= logging.ERROR] == []
     launch.launch("x", run, folder, project / "data", 0, None)
     assert (folder / "summary.json").exists()
     groups = ray.util.placement_group_table().values()
