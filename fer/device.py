@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fer.errors import UserError
 
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
 
 def pick_device(wanted: str, key: str = "resources.device") -> torch.device:
     """`auto`, `cpu` or `cuda` -> device; under a launcher the worker's own GPU is the only one it sees."""
@@ -31,12 +33,8 @@ def use_cpu(threads: int) -> None:
 
 
 def share_heaps() -> None:
-    """For a process whose threads come and go: they have two heaps together, as each of its own would keep what it
-    held at its most."""
+    """For a process of many threads: two heaps for all, since one of each thread's own keeps what it once held."""
     _mallopt(_ARENA_MAX, 2)
-
-
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def _mallopt(parameter: int, value: int) -> None:

@@ -213,6 +213,8 @@ class Trainer:
             self.counts.all_reduce()
         if self.rank == 0:
             self._save(is_best=False)
+        if self.world > 1:
+            dist.barrier(group=self.control)  # who ends first may end all
         raise Stopped(
             f"{self.folder.name}: stopped in epoch {self.epoch + 1} after {self.step} of {self.steps} steps, as asked; "
             "the same command goes on",

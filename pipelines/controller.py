@@ -7,6 +7,8 @@ asks an autoscaler for machines, one that cleans up after a dead controller, one
 
 import asyncio
 import logging
+import os
+import signal
 from typing import Any
 
 import ray
@@ -14,11 +16,13 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from fer.stop import heed_sigterm
+from fer.errors import UserError
+from fer.stop import Stopped, heed_sigterm
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails reaches the caller as an exception
@@ -29,8 +33,9 @@ class Trainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         rays = [callback for callback in parts["callbacks"] if not isinstance(callback, UNUSED)]
-        parts["callbacks"] = [_GiveBack(), _HeedSigterm(), *rays]
+        parts["callbacks"] = [_GiveBack(), _HeedSigterm(), _Drain(), *rays]
         parts["scaling_policy"] = _AsAsked(parts["scaling_policy"].scaling_config)
+        parts["failure_policy"] = _Retries(parts["failure_policy"].failure_config)
         controller = _Controller(**parts)
         asyncio.run(controller.run())
         return controller.get_result()
@@ -44,6 +49,18 @@ class _AsAsked(FixedScalingPolicy):  # type: ignore[misc]
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class _Retries(DefaultFailurePolicy):  # type: ignore[misc]
+    """Not for what a user can mend; and a run that was told to leave its machine has not failed."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        found = getattr(training_failed_error, "worker_failures", {}).values()
+        if any(isinstance(error, Stopped) and error.terminated for error in found):
+            return FailureDecision.RETRY
+        if any(isinstance(error, UserError) for error in found):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
@@ -95,3 +112,22 @@ class _HeedSigterm(WorkerCallback):
 
     def after_init_train_context(self) -> None:
         heed_sigterm()
+
+
+class _Drain(WorkerGroupCallback):
+    """Workers on a machine that Ray drains, since it will be taken back, get SIGTERM; Ray goes on on another one."""
+
+    workers: list[Any]  # those not told yet
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.workers = list(worker_group.get_workers())
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        draining = ray._private.state.state.get_draining_nodes()
+        for worker in [worker for worker in self.workers if worker.metadata.node_id in draining]:
+            worker.actor.execute.remote(_terminate)
+            self.workers.remove(worker)
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

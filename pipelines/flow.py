@@ -155,6 +155,7 @@ def _stops_at_a_signal(folders: Callable[[], list[Path]]) -> Iterator[None]:
             ask_to_stop(folders(), PATIENCE)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _tell("stopped: the same command goes on from there")
+        threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal, too
         try:
             with get_client(sync_client=True) as client:
                 client.set_flow_run_state(run_id, Cancelled(message=signal.Signals(signum).name), force=True)

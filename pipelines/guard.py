@@ -1,6 +1,7 @@
 """A small process that outlives a driver however it dies: ends what the driver started, closes its MLflow runs."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def guarded(uri: str, experiment: str) -> Iterator[None]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm and systemd send it to every process
     uri, experiment = sys.stdin.read().splitlines()  # ends when the driver is gone
     import psutil
 

@@ -147,14 +147,12 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
     )
     running.add(folder)
     try:
-        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _reason(name, error) from None
     finally:
         running.discard(folder)
         shutil.rmtree(storage, ignore_errors=True)
-    if outcome["error"]:
-        raise UserError(outcome["error"])
 
 
 def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: str) -> Iterator[Any]:
@@ -210,11 +208,10 @@ def held(folder: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _work(config: dict[str, Any]) -> dict[str, str | None]:
-    """On every worker. A user's mistake is returned, not raised: Ray would restart the run for it."""
+def _work(config: dict[str, Any]) -> None:
+    """On every worker."""
     from fer.errors import disk_error
     from fer.evaluate import evaluate
-    from fer.stop import Stopped
     from fer.train import fit
 
     with suppress(FileNotFoundError):  # on another machine of a cluster
@@ -225,16 +222,11 @@ def _work(config: dict[str, Any]) -> dict[str, str | None]:
         if ray.train.get_context().get_world_rank() == 0:
             evaluate(folder, config["data_dir"])
     except UserError as error:
-        if isinstance(error, Stopped) and error.terminated:
-            raise  # nobody asked the run to stop, its machine goes: Ray starts it again, on another one where it can
-        key = f"models.{config['name']}." if str(error).startswith("options.") else ""
-        return {"error": f"{key}{error}"}
+        if str(error).startswith("options."):
+            raise UserError(f"models.{config['name']}.{error}") from None
+        raise
     except OSError as error:
-        known = disk_error(error, config["runs_dir"])
-        if known is None:
-            raise
-        return {"error": str(known)}
-    return {"error": None}
+        raise disk_error(error, config["runs_dir"]) or error from None
 
 
 def _uses_gpu(asked: Resources) -> bool:
@@ -262,9 +254,11 @@ def _needs(run: RunConfig) -> dict[str, float]:
     return {kind: run.resources.workers * count for kind, count in _per_worker(run.resources).items()}
 
 
-def _reason(name: str, error: ray.train.TrainingFailedError) -> RuntimeError:
-    """The first worker's own error, without Ray's wrapping."""
-    failures = getattr(error, "worker_failures", None)
-    cause = next(iter(failures.values())) if failures else error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return RuntimeError(f"{name}: {type(cause).__name__}: {lines[-1] if lines else error}")
+def _reason(name: str, error: ray.train.TrainingFailedError) -> Exception:
+    """The first worker's own error, or one that a user can mend, without Ray's wrapping."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    for cause in failures:
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+    lines = [line for line in str(failures[0]).strip().splitlines() if line.strip()]
+    return RuntimeError(f"{name}: {type(failures[0]).__name__}: {lines[-1] if lines else error}")

@@ -18,6 +18,7 @@ import pytest
 import ray
 import torch
 from conftest import small_run
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from test_flow import BIN, _workers, env, wait_for
 
@@ -27,7 +28,7 @@ from fer.device import share_heaps
 from fer.errors import UserError
 from fer.stop import ask_to_stop
 from fer.train import fit
-from pipelines import launch
+from pipelines import controller, launch
 from pipelines.params import load
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,11 @@ pytestmark = pytest.mark.slow
 GPUS = 4
 # name -> workers, GPUs of each; ten GPUs in all, and the one that needs all four stands last in params.yaml
 NEEDS = {"one": (1, 1), "half_a": (1, 0.5), "half_b": (1, 0.5), "two": (1, 2), "pair": (2, 1), "wide": (2, 2)}
+
+
+# an epoch of 24 steps takes seconds
+SLOW: dict[str, Any] = {"epochs": 1, "batch_size": 4, "image_size": 64}
+SLOW |= {"options": {"width": 1.0, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}}
 
 
 def model(seed: int, epochs: int, workers: int = 1, gpus: float = 1) -> str:
@@ -115,6 +121,30 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
             uncut = fit(name, run, project / "data", tmp_path / "uncut")
             for file in ("best/model.safetensors", "last/model.safetensors"):
                 assert (folder / file).read_bytes() == (uncut / file).read_bytes()
+
+
+def test_a_run_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_nodes: Cluster, prefect: str):
+    """As `ray start --block` has it drained at SIGTERM; the run waits for another one that has the CPUs."""
+    words = {"models.x": small_run(**SLOW, resources={"cpus_per_worker": 2}).model_dump_json()}
+    leaves = two_nodes.add_node(num_cpus=2)
+    running = start(project, two_nodes, prefect, "x", "--set", *settings(words))
+    wait_for(lambda: list((project / "data/runs").glob("*/progress.json")))  # its first step is done
+    for_ever, preemption = 2**63 - 1, 2
+    assert GcsClient(two_nodes.address).drain_node(leaves.node_id, preemption, "taken back", for_ever)[0]
+    (folder,) = (project / "data/runs").iterdir()
+    wait_for(lambda: saved_in_mid_epoch(folder))
+    wait_for(lambda: not _workers(project))
+    two_nodes.add_node(num_cpus=2)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    assert recorded(project) == {"x": ("FINISHED", [1])}
+
+
+def saved_in_mid_epoch(folder: Path) -> bool:
+    try:
+        return torch.load(folder / "last/training.pt", weights_only=True)["step"] > 0
+    except FileNotFoundError:  # none yet, or a new one takes its place
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -238,25 +268,40 @@ def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus
 def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_ray_goes_on_from_there(
     project: Path, four_gpus: None, tmp_path: Path, workers: int
 ):
-    """As when its machine is taken back."""
-    wide = {"width": 0.5, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}  # a second an epoch, or more
-    run = small_run(epochs=2, batch_size=4, image_size=64, options=wide, resources={"workers": workers})
+    """It is no failure, so none has to be allowed."""
+    run = small_run(**SLOW, resources={"workers": workers})
     folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
-    arguments = ("x", run, folder, project / "data")
-    thread = threading.Thread(target=launch.launch, args=(*arguments, 1, None))
+    thread = threading.Thread(target=launch.launch, args=("x", run, folder, project / "data", 0, None))
     thread.start()
     wait_for(lambda: (folder / "progress.json").exists())  # its first step is done
     os.kill(max(_workers(project)), signal.SIGTERM)
-    wait_for(lambda: (folder / "last/training.pt").exists())
-    cut = torch.load(folder / "last/training.pt", weights_only=True)
+    wait_for(lambda: saved_in_mid_epoch(folder))
     thread.join(120)
-    assert 1 <= cut["step"] < 24
     assert not thread.is_alive()
     assert (folder / "summary.json").exists()
     uncut = tmp_path / "uncut" / folder.name
     launch.launch("x", run, uncut, project / "data", 0, None)
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (folder / name).read_bytes() == (uncut / name).read_bytes()
+
+
+def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project: Path, four_gpus: None, monkeypatch):
+    """Only the first worker writes; the second would wait for it."""
+    starts, real = [], controller._WorkerGroup._start
+    monkeypatch.setattr(controller._WorkerGroup, "_start", lambda group: (starts.append(group), real(group))[1])
+    run = small_run(**SLOW, resources={"workers": 2})
+    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    folder.mkdir(parents=True)
+    full = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    mounted = subprocess.run(full, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(UserError, match="the disk is full: free some space and run the command again"):
+            launch.launch("x", run, folder, project / "data", 3, None)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert len(starts) == 1
 
 
 def test_a_run_is_its_worker_and_one_process_of_rays(project: Path, four_gpus: None):
