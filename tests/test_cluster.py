@@ -344,7 +344,7 @@ def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path
     assert {key: last[key] - first[key] for key, limit in LIMITS.items() if last[key] - first[key] > limit} == {}, use
 
 
-LIMITS = {"driver files": 4, "ray files": 30, "driver threads": 4, "processes": 4, "driver MB": 96, "ray MB": 96}
+LIMITS = {"driver files": 4, "ray files": 30, "driver threads": 4, "processes": 4, "driver MB": 48, "ray MB": 48}
 OF_ONE_RUN = ("ray::RayTrainW", "ray::Synchroniz")
 
 
