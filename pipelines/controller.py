@@ -1,8 +1,9 @@
-"""Ray Train with its controller in the driver, so that a run is its workers and one process more.
+"""Ray Train with its controller in the driver, so that a run is its workers and no other process.
 
 Ray 2.60 starts five actors for a run, most of them one after another before the first worker: the controller, one that
 asks an autoscaler for machines, one that cleans up after a dead controller, one for Ray's data sets and one for
-`ray.train.report`. Here a pending placement group asks, it goes with the driver's job, and only the last is left.
+`ray.train.report`. Here a pending placement group asks, it goes with the driver's job, and the last, which starts
+beside the workers, ends once they are there.
 """
 
 import asyncio
@@ -65,13 +66,14 @@ class _Retries(DefaultFailurePolicy):  # type: ignore[misc]
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, args: dict[str, list[Any]]) -> None:
-        """Without the handle of a controller actor, which serves `ray.train.get_all_reported_checkpoints` alone."""
+        """Without the handles of a controller and of what gathers reports: no run calls `ray.train.report`."""
+        ray.kill(sync_actor)
         ray.get(
             [
                 worker.actor.init_train_context.remote(
                     train_run_context=self._train_run_context,
                     distributed_context=worker.distributed_context,
-                    synchronization_actor=sync_actor,
+                    synchronization_actor=None,
                     storage_context=self._storage_context,
                     worker_callbacks=self._worker_callbacks_to_propagate,
                     controller_actor=None,

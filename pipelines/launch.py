@@ -256,9 +256,15 @@ def _needs(run: RunConfig) -> dict[str, float]:
 
 def _reason(name: str, error: ray.train.TrainingFailedError) -> Exception:
     """The first worker's own error, or one that a user can mend, without Ray's wrapping."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
     for cause in failures:
         if isinstance(cause, UserError):
             return UserError(str(cause))
-    lines = [line for line in str(failures[0]).strip().splitlines() if line.strip()]
-    return RuntimeError(f"{name}: {type(failures[0]).__name__}: {lines[-1] if lines else error}")
+    cause = getattr(failures[0], "health_check_failure", failures[0])
+    if isinstance(cause, ray.exceptions.OutOfMemoryError):
+        return RuntimeError(
+            f"{name}: the machine ran out of memory and Ray ended a worker; "
+            "lower batch_size, eval_batch_size or resources.workers, or train fewer models at the same time"
+        )
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return RuntimeError(f"{name}: {type(cause).__name__}: {lines[-1] if lines else error}")

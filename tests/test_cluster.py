@@ -20,6 +20,8 @@ import torch
 from conftest import small_run
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_flow import BIN, _workers, env, wait_for
 
 from fer.config import RunConfig, run_id
@@ -265,8 +267,8 @@ def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_ray_goes_on_from_there(
-    project: Path, four_gpus: None, tmp_path: Path, workers: int
+def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_is_started_again(
+    project: Path, four_gpus: None, workers: int
 ):
     """It is no failure, so none has to be allowed."""
     run = small_run(**SLOW, resources={"workers": workers})
@@ -279,10 +281,6 @@ def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_ray_goes_on_from_ther
     thread.join(120)
     assert not thread.is_alive()
     assert (folder / "summary.json").exists()
-    uncut = tmp_path / "uncut" / folder.name
-    launch.launch("x", run, uncut, project / "data", 0, None)
-    for name in ("best/model.safetensors", "last/model.safetensors"):
-        assert (folder / name).read_bytes() == (uncut / name).read_bytes()
 
 
 def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project: Path, four_gpus: None, monkeypatch):
@@ -304,7 +302,7 @@ def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project:
     assert len(starts) == 1
 
 
-def test_a_run_is_its_worker_and_one_process_of_rays(project: Path, four_gpus: None):
+def test_a_run_is_its_worker_and_no_other_process(project: Path, four_gpus: None):
     """Whatever else a run started would cost it seconds at its start, and the machine memory while it waits."""
     run = RunConfig.model_validate_json(model(0, 200))
     folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
@@ -316,7 +314,7 @@ def test_a_run_is_its_worker_and_one_process_of_rays(project: Path, four_gpus: N
     ask_to_stop([folder], 20)
     thread.join(20)
     assert not thread.is_alive()
-    assert sorted(name.split(".")[0][:15] for name in started) == ["ray::RayTrainWo", "ray::Synchroniz"]
+    assert [name.split(".")[0][:15] for name in started] == ["ray::RayTrainWo"]
 
 
 def _launch_until_asked(run: RunConfig, folder: Path, project: Path) -> None:
@@ -370,6 +368,19 @@ def _children() -> list[dict[str, Any]]:
     mine = {child.pid for child in psutil.Process().children(recursive=True)}
     return [process.info for process in psutil.process_iter(["pid", "name", "num_fds", "memory_info"])
             if process.pid in mine and process.info["memory_info"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [
+    lambda cause: WorkerGroupError("...", {0: WorkerHealthCheckFailedError("A worker health check failed.", cause)}),
+    ControllerError,
+], ids=["while it trains", "while it starts"])  # fmt: skip
+def test_a_worker_that_ray_ends_for_memory_names_the_remedy(wrapped: Any):
+    """Ray's own text is a page, whose last line tells how to switch it off."""
+    cause = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.\nRefer to")
+    assert str(launch._reason("x", wrapped(cause))) == (
+        "x: the machine ran out of memory and Ray ended a worker; lower batch_size, eval_batch_size or "
+        "resources.workers, or train fewer models at the same time"
+    )
 
 
 def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monkeypatch: pytest.MonkeyPatch):
