@@ -1005,7 +1005,7 @@ def more_models() -> Any:
 
 def _rank(
     rank: int, port: int, run: RunConfig, data: Path, runs: Path, spoilt: bool, stop: tuple[int, int] | None,
-    asked: int | None,
+    asked: int | None, dies: str | None,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     add_models()
@@ -1019,6 +1019,15 @@ def _rank(
     if asked == rank:
         looks = itertools.count()
         train.StopSignal.asked = lambda signal: next(looks) > 0  # type: ignore[method-assign]
+    if dies == "in an epoch" and rank == 1:
+        train.draw_mixture = lambda *about: os._exit(1) if about[2] == train._seed(run.seed, 1, 3, 1) else None
+    if dies == "between epochs" and rank == 1:
+        train.predict_split = lambda *about: os._exit(1) if rows else predict_split(*about)
+    if dies == "while it saves" and rank == 0:
+        rename = Path.replace
+        Path.replace = lambda path, target: (  # type: ignore[method-assign]
+            os._exit(1) if rows and target.name == "last" else rename(path, target)
+        )
     try:
         fit("x", run, data, runs, rows.append)
     except (NonFiniteLoss, Stopped) as error:
@@ -1029,14 +1038,14 @@ def _rank(
 
 def on_two_ranks(
     run: RunConfig, data: Path, runs: Path, spoilt: bool = False, stop: tuple[int, int] | None = None,
-    asked: int | None = None,
+    asked: int | None = None, dies: str | None = None,
 ) -> Path:  # fmt: skip
     """The run's folder; what both ranks were told is equal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runs.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(_rank, (port, run, data, runs, spoilt, stop, asked), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (port, run, data, runs, spoilt, stop, asked, dies), nprocs=2)
     first, second = (json.loads((runs / f"rows{rank}.json").read_text()) for rank in range(2))
     assert untimed(first) == untimed(second)
     return next(path for path in runs.iterdir() if path.is_dir())
@@ -1090,6 +1099,18 @@ def test_two_ranks_that_are_stopped_go_on_as_if_they_were_not(
     for place in places:
         assert on_two_ranks(run, bars, tmp_path / "cut", stop=place).name == whole.name
     assert_equal_runs(on_two_ranks(run, bars, tmp_path / "cut"), whole)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_at_any_moment_changes_nothing(bars: Path, tmp_path: Path, more_models: None) -> None:
+    """Bit for bit, when both are started again."""
+    run = small_run(model="normed", epochs=2, ema_decay=0.8, resources={"workers": 2})
+    whole = on_two_ranks(run, bars, tmp_path / "whole")
+    for moment in ("in an epoch", "between epochs", "while it saves"):
+        with pytest.raises(torch.multiprocessing.ProcessExitedException):
+            on_two_ranks(run, bars, tmp_path / moment, dies=moment)
+        assert len(rows_of(tmp_path / moment / whole.name)) == 1, moment
+        assert_equal_runs(on_two_ranks(run, bars, tmp_path / moment), whole)
 
 
 @pytest.mark.slow
