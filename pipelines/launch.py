@@ -118,8 +118,8 @@ def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures
 
     `start` is the id of the run that `init_from` names.
 
-    A worker that dies is restarted `max_failures` times, from the run's last checkpoint. Raises UserError for what a
-    user can mend, RuntimeError for the rest.
+    A worker that dies is restarted `max_failures` times, from the run's last checkpoint; one that gets SIGTERM saves
+    first and is not counted. Raises UserError for what a user can mend, RuntimeError for the rest.
     """
     storage = folder / ".ray"
     trainer = Trainer(
