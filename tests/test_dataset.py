@@ -1,7 +1,8 @@
-"""The splits as training reads them, and what is said when they are not whole."""
+"""The splits as training reads them, their identity, and what is said when they are not whole or not of one piece."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,41 @@ import pytest
 import torch
 from conftest import CLASSES, make_data
 
-from fer.data.dataset import open_data
+from fer.data.dataset import DataSet, feed, open_data
+from fer.data.images import sha256
 from fer.errors import UserError
 
-AGAIN = "make it again with `dvc repro -f split`"
+AGAIN = "make it again with `dvc repro --force --single-item split`"
+
+
+def edit_table(data: Path, split: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    path = data / "splits" / f"{split}.csv"
+    text = {"name": str, "subject": str, "duplicate_of": str, "duplicate_in": str}
+    change(pd.read_csv(path, dtype=text, keep_default_na=False)).to_csv(path, index=False)
+
+
+def set_cell(split: str, line: int, **values: object) -> Callable[[Path], None]:
+    """The edit that sets these columns of one line."""
+
+    def change(table: pd.DataFrame) -> pd.DataFrame:
+        for column, value in values.items():
+            table.loc[line, column] = value
+        return table
+
+    return lambda data: edit_table(data, split, change)
+
+
+def edit_summary(data: Path, **keys: object) -> None:
+    path = data / "splits" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def save_images(data: Path, images: np.ndarray) -> None:
+    """Another images.npy, with a time of change that differs by more than any clock's tick."""
+    path = data / "upscaled" / "images.npy"
+    later = path.stat().st_mtime_ns + 10**9
+    np.save(path, images)
+    os.utime(path, ns=(later, later))
 
 
 def test_rows_point_into_the_array(data: Path) -> None:
@@ -58,39 +90,344 @@ def test_targets_follow_the_order_of_the_classes(data: Path) -> None:
     assert torch.equal(val.targets.argmax(1), val.labels)
 
 
-def test_leaked_are_those_with_a_twin_in_train(data: Path) -> None:
-    path = data / "splits" / "train.csv"
-    table = pd.read_csv(path, keep_default_na=False)
-    table.loc[5, "duplicate_of"] = "2.png"
-    table.to_csv(path, index=False)
+def test_leaked_are_those_with_a_twin_in_train_or_val(data: Path) -> None:
+    set_cell("train", 5, duplicate_of="2.png", duplicate_in="train")(data)  # a copy within train is no leak
+    set_cell("val", 7, duplicate_of="0.png", duplicate_in="train")(data)
+    set_cell("test", 5, duplicate_of="96.png", duplicate_in="val")(data)
     opened = open_data(data)
-    assert not opened.split("train").leaked.any()  # a copy within train is no leak
-    assert not opened.split("val").leaked.any()
-    assert opened.split("test").rows[opened.split("test").leaked].tolist() == [140, 150, 160, 170]
+    train, val, test = (opened.split(name) for name in ("train", "val", "test"))
+    assert test.in_train.dtype == test.in_val.dtype == test.leaked.dtype == torch.bool
+    assert not train.in_train.any()
+    assert not train.in_val.any()
+    assert val.rows[val.in_train].tolist() == [103]
+    assert not val.in_val.any()
+    assert test.rows[test.in_train].tolist() == [140, 150, 160, 170]
+    assert test.rows[test.in_val].tolist() == [141]
+    for split in (train, val, test):
+        assert torch.equal(split.leaked, split.in_train | split.in_val)
 
 
 def test_names_stay_text(data: Path) -> None:
     path = data / "splits" / "val.csv"
     table = pd.read_csv(path, keep_default_na=False)
     table["name"] = ["NA", "007", "", *table["name"][3:]]
-    table["duplicate_of"] = ["NA", "007", *table["duplicate_of"][2:]]
     table["subject"] = ["NA", "007", "", *["7"] * 37]
     table.to_csv(path, index=False)
     val = open_data(data).split("val")
     assert val.subjects == ["NA", "007", "", *["7"] * 37]
     assert val.names[:3] == ["NA", "007", ""]
-    assert val.leaked.tolist() == [True, True] + [False] * 38
 
 
-def test_hash_changes_with_every_file_of_the_splits(tmp_path: Path) -> None:
-    hashes = [open_data(make_data(tmp_path / "first")).hash, open_data(make_data(tmp_path / "same")).hash]
-    assert hashes[0] == hashes[1]
-    assert len(hashes[0]) == 16
-    for name in ("summary.json", "train.csv", "val.csv", "test.csv"):
-        path = tmp_path / "same" / "splits" / name
-        path.write_text(path.read_text() + "\n")
-        hashes.append(open_data(tmp_path / "same").hash)
-    assert len(set(hashes)) == 5
+def test_every_split_is_read_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = pd.read_csv
+    monkeypatch.setattr(pd, "read_csv", lambda path, **options: read.append(path.name) or original(path, **options))
+    opened = open_data(data)
+    for _ in range(2):
+        assert opened.hash
+        assert opened.test_hash
+        assert opened.leak_hash
+        assert opened.split("val") is opened.split("val")
+    assert sorted(read) == ["test.csv", "train.csv", "val.csv"]
+
+
+def rewrite_images(data: Path) -> None:
+    images = np.load(data / "upscaled" / "images.npy")
+    images[0, 0, 0] ^= 1
+    save_images(data, images)
+    edit_summary(data, images_sha256=sha256(data / "upscaled" / "images.npy"))
+
+
+def rename_class(data: Path) -> None:
+    edit_summary(data, classes=[*CLASSES[:-1], "scorn"])
+    for split in ("train", "val", "test"):
+        edit_table(data, split, lambda table: table.rename(columns={"contempt": "scorn"}))
+
+
+def change_prior(data: Path) -> None:
+    prior = json.loads((data / "splits" / "summary.json").read_text())["class_prior"]
+    prior[2][3] += 1e-6
+    edit_summary(data, class_prior=prior)
+
+
+def reformat_summary(data: Path) -> None:
+    path = data / "splits" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7, sort_keys=True) + "\n\n")
+
+
+def reformat_tables(data: Path) -> None:
+    for path in data.glob("splits/*.csv"):
+        table = pd.read_csv(path, keep_default_na=False)
+        table[[*reversed(table.columns)]].to_csv(path, index=False, quoting=1, lineterminator="\r\n")
+
+
+def rename_images(data: Path) -> None:
+    for split in ("train", "val", "test"):
+        edit_table(data, split, lambda table: table.assign(name="x.png", duplicate_of=""))
+
+
+def exchange_train_and_val(data: Path) -> None:
+    (data / "splits" / "train.csv").rename(data / "splits" / "x")
+    (data / "splits" / "val.csv").rename(data / "splits" / "train.csv")
+    (data / "splits" / "x").rename(data / "splits" / "val.csv")
+
+
+ALL = ("hash", "test_hash", "leak_hash")
+EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "none": (lambda data: None, set()),
+    "summary format": (reformat_summary, set()),
+    "summary key": (lambda data: edit_summary(data, remark="checked", dataset="renamed"), set()),
+    "table format": (reformat_tables, set()),
+    "names": (rename_images, set()),
+    "images": (rewrite_images, {"hash"}),
+    "class name": (rename_class, {"hash"}),
+    "prior": (change_prior, {"hash"}),
+    "exchange": (exchange_train_and_val, {"hash"}),
+    "train fewer": (lambda data: edit_table(data, "train", lambda table: table[:-1]), {"hash"}),
+    "test fewer": (lambda data: edit_table(data, "test", lambda table: table[:-1]), {"test_hash", "leak_hash"}),
+    "leak of train": (set_cell("train", 5, duplicate_in="train"), set()),
+    "leak of val": (set_cell("val", 5, duplicate_in="train"), set()),
+    "leak of test": (set_cell("test", 5, duplicate_in="train"), {"leak_hash"}),
+    "other leak of test": (set_cell("test", 4, duplicate_in="val"), {"leak_hash"}),
+}
+COLUMN_EDITS: dict[str, dict[str, object]] = {
+    "row": {"row": 1},
+    "label": {"label": 7},
+    "targets": {"fear": 0.5},
+    "subject": {"subject": "b"},
+}
+for _split, _changed in (("train", "hash"), ("val", "hash"), ("test", "test_hash")):
+    for _column, _values in COLUMN_EDITS.items():
+        EDITS[f"{_column} of {_split}"] = (set_cell(_split, 2, **_values), {_changed})
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_hashes_react_to_what_they_are_of_and_to_nothing_else(tmp_path: Path, edit: str) -> None:
+    change, expected = EDITS[edit]
+    before = open_data(make_data(tmp_path / "before", subjects=["a"] * 176))
+    folder = make_data(tmp_path / "after", subjects=["a"] * 176)
+    change(folder)
+    after = open_data(folder)
+    assert {name for name in ALL if getattr(before, name) != getattr(after, name)} == expected
+    assert all(len(getattr(after, name)) == 16 for name in ALL)
+
+
+class Recorder:
+    """A digest that keeps what it is fed."""
+
+    def __init__(self) -> None:
+        self.fed = b""
+
+    def update(self, part: bytes) -> None:
+        self.fed += part
+
+
+def fed(*parts: tuple[str, np.ndarray | list[str]]) -> bytes:
+    recorder = Recorder()
+    for name, content in parts:
+        feed(recorder, name, content)  # type: ignore[arg-type]
+    return recorder.fed
+
+
+def test_what_is_hashed_byte_by_byte() -> None:
+    def number(value: int) -> bytes:
+        return bytes([value, 0, 0, 0, 0, 0, 0, 0])
+
+    assert fed(("ab", np.array([[1.0, -2.0]], np.float32))) == (
+        number(2) + b"ab" + number(3) + b"<f4" + number(2) + number(1) + number(2) + b"\0\0\x80\x3f\0\0\0\xc0"
+    )
+    assert fed(("s", ["é", ""])) == (
+        number(1) + b"s" + number(4) + b"text" + number(2) + number(2) + b"\xc3\xa9" + number(0)
+    )
+
+
+def test_different_content_is_fed_as_different_bytes() -> None:
+    zeros = np.zeros(4, np.int64)
+    inputs: list[list[tuple[str, np.ndarray | list[str]]]] = [
+        [("a", zeros)],
+        [("b", zeros)],
+        [("a", zeros.reshape(2, 2))],
+        [("a", zeros.astype(np.float64))],
+        [("a", zeros[:2]), ("a", zeros[:2])],
+        [("a", ["x", "y"])],
+        [("a", ["xy"])],
+        [("a", ["xy", ""])],
+        [("a", ["x"]), ("a", ["y"])],
+        [("ax", ["y"])],
+        [("a", [])],
+        [("a", zeros[:0])],
+        [],
+    ]
+    assert len({fed(*parts) for parts in inputs}) == len(inputs)
+
+
+def test_equal_numbers_are_fed_as_equal_bytes_whatever_their_layout() -> None:
+    values = np.arange(6, dtype=np.int64).reshape(2, 3)
+    assert fed(("a", values)) == fed(("a", values.astype(">i8"))) == fed(("a", np.asfortranarray(values)))
+
+
+def test_hashes_of_tiny_data_stay_what_they_are(tmp_path: Path) -> None:
+    """If this fails, every run that was made before is one on other data."""
+    (tmp_path / "splits").mkdir()
+    header = "row,name,label,glad,sad,subject,duplicate_of,duplicate_in"
+    tables = {
+        "train": ["0,a,0,1.0,0.0,Zoë,,", "1,b,1,0.25,0.75,,a,train"],
+        "val": ["2,c,1,0.125,0.875,Max,b,train"],
+        "test": ["3,d,0,0.5,0.5,Zoë,c,val", "4,e,0,0.75,0.25,,a,train", "5,f,1,0.0,1.0,,,"],
+    }
+    for name, lines in tables.items():
+        (tmp_path / "splits" / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
+    summary = {"classes": ["glad", "sad"], "class_prior": [[0.9, 0.1], [0.2, 0.8]], "images_sha256": "0123abcd" * 8}
+    opened = DataSet(tmp_path, np.zeros((6, 2, 2), np.uint8), summary)
+    assert (opened.hash, opened.test_hash, opened.leak_hash) == (
+        "a397d8519e791129",
+        "522878a8ca8a479e",
+        "6a8a5f4318080138",
+    )
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose SHA-256 was computed."""
+    found: list[Path] = []
+    monkeypatch.setattr("fer.data.dataset.sha256", lambda path: found.append(path) or sha256(path))
+    return found
+
+
+def test_images_are_hashed_once_and_again_when_touched(data: Path, reads: list[Path]) -> None:
+    path = data / "upscaled" / "images.npy"
+    hashes = [open_data(data).hash, open_data(data).hash]
+    assert reads == [path]
+    state = path.stat()
+    entry = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256(path)}
+    assert json.loads((data / "images.verified.json").read_text()) == entry
+    os.utime(path, ns=(state.st_mtime_ns, state.st_mtime_ns + 1))
+    hashes += [open_data(data).hash, open_data(data).hash]
+    assert reads == [path] * 2
+    assert json.loads((data / "images.verified.json").read_text()) == entry | {"mtime_ns": state.st_mtime_ns + 1}
+    assert len(set(hashes)) == 1
+
+
+def test_images_of_another_size_are_hashed_again(data: Path, reads: list[Path]) -> None:
+    open_data(data)
+    path = data / "upscaled" / "images.npy"
+    state = path.stat()
+    with path.open("ab") as file:
+        file.write(b"\0")  # which numpy does not read
+    os.utime(path, ns=(state.st_mtime_ns, state.st_mtime_ns))
+    with pytest.raises(UserError, match="its SHA-256 is"):
+        open_data(data)
+    assert len(reads) == 2
+
+
+IMAGES = np.arange(176 * 16 * 16, dtype=np.uint8).reshape(176, 16, 16)
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+@pytest.mark.parametrize(
+    ("images", "shape"),
+    [
+        (IMAGES[:, :8], [176, 8, 16]),
+        (IMAGES.repeat(2, 1).repeat(2, 2), [176, 32, 32]),
+        (IMAGES[..., None].repeat(3, 3), [176, 16, 16, 3]),
+        (IMAGES[1:], [175, 16, 16]),
+        (IMAGES.repeat(2, 0), [352, 16, 16]),
+    ],
+)
+def test_images_of_another_shape_are_refused(
+    data: Path, reads: list[Path], images: np.ndarray, shape: list[int], opened_before: bool
+) -> None:
+    if opened_before:
+        open_data(data)
+    save_images(data, images)
+    with pytest.raises(UserError) as caught:
+        open_data(data)
+    assert str(caught.value) == (
+        f"{data}/upscaled/images.npy: its shape is {shape}, but the splits were made of [176, 16, 16]"
+        f" ({data}/splits/summary.json); run `dvc repro`"
+    )
+    assert len(reads) == opened_before  # the header alone says so
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_other_images_of_the_same_shape_are_refused(data: Path, opened_before: bool) -> None:
+    path = data / "upscaled" / "images.npy"
+    if opened_before:
+        open_data(data)
+    expected = sha256(path)
+    save_images(data, IMAGES)
+    for _ in range(2):  # computed, then remembered
+        with pytest.raises(UserError) as caught:
+            open_data(data)
+        assert str(caught.value) == (
+            f"{path}: its SHA-256 is {sha256(path)[:12]}..., but the splits were made of {expected[:12]}..."
+            f" ({data}/splits/summary.json); run `dvc repro`"
+        )
+
+
+def test_images_that_were_changed_back_are_read(data: Path, reads: list[Path]) -> None:
+    images = np.load(data / "upscaled" / "images.npy")
+    save_images(data, IMAGES)
+    with pytest.raises(UserError, match="its SHA-256 is"):
+        open_data(data)
+    save_images(data, images)
+    open_data(data)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", "null", "{}", '{"size": 1, "mtime_ns": 1, "sha256": ""}', "\xff"]
+)
+def test_a_useless_memory_is_replaced(data: Path, reads: list[Path], content: str) -> None:
+    (data / "images.verified.json").write_text(content, encoding="latin-1")
+    open_data(data)
+    open_data(data)
+    assert len(reads) == 1
+    assert sorted(path.name for path in data.iterdir()) == ["images.verified.json", "splits", "upscaled"]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    data: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        open_data(data)
+    (data / "images.verified.json").mkdir()  # which no file can replace
+    open_data(data)
+    open_data(data)
+    assert len(reads) == 3
+    assert not list(data.glob("*.partial"))
+
+
+def test_processes_at_once_write_under_different_names(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: written.append(str(old)) or replace(old, new))
+    for _ in range(3):
+        (data / "images.verified.json").unlink(missing_ok=True)
+        open_data(data)
+    assert len(set(written)) == 3
+    assert all(Path(name).parent == data for name in written)  # a rename within one file system
+
+
+@pytest.mark.parametrize("keys", [["images"], ["image_shape"], ["images_sha256"], ["classes", "class_prior"]])
+def test_a_summary_of_an_earlier_version_is_named(data: Path, keys: list[str]) -> None:
+    path = data / "splits" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in summary.items() if key not in keys}))
+    with pytest.raises(UserError) as caught:
+        open_data(data)
+    assert str(caught.value) == (f"{path}: {', '.join(keys)} is missing (written by an earlier version?); {AGAIN}")
+
+
+def test_a_summary_that_is_no_object_is_named(data: Path) -> None:
+    path = data / "splits" / "summary.json"
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"^[^\n]*summary.json: classes, [^\n]* is missing [^\n]*`$"):
+        open_data(data)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "train.csv", "val.csv", "test.csv"])
@@ -134,36 +471,43 @@ def test_a_summary_that_is_no_json_is_named(data: Path) -> None:
     assert str(caught.value) == f"{path}: not valid JSON; {AGAIN}"
 
 
-def edit(path: Path, change: str) -> None:
-    table = pd.read_csv(path, keep_default_na=False)
-    if change == "column":
-        table = table.drop(columns="fear")
-    elif change == "rows":
-        table = table[:0]
-    elif change == "row":
-        table.loc[3, "row"] = 176
-    table.to_csv(path, index=False)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("column", f"Usecols do not match columns, columns expected but not found: ['fear']; {AGAIN}"),
-        ("rows", f"holds no image; {AGAIN}"),
-        ("row", "row 176 is not in upscaled/images.npy; run `dvc repro`"),
+        (
+            lambda table: table.drop(columns="fear"),
+            f"Usecols do not match columns, columns expected but not found: ['fear']; {AGAIN}",
+        ),
+        (
+            lambda table: table.drop(columns="duplicate_in"),  # written by an earlier version
+            f"Usecols do not match columns, columns expected but not found: ['duplicate_in']; {AGAIN}",
+        ),
+        (lambda table: table[:0], f"holds no image; {AGAIN}"),
+        (
+            lambda table: table.replace({"row": {99: 176}}),
+            "row 176 is not in upscaled/images.npy; run `dvc repro`",
+        ),
     ],
 )
-def test_a_table_that_does_not_fit_is_named(data: Path, change: str, message: str) -> None:
-    path = data / "splits" / "val.csv"
-    edit(path, change)
+def test_a_table_that_does_not_fit_is_named(
+    data: Path, change: Callable[[pd.DataFrame], pd.DataFrame], message: str
+) -> None:
+    edit_table(data, "val", change)
+    opened = open_data(data)
     with pytest.raises(UserError) as caught:
-        open_data(data).split("val")
-    assert str(caught.value) == f"{path}: {message}"
+        opened.split("val")
+    assert str(caught.value) == f"{data}/splits/val.csv: {message}"
+
+
+def test_a_table_that_went_away_is_named(data: Path) -> None:
+    opened = open_data(data)
+    (data / "splits" / "val.csv").unlink()
+    with pytest.raises(UserError) as caught:
+        assert opened.hash
+    assert str(caught.value) == f"{data}/splits/val.csv: not found; make the data with `dvc repro`"
 
 
 def test_classes_of_the_summary_must_be_columns(data: Path) -> None:
-    path = data / "splits" / "summary.json"
-    summary = json.loads(path.read_text())
-    path.write_text(json.dumps(summary | {"classes": [*CLASSES, "boredom"]}))
+    edit_summary(data, classes=[*CLASSES, "boredom"])
     with pytest.raises(UserError, match="expected but not found: \\['boredom'\\]"):
         open_data(data).split("train")

@@ -2,6 +2,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fer.data.charts import contact_sheet
+from fer.data.dataset import open_data
 from fer.data.labels import CLASSES, VOTE_COLUMNS
 from fer.data.sources import read_ferplus
 from fer.data.split import COLUMNS, Splits, count_classes, duplicates, make_splits
@@ -55,9 +57,9 @@ def majority(rows: pd.DataFrame, drop: bool = False, share: float = 1.0, seed: i
     return make_splits(rows, "majority", drop, 5, share, seed)
 
 
-def marked(splits: Splits, name: str) -> dict[str, str]:
+def marked(splits: Splits, name: str, column: str = "duplicate_of") -> dict[str, str]:
     part = splits.tables[name]
-    return dict(part.loc[part["duplicate_of"] != "", ["name", "duplicate_of"]].to_numpy().tolist())
+    return dict(part.loc[part[column] != "", ["name", column]].to_numpy().tolist())
 
 
 def test_rows_point_into_the_array_and_carry_label_and_target() -> None:
@@ -82,7 +84,7 @@ def test_label_mode_is_for_train_only() -> None:
     assert len(splits.tables["val"]) == 8
 
 
-def test_duplicates_are_marked_with_the_training_image() -> None:
+def test_duplicates_are_marked_with_the_training_image_or_that_of_val() -> None:
     splits = majority(
         small_set(
             row("train", "copy", name="second", fear=9),
@@ -90,21 +92,31 @@ def test_duplicates_are_marked_with_the_training_image() -> None:
             row("train", "copy", name="", fear=9),
             row("train", "unclear", fear=5, sadness=5),
             row("val", "copy", name="v", fear=9),
-            row("test", "copy", name="t", anger=9),
+            row("test", "copy", name="t", anger=9),  # in train and in val
             row("test", "unclear", fear=9),  # its twin is not in the train split: no leak
-            row("val", "val-anger", name="twin in val", anger=9),  # not a matter of train
+            row("val", "val-anger", name="twin in val", anger=9),  # a copy within val is no leak
+            row("test", "val-anger", name="a", anger=9),  # in val twice: the first is named
+            row("test", "val-anger", name="b", anger=9),
+            row("val", "dropped", fear=5, sadness=5),
+            row("test", "dropped", fear=9),  # its twin is not in the val split
+            row("test", "test-fear", name="twin in test", fear=9),  # a copy within test is no leak
         )
     )
     assert marked(splits, "train") == {"third": "second", "": "second"}
     assert marked(splits, "val") == {"v": "second"}
-    assert marked(splits, "test") == {"t": "second"}
-    assert duplicates(splits.tables) == {"val_in_train": 1, "test_in_train": 1, "within_train": 2}
+    assert marked(splits, "test") == {"t": "second", "a": "val-anger", "b": "val-anger"}
+    assert marked(splits, "train", "duplicate_in") == {"third": "train", "": "train"}
+    assert marked(splits, "val", "duplicate_in") == {"v": "train"}
+    assert marked(splits, "test", "duplicate_in") == {"t": "train", "a": "val", "b": "val"}
+    assert duplicates(splits.tables) == {"val_in_train": 1, "test_in_train": 1, "test_in_val": 2, "within_train": 2}
     assert splits.dropped == 0
 
 
-def test_a_nameless_training_image_is_named_by_its_row() -> None:
-    splits = majority(small_set(row("train", "copy", name="", fear=9), row("test", "copy", name="t", fear=9)))
+@pytest.mark.parametrize("usage", ["train", "val"])
+def test_a_nameless_image_is_named_by_its_row(usage: str) -> None:
+    splits = majority(small_set(row(usage, "copy", name="", fear=9), row("test", "copy", name="t", fear=9)))
     assert marked(splits, "test") == {"t": "24"}
+    assert marked(splits, "test", "duplicate_in") == {"t": usage}
 
 
 def test_drop_leaked_train_takes_them_out_of_train_and_prior_alone() -> None:
@@ -114,13 +126,16 @@ def test_drop_leaked_train_takes_them_out_of_train_and_prior_alone() -> None:
         row("train", "in dropped test", fear=9),
         row("val", "in val", fear=9),
         row("test", "in dropped test", fear=5, sadness=5),
+        row("test", "in val", name="in all three", fear=9),
     ]
     kept, dropped = majority(small_set(*extra)), majority(small_set(*extra), drop=True)
     assert kept.dropped == 0
     assert dropped.dropped == 2
     assert len(kept.tables["train"]) - len(dropped.tables["train"]) == 2
     assert "in dropped test" in dropped.tables["train"]["name"].tolist()
-    assert duplicates(dropped.tables) == {"val_in_train": 0, "test_in_train": 0, "within_train": 0}
+    assert marked(kept, "test", "duplicate_in") == {"in all three": "train"}
+    assert marked(dropped, "test", "duplicate_in") == {"in all three": "val"}
+    assert duplicates(dropped.tables) == {"val_in_train": 0, "test_in_train": 0, "test_in_val": 1, "within_train": 0}
     for name in ("val", "test"):
         same = ["row", "name", "label"]
         pd.testing.assert_frame_equal(kept.tables[name][same], dropped.tables[name][same])
@@ -268,8 +283,10 @@ def stage_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame
     return rows
 
 
-def params(*overrides: str) -> Params:
-    return load(ROOT / "params.yaml", overrides)
+def params(**changes: Any) -> Params:
+    """Those of the project, with changes of `split`."""
+    found = load(ROOT / "params.yaml")
+    return found.model_copy(update={"split": found.split.model_copy(update=changes)})
 
 
 def test_stage_writes_splits_summary_and_plots(stage_input: pd.DataFrame) -> None:
@@ -286,10 +303,11 @@ def test_stage_writes_splits_summary_and_plots(stage_input: pd.DataFrame) -> Non
     ]
     lines = Path("data/splits/test.csv").read_text().splitlines()
     assert lines[0] == (
-        "row,name,label,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,subject,duplicate_of"
+        "row,name,label,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,"
+        "subject,duplicate_of,duplicate_in"
     )
-    assert lines[-1] == "24,NA,6,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,,train-fear"
-    assert Path("data/splits/train.csv").read_text().splitlines()[1].endswith(",007,")
+    assert lines[-1] == "24,NA,6,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,,train-fear,train"
+    assert Path("data/splits/train.csv").read_text().splitlines()[1].endswith(",007,,")
 
 
 def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
@@ -312,11 +330,26 @@ def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
         "prior_min_votes": 5,
         "train_share": 1.0,
         "seed": 1111,
-        "duplicates": {"val_in_train": 0, "test_in_train": 1, "within_train": 0},
+        "duplicates": {"val_in_train": 0, "test_in_train": 1, "test_in_val": 0, "within_train": 0},
         "dropped_leaked_train": 0,
+        "images": 25,
         "image_shape": [6, 6],
         "images_sha256": digest,
     }
+
+
+def test_training_reads_what_the_stage_wrote(stage_input: pd.DataFrame) -> None:
+    rows = stage_input
+    rows.loc[23, "sha1"] = "val-neutral"
+    rows.to_csv(LABELS, index=False)
+    split(params())
+    data = open_data()
+    test = data.split("test")
+    assert test.names[-2:] == ["test-contempt", "NA"]
+    assert test.in_train.tolist() == [False] * 8 + [True]
+    assert test.in_val.tolist() == [False] * 7 + [True, False]
+    assert data.split("train").subjects == ["007", *[""] * 7]
+    assert data.prior().tolist() == np.eye(8).tolist()
 
 
 def test_stage_takes_share_and_seed_from_the_settings(stage_input: pd.DataFrame) -> None:
@@ -326,7 +359,7 @@ def test_stage_takes_share_and_seed_from_the_settings(stage_input: pd.DataFrame)
     rows.to_csv(LABELS, index=False)
     found = {}
     for seed in (1, 2):
-        split(params("split.train_share=0.5", f"split.seed={seed}"))
+        split(params(train_share=0.5, seed=seed))
         summary = json.loads(Path("data/splits/summary.json").read_text())
         assert (summary["train_share"], summary["seed"]) == (0.5, seed)
         assert summary["counts"]["train"] == dict.fromkeys(CLASSES, 1) | {"neutral": 4}  # round(9 / 2), half to even
@@ -476,9 +509,11 @@ def test_ferplus_counts_and_duplicates(ferplus_folder: Path) -> None:
     rows = real_rows(ferplus_folder, "label_csv")
     splits = majority(rows)
     assert {name: list(count_classes(part).values()) for name, part in splits.tables.items()} == COUNTS
-    assert duplicates(splits.tables) == {"val_in_train": 231, "test_in_train": 232, "within_train": 985}
+    found = {"val_in_train": 231, "test_in_train": 232, "test_in_val": 22, "within_train": 985}
+    assert duplicates(splits.tables) == found
     dropped = majority(rows, drop=True)
-    assert duplicates(dropped.tables) == {"val_in_train": 0, "test_in_train": 0, "within_train": 871}
+    found = {"val_in_train": 0, "test_in_train": 0, "test_in_val": 35, "within_train": 871}
+    assert duplicates(dropped.tables) == found
     assert dropped.dropped == 25045 - len(dropped.tables["train"]) == 549
 
 

@@ -1,8 +1,17 @@
-"""The splits as arrays: images stay in one memory-mapped file, a split is row numbers, labels and targets."""
+"""The splits as arrays: images stay in one memory-mapped file, a split is row numbers, labels and targets.
+
+Who opens the data gets the images that the splits were made of, or a UserError: see `open_data`. What they are is said
+in three short hashes: of what training reads, of test, and of the marks of leaked images.
+"""
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fer.data.images import open_images
+from fer.data.images import open_images, sha256
 from fer.data.split import SPLITS
 from fer.errors import UserError
+
+AGAIN = "make it again with `dvc repro --force --single-item split`"
+NEEDED = ("classes", "class_prior", "images", "image_shape", "images_sha256")  # keys of summary.json
+VERIFIED = "images.verified.json"
 
 
 @dataclass(frozen=True)
@@ -26,10 +39,16 @@ class Split:
     subjects: list[str]  # "" where the data name none
     labels: torch.Tensor  # int64 [n]
     targets: torch.Tensor  # float32 [n, C], sums to 1
-    leaked: torch.Tensor  # bool [n], a training image has the same pixels
+    in_train: torch.Tensor  # bool [n], an image of train has the same pixels; False for train itself
+    in_val: torch.Tensor  # bool [n], an image of val has the same pixels and none of train; False for train and val
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def leaked(self) -> torch.Tensor:
+        """bool [n]: seen in training or when the epoch was chosen."""
+        return self.in_train | self.in_val
 
     def pixels(self, index: np.ndarray) -> torch.Tensor:
         """uint8 [B, H, W] or [B, H, W, 3] of the images at `index` of this split."""
@@ -38,33 +57,71 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What `dvc repro` made of the data, as training needs it."""
+    """What `dvc repro` made of the data, as training needs it. Every split is read once and kept."""
 
     folder: Path
     images: np.ndarray
     summary: dict[str, Any]  # of the split stage
-    hash: str  # 16 hex; equal for equal images, labels and splits
+    _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def classes(self) -> list[str]:
         return self.summary["classes"]
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits of all that training reads: equal for equal images, train, val, classes and class prior.
+
+        Neither the format of the files counts nor the names and leak marks of images, nor anything of test.
+        """
+        digest = hashlib.sha256()
+        feed(digest, "images", [self.summary["images_sha256"]])
+        for name in ("train", "val"):
+            _feed_split(digest, self.split(name))
+        feed(digest, "classes", self.classes)
+        feed(digest, "class_prior", self.prior().numpy())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def test_hash(self) -> str:
+        """16 hex digits of the rows, labels, targets and subjects of test."""
+        digest = hashlib.sha256()
+        _feed_split(digest, self.split("test"))
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def leak_hash(self) -> str:
+        """16 hex digits of which images of test are in train and which in val."""
+        digest, test = hashlib.sha256(), self.split("test")
+        feed(digest, "in_train", test.in_train.numpy())
+        feed(digest, "in_val", test.in_val.numpy())
+        return digest.hexdigest()[:16]
 
     def prior(self) -> torch.Tensor:
         """Class prior D, float32 [C, C], row = label."""
         return torch.tensor(self.summary["class_prior"], dtype=torch.float32)
 
     def split(self, name: str) -> Split:
+        """Train, val or test. Raises UserError when its table is missing or does not fit images and classes."""
+        if name not in self._splits:
+            self._splits[name] = self._read(name)
+        return self._splits[name]
+
+    def _read(self, name: str) -> Split:
         path = self.folder / "splits" / f"{name}.csv"
-        text = {"name": str, "subject": str, "duplicate_of": str}
+        text = {"name": str, "subject": str, "duplicate_in": str}
         columns = ["row", "label", *self.classes, *text]
         try:
             table = pd.read_csv(path, usecols=columns, dtype=text, keep_default_na=False)
+        except FileNotFoundError:
+            raise _not_found(path) from None
         except ValueError as error:
-            raise UserError(f"{path}: {error}; make it again with `dvc repro -f split`") from None
+            raise UserError(f"{path}: {error}; {AGAIN}") from None
         if table.empty:
-            raise UserError(f"{path}: holds no image; make it again with `dvc repro -f split`")
+            raise UserError(f"{path}: holds no image; {AGAIN}")
         if table["row"].max() >= len(self.images):
             raise UserError(f"{path}: row {table['row'].max()} is not in upscaled/images.npy; run `dvc repro`")
+        twin_in = table["duplicate_in"].to_numpy(str) if name != "train" else np.full(len(table), "")
         return Split(
             name=name,
             images=self.images,
@@ -73,22 +130,116 @@ class DataSet:
             subjects=table["subject"].tolist(),
             labels=torch.tensor(table["label"].to_numpy(np.int64)),
             targets=torch.tensor(table[self.classes].to_numpy(np.float32)),
-            leaked=torch.tensor((table["duplicate_of"] != "").to_numpy() & (name != "train")),
+            in_train=torch.tensor(twin_in == "train"),
+            in_val=torch.tensor(twin_in == "val"),
         )
 
 
 def open_data(folder: str | Path = "data") -> DataSet:
-    """Open `folder`/upscaled and `folder`/splits. Raises UserError when they are not there or not whole."""
+    """Open `folder`/upscaled and `folder`/splits.
+
+    The images are those that the splits were made of: their number and shape are compared with summary.json, and the
+    SHA-256 of the file, which is computed once for each (size, mtime) of it and kept in `folder`/images.verified.json.
+    Raises UserError when something is not there, not whole, or not of one piece.
+    """
     folder = Path(folder)
-    files = [folder / "splits" / name for name in ("summary.json", *(f"{split}.csv" for split in SPLITS))]
-    digest = hashlib.sha256()
-    try:
-        for path in files:
-            digest.update(path.read_bytes())
-        summary = json.loads(files[0].read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not found; make the data with `dvc repro`") from None
-    except ValueError:
-        raise UserError(f"{files[0]}: not valid JSON; make it again with `dvc repro -f split`") from None
+    summary = _read_summary(folder / "splits" / "summary.json")
+    for name in SPLITS:
+        path = folder / "splits" / f"{name}.csv"
+        if not path.exists():
+            raise _not_found(path)
     images = open_images(folder / "upscaled" / "images.npy", "upscale")
-    return DataSet(folder, images, summary, digest.hexdigest()[:16])
+    _verify(folder, images.shape, summary)
+    return DataSet(folder, images, summary)
+
+
+def feed(digest: "hashlib._Hash", name: str, content: np.ndarray | Sequence[str]) -> None:
+    """Add one named array of numbers or list of texts to `digest`; no two sequences of such calls add the same bytes.
+
+    Added are the name, then an array's type, number of dimensions, shape and values in C order, or "text", the number
+    of texts and the texts. Every count is a little-endian uint64, every string is UTF-8 after its length in bytes, and
+    values are little-endian whatever the machine.
+    """
+
+    def number(value: int) -> None:
+        digest.update(value.to_bytes(8, "little"))
+
+    def string(value: str) -> None:
+        encoded = value.encode()
+        number(len(encoded))
+        digest.update(encoded)
+
+    string(name)
+    if isinstance(content, np.ndarray):
+        content = content.astype(content.dtype.newbyteorder("<"), order="C", copy=False)
+        string(content.dtype.str)
+        number(content.ndim)
+        for length in content.shape:
+            number(length)
+        digest.update(content.tobytes())
+    else:
+        string("text")
+        number(len(content))
+        for text in content:
+            string(text)
+
+
+def _feed_split(digest: "hashlib._Hash", split: Split) -> None:
+    feed(digest, f"{split.name}.row", split.rows)
+    feed(digest, f"{split.name}.label", split.labels.numpy())
+    feed(digest, f"{split.name}.targets", split.targets.numpy())
+    feed(digest, f"{split.name}.subject", split.subjects)
+
+
+def _not_found(path: Path) -> UserError:
+    return UserError(f"{path}: not found; make the data with `dvc repro`")
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise _not_found(path) from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; {AGAIN}") from None
+    missing = [key for key in NEEDED if not isinstance(summary, dict) or key not in summary]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} is missing (written by an earlier version?); {AGAIN}")
+    return summary
+
+
+def _verify(folder: Path, shape: tuple[int, ...], summary: dict[str, Any]) -> None:
+    """Raise UserError unless upscaled/images.npy, an array of `shape`, is the one that `summary` describes."""
+    path, source = folder / "upscaled" / "images.npy", folder / "splits" / "summary.json"
+    found, expected = list(shape), [summary["images"], *summary["image_shape"]]
+    if found != expected:
+        raise UserError(
+            f"{path}: its shape is {found}, but the splits were made of {expected} ({source}); run `dvc repro`"
+        )
+    digest = _sha256_once(path, folder / VERIFIED)
+    if digest != summary["images_sha256"]:
+        raise UserError(
+            f"{path}: its SHA-256 is {digest[:12]}..., but the splits were made of {summary['images_sha256'][:12]}..."
+            f" ({source}); run `dvc repro`"
+        )
+
+
+def _sha256_once(path: Path, memory: Path) -> str:
+    """The SHA-256 of `path`, from `memory` if it was computed for a file of the same size and time of change.
+
+    A `memory` that cannot be read or written is no error: then it is computed again next time.
+    """
+    state = path.stat()  # before the file is read: a change meanwhile is noticed next time
+    entry: dict[str, Any] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(memory.read_text())
+        if (known["size"], known["mtime_ns"]) == (state.st_size, state.st_mtime_ns):
+            return str(known["sha256"])
+    entry["sha256"] = sha256(path)
+    partial = memory.with_name(f"{memory.name}.{uuid.uuid4().hex}.partial")  # own name: several processes at once
+    with suppress(OSError):
+        partial.write_text(json.dumps(entry) + "\n")
+        os.replace(partial, memory)
+    with suppress(OSError):
+        partial.unlink()
+    return entry["sha256"]

@@ -11,7 +11,8 @@ from fer.data.labels import CLASSES, VOTE_COLUMNS, class_prior, label_distributi
 from fer.errors import UserError
 
 SPLITS = ("train", "val", "test")
-COLUMNS = ("row", "name", "label", *CLASSES, "subject", "duplicate_of")
+COLUMNS = ("row", "name", "label", *CLASSES, "subject", "duplicate_of", "duplicate_in")
+TWINS_IN = {"train": ("train",), "val": ("train",), "test": ("train", "val")}  # where a twin is looked for, in order
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def make_splits(
     """Label, mark duplicates and compute the class prior; `rows` as read_labels returns them.
 
     `label_mode` holds for train; val and test always take the majority, as in the official trainer.
-    `duplicate_of` is, in val and test, the pixel-identical training image and, in train, the first copy of the image:
-    its name, or its row where it has none. With `drop_leaked_train` train loses the images that val or test keep.
+    `duplicate_of` names the pixel-identical image: for test the one in train, else the one in val; for val the one in
+    train; for train the first copy. It is a name, or a row where the image has none; of several copies the first.
+    `duplicate_in` is the split in which that image stands; both are empty where there is none.
+    With `drop_leaked_train` train loses the images that val or test keep.
     Of what is left train keeps `train_share` (above 0, 1 at most) of each class: round(share n) images, one at least,
     drawn with `seed`; a smaller share is part of a larger one. Copies of images that were left out are not marked.
     The prior comes from all raw rows of train, by the published recipe (labels.class_prior), less the dropped ones: it
@@ -120,21 +123,40 @@ def _share(train: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
 
 
 def _mark_duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    train = tables["train"]
-    identity = train["name"].where(train["name"] != "", train["row"].astype(str))
-    copies = train["sha1"].duplicated()
-    first = pd.Series(identity[~copies].to_numpy(), index=train.loc[~copies, "sha1"])
+    firsts = {split: _first_copies(tables[split]) for split in ("train", "val")}
     marked = {}
     for split, table in tables.items():
-        same = table["sha1"].map(first).fillna("")
-        marked[split] = table.assign(duplicate_of=same.where(copies, "") if split == "train" else same)[list(COLUMNS)]
+        twin = pd.Series("", index=table.index, dtype=object)
+        place = twin.copy()
+        for other in TWINS_IN[split]:
+            found = table["sha1"].map(firsts[other])
+            here = found.notna() & (place == "")
+            if split == other:
+                here &= table["sha1"].duplicated()  # the first copy is the original
+            twin[here], place[here] = found[here], other
+        marked[split] = table.assign(duplicate_of=twin, duplicate_in=place)[list(COLUMNS)]
     return marked
 
 
+def _first_copies(table: pd.DataFrame) -> pd.Series:
+    """What the first image of each sha1 is called: its name, or its row where it has none."""
+    first = table[~table["sha1"].duplicated()]
+    called = first["name"].where(first["name"] != "", first["row"].astype(str))
+    return pd.Series(called.to_numpy(), index=first["sha1"])
+
+
 def duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """How many images of each split are marked in `duplicate_of`."""
-    marked = {split: int((table["duplicate_of"] != "").sum()) for split, table in tables.items()}
-    return {"val_in_train": marked["val"], "test_in_train": marked["test"], "within_train": marked["train"]}
+    """How many images have a twin, from `duplicate_in`; `test_in_val` counts those that have none in train."""
+
+    def count(split: str, place: str) -> int:
+        return int((tables[split]["duplicate_in"] == place).sum())
+
+    return {
+        "val_in_train": count("val", "train"),
+        "test_in_train": count("test", "train"),
+        "test_in_val": count("test", "val"),
+        "within_train": count("train", "train"),
+    }
 
 
 def write_table(table: pd.DataFrame, path: Path, columns: Sequence[str] = COLUMNS) -> None:

@@ -69,6 +69,7 @@ def _summary(splits: Splits, source: dict, images: np.ndarray) -> dict:
         "class_prior": splits.class_prior.tolist(),
         "duplicates": duplicates(splits.tables),
         "dropped_leaked_train": splits.dropped,
+        "images": len(images),
         "image_shape": list(images.shape[1:]),
         "images_sha256": sha256(IMAGES),
     }
