@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench lint format clean
+.PHONY: help install demo test test-soak test-fast bench lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,11 +20,14 @@ demo: $(READY)  ## Sample data, two models trained at the same time, the best re
 	dvc repro --quiet
 	fer train vgg13_small swin_nr_fpdls_tiny
 
-test: $(READY)  ## Every test, in two processes; the real FER+ too where FERPLUS_DIR names it
-	python -m pytest -n 2 --dist loadfile
+test: $(READY)  ## Every test but the soaks, in two processes; the real FER+ too where FERPLUS_DIR names it
+	python -m pytest -n 2 --dist loadfile -m "not soak"
+
+test-soak: $(READY)  ## Many runs, processes killed again and again: minutes each
+	python -m pytest -m soak
 
 test-fast: $(READY)  ## Tests without servers, Ray and real data
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow and not soak"
 
 bench: $(READY)  ## Speed of the parts, each beside a plain reference
 	python -m benchmarks
@@ -38,5 +41,6 @@ format: $(READY)  ## Put the code into the project's format
 	ruff check --fix .
 	ruff format .
 
-clean:  ## Remove what was made, but for the installation: data, runs, MLflow and Prefect stores
-	rm -rf data/raw data/upscaled data/splits data/runs data/sweeps data/*.partial mlflow.db mlruns mlartifacts .prefect
+clean:  ## Remove what was made, but for the installation: data, runs, sweeps, logs, MLflow and Prefect stores
+	rm -rf data/raw data/upscaled data/splits data/runs data/sweeps data/logs data/*.partial data/images.verified.json \
+	  data/upscale_gallery.png dvc_plots mlflow.db mlruns mlartifacts .prefect

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from fer.data.images import sha256
 from fer.data.labels import CLASSES
 from fer.data.sample import draw_face
 
@@ -34,7 +35,9 @@ def write_faces(folder: Path, side: int, **counts: int) -> None:
         "class_prior": prior.tolist(),
         "dataset": "sample",
         "label_mode": "majority",
+        "images": total,
         "image_shape": [side, side],
+        "images_sha256": sha256(folder / "upscaled" / "images.npy"),
     }
     (folder / "splits" / "summary.json").write_text(json.dumps(summary))
 
@@ -42,7 +45,7 @@ def write_faces(folder: Path, side: int, **counts: int) -> None:
 def _write_split(folder: Path, split: str, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
     table = pd.DataFrame({"row": rows, "name": [f"{row:06}.png" for row in rows], "label": labels[rows]})
     table[list(CLASSES)] = np.eye(len(CLASSES))[labels[rows]]
-    table["subject"], table["duplicate_of"] = "", ""
+    table["subject"], table["duplicate_of"], table["duplicate_in"] = "", "", ""
     table.to_csv(folder / "splits" / f"{split}.csv", index=False)
     for number, name in enumerate(CLASSES):
         (folder / "png" / split / f"{number}_{name}").mkdir(parents=True)

@@ -1,7 +1,6 @@
 """How figures are taken: both sides in turns, each at its best, since other work on the machine only takes away."""
 
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+from fer.made_by import made_by
 
 ROOT = Path(__file__).resolve().parents[1]
 Work = Callable[[], int]  # does something with images and gives how many
@@ -69,16 +70,9 @@ def _rate(work: Work, seconds: float) -> float:
 
 def machine(device: torch.device) -> str:
     """Where and on what the figures were taken."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    where = f"{name}, {torch.get_num_threads()} threads, {platform.machine()}"
-    return f"{date.today()}, commit {commit.stdout.strip() or 'unknown'}, {where}, {versions}"
-
-
-def _processor() -> str:
-    known = Path("/proc/cpuinfo")
-    names = [line for line in known.read_text().splitlines() if line.startswith("model name")] if known.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or "CPU"
+    about = made_by(device, torch.get_num_threads())
+    name = about["cpu"] if device.type == "cpu" else about["device"]
+    commit = about["commit"][:7] + (" with changes" if about["changed"] is True else "")
+    versions = f"Python {about['python']}, torch {about['torch']}"
+    where = f"{name}, {about['threads']} threads, {platform.machine()}"
+    return f"{date.today()}, commit {commit}, {where}, {versions}"

@@ -19,34 +19,37 @@ from benchmarks.faces import write_faces
 from benchmarks.measure import ROOT, Effort, Row
 
 NAME = "vgg13_small"
+NO_WARMUP = {"schedule.warmup_epochs": 0}
 FLOW = "from pipelines.cli import main; main()"
 BARE = """
 import sys
 from fer.evaluate import evaluate
 from fer.train import fit
-from pipelines.params import load
+from pipelines import experiments
+from pipelines.params import load, machine
 
-_, name, *overrides = sys.argv[1:]
-run = load(overrides=[word for word in overrides if word != "--set"]).models[name]
-evaluate(fit(name, run, "data", "data/runs"), "data")
+_, name, *changes = sys.argv[1:]
+found = experiments.load([name, *changes], machine(load()))[name]
+evaluate(fit(name, found.run, found.resources, "data", "data/runs"), "data", found.resources)
 """
 
 
 @contextmanager
 def project(images: int) -> Iterator[Path]:
-    """A temporary folder with params.yaml and drawn faces of 48 px."""
+    """A temporary folder with params.yaml, experiments/ and drawn faces of 48 px."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(ROOT / "params.yaml", folder)
+        shutil.copytree(ROOT / "experiments", Path(folder) / "experiments")
         write_faces(Path(folder) / "data", 48, train=images, val=images // 8, test=images // 8)
         yield Path(folder)
 
 
 def run(code: str, folder: Path, name: str, **changes: object) -> float:
     """Seconds that `code` takes, from its start to its end, to train `name` with changes to it; words as of `fer`."""
-    words = [word for key, value in changes.items() for word in ("--set", f"models.{name}.{key}={value}")]
+    words = [name, *(f"{key}={value}" for key, value in changes.items())]
     apart = {"MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "RAY_ADDRESS"}  # of the user's own servers
     environment = {key: value for key, value in os.environ.items() if key not in apart} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, "train", name, *words]
+    command = [sys.executable, "-c", code, "train", *words]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -57,7 +60,7 @@ def run(code: str, folder: Path, name: str, **changes: object) -> float:
 def timed(code: str, folder: Path, epochs: int, **changes: object) -> tuple[float, list[float]]:
     """Seconds that such a run takes beside its epochs, and the seconds from each epoch's end to the next one's."""
     shutil.rmtree(folder / "data" / "runs", ignore_errors=True)
-    total = run(code, folder, NAME, epochs=epochs, warmup_epochs=0, **changes)
+    total = run(code, folder, NAME, epochs=epochs, **NO_WARMUP, **changes)
     ends = [row["time"] for row in rows(folder)]
     between = [later - earlier for earlier, later in pairwise(ends)]
     return total - epochs * median(between), between
@@ -108,7 +111,7 @@ def trained_by(count: int, device: torch.device, effort: Effort) -> float:
     """images/s of `count` workers, in the best epoch after the first."""
     with project(2 * effort.small) as folder:
         asked = {"resources.workers": count, "resources.cpus_per_worker": 1, "resources.device": device.type}
-        run(FLOW, folder, NAME, epochs=1 + effort.rounds, warmup_epochs=0, **asked)
+        run(FLOW, folder, NAME, epochs=1 + effort.rounds, **NO_WARMUP, **asked)
         return max(row["images_per_second"] for row in rows(folder)[1:])
 
 

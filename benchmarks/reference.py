@@ -11,19 +11,21 @@ from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fer.config import RunConfig
+from fer.input import Input
+from fer.resources import Resources
+from fer.run import Run
 
 Transform = Callable[[Image.Image], Image.Image]
 
 
-def same_work(run: RunConfig) -> Transform:
+def same_work(run: Run) -> Transform:
     """The run's own augmentation of grey images: flip, one bilinear warp, brightness, contrast."""
     s = run.augment
 
     def transform(image: Image.Image) -> Image.Image:
         if random.random() < s.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        shift = [random.uniform(-s.translation, s.translation) * run.image_size for _ in range(2)]
+        shift = [random.uniform(-s.translation, s.translation) * run.input.image_size for _ in range(2)]
         angle, zoom = random.uniform(-s.rotation, s.rotation), random.uniform(1 - s.scale, 1 + s.scale)
         image = _affine(image, angle, zoom, shift, Image.Resampling.BILINEAR)
         image = ImageEnhance.Brightness(image).enhance(random.uniform(1 - s.brightness, 1 + s.brightness))
@@ -32,7 +34,7 @@ def same_work(run: RunConfig) -> Transform:
     return transform
 
 
-def as_published(run: RunConfig) -> Transform:
+def as_published(run: Run) -> Transform:
     """Augmentation of arXiv 2204.02181: flip, rotation, a second warp, three jitters; nearest pixels, as by default."""
 
     def transform(image: Image.Image) -> Image.Image:
@@ -59,12 +61,12 @@ def _affine(image: Image.Image, angle: float, zoom: float, shift: list[float], k
 class PngFolder(Dataset[tuple[Tensor, int]]):
     """`root`/<number>_<class>/*.png -> float32 [channels, image_size, image_size], normalised, and its label."""
 
-    def __init__(self, root: Path, run: RunConfig, transform: Transform | None):
+    def __init__(self, root: Path, settings: Input, transform: Transform | None):
         self.files = sorted((path for path in root.glob("*/*.png")), key=lambda path: path.name)
-        self.run, self.transform = run, transform
-        self.mode = "RGB" if run.channels == 3 else "L"
-        self.mean = torch.tensor(run.pixel_mean).view(-1, 1, 1)
-        self.std = torch.tensor(run.pixel_std).view(-1, 1, 1)
+        self.transform = transform
+        self.mode = "RGB" if settings.channels == 3 else "L"
+        self.mean = torch.tensor(settings.mean).view(-1, 1, 1)
+        self.std = torch.tensor(settings.std).view(-1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -83,11 +85,13 @@ class PngFolder(Dataset[tuple[Tensor, int]]):
         return (pixels.permute(2, 0, 1).contiguous().float().div(255)).sub_(self.mean).div_(self.std)
 
 
-def loader(root: Path, run: RunConfig, transform: Transform | None, workers: int, train: bool) -> DataLoader:
+def loader(
+    root: Path, run: Run, resources: Resources, transform: Transform | None, workers: int, train: bool
+) -> DataLoader:
     """Batches of images and labels; in training shuffled and whole ones only."""
     return DataLoader(
-        PngFolder(root, run, transform),
-        batch_size=run.batch_size if train else run.eval_batch_size,
+        PngFolder(root, run.input, transform),
+        batch_size=run.batch_size if train else resources.eval_batch_size,
         shuffle=train,
         drop_last=train,
         num_workers=workers,

@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import reference
 from benchmarks.faces import write_faces
 from benchmarks.measure import ROOT, Effort, Row, Work, beside
-from fer.config import RunConfig
-from fer.data.augment import Augmenter, Change, model_input
+from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
 from fer.evaluate import predict_split
 from fer.feed import Feed
+from fer.input import Change, model_input
 from fer.losses import Loss, build_loss
 from fer.models import build_model
+from fer.models.network import Network
+from fer.resources import Resources
+from fer.run import Run
 from fer.step import Part, Stepper
 from fer.train import fit
-from pipelines.params import load
+from pipelines import experiments, params
 
 # dense bf16 FLOP/s, from the makers' data sheets; the first that is a word of the device's name
 PEAKS = {
@@ -35,29 +38,34 @@ PEAKS = {
 PNG = "PNG files, PIL, fp32"
 
 
-def settings(name: str, device: torch.device, **changes: Any) -> RunConfig:
-    """A run of params.yaml from random weights, on the threads of this process."""
-    keys = load(ROOT / "params.yaml").models[name].model_dump() | {"warmup_epochs": 0}
-    keys["resources"] |= {"device": device.type, "cpus_per_worker": torch.get_num_threads()}
-    if "backbone" in keys["options"]:
-        keys["options"]["backbone"]["weights"] = None
-    return RunConfig.model_validate(keys | changes)
+def settings(name: str, device: torch.device, **changes: Any) -> tuple[Run, Resources]:
+    """An experiment of the project from random weights, without warm-up, on the threads of this process."""
+    own = {
+        "resources.device": device.type,
+        "resources.cpus_per_worker": torch.get_num_threads(),
+        "schedule.warmup_epochs": 0,
+    }
+    words = [name, *(f"{key}={value}" for key, value in (own | changes).items())]
+    with chdir(ROOT):
+        found = experiments.load(words, params.machine(params.load()))[name]
+    bare = {key: backbone.model_copy(update={"weights": None}) for key, backbone in found.run.model.backbones().items()}
+    return found.run.model_copy(update={"model": found.run.model.model_copy(update=bare)}), found.resources
 
 
 @contextmanager
-def faces(run: RunConfig, **counts: int) -> Iterator[tuple[DataSet, Path]]:
+def faces(run: Run, **counts: int) -> Iterator[tuple[DataSet, Path]]:
     """Drawn faces of the run's size in a temporary folder: as the engine reads them, and the folder of PNG files."""
     with tempfile.TemporaryDirectory() as folder:
-        write_faces(Path(folder), run.image_size, **{"train": 1, "val": 1, "test": 1} | counts)
+        write_faces(Path(folder), run.input.image_size, **{"train": 1, "val": 1, "test": 1} | counts)
         yield open_data(folder), Path(folder) / "png"
 
 
 def batches(
-    run: RunConfig, data: DataSet, device: torch.device, augmented: bool
+    run: Run, resources: Resources, data: DataSet, device: torch.device, augmented: bool
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
     """Inputs, labels and targets of one epoch, made by the engine."""
     split = data.split("train")
-    feed = Feed(nn.Identity(), run, split, data.classes, device)
+    feed = Feed(Network(), run, resources, split, data.classes, device)
     change = changes(run, device) if augmented else None
     order = np.random.default_rng(run.seed).permutation(len(split))
     whole = order[: len(order) // run.batch_size * run.batch_size].reshape(-1, run.batch_size)
@@ -65,15 +73,15 @@ def batches(
         yield feed(index, pixels, change() if change else None), *feed.truth(index)
 
 
-def changes(run: RunConfig, device: torch.device) -> Callable[[], Change]:
+def changes(run: Run, device: torch.device) -> Callable[[], Change]:
     """Gives the random changes of one batch after the other."""
     augmenter, seeds = Augmenter(run.augment, device), count()
-    return lambda: augmenter.changes(augmenter.draw(run.batch_size, next(seeds)), run.image_size)
+    return lambda: augmenter.changes(augmenter.draw(run.batch_size, next(seeds)), run.input.image_size)
 
 
-def loss_of(run: RunConfig, data: DataSet, device: torch.device) -> Loss:
+def loss_of(run: Run, data: DataSet, device: torch.device) -> Loss:
     counts = torch.bincount(data.split("train").labels, minlength=len(data.classes))
-    return build_loss(run, data.prior().to(device), counts.to(device))
+    return build_loss(run.loss, run.class_weights, data.prior().to(device), counts.to(device))
 
 
 def plain_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
@@ -86,12 +94,12 @@ def ways(way: Callable[[int], Work]) -> list[Work]:
     return [way(0), way(torch.get_num_threads())]
 
 
-def inputs_alone(run: RunConfig, data: DataSet, device: torch.device, augmented: bool) -> Work:
+def inputs_alone(run: Run, resources: Resources, data: DataSet, device: torch.device, augmented: bool) -> Work:
     """The engine's inputs of an epoch, for nobody."""
-    return lambda: sum(len(labels) for _, labels, _ in batches(run, data, device, augmented))
+    return lambda: sum(len(labels) for _, labels, _ in batches(run, resources, data, device, augmented))
 
 
-def input_path(run: RunConfig, device: torch.device, effort: Effort, images: int) -> Iterator[Row]:
+def input_path(run: Run, resources: Resources, device: torch.device, effort: Effort, images: int) -> Iterator[Row]:
     """From files to normalised batches on the device, without and with augmentation."""
     kinds = (
         ("input", None, "PNG files"),
@@ -102,29 +110,29 @@ def input_path(run: RunConfig, device: torch.device, effort: Effort, images: int
         for what, transform, name in kinds:
 
             def way(workers: int, transform: reference.Transform | None = transform) -> Work:
-                files = reference.loader(pngs / "train", run, transform, workers, train=True)
+                files = reference.loader(pngs / "train", run, resources, transform, workers, train=True)
                 return lambda: sum(len(labels) for _, labels in reference.on_device(files, device))
 
-            ours = inputs_alone(run, data, device, augmented=transform is not None)
-            yield Row(f"{what}, {run.image_size} px", *_named(name, beside(effort, ours, *ways(way))))
+            ours = inputs_alone(run, resources, data, device, augmented=transform is not None)
+            yield Row(f"{what}, {run.input.image_size} px", *_named(name, beside(effort, ours, *ways(way))))
 
 
 def _named(name: str, rates: tuple[float, float]) -> tuple[float, str, float]:
     return rates[0], name, rates[1]
 
 
-def augmentation(run: RunConfig, device: torch.device, effort: Effort, images: int) -> Iterator[Row]:
+def augmentation(run: Run, device: torch.device, effort: Effort, images: int) -> Iterator[Row]:
     """Decoded images to normalised ones: batches on the device against one image at a time in PIL, in one thread."""
     with faces(run, train=images) as (data, pngs):
         pixels = data.split("train").pixels(np.arange(images)).to(device)
         change = changes(run, device)
-        plain = reference.PngFolder(pngs / "train", run, None)
+        plain = reference.PngFolder(pngs / "train", run.input, None)
         decoded = [plain.open(index) for index in range(images)]
         transform = reference.same_work(run)
 
         def ours() -> int:
             for part in pixels.split(run.batch_size):
-                model_input(part, run, change())
+                model_input(part, run.input, change())
             return images
 
         def theirs() -> int:
@@ -134,16 +142,16 @@ def augmentation(run: RunConfig, device: torch.device, effort: Effort, images: i
         torch.set_num_threads(1)
         rates = beside(effort, ours, theirs)
         torch.set_num_threads(threads)
-    yield Row(f"augmentation, {run.image_size} px, one thread", *_named("PIL, same work", rates))
+    yield Row(f"augmentation, {run.input.image_size} px, one thread", *_named("PIL, same work", rates))
 
 
 class Steps:
     """A network, its loss and optimiser, and steps on them: the engine's, or the reference's in fp32."""
 
-    def __init__(self, run: RunConfig, data: DataSet, device: torch.device):
+    def __init__(self, run: Run, data: DataSet, device: torch.device):
         torch.manual_seed(run.seed)
         self.run = run
-        self.model = build_model(run, len(data.classes)).to(device).train()
+        self.model = build_model(run.model, run.input, len(data.classes)).to(device).train()
         self.loss = loss_of(run, data, device)
         self.stepper = Stepper(run, self.model, device, 1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
@@ -155,10 +163,10 @@ class Steps:
         reference.train_step(self.model, images, labels, plain_loss(self.loss), self.optimizer)
 
 
-def train_step(run: RunConfig, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
+def train_step(run: Run, resources: Resources, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
     """Forward, backward and update on one batch that is there already."""
     with faces(run, train=run.batch_size) as (data, _):
-        inputs, labels, targets = next(batches(run, data, device, augmented=False))
+        inputs, labels, targets = next(batches(run, resources, data, device, augmented=False))
         sides = Steps(run, data, device), Steps(run, data, device)
 
     def ours() -> int:
@@ -172,38 +180,42 @@ def train_step(run: RunConfig, device: torch.device, effort: Effort, name: str) 
     yield Row(f"train step, {name}, {run.precision}", *_named("fp32, .item()", beside(effort, ours, theirs)))
 
 
-def evaluation(run: RunConfig, device: torch.device, effort: Effort, name: str, images: int) -> Iterator[Row]:
+def evaluation(
+    run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
+) -> Iterator[Row]:
     """The accuracy on a split, from its files."""
     with faces(run, val=images) as (data, pngs):
-        model = build_model(run, len(data.classes)).to(device)
+        model = build_model(run.model, run.input, len(data.classes)).to(device)
         split = data.split("val")
-        feed = Feed(model, run, split, data.classes, device)
+        feed = Feed(model, run, resources, split, data.classes, device)
 
         def ours() -> int:
             predict_split(model, feed)
             return images
 
         def way(workers: int) -> Work:
-            files = reference.loader(pngs / "val", run, None, workers, train=False)
+            files = reference.loader(pngs / "val", run, resources, None, workers, train=False)
             return lambda: images if reference.accuracy(model, files, device) >= 0 else 0
 
         rates = beside(effort, ours, *ways(way))
     yield Row(f"evaluation, {name}, {run.precision}", *_named(PNG, rates))
 
 
-def epoch(run: RunConfig, device: torch.device, effort: Effort, name: str, images: int) -> Iterator[Row]:
+def epoch(
+    run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
+) -> Iterator[Row]:
     """A whole epoch of `fit`, its evaluation and checkpoints too, and how much of it the input alone would take."""
     with faces(run, train=images, val=images // 8) as (data, pngs):
         rows: list[dict[str, Any]] = []
-        fit("bench", run, data.folder, data.folder / "runs", rows.append)
+        fit("bench", run, resources, data.folder, data.folder / "runs", rows.append)
         # the first one warms up
         rate = images / min(row["seconds"] for row in rows[1:])
 
         steps = Steps(run, data, device)
 
         def way(workers: int) -> Work:
-            train = reference.loader(pngs / "train", run, reference.same_work(run), workers, train=True)
-            val = reference.loader(pngs / "val", run, None, workers, train=False)
+            train = reference.loader(pngs / "train", run, resources, reference.same_work(run), workers, train=True)
+            val = reference.loader(pngs / "val", run, resources, None, workers, train=False)
 
             def work() -> int:
                 seen = reference.train_epoch(steps.model, train, plain_loss(steps.loss), steps.optimizer, device)
@@ -213,11 +225,13 @@ def epoch(run: RunConfig, device: torch.device, effort: Effort, name: str, image
 
             return work
 
-        inputs, plain = beside(effort, inputs_alone(run, data, device, augmented=True), *ways(way))
+        inputs, plain = beside(effort, inputs_alone(run, resources, data, device, augmented=True), *ways(way))
     yield Row(f"epoch, {name}, {run.precision}", rate, PNG, plain, f"input {100 * rate / inputs:.2g} % of it")
 
 
-def published(run: RunConfig, device: torch.device, effort: Effort, name: str, images: int) -> Iterator[Row]:
+def published(
+    run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
+) -> Iterator[Row]:
     """Training of a published system from files of its size: share of the peak, of the input, and memory.
 
     `fit` evaluates one small batch, so its images/s are those of training.
@@ -225,20 +239,20 @@ def published(run: RunConfig, device: torch.device, effort: Effort, name: str, i
     with faces(run, train=images, val=8) as (data, pngs):
         rows: list[dict[str, Any]] = []
         _forget_peak(device)
-        fit("bench", run, data.folder, data.folder / "runs", rows.append)
+        fit("bench", run, resources, data.folder, data.folder / "runs", rows.append)
         rate, memory = max(row["images_per_second"] for row in rows[1:]), _peak_memory(device)
         steps = Steps(run, data, device)
         with FlopCounterMode(display=False) as counter:
-            steps.step(*next(batches(run, data, device, augmented=False)))
+            steps.step(*next(batches(run, resources, data, device, augmented=False)))
         flops = counter.get_total_flops() / run.batch_size
 
         def way(workers: int) -> Work:
-            files = reference.loader(pngs / "train", run, reference.same_work(run), workers, train=True)
+            files = reference.loader(pngs / "train", run, resources, reference.same_work(run), workers, train=True)
             loss, optimizer = plain_loss(steps.loss), steps.optimizer
             return lambda: reference.train_epoch(steps.model, files, loss, optimizer, device)
 
         _forget_peak(device)
-        inputs, plain = beside(effort, inputs_alone(run, data, device, augmented=True), *ways(way))
+        inputs, plain = beside(effort, inputs_alone(run, resources, data, device, augmented=True), *ways(way))
         note = f"{_share_of_peak(flops * rate, device)}, input {100 * rate / inputs:.2g} % of it"
         if memory:
             note += f", {memory:.1f} GiB against {_peak_memory(device):.1f}"
@@ -264,34 +278,35 @@ def _share_of_peak(flops: float, device: torch.device) -> str:
 
 
 def _input(device: torch.device, effort: Effort) -> Iterator[Row]:
-    yield from input_path(settings("swin_nr_fpdls", device), device, effort, effort.large)
-    yield from input_path(settings("vgg13_small", device), device, effort, effort.small)
+    yield from input_path(*settings("swin_nr_fpdls", device), device, effort, effort.large)
+    yield from input_path(*settings("vgg13_small", device), device, effort, effort.small)
 
 
 def _augmentation(device: torch.device, effort: Effort) -> Iterator[Row]:
-    yield from augmentation(settings("swin_nr_fpdls", device), device, effort, effort.large // 4)
+    run, _ = settings("swin_nr_fpdls", device)
+    yield from augmentation(run, device, effort, effort.large // 4)
 
 
 def _train_step(device: torch.device, effort: Effort) -> Iterator[Row]:
     for name in SMALL:
-        yield from train_step(settings(name, device), device, effort, name)
+        yield from train_step(*settings(name, device), device, effort, name)
 
 
 def _evaluation(device: torch.device, effort: Effort) -> Iterator[Row]:
     for name in SMALL:
-        yield from evaluation(settings(name, device), device, effort, name, effort.small)
+        yield from evaluation(*settings(name, device), device, effort, name, effort.small)
 
 
 def _epoch(device: torch.device, effort: Effort) -> Iterator[Row]:
     for name in SMALL:
-        yield from epoch(settings(name, device, epochs=1 + effort.rounds), device, effort, name, effort.small)
+        yield from epoch(*settings(name, device, epochs=1 + effort.rounds), device, effort, name, effort.small)
 
 
 def _published(device: torch.device, effort: Effort) -> Iterator[Row]:
     """Nothing on a CPU, where an epoch takes hours."""
     for name in ("swin_nr_fpdls", "vit_se") if device.type == "cuda" else ():
-        run = settings(name, device, epochs=1 + effort.rounds)
-        yield from published(run, device, effort, name, 8 * effort.large)
+        asked = settings(name, device, epochs=1 + effort.rounds)
+        yield from published(*asked, device, effort, name, 8 * effort.large)
 
 
 SMALL = ("vgg13_small", "swin_nr_fpdls_tiny")

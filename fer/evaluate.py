@@ -11,60 +11,121 @@ import torch
 from torch import Tensor, nn
 
 from fer import checkpoint
-from fer.config import RunConfig
-from fer.data.dataset import Split, open_data
+from fer.data.dataset import DataSet, Split, open_data
 from fer.device import autocast, pick_device
 from fer.errors import UserError
 from fer.feed import Feed
 from fer.files import write_json
+from fer.formats import format_of, read_run
 from fer.losses import Loss
+from fer.made_by import made_by
 from fer.metrics import Counts
 from fer.models import build_model, origin
+from fer.resources import Resources
+from fer.run import FORMAT
+
+SUMMARY = "summary.json"
 
 
-def evaluate(folder: str | Path, data_dir: str | Path) -> dict[str, Any]:
+def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> dict[str, Any]:
     """Predict val and test with `folder`/best; write predictions_{val,test}.csv, then summary.json, which it returns.
 
-    A run that has a summary is not evaluated again: test is read once. Raises UserError when the run is not finished,
-    or the data are not those it was trained on.
+    Test is read once: a run whose summary is of today's data is not evaluated again. Where only the marks of leaked
+    images are others, their columns are computed again from the predictions. A run that was evaluated on other data
+    keeps its numbers. Raises UserError when the run is not finished, or the data are not those it was trained on.
     """
-    folder = Path(folder)
-    if (folder / "summary.json").exists():
-        return json.loads((folder / "summary.json").read_text())
-    last = finished(folder)
+    folder, data = Path(folder), open_data(data_dir)
+    summary = read_summary(folder)
+    if summary is not None and outdated(summary, data) is None:
+        return summary
     meta = checkpoint.load_meta(folder / "best")
-    run = RunConfig.model_validate(meta["config"])
-    data = open_data(data_dir)
+    if format_of(meta) != FORMAT:
+        raise UserError(f"{folder}: of format {format_of(meta)}, which is not evaluated any more; train the run anew")
     if data.hash != meta["data_hash"]:
         raise UserError(
             f"{folder}: was trained on data {meta['data_hash']}, {data_dir} holds {data.hash}; `dvc checkout` those"
         )
-    device = pick_device(run.resources.device)
-    model = build_model(run, len(data.classes), pretrained=False).to(device)
+    if summary is None or summary["test_hash"] != data.test_hash:
+        summary = _evaluated(folder, meta, data, resources)
+    summary |= _leaks(folder, data) | {"finished": time.time()}
+    write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json, None where the run is not finished; one of format 1 with the names of today.
+
+    Raises UserError when it is not valid JSON.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{folder / SUMMARY}: not valid JSON; delete it and run `fer evaluate {folder.name}`") from None
+    if "test_without_leaked" in summary:  # format 1 knew of twins in train alone
+        summary["test_without_train"] = summary.pop("test_without_leaked")
+    return summary
+
+
+def outdated(summary: dict[str, Any], data: DataSet) -> str | None:
+    """What `evaluate` would do again, and why; None where there is nothing to do.
+
+    A run of other train or val data, or of an earlier format, keeps its numbers.
+    """
+    if format_of(summary) != FORMAT or summary["data_hash"] != data.hash:
+        return None
+    if summary["test_hash"] != data.test_hash:
+        return "the test split has changed since: evaluated again, from its best checkpoint"
+    if summary["leak_hash"] != data.leak_hash:
+        return "other test images count as leaked since: those columns are computed again, from its predictions"
+    return None
+
+
+def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Resources) -> dict[str, Any]:
+    last = finished(folder)
+    run = read_run(meta, folder / "best" / checkpoint.META)
+    device = pick_device(resources.device)
+    model = build_model(run.model, run.input, len(data.classes), pretrained=False).to(device)
     checkpoint.load_weights(folder / "best", model)
     summary = {
+        "format": FORMAT,
         "run_id": meta["run_id"],
         "name": meta["name"],
         "data": meta["data"],
         "data_hash": data.hash,
+        "test_hash": data.test_hash,
         "classes": data.classes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "starts_from": origin(run),
+        "starts_from": origin(run.model, run.init_from),
         "epochs": last["epoch"],
         "best_epoch": meta["epoch"],
         "train_seconds": sum(row["seconds"] for row in last["history"]),
+        "trained_by": meta["made_by"],
+        "made_by": made_by(device, torch.get_num_threads()),
     }
     for name in ("val", "test"):
         split = data.split(name)
-        logits, _ = predict_split(model, Feed(model, run, split, data.classes, device))
-        _write_predictions(folder / f"predictions_{name}.csv", split, logits, data.classes)
-        summary[name] = metrics(logits, split.labels)
-        if name == "test":
-            summary["test_without_leaked"] = metrics(logits[~split.leaked], split.labels[~split.leaked])
-    summary["finished"] = time.time()
-    write_json(folder / "summary.json", summary)
+        logits, _ = predict_split(model, Feed(model, run, resources, split, data.classes, device))
+        probabilities = torch.softmax(logits, 1)
+        _write_predictions(folder / f"predictions_{name}.csv", split, probabilities.numpy(), data.classes)
+        summary[name] = metrics(probabilities, split.labels)
     return summary
+
+
+def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
+    """The columns without leaked images, from predictions_test.csv, whose marks are brought up to date."""
+    split, path = data.split("test"), folder / "predictions_test.csv"
+    probabilities = read_predictions(path, data.classes)
+    if len(probabilities) != len(split):
+        again = f"delete {folder / SUMMARY} and run `fer evaluate {folder.name}`"
+        raise UserError(f"{path}: {len(probabilities)} predictions for {len(split)} test images; {again}")
+    _write_predictions(path, split, probabilities, data.classes)
+    kept = {"test_unleaked": ~split.leaked, "test_without_train": ~split.in_train}
+    found = torch.from_numpy(probabilities)
+    columns = {name: metrics(found[rows], split.labels[rows]) for name, rows in kept.items()}
+    return {"leak_hash": data.leak_hash, **columns}
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -84,7 +145,7 @@ def predict_split(
     model.eval()
     split, device = feed.split, feed.device
     counts = Counts(split.targets.shape[1], device)
-    mine, size = np.arange(rank, len(split), world), feed.run.eval_batch_size
+    mine, size = np.arange(rank, len(split), world), feed.batch_size
     found = [torch.empty(0, split.targets.shape[1], device=device)]
     for index, pixels in feed.batches([mine[first : first + size] for first in range(0, len(mine), size)]):
         with autocast(feed.run.precision, device):
@@ -97,22 +158,34 @@ def predict_split(
     return torch.cat(found).cpu(), counts
 
 
-def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """accuracy, balanced_accuracy, macro_f1, ece, images, recall per class, confusion (row = label); logits [n, C]."""
-    counts = Counts(logits.shape[1])
+def metrics(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Of probabilities [n, C] and labels [n].
+
+    accuracy, balanced_accuracy, macro_f1, ece, images, recall per class, confusion (row = label).
+    """
+    counts = Counts(probabilities.shape[1])
     if len(labels):
-        counts.update(logits, labels)
+        counts.add(probabilities, labels)
     result = {key: value for key, value in counts.result().items() if key != "loss"} if len(labels) else {}
     return {**result, "images": len(labels), "recall": counts.recall(), "confusion": counts.confusion.tolist()}
 
 
-def _write_predictions(path: Path, split: Split, logits: Tensor, classes: list[str]) -> None:
-    """row, name, label, prediction, leaked and one probability per class."""
-    probabilities = torch.softmax(logits, 1).numpy()
+def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
+    """The probabilities float32 [n, C] of predictions_*.csv, as they were. Raises UserError when they are not there."""
+    try:
+        return pd.read_csv(path, usecols=classes)[classes].to_numpy(np.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        again = f"delete {path.parent / SUMMARY} and run `fer evaluate {path.parent.name}`"
+        raise UserError(f"{path}: no predictions there ({reason}); {again}") from None
+
+
+def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, classes: list[str]) -> None:
+    """row, name, label, prediction, duplicate_in and a probability per class with all digits of its float32."""
     table = pd.DataFrame({"row": split.rows, "name": split.names, "label": [classes[i] for i in split.labels.tolist()]})
     table["prediction"] = [classes[i] for i in probabilities.argmax(1)]
-    table["leaked"] = split.leaked.numpy()
-    table[classes] = np.round(probabilities, 6)
+    table["duplicate_in"] = np.where(split.in_train.numpy(), "train", np.where(split.in_val.numpy(), "val", ""))
+    table[classes] = probabilities
     partial = path.with_name(path.name + ".partial")
     table.to_csv(partial, index=False, lineterminator="\n")
     partial.replace(path)

@@ -17,7 +17,10 @@ class Counts:
 
     def update(self, logits: Tensor, labels: Tensor, loss: Tensor | None = None) -> None:
         """Add a batch: logits [B, C], labels [B], and its mean loss."""
-        probabilities = torch.softmax(logits.detach().float(), 1)
+        self.add(torch.softmax(logits.detach().float(), 1), labels, loss)
+
+    def add(self, probabilities: Tensor, labels: Tensor, loss: Tensor | None = None) -> None:
+        """Add a batch: probabilities float32 [B, C], labels [B], and its mean loss."""
         confidence, predicted = probabilities.max(1)
         classes = len(self.confusion)
         self.confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones_like(labels))  # waits for no GPU

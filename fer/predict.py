@@ -1,5 +1,6 @@
 """A checkpoint as a classifier that needs nothing else: class order and preprocessing come from its checkpoint.json."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,12 @@ import numpy as np
 import torch
 
 from fer import checkpoint
-from fer.config import RunConfig
-from fer.data.augment import model_input
 from fer.device import autocast, pick_device
 from fer.errors import UserError
+from fer.formats import read_run
+from fer.input import model_input
 from fer.models import build_model
-from fer.models.embedding_difference import DifferenceOfEmbeddings
+from fer.resources import Resources
 
 
 class Predictor:
@@ -20,37 +21,46 @@ class Predictor:
 
     def __init__(self, folder: str | Path, device: str = "auto"):
         meta = checkpoint.load_meta(Path(folder))
-        self.run = RunConfig.model_validate(meta["config"])
+        self.run = read_run(meta, Path(folder) / checkpoint.META)
         self.classes: list[str] = meta["classes"]
         self.device = pick_device(device)
-        self.model: Any = build_model(self.run, len(self.classes), pretrained=False).to(self.device).eval()
+        self.batch_size = Resources().eval_batch_size
+        network = build_model(self.run.model, self.run.input, len(self.classes), pretrained=False)
+        self.model: Any = network.to(self.device).eval()
         checkpoint.load_weights(Path(folder), self.model)
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray, neutral: np.ndarray | None = None) -> np.ndarray:
+    def probabilities(self, images: np.ndarray, **beside: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W] or [B, H, W, 3], as in data/upscaled/images.npy -> float32 [B, C], order of `classes`.
 
-        `neutral`, of the same shape: for a model that compares faces, a neutral face of the person in each image. It
-        must be given to one trained with pairing same_subject, and replaces the fixed references of the others.
-        Raises UserError when it is missing, or given to a model that has no use for it.
+        `beside`: further images of the same shape that the model takes. One that compares faces takes `neutral`, a
+        neutral face of the person in each image: it must be given where the model was trained with pairing
+        same_subject, and replaces the fixed references of the others. Raises UserError when one is missing, or given to
+        a model that has no use for it.
         """
-        compares = isinstance(self.model, DifferenceOfEmbeddings)
-        if neutral is not None and (not compares or len(neutral) != len(images)):
-            raise UserError("neutral: give one neutral face per image, and only to a model that compares two faces")
+        self._check(len(images), beside)
         found = []
-        for first in range(0, len(images), self.run.eval_batch_size):
-            part = slice(first, first + self.run.eval_batch_size)
+        for first in range(0, len(images), self.batch_size):
+            part = slice(first, first + self.batch_size)
             with autocast(self.run.precision, self.device):
                 inputs = {"pixel_values": self._pixels(images[part])}
-                if neutral is not None:
-                    inputs["neutral"] = self.model.embed(self._pixels(neutral[part])).float()
+                inputs |= {name: self.model.embed(self._pixels(given[part])).float() for name, given in beside.items()}
                 logits = self.model(**inputs).float()
             found.append(torch.softmax(logits, 1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
 
+    def _check(self, count: int, beside: Mapping[str, np.ndarray]) -> None:
+        known = self.run.model.images_beside()
+        for name, given in beside.items():
+            if name not in known or len(given) != count:
+                raise UserError(f"{name}: give one such face per image, and only to a model that compares two faces")
+        missing = [name for name, needed in known.items() if needed and name not in beside]
+        if missing:
+            raise UserError(f"{missing[0]}: this model needs such a face of the same person with every image")
+
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        return model_input(pixels, self.run)
+        return model_input(pixels, self.run.input)
 
 
 class _Served:
@@ -59,7 +69,8 @@ class _Served:
 
     def predict(self, model_input: dict[str, np.ndarray]) -> np.ndarray:
         """{"images": uint8 [B, H, W] or [B, H, W, 3], perhaps "neutral" of that shape} -> float32 [B, C]."""
-        return self.predictor.probabilities(model_input["images"], model_input.get("neutral"))
+        beside = {name: given for name, given in model_input.items() if name != "images"}
+        return self.predictor.probabilities(model_input["images"], **beside)
 
 
 def _load_pyfunc(path: str) -> _Served:

@@ -1,22 +1,78 @@
 """The learning rate as a function of the epoch. It has no state, so a resumed run needs none."""
 
 import math
+from typing import Annotated, Literal
 
-from fer.config import RunConfig
+from pydantic import Field, model_validator
+
+from fer.settings import Fault, Fraction, NonNegative, Positive, Section, Unfit, by_name
 
 
-def lr_at(run: RunConfig, epoch: float) -> float:
-    """Learning rate at a point of the run, in epochs since its start (2.5: half-way through the third).
+class Schedule(Section):
+    """A row of SCHEDULES; every one begins with a linear warm-up from 0."""
 
-    Warm-up is linear from 0 over `warmup_epochs`; after it, cosine falls from lr to lr * min_lr_ratio at the end
-    (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5); step is lr times the factor of the last of `step_epochs`.
-    """
-    if epoch < run.warmup_epochs:
-        return run.lr * epoch / run.warmup_epochs
-    if run.schedule == "cosine":
-        progress = min(1.0, (epoch - run.warmup_epochs) / (run.epochs - run.warmup_epochs))
-        return run.lr * (run.min_lr_ratio + (1 - run.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
-    if run.schedule == "step":
-        passed = [factor for start, factor in zip(run.step_epochs, run.step_factors) if epoch >= start]
-        return run.lr * (passed[-1] if passed else 1.0)
-    return run.lr
+    name: str
+    warmup_epochs: NonNegative = 1.0
+    """Epochs in which the rate rises from 0 to optimizer.lr."""
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """What optimizer.lr is multiplied by after the warm-up, at a point of a run of `epochs` epochs."""
+        raise NotImplementedError
+
+
+class Cosine(Schedule):
+    """Half a cosine down to the end of the run (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
+
+    name: Literal["cosine"] = "cosine"
+    min_lr_ratio: Fraction = 0.01
+    """Rate at the end of the run, as a share of optimizer.lr."""
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        progress = min(1.0, (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Step(Schedule):
+    """The rate jumps at the start of certain epochs."""
+
+    name: Literal["step"] = "step"
+    step_epochs: list[Positive]
+    """Epochs (the first is 0) from which on the rate is another."""
+    step_factors: list[Annotated[float, Field(gt=0, le=1)]]
+    """The rate from each of step_epochs on, as a share of optimizer.lr."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Step":
+        found = []
+        if sorted(set(self.step_epochs)) != self.step_epochs:
+            found.append(Fault("step_epochs", f"must rise, got {self.step_epochs}"))
+        if len(self.step_epochs) != len(self.step_factors):
+            found.append(
+                Fault("step_factors", f"has {len(self.step_factors)} numbers, step_epochs {len(self.step_epochs)}")
+            )
+        if found:
+            raise Unfit(found)
+        return self
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        passed = [factor for start, factor in zip(self.step_epochs, self.step_factors) if epoch >= start]
+        return passed[-1] if passed else 1.0
+
+
+class Constant(Schedule):
+    """optimizer.lr to the end."""
+
+    name: Literal["constant"] = "constant"
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        return 1.0
+
+
+SCHEDULES = by_name(Cosine, Step, Constant)
+
+
+def lr_at(schedule: Schedule, lr: float, epoch: float, epochs: int) -> float:
+    """Learning rate of a run of `epochs` epochs, at `epoch` since its start (2.5: half-way through the third)."""
+    if epoch < schedule.warmup_epochs:
+        return lr * epoch / schedule.warmup_epochs
+    return lr * schedule.factor(epoch, epochs)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fer.config import RunConfig
 from fer.data.augment import Mixture
 from fer.device import autocast
 from fer.losses import Loss
+from fer.optimizer import build_optimizer
+from fer.run import Run
 
 
 @dataclass
@@ -30,18 +31,17 @@ class Part:
 class Stepper:
     """The network in training, its optimizer, and averaged weights where the run has them."""
 
-    def __init__(self, run: RunConfig, model: nn.Module, device: torch.device, world: int):
+    def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1, compiled: bool = False):
         self.run, self.model, self.device = run, model, device
-        self.optimizer = build_optimizer(run, model)
+        self.optimizer = build_optimizer(run.optimizer, model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         self.ema: AveragedModel | None = None
         if run.ema_decay:
-            average = get_ema_multi_avg_fn(run.ema_decay)
-            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self.network: Any = model
         if world > 1:
             self.network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-        self.compiled: Any = torch.compile(self.network) if run.resources.compile else None
+        self.compiled: Any = torch.compile(self.network) if compiled else None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -70,6 +70,16 @@ class Stepper:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+
+    def _average(self, averaged: Any, current: Any, steps: Any) -> None:
+        """The average keeps min(ema_decay, (1 + t) / (10 + t)) of itself in step t, so that it leaves its start soon.
+
+        As in TensorFlow's ExponentialMovingAverage; without it a run of 150 steps at decay .999 is 86 % its start.
+        """
+        assert self.ema is not None
+        assert self.run.ema_decay is not None
+        t = int(self.ema.n_averaged)  # on the CPU; `steps` is its copy on the device
+        get_ema_multi_avg_fn(min(self.run.ema_decay, (1 + t) / (10 + t)))(averaged, current, steps)
 
     def _gradients(self, parts: list[Part], loss: Loss, mixture: Mixture | None, seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)  # dropout, drop path
@@ -161,16 +171,3 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
-
-
-def build_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Weight decay on matrices and kernels only, not on biases and norms."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": run.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if run.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=run.lr, momentum=run.momentum, fused=True)
-    kind = torch.optim.AdamW if run.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=run.lr, fused=True)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fer import checkpoint
-from fer.config import RunConfig, run_id
 from fer.data.augment import Augmenter, draw_mixture
 from fer.data.dataset import DataSet, open_data
 from fer.device import pick_device, use_cpu
@@ -25,16 +24,20 @@ from fer.errors import UserError
 from fer.evaluate import finished, predict_split
 from fer.feed import Feed
 from fer.files import recover, write_json
+from fer.formats import format_of, read_run
 from fer.losses import build_loss
+from fer.made_by import made_by
 from fer.metrics import Counts
 from fer.models import build_model, origin
+from fer.resources import Resources
+from fer.run import FORMAT, Run, chain_faults, resource_faults, run_id
 from fer.schedule import lr_at
 from fer.step import Part, Stepper
 from fer.stop import Stopped, StopSignal
 
-REMEDY = "lower lr, set clip_grad_norm, or use precision fp32"
+REMEDY = "lower optimizer.lr, set clip_grad_norm, or use precision fp32"
 CHECK_EVERY = 50  # steps between looks at the losses where a look waits for the GPU or for other ranks
-AGREE_EVERY = 10  # steps after which several ranks agree whether to stop
+AGREE_SECONDS = 1.0  # after which several ranks agree again whether to stop
 
 
 class NonFiniteLoss(UserError):
@@ -43,7 +46,8 @@ class NonFiniteLoss(UserError):
 
 def fit(
     name: str,
-    run: RunConfig,
+    run: Run,
+    resources: Resources,
     data_dir: str | Path,
     runs_dir: str | Path,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -53,15 +57,19 @@ def fit(
 
     Inside an initialised torch.distributed group every rank calls this and the ranks share the batches. `on_epoch`
     gets each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
-    Raises UserError (data missing, weights missing, run to start from missing or unfinished, no GPU), NonFiniteLoss,
-    and Stopped when SIGTERM or `fer.stop.ask_to_stop` asked for an end and the state is saved.
+    Raises UserError (data missing, weights missing, run to start from missing, unfinished or with another backbone, no
+    GPU, a batch that cannot be shared), NonFiniteLoss, and Stopped when SIGTERM or `fer.stop.ask_to_stop` asked for an
+    end and the state is saved.
     """
     if (start is None) != (run.init_from is None):
         raise UserError(f"{name}: init_from is {run.init_from}, the run to start from {start}; give both or neither")
+    faults = resource_faults(run, resources)
+    if faults:
+        raise UserError(f"{name}: {faults[0]}")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = pick_device(run.resources.device)
+    device = pick_device(resources.device)
     if device.type == "cpu":
-        use_cpu(run.resources.cpus_per_worker)
+        use_cpu(resources.cpus_per_worker)
     data = open_data(data_dir)
     folder = Path(runs_dir) / run_id(name, run, data.hash, start)
     stop = StopSignal(folder, leads=rank == 0)
@@ -71,7 +79,7 @@ def fit(
     if world > 1:
         dist.barrier()
     with stop:
-        trainer = Trainer(name, run, data, folder, device, stop, start)
+        trainer = Trainer(name, run, resources, data, folder, device, stop, start)
         while trainer.epoch < run.epochs:
             on_epoch(trainer.train_epoch())
     return folder
@@ -81,29 +89,34 @@ class Trainer:
     """What a run carries from step to step, and how an epoch is trained, evaluated and saved."""
 
     def __init__(
-        self, name: str, run: RunConfig, data: DataSet, folder: Path, device: torch.device, stop: StopSignal,
-        start: str | None,
+        self, name: str, run: Run, resources: Resources, data: DataSet, folder: Path, device: torch.device,
+        stop: StopSignal, start: str | None,
     ):  # fmt: skip
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.name, self.run, self.data, self.folder, self.device, self.stop = name, run, data, folder, device, stop
+        self.name, self.run, self.resources, self.data = name, run, resources, data
+        self.folder, self.device, self.stop = folder, device, stop
         train, val = data.split("train"), data.split("val")
         if len(train) < self.world:
             raise UserError(f"resources.workers: {self.world} workers for {len(train)} training images; lower workers")
         meta = checkpoint.load_meta(folder / "last") if (folder / "last").exists() else None
-        model = _build(run, folder, len(data.classes), meta is None, start).to(device)
-        if run.resources.sync_batch_norm and self.world > 1:
+        if meta is not None and format_of(meta) != FORMAT:
+            raise UserError(f"{folder}: was begun in format {format_of(meta)}, not {FORMAT}; delete it to train anew")
+        model: Any = _build(run, folder, len(data.classes), meta is None, start).to(device)
+        if resources.sync_batch_norm and self.world > 1:
             if device.type == "cpu":
                 raise UserError("resources.sync_batch_norm: works on GPUs only; set it to false")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.since = time.perf_counter()  # what is embedded before the first epoch counts as training time
-        self.feed, self.val_feed = (Feed(model, run, split, data.classes, device) for split in (train, val))
+        self.feed, self.val_feed = (Feed(model, run, resources, split, data.classes, device) for split in (train, val))
         if meta is None:
-            self.feed.choose_references()
+            self.feed.begin()
         counts = torch.bincount(train.labels, minlength=len(data.classes))
-        self.loss = build_loss(run, data.prior().to(device), counts.to(device))
+        about_loss = run.loss, run.class_weights, data.prior().to(device), counts.to(device)
+        self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
         self.augment = Augmenter(run.augment, device)
-        self.stepper = Stepper(run, model, device, self.world)
+        self.stepper = Stepper(run, model, device, self.world, resources.compile)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None
+        self.agree = Agreement(self.control) if self.world > 1 else bool
         self.steps = max(1, len(train) // run.batch_size)
         self.epoch, self.step = 0, 0  # epochs done, steps done of the next one
         self.history: list[dict[str, Any]] = []  # one row an epoch
@@ -113,8 +126,8 @@ class Trainer:
         if meta is not None:
             self._resume(meta)
         if self.rank == 0:
-            about = {"name": name, "run_id": folder.name, "starts_from": origin(run), "start": start}
-            write_json(folder / "config.json", {**about, **_describe(run, data)})
+            about = {"starts_from": origin(run.model, run.init_from), "start": start}
+            write_json(folder / "config.json", {**self._about(), **about, "resources": resources.model_dump()})
             _write_metrics(folder, self.history)
         self.progress = Progress(folder, run.epochs) if self.rank == 0 else None
 
@@ -134,7 +147,7 @@ class Trainer:
         if self.world > 1:
             for buffer in self.stepper.evaluated.buffers():  # batch-norm statistics differ; those of rank 0 are saved
                 dist.broadcast(buffer, 0)
-        found = predict_split(self.stepper.evaluated, self.val_feed, self.loss, self.rank, self.world)[1]
+        found = predict_split(self.stepper.evaluated, self.val_feed, self.val_loss, self.rank, self.world)[1]
         seconds = self._seconds()
         row = {
             "epoch": self.epoch + 1,
@@ -142,7 +155,7 @@ class Trainer:
             **{f"train_{key}": value for key, value in trained.items()},
             **{f"val_{key}": value for key, value in found.result().items()},
             "seconds": seconds,
-            "images_per_second": trained_images(self.run, len(self.feed.split)) / seconds,
+            "images_per_second": trained_images(self.run.batch_size, len(self.feed.split), self.world) / seconds,
             "time": time.time(),
         }
         if not math.isfinite(row["val_loss"]):
@@ -162,11 +175,11 @@ class Trainer:
         self.feed.start_epoch(self.epoch)
         self.stepper.network.train()
         plan = list(batches(run, labels, self.epoch, self.rank, self.world))[self.step :]
-        divided = [_divide(index, part, run.resources.accumulate) for index, part in plan]
+        divided = [_divide(index, part, self.resources.accumulate) for index, part in plan]
         pixels = self.feed.batches([index for parts in divided for index, _ in parts])
         unchecked: list[Tensor] = []
         for parts in divided:
-            if self._stops():
+            if self.agree(self.stop.asked()):
                 self._stop(unchecked)
             logits, labels, value = self._one_step(parts, pixels)
             unchecked.append(value)
@@ -186,24 +199,19 @@ class Trainer:
         run, here = self.run, (self.epoch, self.step)
         share = sum(len(index) for index, _ in parts)
         draws = self.augment.draw(share * self.world, _seed(run.seed, *here))
-        mixture = draw_mixture(run.augment, run.image_size, _seed(run.seed, *here, 1))
+        mixture = draw_mixture(run.augment, run.input.image_size, _seed(run.seed, *here, 1))
         fed = []
         for (index, part), (_, raw) in zip(parts, pixels):
-            change = self.augment.changes(draws[part], run.image_size)
+            change = self.augment.changes(draws[part], run.input.image_size)
             fed.append(Part(self.feed(index, raw, change, mixture), *self.feed.truth(index), len(index) / share))
-        rate = lr_at(run, self.epoch + (self.step + 0.5) / self.steps)
+        rate = self._rate(self.step)
         logits, value = self.stepper(fed, self.loss, mixture, rate, _seed(run.seed, *here, self.rank, 2))
         return logits, torch.cat([part.labels for part in fed]), value
 
-    def _stops(self) -> bool:
-        """Whether to stop before the next step, the same on every rank."""
-        if self.world == 1:
-            return self.stop.asked()
-        if self.step % AGREE_EVERY:
-            return False
-        wish = torch.tensor(float(self.stop.asked()))
-        dist.all_reduce(wish, group=self.control)
-        return bool(wish > 0)
+    def _rate(self, step: int) -> float:
+        """Learning rate of a step of the epoch under way."""
+        now = self.epoch + (step + 0.5) / self.steps
+        return lr_at(self.run.schedule, self.run.optimizer.lr, now, self.run.epochs)
 
     def _stop(self, unchecked: list[Tensor]) -> None:
         """Save the state in the middle of the epoch, and end."""
@@ -230,8 +238,7 @@ class Trainer:
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             at = self.step - len(values) + int(bad[0])
-            rate = lr_at(self.run, self.epoch + (at + 0.5) / self.steps)
-            where = f"epoch {self.epoch + 1}, step {at + 1} (lr {rate:.3g})"
+            where = f"epoch {self.epoch + 1}, step {at + 1} (lr {self._rate(at):.3g})"
             raise NonFiniteLoss(f"{self.folder.name}: loss is {float(values[int(bad[0])])} in {where}; {REMEDY}")
 
     def _seconds(self) -> float:
@@ -239,8 +246,7 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         """best, then last, then the line of metrics.jsonl: a cut between them repeats the epoch and doubles nothing."""
-        meta = {"name": self.name, "run_id": self.folder.name, **_describe(self.run, self.data)}
-        meta |= {"epoch": self.epoch, "history": self.history}
+        meta = {**self._about(), "epoch": self.epoch, "history": self.history}
         if is_best:
             checkpoint.save(self.folder / "best", self.stepper.evaluated.state_dict(), meta, training=None)
         seconds = self._seconds() if self.step else 0.0
@@ -248,6 +254,41 @@ class Trainer:
         training["counts"] = {key: value.cpu() for key, value in self.counts.state().items()}
         checkpoint.save(self.folder / "last", self.stepper.model.state_dict(), meta, training)
         _write_metrics(self.folder, self.history)
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint needs to be used alone: classes, preprocessing, prior, settings, data; and who made it."""
+        summary = self.data.summary
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "run_id": self.folder.name,
+            "classes": self.data.classes,
+            "class_prior": summary["class_prior"],
+            "data": {key: value for key, value in summary.items() if key not in ("classes", "class_prior")},
+            "data_hash": self.data.hash,
+            "config": self.run.model_dump(),
+            "made_by": made_by(self.device, torch.get_num_threads()),
+        }
+
+
+class Agreement:
+    """Whether any of several ranks wishes to stop: asked about once a second, and at the same step on all of them."""
+
+    def __init__(self, group: Any):
+        self.group, self.every, self.since = group, 0, time.monotonic()
+        self.steps = -1  # since the last time; nothing is known of their length before the first one
+
+    def __call__(self, wish: bool) -> bool:
+        """Called before each step."""
+        self.steps += 1
+        if self.steps < self.every:
+            return False
+        found = torch.tensor([float(wish), time.monotonic() - self.since])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)  # the slowest rank's time
+        wished, seconds = found.tolist()
+        self.every = max(1, int(self.steps * min(AGREE_SECONDS / max(seconds, 1e-9), 10)))  # steps in a second
+        self.steps, self.since = 0, time.monotonic()
+        return wished > 0
 
 
 def _divide(index: np.ndarray, part: slice, count: int) -> list[tuple[np.ndarray, slice]]:
@@ -257,20 +298,24 @@ def _divide(index: np.ndarray, part: slice, count: int) -> list[tuple[np.ndarray
     return [(piece, slice(int(end) - len(piece), int(end))) for piece, end in zip(pieces, ends)]
 
 
-def trained_images(run: RunConfig, images: int) -> int:
+def trained_images(batch_size: int, images: int, world: int) -> int:
     """Images of one epoch: whole batches only, so that every step has the configured batch size."""
-    return images - images % run.batch_size if images >= run.batch_size else images - images % run.resources.workers
+    return images - images % (batch_size if images >= batch_size else world)
 
 
-def _build(run: RunConfig, folder: Path, num_labels: int, fresh: bool, start: str | None) -> nn.Module:
-    """The run's network: of its last checkpoint, of the run `start`, or as `options` say."""
+def _build(run: Run, folder: Path, num_labels: int, fresh: bool, start: str | None) -> nn.Module:
+    """The run's network: of its last checkpoint, of the run `start`, or as its settings say."""
     torch.manual_seed(run.seed)
-    model: Any = build_model(run, num_labels, pretrained=fresh)
+    model = build_model(run.model, run.input, num_labels, pretrained=fresh)
     if not fresh:
         checkpoint.load_weights(folder / "last", model)
     elif start is not None:
-        finished(folder.parent / start)
-        checkpoint.load_backbone(folder.parent / start / "best", model)
+        first = folder.parent / start
+        finished(first)
+        faults = chain_faults(run, read_run(checkpoint.load_meta(first / "best"), first / "best" / checkpoint.META))
+        if faults:
+            raise UserError(str(faults[0]))
+        checkpoint.load_backbone(first / "best", model)
     return model
 
 
@@ -278,7 +323,7 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def batches(run: RunConfig, labels: Tensor, epoch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, slice]]:
+def batches(run: Run, labels: Tensor, epoch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, slice]]:
     """The index of each batch's images that this rank trains on, and which part of the whole batch it is.
 
     `labels` [n] of the training images; balanced_sampling draws with their classes' chances, with repetition.
@@ -290,10 +335,11 @@ def batches(run: RunConfig, labels: Tensor, epoch: int, rank: int, world: int) -
         order = generator.choice(images, images, p=(chance / chance.sum()).numpy())
     else:
         order = generator.permutation(images)
-    size = min(run.batch_size, trained_images(run, images))
+    trained = trained_images(run.batch_size, images, world)
+    size = min(run.batch_size, trained)
     share = size // world
     part = slice(rank * share, (rank + 1) * share)
-    for first in range(0, trained_images(run, images), size):
+    for first in range(0, trained, size):
         yield order[first : first + size][part], part
 
 
@@ -315,14 +361,3 @@ def _write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     partial = folder / "metrics.jsonl.partial"
     partial.write_text("".join(json.dumps(row) + "\n" for row in history))
     os.replace(partial, folder / "metrics.jsonl")
-
-
-def _describe(run: RunConfig, data: DataSet) -> dict[str, Any]:
-    """What a checkpoint needs to be used alone: class order, preprocessing, prior, configuration, data."""
-    return {
-        "classes": data.classes,
-        "class_prior": data.summary["class_prior"],
-        "data": {key: value for key, value in data.summary.items() if key not in ("classes", "class_prior")},
-        "data_hash": data.hash,
-        "config": run.model_dump(),
-    }

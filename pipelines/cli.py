@@ -3,11 +3,8 @@
 import gc
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,21 +13,23 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error
-from pipelines import report
 
 app = typer.Typer(
-    help="Facial-expression-recognition experiments: params.yaml says what, `dvc repro` makes the data.",
+    help="Facial-expression-recognition experiments: `dvc repro` makes the data, experiments/ says what is trained.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of params.yaml.")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models of params.yaml; all without.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings of all of them."),
+]
 RUNS = Path("data/runs")
 
 
@@ -45,47 +44,126 @@ class _RunByDefault(typer.core.TyperGroup):
 sweeps = typer.Typer(
     cls=_RunByDefault,
     no_args_is_help=True,
-    help="Search for better settings of a model: `fer sweep NAME`, of params.yaml.",
+    help="Search for better settings of an experiment: `fer sweep NAME`, of sweeps/.",
 )
 app.add_typer(sweeps, name="sweep")
 
 
 @app.command()
 def train(
-    names: Names = None,
-    overrides: Overrides = [],  # noqa: B006
+    words: Words = None,
+    every: Annotated[bool, typer.Option("--all", help="All experiments in experiments/.")] = False,
 ) -> None:
-    """Train models at the same time, evaluate them, record them in MLflow and register the best."""
-    from pipelines.params import load
+    """Train experiments at the same time, evaluate them, record them in MLflow and register the best.
 
-    params = load(overrides=overrides)  # before the frameworks, which take seconds to import
+    Without a name it lists them.
+    """
+    words = _named(words, every)
+    if not words:
+        return
+    _check(words)  # before the frameworks, which take seconds to import
     # the bars and the table say it better; Prefect's UI has the whole log
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from pipelines import flow
+    from pipelines import flow, report
 
-    runs, tracker = flow.prepare(params, names or [])
-    folders = [folder for _, folder in runs.values()]
-    if all(tracker.recorded(folder) for folder in folders):
+    jobs, tracker = flow.prepare(words)
+    folders, failed = [job.folder for job in jobs.values()], {}
+    if all(flow.finished(job, tracker) for job in jobs.values()):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
-        _warn_of_random_weights({name: run for name, (run, _) in runs.items()})
+        _warn_of_random_weights({name: job.run for name, job in jobs.items()})
         with _Bars(folders):
-            state = flow.train(list(runs), overrides, return_state=True)
+            state = flow.train(words, return_state=True)
         failed = _failures(state)
-        if failed:
-            raise _first_failure(failed)
-    _print_table(report.finished(folders))
-    _print_champions(tracker)
+    ended = [job.folder for name, job in jobs.items() if name not in failed]
+    if "flow" not in failed and (found := report.finished(ended)):
+        _print_table(found)
+        _print_champions(tracker)
+    if failed:
+        raise _first_failure(failed)
     console.print("Look closer: [bold]fer ui[/] (MLflow and Prefect), [bold]fer evaluate RUN[/], [bold]fer compare[/].")
+
+
+def _named(words: list[str] | None, every: bool) -> list[str]:
+    """`words`, with the names of all experiments where they are wished; [] where none was named and a list is shown."""
+    from pipelines import experiments
+
+    names, changes = experiments.split(words or [])
+    if not names and not experiments.known():
+        raise UserError(f"{experiments.FOLDER}: no experiment there; run the command in the project's root folder")
+    if every:
+        return [*experiments.known(), *(name for name in names if name not in experiments.known()), *changes]
+    if names:
+        return [*names, *changes]
+    if changes:
+        raise UserError(f"{changes[0]}: name the experiment that it is for, of {', '.join(experiments.known())}")
+    _print_experiments()
+    return []
+
+
+def _check(words: list[str]) -> dict[str, Any]:
+    """The experiments of `words`, read. Raises UserError with what is wrong in them and in params.yaml."""
+    from pipelines import experiments
+    from pipelines.params import load, machine
+
+    return experiments.load(words, machine(load()))
+
+
+def _print_experiments() -> None:
+    from pipelines import experiments
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("experiment", no_wrap=True)
+    table.add_column("what it is")
+    for name in experiments.known():
+        table.add_row(name, experiments.head(experiments.path_of(name)).partition("\n")[0])
+    console.print(table)
+    console.print("Train: [bold]fer train NAME... [KEY=VALUE]...[/]; all settings: [bold]fer config NAME[/].")
+
+
+@app.command()
+def config(words: Words = None) -> None:
+    """Show every setting of an experiment: its value, where it comes from, and its meaning."""
+    from pipelines import experiments
+
+    words = _named(words, every=False)
+    names = [experiments.path_of(name).stem for name in experiments.split(words)[0]]
+    for name, found in (_check(words) if words else {}).items():
+        if name in names:
+            _print_settings(found)
+
+
+def _print_settings(found: Any) -> None:
+    from pipelines import experiments
+
+    if found.head:
+        console.print(found.head, highlight=False, markup=False)
+    table = Table(title=found.name, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in ("setting", "value", "from"):
+        table.add_column(column, overflow="fold")
+    table.add_column("meaning", style="dim", ratio=1)
+    for path, value, source, meaning in experiments.values(found):
+        own = source != experiments.DEFAULT
+        shown = json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
+        table.add_row(path, escape(shown), source if own else "", escape(meaning), style="bold" if own else "")
+    console.print(table)
+    for line in found.dropped:
+        console.print(f"dropped: {line}", style="yellow", highlight=False)
 
 
 @app.command()
 def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of one.")]) -> None:
     """Show a finished run's numbers on val and test, class by class."""
+    from fer.data.dataset import open_data
     from fer.evaluate import evaluate as evaluate_run
+    from fer.evaluate import outdated, read_summary
+    from pipelines.params import load
 
     folder = _find(run)
-    summary = evaluate_run(folder, "data")
+    before = read_summary(folder)
+    if before is not None and (again := outdated(before, open_data("data"))):
+        console.print(f"{folder.name}: {again}", style="yellow")
+    summary = evaluate_run(folder, "data", load().resources)
     _print_table([summary])
     table = Table("class", "test images", "found %", "most often taken for", title="Test, class by class")
     confusion = summary["test"]["confusion"]
@@ -101,6 +179,10 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of 
 @app.command()
 def compare() -> None:
     """Compare all finished runs, each with its data, and the published numbers for that data set."""
+    from fer.formats import format_of
+    from fer.run import FORMAT
+    from pipelines import report
+
     summaries = report.finished(RUNS.glob("*"))
     if not summaries:
         raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
@@ -109,7 +191,8 @@ def compare() -> None:
         by_data.setdefault(summary["data_hash"], []).append(summary)
     for data_hash, group in by_data.items():
         data = group[0]["data"]
-        _print_table(group, title=f"{data['dataset']}, {data.get('label_mode', '')} labels, data {data_hash}")
+        title = f"{data['dataset']}, {data.get('label_mode', '')} labels, data {data_hash}"
+        _print_table(group, title=title + ("" if format_of(group[0]) == FORMAT else f", format {format_of(group[0])}"))
         if data["dataset"] in report.PUBLISHED:
             table = Table("published", "test accuracy", "starts from", title="Published on this data set")
             for name, accuracy, start in report.PUBLISHED[data["dataset"]]:
@@ -118,38 +201,36 @@ def compare() -> None:
 
 
 @app.command()
-def models(
-    names: Names = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Show what the models of params.yaml cost and where their weights come from; nothing is loaded."""
+def models(words: Words = None) -> None:
+    """Show what the networks of experiments (all without a name) cost and where their weights come from."""
     from fer.data.labels import CLASSES
-    from fer.models import backbones_of, origin
+    from fer.models import origin
     from fer.models.cost import cost
-    from pipelines.params import load
+    from pipelines import experiments
 
-    params = load(overrides=overrides)
+    names, changes = experiments.split(words or [])
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
-    table.add_column("model", no_wrap=True)
+    table.add_column("experiment", no_wrap=True)
     for column in ("parameters", "learning", "GFLOP", "input"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("network: its weights")
     missing = []
-    for name in params.named(names or []):
-        run = params.models[name]
-        networks = [options.name for options in backbones_of(run).values()] or [run.model]
-        sources = "\n".join(f"{network}: {source}" for network, source in zip(networks, origin(run)))
+    for name, found in _check([*(names or experiments.known()), *changes]).items():
+        run = found.run
+        networks = [backbone.name for backbone in run.model.backbones().values()] or [run.model.name]
+        sources = zip(networks, origin(run.model, run.init_from))
         try:
-            found = cost(run, len(CLASSES))
-            numbers = f"{found.parameters / 1e6:.2f}M", f"{found.trainable / 1e6:.2f}M", f"{found.gflop:.3g}"
+            price = cost(run.model, run.input, len(CLASSES))
+            numbers = f"{price.parameters / 1e6:.2f}M", f"{price.trainable / 1e6:.2f}M", f"{price.gflop:.3g}"
         except UserError as error:
             missing.append(f"{name}: {error}")
             numbers = "-", "-", "-"
-        table.add_row(name, *numbers, f"{run.image_size}x{run.image_size}x{run.channels}", sources)
+        size = f"{run.input.image_size}x{run.input.image_size}x{run.input.channels}"
+        table.add_row(name, *numbers, size, "\n".join(f"{network}: {source}" for network, source in sources))
     console.print(table)
     console.print(
         "learning: parameters that training changes. GFLOP: one image forward, a multiplication and an addition are "
-        "two; training costs three times that for the part that learns. input: what image_size and channels give.",
+        "two; training costs three times that for the part that learns. input: what the network sees.",
         style="dim",
     )
     if missing:
@@ -159,7 +240,6 @@ def models(
 @app.command()
 def upscale_gallery(
     faces: Annotated[int, typer.Option(help="How many faces, evenly spaced in the data.", min=1)] = 6,
-    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Draw the same faces enlarged by every super-resolution method whose weights are there, one row each."""
     import numpy as np
@@ -170,7 +250,7 @@ def upscale_gallery(
     from fer.super_resolution.methods import METHODS, OUT_OF_MEMORY, build_upscaler
     from pipelines.params import load
 
-    config = load(overrides=overrides).super_resolution
+    config = load().super_resolution
     images = open_images("data/raw/images.npy", "download")
     chosen = images[np.unique(np.linspace(0, len(images) - 1, faces).astype(int))]
     rows, left_out = {"as it is": chosen.repeat(4, 1).repeat(4, 2)}, []
@@ -195,26 +275,24 @@ def upscale_gallery(
 
 @sweeps.command(name="run")
 def sweep_run(
-    name: Annotated[str, typer.Argument(help="A sweep of params.yaml.")],
+    words: Annotated[list[str], typer.Argument(metavar="NAME|FILE [KEY=VALUE]...", help="A sweep, and its settings.")],
     new: Annotated[bool, typer.Option("--new", help="Start another where settings differ from the one begun.")] = False,
-    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Search, confirm the best with other seeds, record all in MLflow; goes on where it was cut."""
-    from pipelines import trials
-    from pipelines.params import load, space_of
+    from pipelines import sweep_settings, trials
+    from pipelines.params import load, machine
 
-    params = load(overrides=overrides)
-    space_of(params, name)  # before the frameworks, which take seconds to import
+    sweep_settings.load(words, machine(load()))  # before the frameworks, which take seconds to import
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow
 
-    plan, _ = flow.prepare_sweep(params, name, new)
+    plan, _ = flow.prepare_sweep(words, new)
     if trials.complete(plan):
         console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to go on.")
     else:
-        _warn_of_random_weights({plan.sweep.base: plan.base})
+        _warn_of_random_weights({plan.base.name: plan.base.run})
         with _Board(plan.folder):
-            state = flow.sweep(name, overrides, new, return_state=True)
+            state = flow.sweep(words, new, return_state=True)
         failed = _failures(state)
         if failed:
             raise _first_failure(failed)
@@ -241,78 +319,47 @@ def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all w
 def sweep_apply(
     name: Annotated[str, typer.Argument(help="A finished sweep.")],
     new_name: Annotated[
-        str | None, typer.Option("--as", metavar="MODEL", help="Name of the model; NAME_best without.")
+        str | None, typer.Option("--as", metavar="EXPERIMENT", help="Its name; NAME_best without.")
     ] = None,
 ) -> None:
-    """Write the best settings of a finished sweep into params.yaml as a model; nothing else there changes."""
-    from pipelines import trials
-    from pipelines.params import add_model
+    """Write the best settings of a finished sweep into experiments/ as an experiment based on the sweep's base."""
+    from pipelines import report, trials
+    from pipelines.experiments import write
 
     found = [(folder, result) for folder in trials.folders(name) if (result := trials.result(folder))]
     if not found:
-        raise UserError(f"sweeps.{name}: no finished sweep of that name; run `fer sweep {name}`")
+        raise UserError(f"sweep {name}: no finished sweep of that name; run `fer sweep {name}`")
     folder, result = found[0]
-    model = new_name or result["best_name"]
-    add_model("params.yaml", model, result["run"], result["base"], report.sweep_line(result))
-    console.print(f"params.yaml: models.{model}, from {folder.name}; train it with [bold]fer train {model}[/]")
+    best = trials.best_run(folder, result).model_dump()
+    path = write(new_name or result["best_name"], result["base"], best, report.sweep_line(result))
+    console.print(f"{path}, from {folder.name}; train it with [bold]fer train {path.stem}[/]")
 
 
 @app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect.")] = 4200,
-    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
     from pipelines.params import load
-    from pipelines.tracking import tracking_uri
+    from pipelines.tracking import tracking_uri, without_password
+    from pipelines.ui import serve
 
-    uri = tracking_uri(load(overrides=overrides).tracking.uri)
+    uri = tracking_uri(load().tracking.uri)
     servers = {}
     if uri.startswith("http"):
-        console.print(f"MLflow runs at [bold]{uri}[/]")
+        console.print(f"MLflow runs at [bold]{without_password(uri)}[/]")
     else:
-        servers["MLflow", mlflow_port] = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-    servers["Prefect", prefect_port] = ["prefect", "server", "start"]
-    _serve(servers)
+        words = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+        servers["MLflow", mlflow_port] = _server(words, mlflow_port)
+    servers["Prefect", prefect_port] = _server(["prefect", "server", "start"], prefect_port)
+    serve(servers, Path("data/logs"), console.print)
 
 
-def _serve(servers: dict[tuple[str, int], list[str]]) -> None:
-    """Run servers on 127.0.0.1 and end them all when one ends or on Ctrl-C."""
-    import socket
-
-    for (name, port), _ in servers.items():
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                raise UserError(f"--{name.lower()}-port {port}: the port is in use; stop what uses it or give another")
-    bin_folder = Path(sys.executable).parent
-    running = []
-    for (name, port), (program, *words) in servers.items():
-        command = [str(bin_folder / program), *words, "--host", "127.0.0.1", "--port", str(port)]
-        running.append(
-            subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        )
-        console.print(f"{name}: [bold]http://127.0.0.1:{port}[/]")
-    console.print("Ctrl-C ends both.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        while all(server.poll() is None for server in running):
-            time.sleep(0.3)
-        ended = next(server for server in running if server.poll() is not None)
-        raise UserError(f"{Path(ended.args[0]).name} ended: {_last_line(ended)}")  # type: ignore[index, arg-type]
-    except KeyboardInterrupt:
-        console.print("Stopped.")
-    finally:
-        for server in running:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-        for server in running:
-            server.wait(timeout=15)
-
-
-def _last_line(server: subprocess.Popen) -> str:
-    text = server.stderr.read().decode(errors="replace").strip() if server.stderr else ""
-    return text.splitlines()[-1] if text else f"exit status {server.returncode}"
+def _server(words: list[str], port: int) -> list[str]:
+    """The whole command of a server whose program stands beside this Python's."""
+    program, *options = words
+    return [str(Path(sys.executable).parent / program), *options, "--host", "127.0.0.1", "--port", str(port)]
 
 
 class _Board:
@@ -340,10 +387,10 @@ class _Board:
 
 def _trials_table(folder: Path) -> Table:
     """Trials, best first; below them how far the sweep is, and the time that is left."""
-    from pipelines import trials
+    from pipelines import report, trials
 
-    found, about = trials.read_trials(folder), json.loads((folder / "sweep.json").read_text())
-    rows = report.trial_rows(found, about["run"]["epochs"])
+    found, about = trials.read_trials(folder), trials.read_about(folder)
+    rows = report.trial_rows(found, about["epochs"])
     columns = [Column(key, justify="right", no_wrap=key in list(rows[0])[:5]) for key in rows[0]] if rows else []
     over = trials.result(folder) is not None and not trials.running(folder)
     caption = None if over else report.progress(found, about, trials.spent(folder), trials.running(folder))
@@ -356,14 +403,14 @@ def _trials_table(folder: Path) -> Table:
 
 
 def _print_result(folder: Path) -> None:
-    from pipelines import trials
+    from pipelines import report, trials
 
     found = trials.result(folder)
     if found is not None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]
         console.print(
-            f"Pictures and trials.csv: [bold]{folder}[/]. Keep the best: [bold]fer sweep apply {name} --as MODEL[/]"
+            f"Pictures and trials.csv: [bold]{folder}[/]. Keep the best: [bold]fer sweep apply {name} --as NAME[/]"
         )
 
 
@@ -422,7 +469,7 @@ def _warn_of_random_weights(runs: dict[str, Any]) -> None:
     from fer.models import random_backbones
 
     for name, run in runs.items():
-        for backbone in random_backbones(run):
+        for backbone in random_backbones(run.model, run.init_from):
             console.print(
                 f"{name}: {backbone} starts from random weights; its numbers are not those of papers that start from "
                 "pretrained ones",
@@ -438,7 +485,8 @@ def _failures(state: Any) -> dict[str, BaseException]:
 
 def _first_failure(failed: dict[str, BaseException]) -> BaseException:
     """One error that tells of all: the user's if all are the user's, else one of the program."""
-    lines = "\n".join(str(error) for error in failed.values())
+    told = [(name, line) for name, error in failed.items() for line in str(error).splitlines()]
+    lines = "\n".join(line if name == "flow" or line.startswith(name) else f"{name}: {line}" for name, line in told)
     if all(isinstance(error, UserError) for error in failed.values()):
         return UserError(lines)
     return RuntimeError(lines)
@@ -456,6 +504,8 @@ def _find(run: str) -> Path:
 
 
 def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> None:
+    from pipelines import report
+
     first, *others = report.COLUMNS
     columns = [Column(first, no_wrap=True), *(Column(other, justify="right", no_wrap=True) for other in others)]
     table = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)

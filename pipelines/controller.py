@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
@@ -52,14 +53,25 @@ class _AsAsked(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
+class PeerLost(RuntimeError):
+    """Raised by a worker that was waiting for another one when that died."""
+
+
+def died(error: BaseException) -> bool:
+    """Whether a worker's failure is the death of its process or machine, and not an error of the program."""
+    return isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError | ray.exceptions.RayError)
+
+
 class _Retries(DefaultFailurePolicy):  # type: ignore[misc]
-    """Not for what a user can mend; and a run that was told to leave its machine has not failed."""
+    """For dead processes and machines alone; and a run that was told to leave its machine has not failed."""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         found = getattr(training_failed_error, "worker_failures", {}).values()
         if any(isinstance(error, Stopped) and error.terminated for error in found):
             return FailureDecision.RETRY
         if any(isinstance(error, UserError) for error in found):
+            return FailureDecision.RAISE
+        if found and not any(map(died, found)) and not all(isinstance(error, PeerLost) for error in found):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 

@@ -22,13 +22,17 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from fer.config import RunConfig, run_id
-from fer.data.dataset import open_data
+from fer import checkpoint
+from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError, disk_error
+from fer.evaluate import SUMMARY, outdated, read_summary
+from fer.formats import format_of, read_run
+from fer.run import FORMAT, Run, run_id
 from fer.stop import ask_to_stop
-from pipelines import launch, report, trials
+from pipelines import experiments, launch, report, trials
+from pipelines.experiments import Experiment, Job
 from pipelines.guard import guarded, mark_children
-from pipelines.params import Params, load
+from pipelines.params import load, machine
 from pipelines.tracking import Tracker
 from pipelines.trials import Plan, Trial
 
@@ -36,27 +40,76 @@ DATA, RUNS = Path("data"), Path("data/runs")
 PATIENCE = 20  # seconds for the runs to save when they are asked to stop; Slurm kills after 30
 
 
-Runs = dict[str, tuple[RunConfig, Path]]  # name -> run and its folder; a run stands after the one it starts from
+Jobs = dict[str, Job]  # by name; a run stands after the one that it starts from
 
 
-def prepare(params: Params, names: list[str]) -> tuple[Runs, Tracker]:
-    """The runs of the named models (all without a name), checked against data, tracking server and machine.
+def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
+    """The runs of the experiments and changes in `words`, checked against data, tracking server and machine.
 
     A run that is not finished brings with it the one that its `init_from` names.
     Raises UserError for whatever stands in the way, before any run starts. May be called again at no cost.
     """
-    names = params.named(names)
+    params = load()
+    found = experiments.load(words, machine(params))
+    asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]}
     data = open_data(DATA)
-    runs: Runs = {}
-    for name in names:
-        _add(runs, name, params, data.hash, asked=True)
-    unfinished = any(not (folder / "summary.json").exists() for _, folder in runs.values())
+    jobs = _jobs(found, data.hash)
+    open_jobs = {name for name, job in jobs.items() if not done(job.folder, data)}
+    for name in reversed(jobs):
+        first = jobs[name].run.init_from
+        if name in asked and name in open_jobs and first is not None:
+            asked.add(first)
+    jobs = {name: job for name, job in jobs.items() if name in asked}
+    for job in jobs.values():
+        _check_not_begun_in_another_format(job)
+    unfinished = any(name in open_jobs for name in jobs)
     with _server_wakes(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment)
         if unfinished:
             launch.start_ray()
-            launch.check_resources({name: run for name, (run, _) in runs.items()})
-    return runs, tracker
+            launch.check_resources(jobs.values())
+    return jobs, tracker
+
+
+def _jobs(found: dict[str, Experiment], data_hash: str) -> Jobs:
+    jobs: Jobs = {}
+    for name, experiment in found.items():
+        run = experiment.run
+        start = jobs[run.init_from].folder.name if run.init_from else None
+        jobs[name] = Job(name, run, experiment.resources, RUNS / run_id(name, run, data_hash, start), start)
+    return jobs
+
+
+def done(folder: Path, data: DataSet) -> bool:
+    """Whether a run is evaluated, on the test split and the marks of leaked images as they are now."""
+    summary = read_summary(folder)
+    return summary is not None and outdated(summary, data) is None
+
+
+def finished(job: Job, tracker: Tracker) -> bool:
+    """Whether nothing is left to do for a run."""
+    return done(job.folder, open_data(DATA)) and tracker.recorded(job.folder)
+
+
+def _check_not_begun_in_another_format(job: Job) -> None:
+    """Raises UserError where the same settings have been trained for a while in an earlier format."""
+    if job.folder.exists():
+        return
+    for last in RUNS.glob(f"{job.name}-s{job.run.seed}-*/last"):
+        if not (last.parent / SUMMARY).exists() and (begun := _other_format(last, job.run)):
+            raise UserError(
+                f"{last.parent}: was begun in format {begun} and cannot go on in format {FORMAT}; "
+                "delete that folder to train anew"
+            )
+
+
+def _other_format(last: Path, run: Run) -> int | None:
+    """The format of a checkpoint where it is another one than today's and the settings are those of `run`."""
+    with suppress(UserError):  # settings that nobody can read are not those
+        meta = checkpoint.load_meta(last)
+        if format_of(meta) != FORMAT and read_run(meta, last / checkpoint.META) == run:
+            return format_of(meta)
+    return None
 
 
 @contextmanager
@@ -78,60 +131,46 @@ def _server_wakes(wanted: bool) -> Iterator[None]:
         yield
 
 
-def _folder(name: str, params: Params, data_hash: str) -> Path:
-    """data/runs/<run id>; the id of the run that `init_from` names is part of it."""
-    run = params.models[name]
-    start = _folder(run.init_from, params, data_hash).name if run.init_from else None
-    return RUNS / run_id(name, run, data_hash, start)
-
-
-def _add(runs: Runs, name: str, params: Params, data_hash: str, asked: bool) -> None:
-    run, folder = params.models[name], _folder(name, params, data_hash)
-    done = (folder / "summary.json").exists()
-    if run.init_from and not done:
-        _add(runs, run.init_from, params, data_hash, asked=False)
-    if asked or not done:
-        runs.setdefault(name, (run, folder))
-
-
-@task(task_run_name="train-{name}", cache_policy=NO_CACHE, persist_result=False)
-def train_model(
-    name: str, run: RunConfig, folder: Path, tracker: Tracker, max_failures: int, start: str | None
-) -> None:
+@task(task_run_name="train-{job.name}", cache_policy=NO_CACHE, persist_result=False)
+def train_model(job: Job, tracker: Tracker) -> None:
     """Bring one run to its end: trained, evaluated, in MLflow. What is done already is not done again."""
-    if tracker.recorded(folder):
-        return
     data = open_data(DATA)
+    ready, summary = done(job.folder, data), read_summary(job.folder)
+    if ready and tracker.recorded(job.folder):
+        return
+    if summary is not None and (again := outdated(summary, data)):
+        _tell(f"{job.folder.name}: {again}")
     try:
-        with launch.held(folder, name), tracker.record(folder, name, run, {**data.summary, "hash": data.hash}):
-            if not (folder / "summary.json").exists():
-                launch.launch(name, run, folder, DATA, max_failures, start)
+        with launch.held(job.folder, job.name), tracker.record(job, {**data.summary, "hash": data.hash}):
+            if not ready:
+                launch.launch(job, DATA)
     except OSError as error:
-        raise disk_error(error, folder) or error from error
+        raise disk_error(error, job.folder) or error from error
 
 
 def _run_name() -> str:
-    return ", ".join(flow_run.parameters.get("models") or ["all models"])
+    return ", ".join(flow_run.parameters["words"])
 
 
 @flow(name="train", flow_run_name=_run_name, validate_parameters=False)
-def train(models: list[str] | None = None, overrides: list[str] | None = None) -> State:
-    """Train the named models of params.yaml (all without a name) with `--set` overrides, compare and register them."""
+def train(words: list[str]) -> State:
+    """Train the experiments named in `words`, with the changes `key=value` in it; compare and register them."""
     mark_children()
-    params = load(overrides=overrides or [])
-    runs, tracker = prepare(params, models or [])
+    if not experiments.split(words)[0]:
+        raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
+    jobs, tracker = prepare(words)
     tracker.close_abandoned()
     with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: list(launch.running)):
-        failed = _train_all(runs, tracker, params)
-    done = report.finished([folder for name, (_, folder) in runs.items() if name not in failed])
+        failed = _train_all(jobs, tracker)
+    finished = report.finished([job.folder for name, job in jobs.items() if name not in failed])
     create_table_artifact(
-        [report.row(summary) for summary in done],
+        [report.row(summary) for summary in finished],
         key="results",
         description=report.LEGEND,
     )
     if failed:
         return Failed(message="; ".join(f"{name}: {error}" for name, error in failed.items()), data=failed)
-    return Completed(message=f"{len(done)} runs finished", data=failed)
+    return Completed(message=f"{len(finished)} runs finished", data=failed)
 
 
 @contextmanager
@@ -175,15 +214,15 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseException]:
+def _train_all(jobs: Jobs, tracker: Tracker) -> dict[str, BaseException]:
     """Submit every run and wait, a run that starts from another after that one; name -> error of the failed."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(runs)))
+    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
     with runner as pool:
-        futures = _submit(runs, pool, tracker, params)
+        futures = _submit(jobs, pool, tracker)
         wait(list(futures.values()))
     failed: dict[str, BaseException] = {}
-    for name in runs:
-        first = runs[name][0].init_from
+    for name, job in jobs.items():
+        first = job.run.init_from
         if first in failed:
             kind = UserError if isinstance(failed[first], UserError) else RuntimeError
             failed[name] = kind(f"{name}: not started, as {first}, from which it starts, failed")
@@ -194,53 +233,39 @@ def _train_all(runs: Runs, tracker: Tracker, params: Params) -> dict[str, BaseEx
     return failed
 
 
-def _submit(runs: Runs, pool: Any, tracker: Tracker, params: Params) -> dict[str, Any]:
+def _submit(jobs: Jobs, pool: Any, tracker: Tracker) -> dict[str, Any]:
     """A future per run. Where they do not all fit at once, each stands in Ray's line before the next is submitted.
 
     The widest go first: Ray gives what is free to any run that fits, so a wide one behind narrow ones would be last.
     """
-    step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
-    in_order = not launch.all_fit([run for run, _ in runs.values()])
+    in_order = not launch.all_fit(jobs.values())
     futures: dict[str, Any] = {}
-    for name in sorted(runs, key=lambda name: (_steps_before(name, runs), *launch.narrowness(runs[name][0]))):
-        run, folder = runs[name]
-        first = run.init_from if run.init_from in runs else None
+    for name in sorted(jobs, key=lambda name: (_steps_before(name, jobs), *launch.narrowness(jobs[name].resources))):
+        first = jobs[name].run.init_from
         line = launch.in_line() if in_order else set()
         futures[name] = pool.submit(
-            step,
-            parameters=_parameters(name, run, folder, tracker, params, runs[first][1].name if first else None),
-            wait_for=[futures[first]] if first else None,
+            train_model,
+            parameters={"job": jobs[name], "tracker": tracker},
+            wait_for=[futures[first]] if first in jobs else None,
         )
-        while in_order and not first and launch.in_line() <= line and not futures[name].wrapped_future.done():
+        while in_order and first not in jobs and launch.in_line() <= line and not futures[name].wrapped_future.done():
             time.sleep(0.1)
     return futures
 
 
-def _steps_before(name: str, runs: Runs) -> int:
-    """How many of `runs` end before this one begins."""
-    first = runs[name][0].init_from
-    return 1 + _steps_before(first, runs) if first in runs else 0
+def _steps_before(name: str, jobs: Jobs) -> int:
+    """How many of `jobs` end before this one begins."""
+    first = jobs[name].run.init_from
+    return 1 + _steps_before(first, jobs) if first in jobs else 0
 
 
-def _parameters(
-    name: str, run: RunConfig, folder: Path, tracker: Tracker, params: Params, start: str | None
-) -> dict[str, Any]:
-    failures = params.experiment.max_worker_failures
-    return {
-        "name": name, "run": run, "folder": folder, "tracker": tracker, "max_failures": failures, "start": start
-    }  # fmt: skip
-
-
-def _worth_a_retry(task: Any, task_run: Any, state: State) -> bool:
-    return not isinstance(state.result(raise_on_failure=False), UserError)
-
-
-def prepare_sweep(params: Params, name: str, new: bool) -> tuple[Plan, Tracker]:
-    """The named sweep, begun or found again, checked against data, tracking server and machine.
+def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
+    """The sweep named in `words`, begun or found again, checked against data, tracking server and machine.
 
     Raises UserError for whatever stands in the way, before any trial starts. May be called again at no cost.
     """
-    plan = trials.plan(params, name, open_data(DATA).hash)
+    params = load()
+    plan = trials.plan(words, machine(params), open_data(DATA).hash)
     trials.check_same(plan, new)
     tracker = Tracker(params.tracking.uri, params.tracking.experiment)
     if not trials.complete(plan):
@@ -250,17 +275,16 @@ def prepare_sweep(params: Params, name: str, new: bool) -> tuple[Plan, Tracker]:
         launch.start_ray()
         search.check(plan)
         if plan.sweep.confirm_seeds:
-            launch.check_resources({plan.sweep.base: params.models[plan.sweep.base]})
+            launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, RUNS)])
     trials.begin(plan)
     return plan, tracker
 
 
-@flow(name="sweep", flow_run_name="{name}", validate_parameters=False)
-def sweep(name: str, overrides: list[str] | None = None, new: bool = False) -> State:
-    """Search for better settings of one model, confirm them with other seeds beside the model's own, register."""
+@flow(name="sweep", flow_run_name=_run_name, validate_parameters=False)
+def sweep(words: list[str], new: bool = False) -> State:
+    """Search for better settings of one experiment, confirm them with other seeds beside its own, register."""
     mark_children()
-    params = load(overrides=overrides or [])
-    plan, tracker = prepare_sweep(params, name, new)
+    plan, tracker = prepare_sweep(words, new)
     data = open_data(DATA)
     tracker.close_abandoned()
     with (
@@ -270,14 +294,14 @@ def sweep(name: str, overrides: list[str] | None = None, new: bool = False) -> S
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):
         found = search_trials(plan)
-        runs = _confirming(plan, params, found)
-        failed = _train_listed(runs, tracker, params)
+        jobs = _confirming(plan, found)
+        failed = _train_listed(jobs, tracker)
         if failed:
             raise next(iter(failed.values()))
-        result = trials.conclude(plan, params, found, [folder for _, _, folder in runs])
+        result = trials.conclude(plan, found, [job.folder for job in jobs])
         register_result(plan, found, result, tracker, run_id)
     create_table_artifact(
-        report.trial_rows(found, plan.base.epochs), key="trials", description=report.sweep_note(result)
+        report.trial_rows(found, plan.base.run.epochs), key="trials", description=report.sweep_note(result)
     )
     return Completed(message=f"{len(found)} trials, best {result['best']['number']}", data={})
 
@@ -289,34 +313,28 @@ def search_trials(plan: Plan) -> list[Trial]:
 
     found = search.search(plan)
     if trials.best_of(found) is None:
-        raise UserError(f"sweeps.{plan.name}.hours: over before any trial ended an epoch; raise it")
+        raise UserError(f"sweep {plan.name}: hours: over before any trial ended an epoch; raise it")
     return found
 
 
-Listed = list[tuple[str, RunConfig, Path]]  # name, run and folder
-
-
-def _confirming(plan: Plan, params: Params, found: list[Trial]) -> Listed:
-    """The best of the search and the base, each with seeds that the search did not use."""
-    best = trials.best_of(found)
+def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
+    """The best of the search and the base, each with seeds that the search did not use, on the base's resources."""
+    best, base = trials.best_of(found), plan.base
     assert best is not None
-    base = params.models[plan.sweep.base]
-    runs: Listed = []
+    jobs = []
     for seed in trials.seeds(plan, best):
-        for name, run in ((trials.best_name(plan), trials.best_run(plan, params, best)), (plan.sweep.base, base)):
+        for name, run in ((trials.best_name(plan), plan.run(best.point)), (base.name, base.run)):
             seeded = run.model_copy(update={"seed": seed})
-            runs.append((name, seeded, RUNS / run_id(name, seeded, plan.data_hash)))
-    return runs
+            jobs.append(Job(name, seeded, base.resources, RUNS / run_id(name, seeded, plan.data_hash)))
+    return jobs
 
 
-def _train_listed(runs: Listed, tracker: Tracker, params: Params) -> dict[str, BaseException]:
+def _train_listed(jobs: list[Job], tracker: Tracker) -> dict[str, BaseException]:
     """Train runs that do not depend on each other; run id -> error of the failed."""
-    step = train_model.with_options(retries=params.experiment.retries, retry_condition_fn=_worth_a_retry)
-    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(runs)))
+    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
     with runner as pool:
         futures = {
-            folder.name: pool.submit(step, parameters=_parameters(name, run, folder, tracker, params, None))
-            for name, run, folder in runs
+            job.folder.name: pool.submit(train_model, parameters={"job": job, "tracker": tracker}) for job in jobs
         }
         wait(list(futures.values()))
     return {

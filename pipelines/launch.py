@@ -5,24 +5,30 @@ import logging
 import os
 import shutil
 import socket
+import traceback
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
+import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.util import ActorPool
 from torch.distributed import Backend
 
-from fer.config import Resources, RunConfig
+import fer
 from fer.device import share_heaps
-from fer.errors import UserError
-from pipelines.controller import Trainer
+from fer.errors import UserError, disk_error
+from fer.resources import Resources
+from pipelines.controller import PeerLost, Trainer, died
+from pipelines.experiments import Job
 
+TRACEBACK = "error.txt"  # in a run's folder
 running: set[Path] = set()  # folders of the runs that this process has given to Ray
 
 
@@ -59,26 +65,26 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
-def check_resources(runs: dict[str, RunConfig]) -> None:
+def check_resources(jobs: Iterable[Job]) -> None:
     """Raises UserError, a line per run, where a run asks for more than the started Ray could ever give."""
     have = ray.cluster_resources()
     lines = []
-    for name, run in runs.items():
-        asked = run.resources
+    for job in jobs:
+        asked, where = job.resources, f"{job.name}: resources"
         if asked.device == "cuda" and not have.get("GPU"):
-            lines.append(f"models.{name}.resources.device: cuda, but no GPU is there; set it to auto or cpu")
+            lines.append(f"{where}.device: cuda, but no GPU is there; set it to auto or cpu")
             continue
         short = [
-            f"models.{name}.resources: {asked.workers} worker(s) need {need:g} {kind}s, "
+            f"{where}: {asked.workers} worker(s) need {need:g} {kind}s, "
             f"there are {have.get(kind, 0):g}; lower workers or name a larger cluster in RAY_ADDRESS"
-            for kind, need in _needs(run).items()
+            for kind, need in _needs(asked).items()
             if need > have.get(kind, 0)
         ]
         lines += short
         if not short and (room := _room(asked)) < asked.workers:
             share = " and ".join(f"{count:g} {kind}s" for kind, count in _per_worker(asked).items())
             lines.append(
-                f"models.{name}.resources: a worker needs {share} of one machine; the machines that are there have "
+                f"{where}: a worker needs {share} of one machine; the machines that are there have "
                 f"room for {room} of {asked.workers} worker(s); lower cpus_per_worker or gpus_per_worker"
             )
     if lines:
@@ -92,18 +98,20 @@ def _room(asked: Resources) -> int:
     return sum(min(int(machine.get(kind, 0) / count) for kind, count in share.items()) for machine in machines)
 
 
-def all_fit(runs: list[RunConfig]) -> bool:
-    """Whether there is room for all of them at the same time."""
+def all_fit(jobs: Iterable[Job]) -> bool:
+    """Whether there is room for all of them at the same time; True where Ray was not started, as none trains."""
+    if not ray.is_initialized():
+        return True
     have = ray.cluster_resources()
     total: Counter[str] = Counter()
-    for run in runs:
-        total.update(_needs(run))
+    for job in jobs:
+        total.update(_needs(job.resources))
     return all(need <= have.get(kind, 0) for kind, need in total.items())
 
 
-def narrowness(run: RunConfig) -> tuple[float, float]:
+def narrowness(asked: Resources) -> tuple[float, float]:
     """Sorts runs that need many GPUs, then many CPUs, before the others."""
-    needs = _needs(run)
+    needs = _needs(asked)
     return -needs.get("GPU", 0), -needs["CPU"]
 
 
@@ -113,45 +121,45 @@ def in_line() -> set[str]:
     return {group for group in ray.util.placement_group_table() if group.endswith(job)}
 
 
-def launch(name: str, run: RunConfig, folder: Path, data_dir: Path, max_failures: int, start: str | None) -> None:
-    """Train and evaluate `run` into `folder` (data/runs/<run id>); waits until Ray has resources for it.
+def launch(job: Job, data_dir: Path) -> None:
+    """Train and evaluate a run into its folder; waits until Ray has resources for it.
 
-    `start` is the id of the run that `init_from` names.
-
-    A worker that dies is restarted `max_failures` times, from the run's last checkpoint; one that gets SIGTERM saves
-    first and is not counted. Raises UserError for what a user can mend, RuntimeError for the rest.
+    A worker that dies is restarted `resources.restarts` times, from the run's last checkpoint; one that gets SIGTERM
+    saves first and is not counted. Raises UserError for what a user can mend, RuntimeError for the rest.
     """
-    storage = folder / ".ray"
+    asked, storage = job.resources, job.folder / ".ray"
     trainer = Trainer(
         _work,  # type: ignore[arg-type]
         train_loop_config={
-            "name": name,
-            "run": run.model_dump(),
-            "start": start,
+            "name": job.name,
+            "run": job.run.model_dump(),
+            "resources": asked.model_dump(),
+            "start": job.start,
             "data_dir": str(data_dir.resolve()),
-            "runs_dir": str(folder.parent.resolve()),
+            "folder": str(job.folder.resolve()),
             "cwd": os.getcwd(),
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.resources.workers,
-            use_gpu=_uses_gpu(run.resources),
-            resources_per_worker=_per_worker(run.resources),
+            num_workers=asked.workers,
+            use_gpu=_uses_gpu(asked),
+            resources_per_worker=_per_worker(asked),
         ),
-        backend_config=_group(run.resources),
+        backend_config=_group(asked),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=uuid.uuid4().hex,  # a name used before would silently bring its old state back
             storage_path=str(storage.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=asked.restarts),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    running.add(folder)
+    (job.folder / TRACEBACK).unlink(missing_ok=True)  # of an earlier try
+    running.add(job.folder)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _reason(name, error) from None
+        raise _reason(job.name, error) from None
     finally:
-        running.discard(folder)
+        running.discard(job.folder)
         shutil.rmtree(storage, ignore_errors=True)
 
 
@@ -210,27 +218,47 @@ def held(folder: Path, name: str) -> Iterator[None]:
 
 def _work(config: dict[str, Any]) -> None:
     """On every worker."""
-    from fer.errors import disk_error
     from fer.evaluate import evaluate
+    from fer.run import Run
     from fer.train import fit
 
     with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(config["cwd"])  # paths in params.yaml are relative to the project, Ray starts workers elsewhere
+        os.chdir(config["cwd"])  # paths in settings are relative to the project, Ray starts workers elsewhere
+    folder, resources = Path(config["folder"]), Resources.model_validate(config["resources"])
     try:
-        run = RunConfig.model_validate(config["run"])
-        folder = fit(config["name"], run, config["data_dir"], config["runs_dir"], start=config["start"])
+        run = Run.model_validate(config["run"])
+        fit(config["name"], run, resources, config["data_dir"], folder.parent, start=config["start"])
         if ray.train.get_context().get_world_rank() == 0:
-            evaluate(folder, config["data_dir"])
-    except UserError as error:
-        if str(error).startswith("options."):
-            raise UserError(f"models.{config['name']}.{error}") from None
+            evaluate(folder, config["data_dir"], resources)
+    except UserError:
         raise
-    except OSError as error:
-        raise disk_error(error, config["runs_dir"]) or error from None
+    except Exception as error:
+        known = disk_error(error, folder) if isinstance(error, OSError) else None
+        raise known or _final(error, folder) from error
+
+
+def _final(error: Exception, folder: Path) -> RuntimeError:
+    """An error of the program, with its last line in the project; the whole traceback is left in `folder`.
+
+    PeerLost where it is another worker's end that this one met.
+    """
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
+        return PeerLost(str(error))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
+    root = Path(fer.__file__).parents[1]
+    packages = [root / "fer", root / "pipelines"]
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if any(map(Path(frame.filename).is_relative_to, packages))][-1]
+    where = f"{Path(last.filename).relative_to(root)}:{last.lineno}, in {last.name}"
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
+    return RuntimeError(f"{type(error).__name__}: {reason} ({where}; all of it: {folder / TRACEBACK})")
 
 
 def _uses_gpu(asked: Resources) -> bool:
-    return asked.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    return asked.device != "cpu" and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _group(asked: Resources) -> TorchConfig | None:
@@ -250,8 +278,8 @@ def _per_worker(asked: Resources) -> dict[str, float]:
     return share
 
 
-def _needs(run: RunConfig) -> dict[str, float]:
-    return {kind: run.resources.workers * count for kind, count in _per_worker(run.resources).items()}
+def _needs(asked: Resources) -> dict[str, float]:
+    return {kind: asked.workers * count for kind, count in _per_worker(asked).items()}
 
 
 def _reason(name: str, error: ray.train.TrainingFailedError) -> Exception:
@@ -260,11 +288,14 @@ def _reason(name: str, error: ray.train.TrainingFailedError) -> Exception:
     for cause in failures:
         if isinstance(cause, UserError):
             return UserError(str(cause))
-    cause = getattr(failures[0], "health_check_failure", failures[0])
+    own = [cause for cause in failures if not died(cause) and not isinstance(cause, PeerLost)]
+    cause = (own or failures)[0]
+    cause = getattr(cause, "health_check_failure", cause)
     if isinstance(cause, ray.exceptions.OutOfMemoryError):
         return RuntimeError(
             f"{name}: the machine ran out of memory and Ray ended a worker; "
-            "lower batch_size, eval_batch_size or resources.workers, or train fewer models at the same time"
+            "lower batch_size, resources.eval_batch_size or resources.workers, or train fewer models at the same time"
         )
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return RuntimeError(f"{name}: {type(cause).__name__}: {lines[-1] if lines else error}")
+    kind = "" if own else f"{type(cause).__name__}: "
+    return RuntimeError(f"{name}: {kind}{lines[-1] if lines else error}")

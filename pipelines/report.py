@@ -1,13 +1,14 @@
 """Finished runs side by side: the same rows for the terminal and the Prefect artifact."""
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fer.evaluate import read_summary
+from fer.made_by import source_hash
 from pipelines.halving import expected_epochs, rungs_of
-from pipelines.params import PROMOTING
+from pipelines.sweep_settings import PROMOTING
 from pipelines.trials import RUNNING, Trial, best_of
 
 # Test accuracy in % as the papers report it, each from its own training
@@ -22,16 +23,18 @@ PUBLISHED = {
         ("VGG13 (Barsoum) 2016", 84.99, "from scratch"),
     ]
 }
-COLUMNS = ("run", "val", "test", "unleaked", "UAR", "F1", "ECE", "params", "epoch", "min")
+COLUMNS = ("run", "val", "test", "unleaked", "not in train", "UAR", "F1", "ECE", "params", "epoch", "min")
 LEGEND = (
-    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test without images that also stand in train). "
-    "UAR: mean recall of the classes; F1: macro; ECE: calibration error; epoch: best / all; min: minutes of training."
+    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test without images that also stand in train or "
+    "val), not in train (without those in train alone, as in published tables). UAR: mean recall of the classes; "
+    "F1: macro; ECE: calibration error; epoch: best / all; min: minutes of training. "
+    "*: the code in fer/ has changed since."
 )
 
 
 def finished(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """summary.json of every finished run among `folders`, best val accuracy first."""
-    found = [json.loads(path.read_text()) for folder in folders if (path := folder / "summary.json").exists()]
+    found = [summary for folder in folders if (summary := read_summary(folder)) is not None]
     return sorted(found, key=lambda summary: -summary["val"]["accuracy"])
 
 
@@ -39,10 +42,11 @@ def row(summary: dict[str, Any]) -> dict[str, str]:
     """One run under COLUMNS, as text; accuracies in %."""
     test = summary["test"]
     cells = (
-        summary["run_id"],
+        summary["run_id"] + ("*" if differs(summary) else ""),
         _percent(summary["val"]["accuracy"]),
         _percent(test["accuracy"]),
-        _percent(summary["test_without_leaked"].get("accuracy")),
+        _percent(summary.get("test_unleaked", {}).get("accuracy")),  # of which format 1 knew nothing
+        _percent(summary["test_without_train"].get("accuracy")),
         _percent(test["balanced_accuracy"]),
         _percent(test["macro_f1"]),
         f"{test['ece']:.3f}",
@@ -53,18 +57,23 @@ def row(summary: dict[str, Any]) -> dict[str, str]:
     return dict(zip(COLUMNS, cells))
 
 
+def differs(summary: dict[str, Any]) -> bool:
+    """Whether other code of fer/ than today's trained or evaluated the run, or nobody knows."""
+    return any(summary.get(key, {}).get("fer") != source_hash() for key in ("trained_by", "made_by"))
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
 def note(summary: dict[str, Any]) -> str:
     """What a person wants to know of a run at once, as Markdown."""
-    test, unleaked, data = summary["test"], summary["test_without_leaked"], summary["data"]
+    test, unleaked, data = summary["test"], summary["test_unleaked"], summary["data"]
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
     best = f"epoch {summary['best_epoch']} of {summary['epochs']}"
     return (
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
-        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that do not stand in train; "
+        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that do not stand in train or val; "
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
         f"Data: {data['dataset']} ({labels}), hash {summary['data_hash']}. "
         f"`final/` metrics are of the best epoch, the others are curves."
@@ -139,13 +148,13 @@ def progress(trials: list[Trial], about: dict[str, Any], spent: float, running: 
 
 def _epochs_of_all(about: dict[str, Any]) -> int:
     """With asha and halving most trials wait until the search ends, so it is epochs that tell how far it is."""
-    reduction, epochs = about["reduction"], about["run"]["epochs"]
+    reduction, epochs = about["reduction"], about["epochs"]
     rungs = rungs_of(about["grace_epochs"], reduction, epochs) if about["scheduler"] in PROMOTING else []
     return expected_epochs(rungs, reduction, about["budget"]["trials"], epochs)
 
 
 def sweep_line(result: dict[str, Any]) -> str:
-    """Where a model of params.yaml comes from."""
+    """Where an experiment comes from."""
     found, best = result["confirmed"], result["best"]
     if found is None:
         return f"sweep {result['sweep']}, trial {best['number']}: val {_percent(best['val_accuracy'])} %, not confirmed"

@@ -1,18 +1,18 @@
 """The space of a sweep: which keys of a run vary, within what, and the run that a point of it gives."""
 
-import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fer.config import RunConfig, nearest
+from fer.run import Run
+from fer.settings import Fault, Section, check, nearest, section_at
+from pipelines.experiments import Layers
 
 RANGES = ("int", "float", "log", "factor")
 HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]}, {factor: [low, high]}, {choice: [...]}"
-NEVER = ("model", "init_from", "seed", "epochs", "eval_batch_size", "resources")  # not what a search is for
-NOT_ON_THE_WAY = ("options", "image_size", "channels", "optimizer", "ema_decay")  # a run cannot change them and go on
+NEVER = ("init_from", "seed", "epochs")  # not what a search is for
 Point = dict[str, Any]  # key -> number, or the label of a choice
 
 
@@ -26,20 +26,14 @@ class Dimension:
 
     @property
     def labels(self) -> list[Any]:
-        """The choices as plain values; a table or list as its JSON."""
-        return [json.dumps(value) if isinstance(value, dict | list) else value for value in self.values]
+        """The choices as plain values: a section by its name, another table or list as its JSON."""
+        return [_label(value) for value in self.values]
 
-    def lay(self, tree: dict[str, Any], value: Any) -> None:
-        """Put `value` of a point into the plain tree of a run; a table is laid over what is there."""
-        *parents, last = self.key.split(".")
-        for part in parents:
-            tree = tree.setdefault(part, {})
+    def value(self, label: Any, base: Any) -> Any:
+        """What a point's label stands for, where the base has `base`."""
         if self.kind == "choice":
-            tree[last] = _over(tree.get(last), self.values[self.labels.index(value)])
-        elif self.kind == "factor":
-            tree[last] = _times(tree[last], value)
-        else:
-            tree[last] = value
+            return self.values[self.labels.index(label)]
+        return _times(base, label) if self.kind == "factor" else label
 
     def round(self, value: Any) -> Any:
         """Four digits are enough, and can be read; within the range."""
@@ -51,21 +45,46 @@ class Dimension:
 Space = dict[str, Dimension]
 
 
-def changed(base: RunConfig, space: Space, point: Point) -> RunConfig:
-    """The base run with a point's values. Raises pydantic's ValidationError for keys that do not fit together."""
-    return RunConfig.model_validate(_laid(base, space, point))
+def _label(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"name"}:
+        return value["name"]
+    return json.dumps(value) if isinstance(value, dict | list) else value
 
 
-def _laid(base: RunConfig, space: Space, point: Point) -> dict[str, Any]:
-    tree = copy.deepcopy(base.model_dump())
-    for key, value in point.items():
-        space[key].lay(tree, value)
-    return tree
+def changed(base: Run, space: Space, point: Point) -> tuple[Run | None, list[Fault]]:
+    """The base run with a point's values, or None and why they do not fit together.
+
+    A key that the section chosen by another one of them does not have has no meaning there, and is left out.
+    """
+    whole = base.model_dump()
+    layers = Layers(Run, whole)
+    for key in sorted(point, key=_order):
+        if _has(layers.tree, key):
+            value = space[key].value(point[key], _find(whole, key))
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            layers.lay(value, "")
+    return check(Run, layers.tree)
 
 
-def published(base: RunConfig, space: Space) -> Point:
+def _order(key: str) -> tuple[int, bool]:
+    """A section comes before its keys, and its name first of all: another name starts it anew."""
+    return key.removesuffix(".name").count("."), not key.endswith(".name")
+
+
+def _has(tree: dict[str, Any], key: str) -> bool:
+    kind: type[Section] | None = Run
+    for part in key.split("."):
+        if kind is None or part not in kind.model_fields:
+            return False
+        tree = tree.get(part) if isinstance(tree, dict) else {}  # type: ignore[assignment]
+        kind = section_at(kind, part, tree)
+    return True
+
+
+def published(base: Run, space: Space) -> Point:
     """The point that leaves the base as it is; KeyError names a dimension that has none."""
-    whole = settled(base)
+    whole = base.model_dump()
     point = {}
     for key, dimension in space.items():
         value = 1.0 if dimension.kind == "factor" else _find(whole, key)
@@ -81,43 +100,37 @@ def published(base: RunConfig, space: Space) -> Point:
     return point
 
 
+def fixed_on_the_way(key: str) -> bool:
+    """Whether a run that has begun cannot change it and go on."""
+    return key in ("optimizer", "optimizer.name") or key.split(".")[0] in ("model", "input", "ema_decay")
+
+
 def grid(space: Space) -> Iterator[Point]:
     """Every point of a space of choices."""
     for labels in itertools.product(*(dimension.labels for dimension in space.values())):
         yield dict(zip(space, labels))
 
 
-def settled(run: RunConfig) -> dict[str, Any]:
-    """The run as a plain tree in which the settings of its backbones stand as a whole."""
-    # only here: stages read params.yaml, and start without torch
-    from fer.models import MODELS, backbones_of
-    from fer.models.backbones import settings_of
-
-    tree = run.model_dump()
-    tree["options"] = MODELS[run.model].options.model_validate(run.options).model_dump()
-    for key, options in backbones_of(run).items():
-        tree["options"][key]["settings"] = settings_of(options).model_dump()
-    return tree
-
-
-Check = Callable[[dict[str, Any]], list[str]]  # plain tree of a run -> its faults
-
-
-def read(space: dict[str, Any], base: RunConfig, prefix: str, check: Check, found: list[str]) -> Space:
+def read(space: dict[str, Any], base: Run, prefix: str, found: list[str]) -> Space:
     """The dimensions of `space`; what is wrong with them goes to `found`, a line for each key."""
     dimensions: Space = {}
     for key, given in space.items():
         where = f"{prefix}.{key}"
-        line = _form_fault(given) or _key_fault(settled(base), str(key), given)
+        line = _form_fault(given) or _key_fault(base.model_dump(), str(key), given)
         if line:
             found.append(f"{where}: {line}")
             continue
         ((kind, values),) = given.items()
+        if isinstance(_find(base.model_dump(), key), dict):  # a name is short for a table of it alone
+            values = [{"name": value} if isinstance(value, str) else value for value in values]
         dimension = Dimension(key, kind, tuple(values))
+        if kind == "choice" and (twice := _twice(dimension.labels)):
+            found.append(f"{where}: {twice[0]!r} stands in the choices twice")
+            continue
         faults = [
             f"{where}: {value!r} cannot work: {line}"
             for value in dimension.labels
-            for line in check(_laid(base, {key: dimension}, {key: value}))
+            for line in changed(base, {key: dimension}, {key: value})[1]
         ]
         found += faults[:1]
         if not faults:
@@ -135,10 +148,7 @@ def _form_fault(given: Any) -> str | None:
     if not isinstance(values, list):
         return f"{kind} needs a list, got {values!r}"
     if kind == "choice":
-        if len(values) < 2:
-            return f"choice needs two values at least, got {values}"
-        twice = [value for i, value in enumerate(values) if value in values[:i]]
-        return f"{twice[0]!r} stands in the choices twice" if twice else None
+        return f"choice needs two values at least, got {values}" if len(values) < 2 else None
     if len(values) != 2 or not all(_is_number(value) for value in values):
         return f"{kind} needs two numbers, [low, high], got {values}"
     low, high = values
@@ -153,6 +163,10 @@ def _form_fault(given: Any) -> str | None:
     return None
 
 
+def _twice(labels: list[Any]) -> list[Any]:
+    return [label for i, label in enumerate(labels) if label in labels[:i]]
+
+
 def _key_fault(tree: dict[str, Any], key: str, given: dict[str, Any]) -> str | None:
     """Whether the key is there, may be searched, and has the type of the range."""
     at: Any = tree
@@ -162,7 +176,7 @@ def _key_fault(tree: dict[str, Any], key: str, given: dict[str, Any]) -> str | N
         if part not in at:
             return f"unknown key{nearest(part, [str(name) for name in at])}"
         at = at[part]
-    if key.split(".")[0] in NEVER:
+    if key in ("model", "model.name") or key.split(".")[0] in NEVER:
         return "this key cannot be searched; set it in the base"
     (kind,) = given
     if kind == "int" and (not isinstance(at, int) or isinstance(at, bool)):
@@ -180,14 +194,14 @@ def _kinds_for(value: Any) -> str:
     return "int" if _is_number(value) else "choice"
 
 
-def _base_faults(space: Space, base: RunConfig, prefix: str) -> list[str]:
+def _base_faults(space: Space, base: Run, prefix: str) -> list[str]:
     """The first trial is the base, so the space must hold it."""
     lines = []
     for key, dimension in space.items():
         try:
             published(base, {key: dimension})
         except KeyError:
-            value = 1 if dimension.kind == "factor" else _find(settled(base), key)
+            value = 1 if dimension.kind == "factor" else _find(base.model_dump(), key)
             lines.append(
                 f"{prefix}.{key}: does not hold the base's {value!r}, which is the first trial; "
                 f"{'add it to the choices' if dimension.kind == 'choice' else 'widen the range or use choice'}"

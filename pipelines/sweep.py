@@ -19,20 +19,19 @@ import numpy as np
 import optuna
 import ray
 from optuna.trial import TrialState, create_trial
-from pydantic import ValidationError
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
 from fer.checkpoint import load_meta
-from fer.config import RunConfig, faults
 from fer.errors import UserError, disk_error
 from fer.files import write_json
+from fer.run import resource_faults
 from fer.train import NonFiniteLoss, fit
 from pipelines import trials as disk
 from pipelines.halving import Halving, rungs_of
-from pipelines.params import PROMOTING, run_faults
-from pipelines.space import Dimension, Point, Space, grid
+from pipelines.space import Dimension, Point, Space, changed, grid
+from pipelines.sweep_settings import PROMOTING
 from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial, read_trials
 
 TRIES = 200  # points in a row that are known or cannot work, before the search is over ...
@@ -42,18 +41,18 @@ METRIC, TIME = "best", "epoch"
 
 def check(plan: Plan) -> None:
     """Raises UserError where the started Ray has no room for a trial, or the space no points that work."""
-    have, sweep, prefix = ray.cluster_resources(), plan.sweep, f"sweeps.{plan.name}"
+    have, sweep, prefix = ray.cluster_resources(), plan.sweep, f"sweep {plan.name}"
     for kind, need in (("cpu", sweep.cpus_per_trial), ("gpu", sweep.gpus_per_trial)):
         if need > have.get(kind.upper(), 0):
             remedy = "set it to 0 to use CPUs" if kind == "gpu" else "lower it"
             there = f"there are {have.get(kind.upper(), 0):g}"
-            raise UserError(f"{prefix}.{kind}s_per_trial: {need:g} {kind.upper()}s, {there}; {remedy}")
+            raise UserError(f"{prefix}: {kind}s_per_trial: {need:g} {kind.upper()}s, {there}; {remedy}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
     drawn = [_fault(plan, _point(plan, study.ask(_distributions(plan.space)))) for _ in range(50)]
     found = [fault for fault in drawn if fault]
     if found:
-        raise UserError(f"{prefix}.space: {len(found)} of 50 points drawn from it cannot work, as {found[0]}")
+        raise UserError(f"{prefix}: space: {len(found)} of 50 points drawn from it cannot work, as {found[0]}")
 
 
 def search(plan: Plan) -> list[Trial]:
@@ -85,7 +84,7 @@ def search(plan: Plan) -> list[Trial]:
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex,
             storage_path=str(storage.resolve()),
-            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+            failure_config=tune.FailureConfig(max_failures=sweep.restarts),
             stop=clock,
             callbacks=[_Followed(searcher)] if members else None,
             verbose=0,
@@ -100,7 +99,7 @@ def search(plan: Plan) -> list[Trial]:
         raise UserError(clock.fatal)
     after = read_trials(plan.folder)
     if after and all(trial.state == FAILED for trial in after):
-        raise RuntimeError(f"sweeps.{plan.name}: all {len(after)} trials failed; the first: {after[0].error}")
+        raise RuntimeError(f"sweep {plan.name}: all {len(after)} trials failed; the first: {after[0].error}")
     return after
 
 
@@ -204,7 +203,7 @@ class _Search(Searcher):
         state, reason = DONE, None
         if error or result.get("error"):
             state, reason = FAILED, result.get("error") or _reason(trial.folder)
-        elif result.get(TIME, 0) < self.plan.base.epochs:
+        elif result.get(TIME, 0) < self.plan.base.run.epochs:
             state = RUNNING if self.clock.over else PRUNED
         ended = disk.set_state(trial, state, reason)
         if state != RUNNING:
@@ -273,11 +272,10 @@ def _asked(plan: Plan, study: optuna.Study) -> Point:
 
 
 def _fault(plan: Plan, point: Point) -> str | None:
-    """Why a run cannot have this point, whose values may each be well."""
-    try:
-        found = run_faults(plan.run(point).model_dump())
-    except ValidationError as error:
-        found = [line.removeprefix(": ") for line in faults(error, RunConfig)]
+    """Why a run cannot have this point, whose values may each be well; confirmed, it has the base's resources."""
+    run, found = changed(plan.base.run, plan.space, point)
+    if run is not None:
+        found = resource_faults(run, plan.resources) or resource_faults(run, plan.base.resources)
     return f"{found[0]} ({point})" if found else None
 
 
@@ -317,7 +315,7 @@ def _rungs(plan: Plan) -> list[int]:
     sweep = plan.sweep
     if sweep.scheduler not in PROMOTING:
         return []
-    return rungs_of(sweep.grace_epochs, sweep.reduction, plan.base.epochs)
+    return rungs_of(sweep.grace_epochs, sweep.reduction, plan.base.run.epochs)
 
 
 def _scheduler(plan: Plan, searcher: _Search) -> TrialScheduler:
@@ -396,7 +394,7 @@ def _reason(folder: Path) -> str:
 def _trial(config: dict[str, Any], plan: Plan) -> None:
     """On a worker: train the point, or go on with it, and report every epoch."""
     with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(plan.root)  # paths in params.yaml are relative to the project, Ray starts workers elsewhere
+        os.chdir(plan.root)  # paths in settings are relative to the project, Ray starts workers elsewhere
     config = config.get("member", config)
     folder, run = _own_folder(config, plan), plan.run(config["point"])
     with open(folder / ".lock", "w") as lock:
@@ -405,7 +403,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
         try:
             for row in disk.read_rows(report.folder):
                 report(row)
-            fit(plan.sweep.base, run, plan.root / "data", folder, on_epoch=report)
+            fit(plan.base.name, run, plan.resources, plan.root / "data", folder, on_epoch=report)
         except NonFiniteLoss as error:
             report.end(error=str(error))
         except UserError as error:

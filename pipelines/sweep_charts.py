@@ -91,7 +91,7 @@ def _ticks(dimension: Dimension) -> list[tuple[str, float]]:
 
 
 def _short(key: str) -> str:
-    return key.removeprefix("options.")
+    return key.removeprefix("model.")
 
 
 def _cut(text: str, length: int) -> str:

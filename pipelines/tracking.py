@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import sqlite3
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -32,10 +31,14 @@ from mlflow.models.model import ModelInfo
 from mlflow.types import Schema, TensorSpec
 
 import fer
-from fer.config import RunConfig
 from fer.errors import UserError
+from fer.evaluate import SUMMARY, read_summary
 from fer.files import write_json
+from fer.formats import read_run
+from fer.made_by import UNKNOWN, repository
 from fer.models import origin, packages
+from fer.run import Run
+from pipelines.experiments import Job
 from pipelines.guard import alive, process_id
 from pipelines.report import confusion_picture, note
 from pipelines.trials import FAILED, RUNNING, Plan, Trial, best_of, read_trials
@@ -64,14 +67,14 @@ class Tracker:
         self._registry = threading.Lock()
 
     @contextmanager
-    def record(self, folder: Path, name: str, run: RunConfig, data: dict[str, Any]) -> Iterator[None]:
-        """Around a run in `folder`: its MLflow run is RUNNING inside, FINISHED after, FAILED when the block raises."""
-        run_id = self._open(folder.name, name, run, data)
-        feed = _Feed(self.client, run_id, folder / "metrics.jsonl")
+    def record(self, job: Job, data: dict[str, Any]) -> Iterator[None]:
+        """Around a run: its MLflow run is RUNNING inside, FINISHED after, FAILED when the block raises."""
+        run_id = self._open(job.folder.name, job.name, job.run, data)
+        feed = _Feed(self.client, run_id, job.folder / "metrics.jsonl")
         try:
             yield
             feed.close()
-            self._finish(run_id, folder)
+            self._finish(run_id, job.folder)
         except BaseException as error:
             feed.close()
             self._fail(run_id, error)
@@ -81,7 +84,7 @@ class Tracker:
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
         """Around a sweep: its MLflow run, given by id, and below it one run for each trial, fed from their folders."""
         about = {"fer.sweep": plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
-        run_id = self._open(plan.folder.name, plan.sweep.base, plan.base, data, about)
+        run_id = self._open(plan.folder.name, plan.base.name, plan.base.run, data, about)
         feed = _SweepFeed(self, run_id, plan, data)
         try:
             yield run_id
@@ -102,11 +105,16 @@ class Tracker:
             self.client.log_artifact(run_id, str(path))
 
     def recorded(self, folder: Path) -> bool:
-        """Whether this server already has the finished run in `folder`."""
+        """Whether this experiment of this server already has the finished run in `folder`, as it was evaluated last."""
         try:
-            return json.loads((folder / "tracked.json").read_text())["uri"] == without_password(self.uri)
-        except FileNotFoundError:
+            found, summary = (json.loads((folder / name).read_text()) for name in ("tracked.json", SUMMARY))
+            place = {key: found[key] for key in ("uri", "experiment")}
+            return place == self._place() and found["finished"] == summary["finished"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or not whole: recording again does no harm
             return False
+
+    def _place(self) -> dict[str, str]:
+        return {"uri": without_password(self.uri), "experiment": self.name}
 
     def close_abandoned(self) -> list[str]:
         """Set runs FAILED whose process on this host is gone (killed, or the machine restarted); their run ids."""
@@ -128,9 +136,7 @@ class Tracker:
                 found[model.name] = {**champion.tags, "version": str(champion.version)}
         return found
 
-    def _open(
-        self, ours: str, name: str, run: RunConfig, data: dict[str, Any], about: dict[str, str] | None = None
-    ) -> str:
+    def _open(self, ours: str, name: str, run: Run, data: dict[str, Any], about: dict[str, str] | None = None) -> str:
         """The MLflow run of our run id, RUNNING; made with the tags `about` where there is none yet."""
         found = self.client.search_runs([self.experiment], f"tags.`{RUN_ID}` = '{ours}'", max_results=1)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
@@ -145,14 +151,14 @@ class Tracker:
                 self._describe(run_id, name, run, data)
             return run_id
         tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
-        tags |= {"starts_from": ", ".join(origin(run))}
+        tags |= {"starts_from": ", ".join(origin(run.model, run.init_from))}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
         tags |= {"mlflow.source.type": "JOB", **(about or {})}
         run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
         self._describe(run_id, name, run, data)
         return run_id
 
-    def _describe(self, run_id: str, name: str, run: RunConfig, data: dict[str, Any]) -> None:
+    def _describe(self, run_id: str, name: str, run: Run, data: dict[str, Any]) -> None:
         params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
         source = json.dumps({key: data[key] for key in ("dataset", "label_source", "label_mode") if key in data})
         dataset = Dataset(data["dataset"], data["hash"], source_type="dvc", source=source)
@@ -163,12 +169,19 @@ class Tracker:
         self.client.log_batch(run_id, params=[Param("name", name), *params])
 
     def _finish(self, run_id: str, folder: Path) -> None:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_summary(folder)
+        assert summary is not None, f"{folder} is not finished"
         registered, number = self._log_results(run_id, folder, summary)
         self.client.set_terminated(run_id, "FINISHED")
         write_json(
             folder / "tracked.json",
-            {"uri": without_password(self.uri), "mlflow_run": run_id, "registered": registered, "version": number},
+            {
+                **self._place(),
+                "mlflow_run": run_id,
+                "registered": registered,
+                "version": number,
+                "finished": summary["finished"],
+            },
         )
 
     def _log_results(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
@@ -309,7 +322,7 @@ class _SweepFeed:
     def _send_trial(self, trial: Trial) -> None:
         if trial.number not in self.runs:
             run, about = self.plan.run(trial.point), {PARENT: self.parent}
-            run_id = self.tracker._open(self._name(trial), self.plan.sweep.base, run, self.data, about)
+            run_id = self.tracker._open(self._name(trial), self.plan.base.name, run, self.data, about)
             given = [Param(f"sweep/{key}", str(value)) for key, value in trial.point.items()]
             if self.plan.sweep.scheduler != "pbt":  # whose points change
                 self.client.log_batch(run_id, params=given)
@@ -352,9 +365,9 @@ def tracking_uri(configured: str) -> str:
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of a finished run; `final/` keeps them apart from the curves in the UI."""
     values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
-    for split in ("val", "test", "test_without_leaked"):
+    for split in ("val", "test", "test_unleaked", "test_without_train"):
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
-            if key in summary[split]:
+            if key in summary.get(split, {}):
                 values[f"final/{split}_{key}"] = summary[split][key]
     for name, recall in zip(summary["classes"], summary["test"]["recall"]):
         if recall is not None:
@@ -372,15 +385,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
-    run = RunConfig.model_validate(json.loads((folder / "config.json").read_text())["config"])
+    path = folder / "config.json"
+    run = read_run(json.loads(path.read_text()), path)
     shape = (-1, *summary["data"]["image_shape"])
-    compares = run.options.get("pairing") == "same_subject"  # each image with a neutral face of the same person
-    names = ["images", "neutral"] if compares else ["images"]
+    beside = [name for name, needed in run.model.images_beside().items() if needed]
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), shape, name) for name in names]),
+        inputs=Schema([TensorSpec(np.dtype("uint8"), shape, name) for name in ["images", *beside]]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(summary["classes"])))]),
     )
-    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run))
+    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run.model))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
         return mlflow.pyfunc.log_model(
@@ -440,12 +453,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _git_commit() -> dict[str, str]:
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        return found.stdout.strip() if found.returncode == 0 else ""
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
+    commit, changed = repository()
+    if commit == UNKNOWN:
         return {}
-    changed = " (with changes)" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"mlflow.source.git.commit": commit + changed}
+    return {"mlflow.source.git.commit": commit + (" (with changes)" if changed is True else "")}

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fer.config import RunConfig, run_id
 from fer.errors import UserError
 from fer.files import write_json
+from fer.formats import format_of, read_run
+from fer.resources import Resources
+from fer.run import FORMAT, Run, run_id
+from fer.settings import differing
 from pipelines import space as spaces
-from pipelines.params import Params, Sweep, space_of
+from pipelines import sweep_settings
+from pipelines.experiments import Experiment
 from pipelines.space import Point, Space
+from pipelines.sweep_settings import Sweep
 
 SWEEPS = Path("data/sweeps")
 RUNNING, DONE, PRUNED, FAILED = "running", "done", "pruned", "failed"  # of a trial; running: or to be run again
@@ -28,25 +33,29 @@ SAME = ("base", "seed", "search", "scheduler", "grace_epochs", "reduction", "spa
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep as params.yaml has it now, and its folder."""
+    """A sweep as its file has it now, and its folder."""
 
     name: str
     sweep: Sweep
-    base: RunConfig  # as a trial runs it: one process, on the resources of a trial
+    base: Experiment
+    resources: Resources  # of a trial: one process
     space: Space
     data_hash: str
     folder: Path
     root: Path  # of the project
 
-    def run(self, point: Point) -> RunConfig:
-        return spaces.changed(self.base, self.space, point)
+    def run(self, point: Point) -> Run:
+        run, faults = spaces.changed(self.base.run, self.space, point)
+        if run is None:
+            raise ValueError(f"{point}: {faults[0]}")
+        return run
 
     def id_of(self, point: Point) -> str:
-        return run_id(self.sweep.base, self.run(point), self.data_hash)
+        return run_id(self.base.name, self.run(point), self.data_hash)
 
     @property
     def published(self) -> Point:
-        return spaces.published(self.base, self.space)
+        return spaces.published(self.base.run, self.space)
 
 
 @dataclass(frozen=True)
@@ -78,23 +87,23 @@ class Trial:
         return self.state in (DONE, PRUNED, RUNNING), self.epoch, self.best or 0.0
 
 
-def plan(params: Params, name: str, data_hash: str) -> Plan:
-    """The named sweep. Raises UserError when params.yaml has none of that name, or it cannot work."""
-    space, sweep = space_of(params, name), params.sweeps[name]
-    base = params.models[sweep.base].model_dump()
-    device = base["resources"]["device"] if sweep.gpus_per_trial else "cpu"
-    base["resources"] |= {"workers": 1, "cpus_per_worker": sweep.cpus_per_trial, "device": device}
-    run = RunConfig.model_validate(base)
-    folder = SWEEPS / f"{name}-{_digest(_about(name, sweep, run, data_hash))}"
-    return Plan(name, sweep, run, space, data_hash, folder, Path.cwd())
+def plan(words: list[str], machine: dict[str, Any], data_hash: str) -> Plan:
+    """The sweep named in `words`, with the changes there. Raises UserError when there is none, or it cannot work."""
+    name, sweep, base, space = sweep_settings.load(words, machine)
+    device = base.resources.device if sweep.gpus_per_trial else "cpu"
+    of_trial = {"workers": 1, "cpus_per_worker": sweep.cpus_per_trial, "gpus_per_worker": 1.0, "device": device}
+    resources = Resources.model_validate(base.resources.model_dump() | of_trial)
+    folder = SWEEPS / f"{name}-{_digest(_about(name, sweep, base.run, data_hash))}"
+    return Plan(name, sweep, base, resources, space, data_hash, folder, Path.cwd())
 
 
-def _about(name: str, sweep: Sweep, run: RunConfig, data_hash: str) -> dict[str, Any]:
+def _about(name: str, sweep: Sweep, run: Run, data_hash: str) -> dict[str, Any]:
     """What stands in sweep.json and decides the sweep's id."""
     return {
+        "format": FORMAT,
         "name": name,
         **{key: value for key, value in sweep.model_dump().items() if key in SAME},
-        "run": run.model_dump(exclude={"resources", "eval_batch_size"}),
+        "run": differing(run),
         "data": data_hash,
     }
 
@@ -107,14 +116,20 @@ def check_same(plan: Plan, new: bool) -> None:
     """Raises UserError where a sweep of that name was begun with other settings, unless a `new` one is wished."""
     others = folders(plan.name)
     if others and plan.folder not in others and not new:
-        raise UserError(_changed(plan, _about(plan.name, plan.sweep, plan.base, plan.data_hash), others[0]))
+        raise UserError(_changed(plan, _about(plan.name, plan.sweep, plan.base.run, plan.data_hash), others[0]))
 
 
 def begin(plan: Plan) -> None:
     """Make the folder and sweep.json, with the budget as it is now."""
     (plan.folder / "trials").mkdir(parents=True, exist_ok=True)
-    about = _about(plan.name, plan.sweep, plan.base, plan.data_hash)
-    write_json(plan.folder / "sweep.json", {**about, "budget": _budget(plan)})
+    about = _about(plan.name, plan.sweep, plan.base.run, plan.data_hash)
+    write_json(plan.folder / "sweep.json", {**about, "epochs": plan.base.run.epochs, "budget": _budget(plan)})
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """sweep.json, also of format 1."""
+    about = json.loads((folder / "sweep.json").read_text())
+    return about if "epochs" in about else {**about, "epochs": about["run"]["epochs"]}
 
 
 def complete(plan: Plan) -> bool:
@@ -128,12 +143,15 @@ def _budget(plan: Plan) -> dict[str, Any]:
 
 
 def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
-    before, prefix = json.loads((other / "sweep.json").read_text()), f"sweeps.{plan.name}"
+    before, prefix = read_about(other), f"sweep {plan.name}"
+    if format_of(before) != FORMAT:
+        begun = f"{other} was begun in format {format_of(before)} and cannot go on in format {FORMAT}"
+        return f"{prefix}: {begun}; give --new to start another"
     names = []
     for key in about:
         if about[key] != before.get(key):
-            inner = _differing(about[key], before.get(key)) if isinstance(about[key], dict) else [""]
-            head = {"run": f"models.{plan.sweep.base}", "data": "the data"}.get(key, f"{prefix}.{key}")
+            inner = _of_runs(plan.base.run, before["run"]) if key == "run" else _differing(about[key], before.get(key))
+            head = {"run": plan.base.name, "data": "the data"}.get(key, key)
             names += [f"{head}.{part}" if part else head for part in inner]
     verb = "differ" if len(names) > 1 else "differs"
     return (
@@ -142,9 +160,20 @@ def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     )
 
 
-def _differing(one: dict[str, Any], other: Any) -> list[str]:
-    other = other if isinstance(other, dict) else {}
-    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+def _of_runs(run: Run, before: dict[str, Any]) -> list[str]:
+    """The dotted keys in which a run differs from that of a sweep.json."""
+    return _differing(run.model_dump(), Run.model_validate(before).model_dump(), deep=True)
+
+
+def _differing(one: Any, other: Any, deep: bool = False) -> list[str]:
+    """The keys in which two tables differ, dotted where `deep`; [""] where one of them is none."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return [""]
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    if not deep:
+        return keys
+    below = [(key, part) for key in keys for part in _differing(one.get(key), other.get(key), deep)]
+    return [f"{key}.{part}" if part else key for key, part in below]
 
 
 def folders(name: str | None = None) -> list[Path]:
@@ -250,6 +279,12 @@ def result(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def best_run(folder: Path, result: dict[str, Any]) -> Run:
+    """The best run of a result, also of format 1."""
+    content = {"format": format_of(result), "config": result["run"]}
+    return read_run(content, folder / "result.json")
+
+
 def compared(ours: list[float], base: list[float]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of both, and of the differences of each seed's pair."""
     differences = [one - other for one, other in zip(ours, base)]
@@ -266,35 +301,31 @@ def best_name(plan: Plan) -> str:
     return f"{plan.name}_best"
 
 
-def best_run(plan: Plan, params: Params, best: Trial) -> RunConfig:
-    """The base with the best point, on the base's own resources."""
-    return plan.run(best.point).model_copy(update={"resources": params.models[plan.sweep.base].resources})
-
-
 def seeds(plan: Plan, best: Trial) -> list[int]:
     """Seeds that the search did not use; none where the base itself is the best."""
     own = plan.id_of(best.point) == plan.id_of(plan.published)
-    return [] if own else [plan.base.seed + 1 + i for i in range(plan.sweep.confirm_seeds)]
+    return [] if own else [plan.base.run.seed + 1 + i for i in range(plan.sweep.confirm_seeds)]
 
 
-def conclude(plan: Plan, params: Params, trials: list[Trial], confirmed: list[Path]) -> dict[str, Any]:
+def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str, Any]:
     """result.json. `confirmed`: folders of the finished runs of best and base, in turns, a pair for each seed."""
     best = best_of(trials)
     assert best is not None
     values = [json.loads((folder / "summary.json").read_text())["val"]["accuracy"] for folder in confirmed]
     return {
+        "format": FORMAT,
         "sweep": plan.folder.name,
-        "base": plan.sweep.base,
+        "base": plan.base.name,
         "best_name": best_name(plan),
         "budget": _budget(plan),
         "trials": len(trials),
         "states": {state: sum(trial.state == state for trial in trials) for state in (DONE, PRUNED, FAILED, RUNNING)},
         "epochs": sum(trial.epoch for trial in trials),
-        "epochs_of_all": len(trials) * plan.base.epochs,
+        "epochs_of_all": len(trials) * plan.base.run.epochs,
         "minutes": spent(plan.folder) / 60,
-        "first": {"val_accuracy": trials[0].best, "epoch": trials[0].epoch, "epochs": plan.base.epochs},
+        "first": {"val_accuracy": trials[0].best, "epoch": trials[0].epoch, "epochs": plan.base.run.epochs},
         "best": {"number": best.number, "val_accuracy": best.best, "epoch": best.epoch, "point": best.point},
-        "run": best_run(plan, params, best).model_dump(),
+        "run": plan.run(best.point).model_dump(),
         "seeds": seeds(plan, best) if values else [],
         "runs": [folder.name for folder in confirmed],
         "confirmed": compared(values[::2], values[1::2]) if values else None,

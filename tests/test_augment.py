@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_run
 from torch import Tensor
 
-from fer.config import Augment, RunConfig
-from fer.data.augment import Augmenter, Mixture, draw_mixture, model_input, normalize, to_float
+from fer.data.augment import Augment, Augmenter, Mixture, draw_mixture
+from fer.input import Input, model_input, normalize, to_float
 
 CPU = torch.device("cpu")
 NOTHING = {
@@ -315,26 +314,46 @@ def test_resizing_does_not_depend_on_the_batch() -> None:
     assert all(torch.equal(to_float(pixels[i : i + 1], 64)[0], whole[i]) for i in range(5))
 
 
-def normalized(images: Tensor, run: RunConfig) -> Tensor:
-    out = torch.empty(len(images), run.channels, *images.shape[2:])
-    normalize(images, run, out)
+def normalized(images: Tensor, settings: Input) -> Tensor:
+    out = torch.empty(len(images), settings.channels, *images.shape[2:])
+    normalize(images, settings, out)
     return out
 
 
 def test_grey_is_repeated_for_a_model_of_three_channels() -> None:
-    run = small_run(channels=3, pixel_mean=[0.5, 0.4, 0.3], pixel_std=[0.5, 0.25, 0.1])
-    result = normalized(torch.full((2, 1, 4, 4), 0.6), run)
+    settings = Input(channels=3, mean=[0.5, 0.4, 0.3], std=[0.5, 0.25, 0.1])
+    result = normalized(torch.full((2, 1, 4, 4), 0.6), settings)
     assert result.shape == (2, 3, 4, 4)
     # (.6 - .5) / .5, (.6 - .4) / .25, (.6 - .3) / .1
     torch.testing.assert_close(result[1, :, 3, 3], torch.tensor([0.2, 0.8, 3.0]))
 
 
-def test_colour_is_averaged_for_a_model_of_one_channel() -> None:
-    run = small_run(channels=1, pixel_mean=[0.5], pixel_std=[0.25])
+def test_one_number_is_for_all_channels() -> None:
+    result = normalized(torch.full((2, 3, 4, 4), 0.6), Input(channels=3, mean=[0.5], std=[0.25]))
+    torch.testing.assert_close(result, torch.full((2, 3, 4, 4), 0.4))  # (.6 - .5) / .25
+
+
+def test_colour_becomes_its_luma_for_a_model_of_one_channel() -> None:
     colour = torch.tensor([0.9, 0.6, 0.3]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    result = normalized(colour, run)
+    result = normalized(colour, Input(channels=1, mean=[0.5], std=[0.25]))
     assert result.shape == (1, 1, 2, 2)
-    torch.testing.assert_close(result, torch.full((1, 1, 2, 2), 0.4))  # (.6 - .5) / .25
+    # grey .299 * .9 + .587 * .6 + .114 * .3 = .6555; (.6555 - .5) / .25
+    torch.testing.assert_close(result, torch.full((1, 1, 2, 2), 0.622))
+
+
+def test_luma_is_kept_by_saturation_and_is_what_a_grey_model_sees() -> None:
+    """Saturation turns about the same grey that colour becomes, so a model of one channel does not see it."""
+    shape, random = (16, 8, 8, 3), torch.manual_seed(0)
+    pixels = torch.randint(96, 160, shape, dtype=torch.uint8, generator=random)  # far enough from black and white
+    grey, colour = Input(image_size=8, channels=1), Input(image_size=8, channels=3)
+    augment = augmenter(saturation=1.0)
+    change = augment.changes(augment.draw(16, 0), 8)
+    torch.testing.assert_close(model_input(pixels, grey, change), model_input(pixels, grey), atol=1e-5, rtol=0)
+    assert (model_input(pixels, colour, change) - model_input(pixels, colour)).abs().max() > 0.1
+    red, green, blue = pixels.double().unbind(3)
+    luma = (0.299 * red + 0.587 * green + 0.114 * blue) / 255
+    wanted = ((luma - 0.5) / 0.25).float().unsqueeze(1)
+    torch.testing.assert_close(model_input(pixels, grey), wanted, atol=1e-5, rtol=0)
 
 
 # The whole way, a few images at a time
@@ -345,7 +364,7 @@ def test_the_model_input_is_made_a_few_images_at_a_time(side: int, channels: int
     """200 pixels: 6 grey images at once, 2 coloured ones; the result is that of each alone."""
     shape = (9, side, side) if channels == 1 else (9, side, side, 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
-    run = small_run(image_size=side, channels=channels, pixel_mean=[0.4] * channels, pixel_std=[0.2] * channels)
+    settings = Input(image_size=side, channels=channels, mean=[0.4], std=[0.2])
     augment = augmenter(**EVERYTHING)
     draws = augment.draw(9, 1)
     sizes: list[int] = []
@@ -354,13 +373,13 @@ def test_the_model_input_is_made_a_few_images_at_a_time(side: int, channels: int
         sizes.append(len(images))
         return augment(images, draws[rows])
 
-    found = model_input(pixels, run, change)
+    found = model_input(pixels, settings, change)
     assert sizes == {(48, 1): [9], (200, 1): [6, 3], (200, 3): [2, 2, 2, 2, 1]}[side, channels]
     assert found.shape == (9, channels, side, side)
     for place in range(9):
         alone = augment(to_float(pixels[place : place + 1], side), draws[place : place + 1])
         torch.testing.assert_close(found[place], (alone[0] - 0.4) / 0.2, atol=1e-5, rtol=0)
-    plain = model_input(pixels, run)
+    plain = model_input(pixels, settings)
     torch.testing.assert_close(plain, (to_float(pixels, side) - 0.4) / 0.2, atol=1e-5, rtol=0)
 
 
@@ -368,7 +387,7 @@ def test_the_model_input_is_made_a_few_images_at_a_time(side: int, channels: int
 def test_threads_share_the_images_and_change_no_bit(inference: bool) -> None:
     """Nor are more threads than wished left to torch, in a thread that is there or in a new one."""
     pixels = torch.randint(256, (7, 200, 200), dtype=torch.uint8, generator=torch.manual_seed(0))
-    run = small_run(image_size=200, channels=3, pixel_mean=[0.4, 0.5, 0.6], pixel_std=[0.2, 0.3, 0.4])
+    settings = Input(image_size=200, channels=3, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
     augment = augmenter(**EVERYTHING)
     draws = augment.draw(7, 1)
     seen: list[tuple[int, int, slice]] = []
@@ -377,12 +396,12 @@ def test_threads_share_the_images_and_change_no_bit(inference: bool) -> None:
         seen.append((threading.get_ident(), torch.get_num_threads(), rows))
         return augment(images, draws[rows])
 
-    alone = model_input(pixels, run, change)
+    alone = model_input(pixels, settings, change)
     seen.clear()
     torch.set_num_threads(3)
     try:
         with torch.inference_mode(inference):
-            found = model_input(pixels, run, change)
+            found = model_input(pixels, settings, change)
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 3

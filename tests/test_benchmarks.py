@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NO_AUGMENT, small_run
+from conftest import CPU, NO_AUGMENT, VGG, small_run
 from PIL import Image
 
 from benchmarks import __main__ as bench
-from benchmarks import pipeline, reference, training
+from benchmarks import measure, pipeline, reference, training
 from benchmarks.measure import HEAD, Effort, Row, beside
-from fer.config import RunConfig
 from fer.evaluate import metrics, predict_split
 from fer.feed import Feed
 from fer.models import build_model
+from fer.run import Run
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")
 LITTLE = Effort(seconds=0, rounds=1, large=16, small=32, epochs=3)
 
 
@@ -30,19 +30,19 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "ways", lambda way: [way(0)])
 
 
-def three_channels(**changes: object) -> RunConfig:
-    return small_run(channels=3, pixel_mean=[0.5, 0.4, 0.3], pixel_std=[0.2, 0.25, 0.3], **changes)
+def three_channels(**changes: object) -> Run:
+    return small_run(input={"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}, **changes)
 
 
 @pytest.mark.parametrize("run", [small_run(), three_channels()], ids=["grey", "rgb"])
 @pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_both_sides_make_the_same_batches(run: RunConfig, flip: float) -> None:
+def test_both_sides_make_the_same_batches(run: Run, flip: float) -> None:
     """The engine in its own order, the reference in that of its files."""
     run = run.model_copy(update={"augment": run.augment.model_validate(NO_AUGMENT | {"flip": flip})})
     with training.faces(run, train=32) as (data, pngs):
         order = np.random.default_rng(run.seed).permutation(32)
-        ours = list(training.batches(run, data, CPU, augmented=True))
-        plain = reference.PngFolder(pngs / "train", run, reference.same_work(run))
+        ours = list(training.batches(run, CPU, data, DEVICE, augmented=True))
+        plain = reference.PngFolder(pngs / "train", run.input, reference.same_work(run))
         theirs = [plain[index] for index in order]
     assert [len(labels) for _, labels, _ in ours] == [16, 16]
     images = torch.cat([inputs["pixel_values"] for inputs, _, _ in ours])
@@ -76,11 +76,11 @@ def test_the_references_augmentations_keep_size_and_change_images() -> None:
 
 @pytest.mark.parametrize("loss", ["focal_pdls", "vote_cross_entropy"])
 def test_both_sides_take_the_same_step(loss: str) -> None:
-    no_dropout = {"width": 0.0625, "batch_norm": True, "conv_dropout": 0.0, "dense_dropout": 0.0}
-    run = small_run(loss=loss, options=no_dropout, optimizer="adam", weight_decay=0.0, clip_grad_norm=None)
+    no_dropout = VGG | {"conv_dropout": 0.0, "dense_dropout": 0.0}
+    run = small_run(model=no_dropout, loss={"name": loss}, optimizer={"name": "adam"}, clip_grad_norm=None)
     with training.faces(run, train=16) as (data, _):
-        inputs, labels, targets = next(training.batches(run, data, CPU, augmented=False))
-        ours, theirs, still = (training.Steps(run, data, CPU) for _ in range(3))
+        inputs, labels, targets = next(training.batches(run, CPU, data, DEVICE, augmented=False))
+        ours, theirs, still = (training.Steps(run, data, DEVICE) for _ in range(3))
     ours.step(inputs, labels, targets)
     theirs.plain_step(inputs["pixel_values"], labels)
     for one, two in zip(ours.model.parameters(), theirs.model.parameters()):
@@ -93,21 +93,23 @@ def test_both_sides_find_the_same_accuracy() -> None:
     run = small_run()
     with training.faces(run, val=40) as (data, pngs):
         torch.manual_seed(0)
-        model = build_model(run, 8)
+        model = build_model(run.model, run.input, 8)
         split = data.split("val")
-        found = metrics(predict_split(model, Feed(model, run, split, data.classes, CPU))[0], split.labels)["accuracy"]
-        expected = reference.accuracy(model, reference.loader(pngs / "val", run, None, 0, train=False), CPU)
+        logits, _ = predict_split(model, Feed(model, run, CPU, split, data.classes, DEVICE))
+        files = reference.loader(pngs / "val", run, CPU, None, 0, train=False)
+        expected = reference.accuracy(model, files, DEVICE)
+    found = metrics(torch.softmax(logits, 1), split.labels)["accuracy"]
     assert found == pytest.approx(expected)
     assert 0 < found < 1
 
 
 CASES: dict[str, tuple[Callable[[], object], int]] = {
-    "input": (lambda: training.input_path(small_run(), CPU, LITTLE, 16), 3),
-    "augmentation": (lambda: training.augmentation(small_run(), CPU, LITTLE, 16), 1),
-    "step": (lambda: training.train_step(small_run(), CPU, LITTLE, "x"), 1),
-    "evaluation": (lambda: training.evaluation(small_run(), CPU, LITTLE, "x", 16), 1),
-    "epoch": (lambda: training.epoch(small_run(epochs=2), CPU, LITTLE, "x", 16), 1),
-    "published": (lambda: training.published(small_run(epochs=2), CPU, LITTLE, "x", 16), 1),
+    "input": (lambda: training.input_path(small_run(), CPU, DEVICE, LITTLE, 16), 3),
+    "augmentation": (lambda: training.augmentation(small_run(), DEVICE, LITTLE, 16), 1),
+    "step": (lambda: training.train_step(small_run(), CPU, DEVICE, LITTLE, "x"), 1),
+    "evaluation": (lambda: training.evaluation(small_run(), CPU, DEVICE, LITTLE, "x", 16), 1),
+    "epoch": (lambda: training.epoch(small_run(epochs=2), CPU, DEVICE, LITTLE, "x", 16), 1),
+    "published": (lambda: training.published(small_run(epochs=2), CPU, DEVICE, LITTLE, "x", 16), 1),
 }
 
 
@@ -127,12 +129,45 @@ def test_the_cases_of_the_table_are_tried_here() -> None:
     assert set(bench.CASES) == {*CASES, "pipeline", "workers", "upscale"}
 
 
-def test_settings_are_those_of_params_yaml_without_files_of_weights() -> None:
-    run = training.settings("swin_nr_fpdls", CPU)
-    assert run.image_size == 384
+def test_settings_are_those_of_the_experiment_without_files_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the project's experiments, wherever the command is given
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    run, resources = training.settings("swin_nr_fpdls", DEVICE, epochs=4)
+    assert run.input.image_size == 384
     assert run.augment.rotation == 45
-    assert run.options["backbone"]["weights"] is None
-    assert (run.resources.device, run.resources.cpus_per_worker) == ("cpu", torch.get_num_threads())
+    assert run.model.backbones()["backbone"].weights is None
+    assert (run.epochs, run.schedule.warmup_epochs) == (4, 0)
+    assert (resources.device, resources.cpus_per_worker) == ("cpu", 3)
+    assert Path.cwd() == tmp_path
+
+
+def test_settings_that_name_no_weights_are_those_of_the_experiment() -> None:
+    run, _ = training.settings("vgg13_small", DEVICE)
+    assert run.model.backbones() == {}
+    assert run.model.model_dump()["width"] == 0.25
+    assert (run.optimizer.lr, run.schedule.warmup_epochs) == (2e-3, 0)  # the file itself has the default warm-up
+
+
+@pytest.mark.parametrize(("name", "changed", "expected"), [
+    ("cpu", False, "commit 0123456, A processor, 2 threads, riscv, Python 3.11.7, torch 2.13.0"),
+    ("cuda", True, "commit 0123456 with changes, A card, 2 threads, riscv, Python 3.11.7, torch 2.13.0"),
+    ("cpu", "unknown", "commit 0123456, A processor, 2 threads, riscv, Python 3.11.7, torch 2.13.0"),
+])  # fmt: skip
+def test_the_machine_is_told(name: str, changed: bool | str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_by(device: torch.device, threads: int) -> dict[str, Any]:
+        about = {"commit": "0123456789abcdef", "changed": changed, "torch": "2.13.0", "python": "3.11.7"}
+        return about | {
+            "cpu": "A processor",
+            "device": "A card" if device.type == "cuda" else "cpu",
+            "threads": threads,
+        }
+
+    monkeypatch.setattr(measure, "made_by", made_by)
+    monkeypatch.setattr("platform.machine", lambda: "riscv")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert measure.machine(torch.device(name)).partition(", ")[2] == expected
 
 
 def test_the_best_of_the_reference_counts() -> None:
@@ -177,7 +212,7 @@ def test_what_needs_a_gpu_says_so(
 
 
 def test_a_failed_run_tells_its_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"models\.x\.epochs=2 ended with status 1: no such thing"):
+    with pytest.raises(RuntimeError, match="x epochs=2 ended with status 1: no such thing"):
         pipeline.run("import sys; sys.exit('no such thing')", tmp_path, "x", epochs=2)
 
 
@@ -200,7 +235,7 @@ def test_the_pipelines_cost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    found = list(pipeline.overhead(CPU, LITTLE))
+    found = list(pipeline.overhead(DEVICE, LITTLE))
     for row in found:
         assert row.note == "+8.0 s a command (+13.0 s the first of a project), +20.0 % an epoch of 2.5 s"
         assert (row.rate, row.plain) == pytest.approx((64 / 3, 64 / 2.5))
@@ -210,9 +245,10 @@ def test_the_pipelines_cost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [pipeline.FLOW, pipeline.BARE], ids=["flow", "bare"])
+@pytest.mark.soak
 def test_both_ways_train_and_evaluate(code: str) -> None:
     with pipeline.project(64) as folder:
-        changes = {"epochs": 1, "warmup_epochs": 0, "resources.device": "cpu"}
+        changes = {"epochs": 1, "schedule.warmup_epochs": 0, "resources.device": "cpu"}
         assert pipeline.run(code, folder, pipeline.NAME, **changes) > 0
         (summary,) = (folder / "data" / "runs").glob("*/summary.json")
         assert json.loads(summary.read_text())["epochs"] == 1
@@ -220,5 +256,6 @@ def test_both_ways_train_and_evaluate(code: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+@pytest.mark.soak
 def test_two_workers_train() -> None:
-    assert pipeline.trained_by(2, CPU, LITTLE) > 0
+    assert pipeline.trained_by(2, DEVICE, LITTLE) > 0

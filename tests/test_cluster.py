@@ -20,36 +20,37 @@ import torch
 from conftest import small_run
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from test_flow import BIN, _workers, env, wait_for
+from ray.train import ControllerError, FailureConfig, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from test_flow import BIN, _workers, env, experiment, wait_for
 
-from fer.config import RunConfig, run_id
+import fer.train
 from fer.data.dataset import open_data
 from fer.device import share_heaps
 from fer.errors import UserError
-from fer.stop import ask_to_stop
+from fer.resources import Resources
+from fer.run import Run, run_id
+from fer.stop import Stopped, ask_to_stop
 from fer.train import fit
 from pipelines import controller, launch
-from pipelines.params import load
+from pipelines.controller import PeerLost
+from pipelines.experiments import Job
 
 pytestmark = pytest.mark.slow
 
 GPUS = 4
-# name -> workers, GPUs of each; ten GPUs in all, and the one that needs all four stands last in params.yaml
+# name -> workers, GPUs of each; ten GPUs in all, and the one that needs all four is named last
 NEEDS = {"one": (1, 1), "half_a": (1, 0.5), "half_b": (1, 0.5), "two": (1, 2), "pair": (2, 1), "wide": (2, 2)}
 
 
 # an epoch of 24 steps takes seconds
-SLOW: dict[str, Any] = {"epochs": 1, "batch_size": 4, "image_size": 64}
-SLOW |= {"options": {"width": 1.0, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}}
+SLOW: dict[str, Any] = {"epochs": 1, "batch_size": 4, "input": {"image_size": 64}, "model": {"width": 1.0}}
 
 
-def model(seed: int, epochs: int, workers: int = 1, gpus: float = 1) -> str:
-    """Keys of a small run, as a value for --set; device auto, so that it asks for the GPUs that Ray declares."""
-    keys = small_run(seed=seed, epochs=epochs).model_dump()
-    keys["resources"] |= {"device": "auto", "workers": workers, "gpus_per_worker": gpus}
-    return json.dumps(keys)
+def job(project: Path, run: Run, **resources: Any) -> Job:
+    """A run that asks for the GPUs that Ray declares, unless `resources` say otherwise."""
+    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    return Job("x", run, Resources(**resources), folder)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def worker_on(project: Path, raylet: int) -> list[int]:
     return [pid for pid in _workers(project) if raylet in {parent.pid for parent in psutil.Process(pid).parents()}]
 
 
+@pytest.mark.soak
 def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     project: Path, tmp_path: Path, two_nodes: Cluster, prefect: str
 ):
@@ -93,12 +95,11 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     As many epochs as one run does while the other's process still starts, and more.
     """
     names, last = ["left", "right"], 240
-    runs = {f"models.{name}": model(seed, last) for seed, name in enumerate(names)}
-    words = [*names, *(word for setting in settings(runs) for word in ("--set", setting))]
+    runs = {name: experiment(project, name, seed=seed, epochs=last) for seed, name in enumerate(names)}
     (second,) = two_nodes.worker_nodes
     raylet = second.all_processes["raylet"][0].process.pid
 
-    cancelled = start(project, two_nodes, prefect, *words)
+    cancelled = start(project, two_nodes, prefect, *names)
     wait_for(lambda: len(epochs(project)) == 2 and all(len(rows) >= 3 for rows in epochs(project).values()))
     cancelled.send_signal(signal.SIGINT)
     _, errors = cancelled.communicate(timeout=60)
@@ -108,7 +109,7 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     cut = {name: len(rows) for name, rows in epochs(project).items()}
     assert all(count < last for count in cut.values()), cut
 
-    running = start(project, two_nodes, prefect, *words)
+    running = start(project, two_nodes, prefect, *names)
     wait_for(lambda: all(len(rows) >= cut[name] + 3 for name, rows in epochs(project).items()))
     assert len(worker_on(project, raylet)) == 1
     two_nodes.remove_node(second, allow_graceful=False)
@@ -117,19 +118,18 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
     assert running.returncode == 0, errors
 
     assert recorded(project) == {name: ("FINISHED", list(range(1, last + 1))) for name in names}
-    for name, run in load(project / "params.yaml", settings(runs)).models.items():
-        if name in names:
-            (folder,) = (project / "data/runs").glob(f"{name}-*")
-            uncut = fit(name, run, project / "data", tmp_path / "uncut")
-            for file in ("best/model.safetensors", "last/model.safetensors"):
-                assert (folder / file).read_bytes() == (uncut / file).read_bytes()
+    for name, run in runs.items():
+        (folder,) = (project / "data/runs").glob(f"{name}-*")
+        uncut = fit(name, run, Resources(), project / "data", tmp_path / "uncut")
+        for file in ("best/model.safetensors", "last/model.safetensors"):
+            assert (folder / file).read_bytes() == (uncut / file).read_bytes()
 
 
 def test_a_run_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_nodes: Cluster, prefect: str):
     """As `ray start --block` has it drained at SIGTERM; the run waits for another one that has the CPUs."""
-    words = {"models.x": small_run(**SLOW, resources={"cpus_per_worker": 2}).model_dump_json()}
+    experiment(project, "x", resources={"cpus_per_worker": 2}, **SLOW)
     leaves = two_nodes.add_node(num_cpus=2)
-    running = start(project, two_nodes, prefect, "x", "--set", *settings(words))
+    running = start(project, two_nodes, prefect, "x")
     wait_for(lambda: list((project / "data/runs").glob("*/progress.json")))  # its first step is done
     for_ever, preemption = 2**63 - 1, 2
     assert GcsClient(two_nodes.address).drain_node(leaves.node_id, preemption, "taken back", for_ever)[0]
@@ -199,14 +199,14 @@ def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def settings(words: dict[str, str]) -> list[str]:
-    return [f"{key}={value}" for key, value in words.items()]
-
-
-def test_six_runs_share_four_gpus_the_widest_first_and_one_that_fails_is_retried(project: Path, four_gpus: None):
+def test_six_runs_share_four_gpus_the_widest_first_and_one_whose_worker_dies_is_started_again(
+    project: Path, four_gpus: None
+):
     from pipelines import flow
 
-    runs = {f"models.{name}": model(seed, 20, *need) for seed, (name, need) in enumerate(NEEDS.items())}
+    for seed, (name, (workers, gpus)) in enumerate(NEEDS.items()):
+        needs = {"workers": workers, "gpus_per_worker": float(gpus)}
+        experiment(project, name, resources=needs, seed=seed, epochs=20)
     killed: list[int] = []
 
     def kill_one_after_the_widest() -> None:
@@ -217,7 +217,7 @@ def test_six_runs_share_four_gpus_the_widest_first_and_one_that_fails_is_retried
     killer = threading.Thread(target=kill_one_after_the_widest, daemon=True)
     killer.start()
     with sampled() as placed:
-        state = flow.train(list(NEEDS), settings({**runs, "experiment.max_worker_failures": "0"}), return_state=True)
+        state = flow.train(list(NEEDS), return_state=True)
     killer.join(5)
     assert state.is_completed(), state.message
     assert len(killed) == 1
@@ -232,8 +232,8 @@ def test_six_runs_share_four_gpus_the_widest_first_and_one_that_fails_is_retried
     assert max(len(groups) for groups in placed) >= 2
     assert done["wide"][-1][1] < min(begin for name, rows in done.items() if name != "wide" for begin, _ in rows)
     assert recorded(project) == {name: ("FINISHED", list(range(1, 21))) for name in NEEDS}
-    tries = _tries()
-    assert sorted(tries.values()) == [1, 1, 1, 1, 1, 2], tries
+    tries = _tries()  # it is Ray that started its workers again
+    assert list(tries.values()) == [1] * 6, tries
     assert ray.available_resources()["GPU"] == GPUS
 
 
@@ -253,15 +253,14 @@ def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus
 
     It also logs the traceback, where the caller has the exception.
     """
-    run = RunConfig.model_validate_json(model(0, 1, workers=2, gpus=GPUS / 2))
-    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    made = job(project, small_run(epochs=1), workers=2, gpus_per_worker=GPUS / 2)
     with monkeypatch.context() as patch:
         patch.setattr(launch.Backend, "UNDEFINED", "nccl")
         with pytest.raises(RuntimeError, match="x: .*NCCL"):
-            launch.launch("x", run, folder, project / "data", 0, None)
+            launch.launch(made, project / "data")
     assert [record.name for record in caplog.records if record.levelno >= logging.ERROR] == []
-    launch.launch("x", run, folder, project / "data", 0, None)
-    assert (folder / "summary.json").exists()
+    launch.launch(made, project / "data")
+    assert (made.folder / "summary.json").exists()
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}
 
@@ -271,58 +270,56 @@ def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_is_started_again(
     project: Path, four_gpus: None, workers: int
 ):
     """It is no failure, so none has to be allowed."""
-    run = small_run(**SLOW, resources={"workers": workers})
-    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
-    thread = threading.Thread(target=launch.launch, args=("x", run, folder, project / "data", 0, None))
+    made = job(project, small_run(**SLOW), device="cpu", workers=workers, restarts=0)
+    thread = threading.Thread(target=launch.launch, args=(made, project / "data"))
     thread.start()
-    wait_for(lambda: (folder / "progress.json").exists())  # its first step is done
+    wait_for(lambda: (made.folder / "progress.json").exists())  # its first step is done
     os.kill(max(_workers(project)), signal.SIGTERM)
-    wait_for(lambda: saved_in_mid_epoch(folder))
+    wait_for(lambda: saved_in_mid_epoch(made.folder))
     thread.join(120)
     assert not thread.is_alive()
-    assert (folder / "summary.json").exists()
+    assert (made.folder / "summary.json").exists()
 
 
 def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project: Path, four_gpus: None, monkeypatch):
     """Only the first worker writes; the second would wait for it."""
     starts, real = [], controller._WorkerGroup._start
     monkeypatch.setattr(controller._WorkerGroup, "_start", lambda group: (starts.append(group), real(group))[1])
-    run = small_run(**SLOW, resources={"workers": 2})
-    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
-    folder.mkdir(parents=True)
-    full = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    made = job(project, small_run(**SLOW), device="cpu", workers=2, restarts=3)
+    made.folder.mkdir(parents=True)
+    full = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(made.folder)]
     mounted = subprocess.run(full, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(UserError, match="the disk is full: free some space and run the command again"):
-            launch.launch("x", run, folder, project / "data", 3, None)
+            launch.launch(made, project / "data")
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", made.folder], check=True)
     assert len(starts) == 1
 
 
 def test_a_run_is_its_worker_and_no_other_process(project: Path, four_gpus: None):
     """Whatever else a run started would cost it seconds at its start, and the machine memory while it waits."""
-    run = RunConfig.model_validate_json(model(0, 200))
-    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
+    made = job(project, small_run(epochs=200))
     before = {child["pid"] for child in _children()}
-    thread = threading.Thread(target=lambda: _launch_until_asked(run, folder, project))
+    thread = threading.Thread(target=_launch_until_asked, args=(made, project))
     thread.start()
     wait_for(lambda: epochs(project))
     started = [child["name"] for child in _children() if child["pid"] not in before and child["name"] != "ray::IDLE"]
-    ask_to_stop([folder], 20)
+    ask_to_stop([made.folder], 20)
     thread.join(20)
     assert not thread.is_alive()
     assert [name.split(".")[0][:15] for name in started] == ["ray::RayTrainWo"]
 
 
-def _launch_until_asked(run: RunConfig, folder: Path, project: Path) -> None:
+def _launch_until_asked(made: Job, project: Path) -> None:
     with pytest.raises(UserError, match="stopped in epoch"):
-        launch.launch("x", run, folder, project / "data", 0, None)
+        launch.launch(made, project / "data")
 
 
 @pytest.mark.timeout(900)  # it starts dozens of processes
+@pytest.mark.soak
 def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path, four_gpus: None):
     """Five flows of four runs at a time; the first two flows are the warm-up, the other twelve runs are measured.
 
@@ -333,8 +330,10 @@ def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path
     before = {child["pid"] for child in _children() if child["name"] != "ray::IDLE"}
     use = []
     for turn in range(5):
-        runs = {f"models.run_{seed}": model(seed, 1) for seed in range(4 * turn, 4 * turn + 4)}
-        state = flow.train([key.removeprefix("models.") for key in runs], settings(runs), return_state=True)
+        seeds = range(4 * turn, 4 * turn + 4)
+        for seed in seeds:
+            experiment(project, f"run_{seed}", seed=seed, epochs=1)
+        state = flow.train([f"run_{seed}" for seed in seeds], return_state=True)
         assert state.is_completed(), state.message
         use.append(_use(before))
     assert len(list((project / "data/runs").glob("*/summary.json"))) == 20
@@ -378,25 +377,98 @@ def test_a_worker_that_ray_ends_for_memory_names_the_remedy(wrapped: Any):
     """Ray's own text is a page, whose last line tells how to switch it off."""
     cause = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.\nRefer to")
     assert str(launch._reason("x", wrapped(cause))) == (
-        "x: the machine ran out of memory and Ray ended a worker; lower batch_size, eval_batch_size or "
+        "x: the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
         "resources.workers, or train fewer models at the same time"
     )
 
 
 def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monkeypatch: pytest.MonkeyPatch):
     machine = {"CPU": 4.0, "GPU": 2.0}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": machine}] * 2)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
     fits = (
-        {"workers": 4, "gpus_per_worker": 1},
-        {"workers": 2, "gpus_per_worker": 2},
-        {"workers": 8, "gpus_per_worker": 0.5},
+        {"workers": 4, "gpus_per_worker": 1.0},
+        {"workers": 2, "gpus_per_worker": 2.0},
+        {"workers": 1, "gpus_per_worker": 0.5},
     )
     for resources in fits:
-        launch.check_resources({"x": small_run(resources={"device": "auto", **resources})})
+        launch.check_resources([Job("x", small_run(), Resources(**resources), Path("x"))])
     with pytest.raises(UserError) as error:
-        launch.check_resources({"x": small_run(resources={"device": "auto", "workers": 1, "gpus_per_worker": 4})})
+        launch.check_resources([Job("x", small_run(), Resources(workers=1, gpus_per_worker=4.0), Path("x"))])
     assert str(error.value) == (
-        "models.x.resources: a worker needs 1 CPUs and 4 GPUs of one machine; the machines that are there have room "
+        "x: resources: a worker needs 1 CPUs and 4 GPUs of one machine; the machines that are there have room "
         "for 0 of 1 worker(s); lower cpus_per_worker or gpus_per_worker"
     )
+
+
+DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+OVERDUE = WorkerHealthCheckTimeoutError("A worker health check hangs.")
+PEER = PeerLost("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711")
+PROGRAM = RuntimeError("ZeroDivisionError: division by zero (fer/step.py:1, in step; all of it: error.txt)")
+MOVED = Stopped("stopped in epoch 2", terminated=True)
+
+
+@pytest.mark.parametrize(
+    ("failures", "restarts", "decisions"),
+    [
+        ([DEAD], 2, "RETRY RETRY RAISE RAISE"),
+        ([DEAD], 0, "RAISE RAISE"),
+        ([OVERDUE], 1, "RETRY RAISE"),
+        ([ray.exceptions.NodeDiedError("its machine is gone")], 1, "RETRY RAISE"),
+        ([DEAD, PEER], 1, "RETRY RAISE"),
+        ([PEER, DEAD], 1, "RETRY RAISE"),
+        ([PEER], 1, "RETRY RAISE"),  # the death itself is heard of later
+        ([PEER, PEER], 0, "RAISE"),
+        ([DEAD, PROGRAM], 1, "RETRY RAISE"),  # as is an error that no one knows for Gloo's
+        ([PROGRAM], 2, "RAISE RAISE"),
+        ([PROGRAM, PEER], 2, "RAISE RAISE"),
+        ([PEER, PROGRAM], 2, "RAISE RAISE"),
+        ([KeyError("x")], 2, "RAISE"),
+        ([UserError("the disk is full")], 2, "RAISE RAISE"),
+        ([UserError("the disk is full"), DEAD], 2, "RAISE"),
+        ([PEER, UserError("the disk is full")], 2, "RAISE"),
+        ([Stopped("stopped in epoch 2")], 2, "RAISE"),
+        ([MOVED], 0, "RETRY RETRY RETRY"),
+        ([MOVED, PEER], 0, "RETRY RETRY"),
+        ([MOVED, Stopped("stopped in epoch 2")], 0, "RETRY RETRY"),
+    ],
+    ids=lambda value: "+".join(type(error).__name__ for error in value) if isinstance(value, list) else str(value),
+)
+def test_only_what_died_is_started_again(failures: list[Exception], restarts: int, decisions: str):
+    """`decisions`: on failures that come one after another."""
+    policy = controller._Retries(FailureConfig(max_failures=restarts))
+    error = WorkerGroupError("...", dict(enumerate(failures)))
+    assert [policy.make_decision(error).value for _ in decisions.split()] == decisions.split()
+
+
+def test_what_died_does_not_lessen_the_restarts_by_a_move_to_another_machine():
+    policy = controller._Retries(FailureConfig(max_failures=1))
+    found = [policy.make_decision(WorkerGroupError("...", {0: error})).value for error in (MOVED, MOVED, DEAD, DEAD)]
+    assert found == ["RETRY", "RETRY", "RETRY", "RAISE"]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (torch.distributed.DistNetworkError("The client socket has failed to connect"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x2 and 3x1)"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_the_end_of_another_worker_is_told_from_an_error_of_the_program(
+    error: Exception, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fit(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fer.train, "fit", fit)
+    config = {"name": "x", "run": small_run().model_dump(), "resources": Resources().model_dump(), "start": None}
+    config |= {"data_dir": "data", "folder": str(tmp_path), "cwd": os.getcwd()}
+    with pytest.raises(RuntimeError) as caught:
+        launch._work(config)
+    assert isinstance(caught.value, PeerLost) == lost
+    assert (tmp_path / "error.txt").exists() != lost

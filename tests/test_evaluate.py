@@ -1,4 +1,4 @@
-"""The numbers of a finished run agree with its predictions, leave leaked images out, and are made once."""
+"""The numbers of a finished run agree with its predictions, leave leaked images out, and follow changes of test."""
 
 import json
 import re
@@ -10,16 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, PEOPLE, doe, emotion_encoder, make_data, small_run
+from conftest import CLASSES, CPU, PEOPLE, ROOT, doe, emotion_encoder, make_data, small_run
 
 from fer import checkpoint
-from fer.config import RunConfig
 from fer.data.dataset import open_data
 from fer.errors import UserError
-from fer.evaluate import evaluate, finished, metrics, predict_split
+from fer.evaluate import evaluate, finished, metrics, outdated, predict_split, read_predictions, read_summary
 from fer.feed import Feed
 from fer.losses import build_loss
-from fer.train import build_model, fit
+from fer.models import build_model
+from fer.resources import Resources
+from fer.run import FORMAT, Run
+from fer.train import fit
+
+FORMAT_1 = sorted((ROOT / "tests" / "golden" / "format1" / "runs").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit("x", small_run(epochs=4), bars, tmp_path_factory.mktemp("runs"))
+    return fit("x", small_run(epochs=4), CPU, bars, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -37,15 +41,53 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / trained.name)
 
 
+@pytest.fixture
+def own(bars: Path, tmp_path: Path) -> Path:
+    """The data of `trained`, to be changed."""
+    return shutil.copytree(bars, tmp_path / "own")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is predicted while this holds."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr("fer.evaluate.build_model", refuse)
+
+
 def table_of(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False)
 
 
+def set_cells(data: Path, split: str, column: str, values: dict[int, Any]) -> None:
+    """Other values of a column, by row of the image."""
+    path = data / "splits" / f"{split}.csv"
+    table = table_of(path).set_index("row", drop=False)
+    for row, value in values.items():
+        assert table.loc[row, column] != value
+        table.loc[row, column] = value
+    table.to_csv(path, index=False)
+
+
+def files_of(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.*")}
+
+
+def built(run: Run) -> torch.nn.Module:
+    return build_model(run.model, run.input, 8)
+
+
+def numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key != "finished"}
+
+
 def test_predictions_agree_with_the_numbers(folder: Path, bars: Path) -> None:
-    summary = evaluate(folder, bars)
+    summary = evaluate(folder, bars, CPU)
     for split in ("val", "test"):
         table, given = table_of(folder / f"predictions_{split}.csv"), table_of(bars / "splits" / f"{split}.csv")
-        assert table.columns.tolist() == ["row", "name", "label", "prediction", "leaked", *CLASSES]
+        assert table.columns.tolist() == ["row", "name", "label", "prediction", "duplicate_in", *CLASSES]
         assert table["row"].tolist() == given["row"].tolist()
         assert table["name"].tolist() == given["name"].tolist()
         assert table["label"].tolist() == [CLASSES[label] for label in given["label"]]
@@ -63,20 +105,48 @@ def test_predictions_agree_with_the_numbers(folder: Path, bars: Path) -> None:
 
 
 def test_leaked_images_are_left_out(folder: Path, bars: Path) -> None:
-    summary = evaluate(folder, bars)
+    summary = evaluate(folder, bars, CPU)
     table = table_of(folder / "predictions_test.csv")
-    assert table["row"][table["leaked"]].tolist() == [140, 150, 160, 170]
-    kept = table[~table["leaked"]]
-    found = summary["test_without_leaked"]
+    leaked = table["duplicate_in"] == "train"
+    assert table["row"][leaked].tolist() == [140, 150, 160, 170]
+    kept = table[~leaked]
+    found = summary["test_unleaked"]
     assert found["images"] == 36
     assert found["accuracy"] == pytest.approx((kept["label"] == kept["prediction"]).mean())
     assert np.sum(found["confusion"]) == 36
-    assert not table_of(folder / "predictions_val.csv")["leaked"].any()
+    assert summary["test_without_train"] == found  # none has a twin in val alone
+    assert set(table["duplicate_in"]) == {"train", ""}
+    assert set(table_of(folder / "predictions_val.csv")["duplicate_in"]) == {""}
+
+
+def test_twins_in_train_and_in_val_by_hand(folder: Path, own: Path) -> None:
+    """Of test's 40 images the first ten are right; 140, 150, 160, 170 are in train, 141, 142 and 175 in val."""
+    evaluate(folder, own, CPU)
+    table = table_of(folder / "predictions_test.csv")
+    sure = np.eye(8)[[(row + (row >= 146)) % 8 for row in table["row"]]]
+    table[CLASSES] = sure
+    table.to_csv(folder / "predictions_test.csv", index=False)
+    set_cells(own, "test", "duplicate_in", {141: "val", 142: "val", 175: "val"})
+    set_cells(own, "val", "duplicate_in", {100: "train"})  # of val nothing is left out
+    summary = evaluate(folder, own, CPU)
+    unleaked, without_train = summary["test_unleaked"], summary["test_without_train"]
+    assert (unleaked["images"], without_train["images"]) == (33, 36)
+    assert unleaked["accuracy"] == 7 / 33  # without 140, 141 and 142
+    assert without_train["accuracy"] == 9 / 36  # without 140
+    # sadness: 139, 147, 155, 163, 171, of which the first is right and none leaked
+    assert unleaked["recall"][3] == without_train["recall"][3] == 1 / 5
+    # anger: 140 (in train), 148, 156, 164, 172; disgust: 141 (in val), 149, 157, 165, 173
+    assert unleaked["recall"][4:6] == [0.0, 0.0]
+    assert without_train["recall"][4:6] == [0.0, 1 / 5]
+    table = table_of(folder / "predictions_test.csv")
+    found = {place: table["row"][table["duplicate_in"] == place].tolist() for place in ("train", "val")}
+    assert found == {"train": [140, 150, 160, 170], "val": [141, 142, 175]}
+    assert table["prediction"].tolist() == [CLASSES[label] for label in sure.argmax(1)]
 
 
 def test_the_summary_tells_of_the_best_checkpoint(folder: Path, bars: Path) -> None:
     (folder / "last" / "model.safetensors").unlink()  # those weights are not wanted
-    summary = evaluate(folder, bars)
+    summary = evaluate(folder, bars, CPU)
     best, last = (checkpoint.load_meta(folder / part) for part in ("best", "last"))
     rows = last["history"]
     assert summary["best_epoch"] == best["epoch"]
@@ -85,20 +155,171 @@ def test_the_summary_tells_of_the_best_checkpoint(folder: Path, bars: Path) -> N
     for key in ("balanced_accuracy", "macro_f1", "ece"):
         assert summary["val"][key] == pytest.approx(rows[best["epoch"] - 1][f"val_{key}"], abs=1e-6)
     assert (summary["run_id"], summary["name"], summary["classes"]) == (folder.name, "x", CLASSES)
-    assert summary["data_hash"] == open_data(bars).hash
+    data = open_data(bars)
+    hashes = [summary[f"{of}_hash"] for of in ("data", "test", "leak")]
+    assert hashes == [data.hash, data.test_hash, data.leak_hash]
+    assert summary["format"] == FORMAT
     assert summary["data"]["dataset"] == "bars"
     assert summary["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
-    assert summary["parameters"] == sum(p.numel() for p in build_model(small_run(), 8).parameters())
+    assert summary["parameters"] == sum(p.numel() for p in built(small_run()).parameters())
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
-def test_test_is_read_once(folder: Path, bars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = evaluate(folder, bars)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.*")}
-    monkeypatch.setattr("fer.evaluate.open_data", None)
-    monkeypatch.setattr("fer.evaluate.build_model", None)
-    assert evaluate(folder, "no data there") == summary
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.*")} == before
+def test_test_is_read_once(
+    folder: Path, bars: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    summary = evaluate(folder, bars, CPU)
+    before = files_of(folder)
+    request.getfixturevalue("no_network")
+    monkeypatch.setattr("fer.evaluate.read_predictions", None)
+    assert outdated(summary, open_data(bars)) is None
+    assert evaluate(folder, bars, CPU) == summary == read_summary(folder)
+    assert files_of(folder) == before
+
+
+# The data change after the evaluation
+
+
+def test_other_leak_marks_need_no_network(
+    folder: Path, own: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    fresh = shutil.copytree(folder, tmp_path / "fresh" / folder.name)
+    before = evaluate(folder, own, CPU)
+    set_cells(own, "test", "duplicate_in", {140: "", 150: "val", 141: "train", 142: "val"})
+    assert outdated(before, open_data(own)) == (
+        "other test images count as leaked since: those columns are computed again, from its predictions"
+    )
+    wanted = evaluate(fresh, own, CPU)
+    request.getfixturevalue("no_network")
+    found = evaluate(folder, own, CPU)
+    assert numbers(found) == numbers(wanted)
+    for name in ("predictions_val.csv", "predictions_test.csv"):
+        assert (folder / name).read_bytes() == (fresh / name).read_bytes()
+    assert (found["test_unleaked"]["images"], found["test_without_train"]["images"]) == (35, 37)
+    assert found["test_unleaked"] != before["test_unleaked"]
+    assert found["finished"] > before["finished"]
+    assert {key: found[key] for key in ("val", "test", "test_hash")} == {
+        key: before[key] for key in ("val", "test", "test_hash")
+    }
+    assert read_summary(folder) == found
+    assert outdated(found, open_data(own)) is None
+
+
+def test_leak_marks_need_the_predictions(folder: Path, own: Path) -> None:
+    evaluate(folder, own, CPU)
+    set_cells(own, "test", "duplicate_in", {141: "val"})
+    path = folder / "predictions_test.csv"
+    for spoil in (path.unlink, lambda: path.write_text("row,name\n"), lambda: path.write_text("")):
+        spoil()
+        with pytest.raises(UserError) as caught:
+            evaluate(folder, own, CPU)
+        again = rf"delete {folder}/summary\.json and run `fer evaluate {folder.name}`"
+        assert re.fullmatch(rf"{path}: no predictions there \([^\n]+\); {again}", str(caught.value))
+    (folder / "summary.json").unlink()  # as it says
+    assert evaluate(folder, own, CPU)["test_unleaked"]["images"] == 35
+
+
+TEST_CHANGES: dict[str, tuple[str, dict[int, Any]]] = {
+    "label": ("label", {139: 7}),
+    "target": ("fear", {139: 0.25}),
+    "row": ("row", {139: 138}),
+    "subject": ("subject", {139: "c"}),
+}
+
+
+@pytest.mark.parametrize("change", [*TEST_CHANGES, "fewer", "label and marks"])
+def test_another_test_split_is_evaluated_from_the_best_checkpoint(
+    change: str, folder: Path, own: Path, tmp_path: Path
+) -> None:
+    fresh = shutil.copytree(folder, tmp_path / "fresh" / folder.name)
+    before = evaluate(folder, own, CPU)
+    if change == "fewer":
+        path = own / "splits" / "test.csv"
+        table_of(path)[:-3].to_csv(path, index=False)
+    else:
+        set_cells(own, "test", *TEST_CHANGES[change.removesuffix(" and marks")])
+    if change == "label and marks":
+        set_cells(own, "test", "duplicate_in", {141: "val"})
+    assert outdated(before, open_data(own)) == (
+        "the test split has changed since: evaluated again, from its best checkpoint"
+    )
+    (folder / "predictions_test.csv").unlink()  # nothing is taken from there
+    (folder / "last" / "model.safetensors").unlink()
+    found, wanted = evaluate(folder, own, CPU), evaluate(fresh, own, CPU)
+    assert numbers(found) == numbers(wanted)
+    assert (folder / "predictions_test.csv").read_bytes() == (fresh / "predictions_test.csv").read_bytes()
+    assert found["test"]["images"] == (37 if change == "fewer" else 40)
+    assert found["val"] == before["val"]
+    assert found["test_hash"] == open_data(own).test_hash != before["test_hash"]
+    if change == "label":
+        assert found["test"]["recall"] != before["test"]["recall"]
+
+
+def test_a_run_on_other_data_keeps_its_numbers(
+    folder: Path, bars: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """They are those of the data that it was trained on, whatever test is today."""
+    summary = evaluate(folder, bars, CPU)
+    other = make_data(tmp_path / "other", {"train": 95, "val": 40, "test": 41}, subjects=PEOPLE)
+    request.getfixturevalue("no_network")
+    before = files_of(folder)
+    assert outdated(summary, open_data(other)) is None
+    assert evaluate(folder, other, CPU) == summary
+    assert files_of(folder) == before
+
+
+def test_all_digits_of_probabilities_are_kept(tmp_path: Path, bars: Path, folder: Path) -> None:
+    evaluate(folder, bars, CPU)
+    path, rng = folder / "predictions_test.csv", np.random.default_rng(0)
+    table = table_of(path)
+    wanted = (10 ** rng.uniform(-44, 0, (len(table), 8))).astype(np.float32)
+    wanted[:20] = rng.random((20, 8))
+    wanted[0] = [0, 1, 0, 0, 0, 0, 0, 0]
+    table[CLASSES] = wanted
+    table.to_csv(path, index=False)
+    found = read_predictions(path, CLASSES)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wanted)
+
+
+# Format 1
+
+
+@pytest.mark.parametrize("run", FORMAT_1, ids=lambda path: path.name)
+def test_a_summary_of_format_1_is_read_and_never_made_again(
+    run: Path, own: Path, tmp_path: Path, no_network: None
+) -> None:
+    stored = json.loads((run / "summary.json").read_text())
+    summary = read_summary(run)
+    assert summary is not None
+    assert "test_without_leaked" not in summary
+    assert summary["test_without_train"] == stored.pop("test_without_leaked")
+    assert summary == stored | {"test_without_train": summary["test_without_train"]}
+    assert summary["test_without_train"]["images"] == 36
+    folder = shutil.copytree(run, tmp_path / run.name)
+    before = files_of(folder)
+    for change in ({}, {141: "val"}):
+        set_cells(own, "test", "duplicate_in", change)
+        assert outdated(summary, open_data(own)) is None
+        assert evaluate(folder, own, CPU) == summary
+    assert files_of(folder) == before
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError) as caught:
+        evaluate(folder, own, CPU)
+    assert str(caught.value) == f"{folder}: of format 1, which is not evaluated any more; train the run anew"
+
+
+def test_a_folder_without_a_summary_has_none(folder: Path) -> None:
+    assert read_summary(folder) is None
+    (folder / "summary.json").write_text('{"format": 2')
+    with pytest.raises(UserError) as caught:
+        read_summary(folder)
+    assert str(caught.value) == (
+        f"{folder}/summary.json: not valid JSON; delete it and run `fer evaluate {folder.name}`"
+    )
+
+
+# What is refused, and what changes nothing
 
 
 def test_cut_while_evaluating_leaves_no_summary(folder: Path, bars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +335,9 @@ def test_cut_while_evaluating_leaves_no_summary(folder: Path, bars: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("fer.evaluate.predict_split", cut)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(folder, bars)
+            evaluate(folder, bars, CPU)
     assert not (folder / "summary.json").exists()
-    assert evaluate(folder, bars)["test"]["images"] == 40
+    assert evaluate(folder, bars, CPU)["test"]["images"] == 40
 
 
 def test_an_unfinished_run_is_refused(bars: Path, tmp_path: Path) -> None:
@@ -125,26 +346,26 @@ def test_an_unfinished_run_is_refused(bars: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit("x", small_run(), bars, tmp_path, stop)
+        fit("x", small_run(), CPU, bars, tmp_path, stop)
     (folder,) = tmp_path.iterdir()
-    for refuse in (lambda: evaluate(folder, bars), lambda: finished(folder)):
+    for refuse in (lambda: evaluate(folder, bars, CPU), lambda: finished(folder)):
         with pytest.raises(UserError) as caught:
             refuse()
         assert str(caught.value) == f"{folder}: 2 of 3 epochs are done; go on with `fer train x`"
     assert not (folder / "predictions_test.csv").exists()
-    fit("x", small_run(), bars, tmp_path)
+    fit("x", small_run(), CPU, bars, tmp_path)
     assert finished(folder)["epoch"] == 3
 
 
 def test_a_run_that_never_began_is_refused(bars: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint there .*; train the run first"):
-        evaluate(tmp_path, bars)
+        evaluate(tmp_path, bars, CPU)
 
 
 def test_other_data_are_refused(folder: Path, bars: Path, tmp_path: Path) -> None:
-    other = make_data(tmp_path / "other", {"train": 96, "val": 40, "test": 41})
+    other = make_data(tmp_path / "other", {"train": 96, "val": 41, "test": 40})
     with pytest.raises(UserError) as caught:
-        evaluate(folder, other)
+        evaluate(folder, other, CPU)
     ours, theirs = open_data(bars).hash, open_data(other).hash
     assert str(caught.value) == f"{folder}: was trained on data {ours}, {other} holds {theirs}; `dvc checkout` those"
     assert not (folder / "summary.json").exists()
@@ -152,21 +373,45 @@ def test_other_data_are_refused(folder: Path, bars: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("batch", [1, 7, 40, 1000])
 def test_the_size_of_evaluation_batches_changes_nothing(batch: int, folder: Path, bars: Path) -> None:
-    run = small_run(eval_batch_size=batch)
-    data = open_data(bars)
-    model = build_model(run, 8)
+    run, data = small_run(), open_data(bars)
+    model = built(run)
     checkpoint.load_weights(folder / "best", model)
-    loss = build_loss(run, data.prior(), torch.full((8,), 12))
+    loss = build_loss(run.loss, run.class_weights, data.prior(), torch.full((8,), 12))
 
-    def predicted(run: RunConfig) -> Any:
-        return predict_split(model, Feed(model, run, data.split("val"), CLASSES, torch.device("cpu")), loss)
+    def predicted(resources: Resources) -> Any:
+        feed = Feed(model, run, resources, data.split("val"), CLASSES, torch.device("cpu"))
+        return predict_split(model, feed, loss)
 
-    logits, counts = predicted(run)
+    logits, counts = predicted(Resources(eval_batch_size=batch))
     assert not model.training
     assert logits.shape == (40, 8)
-    whole, wanted = predicted(small_run())
+    whole, wanted = predicted(CPU)
     torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
     assert counts.result() == pytest.approx(wanted.result(), abs=1e-5)
+
+
+MACHINES: dict[str, dict[str, Any]] = {
+    "small batches": {"device": "cpu", "eval_batch_size": 7},
+    "whatever there is": {"workers": 2, "accumulate": 2, "cpus_per_worker": 2, "readers": 0, "data_share": 0.0},
+    "a GPU": {"device": "cuda", "eval_batch_size": 16},
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_another_machine_than_that_of_the_training_changes_no_number(machine: str, folder: Path, bars: Path) -> None:
+    if machine == "a GPU" and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+    wanted = evaluate(folder, bars, CPU)
+    tables = {split: table_of(folder / f"predictions_{split}.csv") for split in ("val", "test")}
+    (folder / "summary.json").unlink()
+    found = evaluate(folder, bars, Resources(**MACHINES[machine]))
+    for split, table in tables.items():
+        again = table_of(folder / f"predictions_{split}.csv")
+        np.testing.assert_allclose(again[CLASSES], table[CLASSES], atol=1e-5 if machine != "a GPU" else 2e-3)
+        assert again["prediction"].tolist() == table["prediction"].tolist()
+    for column in ("val", "test", "test_unleaked", "test_without_train"):
+        for key in ("accuracy", "confusion", "recall", "images"):
+            assert found[column][key] == wanted[column][key]
 
 
 def test_no_images_have_no_accuracy() -> None:
@@ -197,12 +442,12 @@ FROZEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", FROZEN)
 def test_evaluation_is_the_same_every_time(kind: str, bars: Path, tmp_path: Path) -> None:
     run = small_run(**FROZEN[kind], epochs=2)
-    folder = fit("x", run, bars, tmp_path)
+    folder = fit("x", run, CPU, bars, tmp_path)
     found = []
     for seed in range(2):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        summary = evaluate(folder, bars)
+        summary = evaluate(folder, bars, CPU)
         found.append([(folder / f"predictions_{split}.csv").read_bytes() for split in ("val", "test")])
         (folder / "summary.json").unlink()
     assert found[0] == found[1]
@@ -219,12 +464,12 @@ def test_evaluation_is_the_same_every_time(kind: str, bars: Path, tmp_path: Path
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 @pytest.mark.parametrize("kind", FROZEN)
 def test_the_size_of_evaluation_batches_changes_no_frozen_network(kind: str, batch: int, bars: Path) -> None:
-    data = open_data(bars)
-    model = build_model(small_run(**FROZEN[kind]), 8)
+    run, data = small_run(**FROZEN[kind]), open_data(bars)
+    model = built(run)
 
     def logits(size: int) -> torch.Tensor:
-        run = small_run(**FROZEN[kind], eval_batch_size=size)
-        return predict_split(model, Feed(model, run, data.split("test"), CLASSES, torch.device("cpu")))[0]
+        resources = Resources(device="cpu", eval_batch_size=size)
+        return predict_split(model, Feed(model, run, resources, data.split("test"), CLASSES, torch.device("cpu")))[0]
 
     torch.testing.assert_close(logits(batch), logits(40), atol=1e-5, rtol=1e-4)
 
@@ -235,4 +480,4 @@ def test_weights_of_another_model_are_named(folder: Path, bars: Path) -> None:
     assert re.search(r'"width": 0.0625', text)
     path.write_text(text.replace('"width": 0.0625', '"width": 0.125'))
     with pytest.raises(UserError, match=r"model\.safetensors: tensor .* has shape \["):
-        evaluate(folder, bars)
+        evaluate(folder, bars, CPU)

@@ -9,14 +9,15 @@ import torch
 from conftest import CLASSES, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
 from torch import Tensor, nn
 
-from fer.config import RunConfig
 from fer.data.dataset import Split, open_data
 from fer.data.pairs import Pairs
 from fer.errors import UserError
 from fer.feed import Feed
 from fer.models import build_model
+from fer.resources import Resources
+from fer.run import Run
 
-CPU = torch.device("cpu")
+HERE = torch.device("cpu")
 INDEX = np.array([0, 3, 8, 50])  # the first and third are neutral
 AUGMENT = NO_AUGMENT | {"brightness": 0.2}
 
@@ -35,18 +36,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("people") / "data", subjects=PEOPLE)
 
 
-def network(run: RunConfig) -> Any:
+def network(run: Run) -> Any:
     """With batch-norm statistics that are not those of a new network, and references that are not zero."""
     torch.manual_seed(0)
-    model = build_model(run, len(CLASSES))
+    model = build_model(run.model, run.input, len(CLASSES))
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "references")):
             nn.init.normal_(buffer, std=0.1)
     return model
 
 
-def feed_of(model: nn.Module, run: RunConfig, split: Split) -> Feed:
-    return Feed(model, run, split, CLASSES, CPU)
+def feed_of(model: Any, run: Run, split: Split, at_once: int = 256) -> Feed:
+    resources = Resources(device="cpu", eval_batch_size=at_once)
+    return Feed(model, run, resources, split, CLASSES, HERE)
 
 
 @torch.no_grad()
@@ -70,12 +72,12 @@ def calls(encoder: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("pairing", ["random_neutral", "prototype", "same_subject"])
 def test_without_augmentation_the_encoder_sees_each_image_once(pairing: str, data: Path) -> None:
-    run = small_run(**doe(pairing), eval_batch_size=40)
+    run = small_run(**doe(pairing))
     model = network(run)
     seen = calls(model.backbone)
     for name, batches in (("train", [40, 40, 16]), ("val", [40]), ("test", [40])):
-        feed = feed_of(model, run, open_data(data).split(name))
-        feed.choose_references()
+        feed = feed_of(model, run, open_data(data).split(name), at_once=40)
+        feed.begin()
         for epoch in range(3):
             feed.start_epoch(epoch)
             inputs = fed(feed, INDEX % 40, darker)
@@ -123,7 +125,7 @@ def test_kept_embeddings_give_the_logits_of_pixels(kind: str, precision: str, da
     model = network(run)
     kept, fresh = feed_of(model, run, split), feed_of(model, run.model_copy(update={"augment": augmenting()}), split)
     for feed in (kept, fresh):
-        feed.choose_references()
+        feed.begin()
         feed.start_epoch(0)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         with_kept, with_pixels = fed(kept, INDEX), fed(fresh, INDEX)
@@ -141,11 +143,11 @@ def augmenting() -> Any:
 
 def test_embeddings_are_those_of_evaluation_mode(data: Path) -> None:
     """Whatever mode the network was in; and in the order of the split, from batches that do not divide it."""
-    run, split = small_run(**doe(), eval_batch_size=36), open_data(data).split("train")
+    run, split = small_run(**doe()), open_data(data).split("train")
     model = network(run)
     for module in model.modules():
         module.training = True
-    feed = feed_of(model, run, split)
+    feed = feed_of(model, run, split, at_once=36)
     wanted = embedded(model.backbone, split, INDEX)
     torch.testing.assert_close(fed(feed, INDEX)["embedding"], wanted, atol=1e-5, rtol=1e-4)
     assert wanted.std(0).max() > 1e-3
@@ -171,7 +173,7 @@ def test_the_emotion_encoder_gets_pixels_and_embedding(data: Path) -> None:
 def test_other_networks_get_pixels_alone(data: Path) -> None:
     run, split = small_run(), open_data(data).split("train")
     feed = feed_of(network(run), run, split)
-    feed.choose_references()
+    feed.begin()
     feed.start_epoch(0)
     inputs = fed(feed, INDEX, darker)
     assert inputs.keys() == {"pixel_values"}
@@ -191,7 +193,7 @@ def test_neutral_faces_of_training_are_drawn_and_never_augmented(
     model = network(run)
     feed = feed_of(model, run, split)
     faces = embedded(model.backbone, split, np.arange(96))
-    pairs = Pairs(split, CLASSES, pairing)
+    pairs = Pairs(split, CLASSES, pairing == "same_subject")
     for epoch in range(3):
         feed.start_epoch(epoch)
         inputs = fed(feed, INDEX, darker)
@@ -212,7 +214,7 @@ def test_evaluation_compares_with_the_references(name: str, pairing: str, data: 
     before = model.references.clone()
     feed = feed_of(model, run, split)
     feed.start_epoch(0)
-    feed.choose_references()  # only training does
+    feed.begin()  # only training does
     assert fed(feed, INDEX % 40).keys() == {"embedding"}
     assert torch.equal(model.references, before)
 
@@ -236,7 +238,7 @@ def test_a_prototype_is_the_mean_of_the_neutral_training_faces(data: Path) -> No
     run = small_run(**doe("prototype", augment=AUGMENT))
     model, split = network(run), open_data(data).split("train")
     feed = feed_of(model, run, split)
-    feed.choose_references()
+    feed.begin()
     wanted = embedded(model.backbone, split, np.arange(0, 96, 8)).mean(0, keepdim=True)
     torch.testing.assert_close(model.references, wanted, atol=1e-5, rtol=1e-4)
     feed.start_epoch(0)
@@ -250,7 +252,7 @@ def test_references_are_the_embeddings_of_chosen_neutral_faces(augment: dict[str
     for seed in (1, 1, 2):
         run = small_run(**doe(augment=augment), seed=seed)
         model = network(run)
-        feed_of(model, run, split).choose_references()
+        feed_of(model, run, split).begin()
         faces = embedded(model.backbone, split, np.arange(96))
         found = (model.references[:, None] - faces).abs().amax(2).argmin(1)
         torch.testing.assert_close(model.references, faces[found], atol=1e-5, rtol=1e-4)
@@ -264,16 +266,16 @@ def test_references_are_the_embeddings_of_chosen_neutral_faces(augment: dict[str
 
 
 def test_too_few_neutral_faces_for_the_references(data: Path) -> None:
-    options = doe()["options"] | {"references": 13}
-    run = small_run(**doe(options=options))
+    model = doe()["model"] | {"pairing": {"name": "random_neutral", "references": 13}}
+    run = small_run(**doe(model=model))
     feed = feed_of(network(run), run, open_data(data).split("train"))
     with pytest.raises(UserError) as caught:
-        feed.choose_references()
-    assert str(caught.value) == "options.references: 13 asked for, the training split has 12 neutral faces"
+        feed.begin()
+    assert str(caught.value) == "model.pairing.references: 13 asked for, the training split has 12 neutral faces"
 
 
 def test_subjects_are_needed_where_they_are_compared(tmp_path: Path) -> None:
     run = small_run(**doe("same_subject"))
     for name in ("train", "val"):
-        with pytest.raises(UserError, match=r"^options\.pairing: same_subject needs data that name subjects; "):
+        with pytest.raises(UserError, match=r"^model\.pairing: same_subject needs data that name subjects; "):
             feed_of(network(run), run, open_data(make_data(tmp_path / name)).split(name))

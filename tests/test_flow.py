@@ -1,53 +1,63 @@
 """The flow on a local Ray: runs beside each other, failures and retries, dead workers, and the command line."""
 
+import gc
+import inspect
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ROOT, make_data
+from conftest import ROOT, copy_settings, doe, emotion_encoder, small_run
 from safetensors.torch import load_file
 
-from fer.config import run_id
 from fer.data.dataset import open_data
-from fer.train import fit
+from fer.errors import UserError
+from fer.formats import read_run
+from fer.resources import Resources
+from fer.run import Run, run_id
+from fer.train import batches, fit
+from pipelines import cli
 from pipelines.launch import held
-from pipelines.params import load
+from pipelines.params import read_yaml, yaml_of
 
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
-# two runs of well under a second an epoch on the 16x16 data of conftest
-SMALL = [
-    "models.vgg13_small.image_size=16",
-    "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
-    "models.vgg13_small.epochs=3",
-    "models.vgg13_small.batch_size=16",
-    "models.vit_se_tiny.image_size=16",
-    "models.vit_se_tiny.options.backbone.settings.patch_size=4",
-    "models.vit_se_tiny.options.backbone.settings.hidden_size=16",
-    "models.vit_se_tiny.options.backbone.settings.depth=1",
-    "models.vit_se_tiny.epochs=3",
-    "models.vit_se_tiny.batch_size=16",
-    "models.vit_se_tiny.warmup_epochs=0",
-]
+# of random weights, which the command tells; well under a second an epoch, as small_run
+VIT: dict[str, Any] = {
+    "model": {
+        "name": "vit_se",
+        "backbone": {
+            "name": "vit_base_patch16_224_in21k", "weights": None, "patch_size": 4, "hidden_size": 16, "depth": 1,
+            "num_heads": 4, "mlp_ratio": 2, "pool": "pooler",
+        },
+    },
+    "optimizer": {"name": "adamw", "lr": 5e-4},
+}  # fmt: skip
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    make_data(tmp_path / "data")
-    return tmp_path
+def experiment(project: Path, name: str, resources: dict[str, Any] | None = None, **changes: Any) -> Run:
+    """Write experiments/`name`.yaml: a small run with these changes."""
+    run = small_run(**changes)
+    text = yaml_of({**run.model_dump(), "resources": resources or {}})
+    (project / "experiments" / f"{name}.yaml").write_text(text)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +86,14 @@ def _answers(url: str) -> bool:
     return True
 
 
-def fer(project: Path, *words: str, small: bool = True, **environment: str) -> subprocess.CompletedProcess:
+def fer(project: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*words, small=small), cwd=project, env=env(**environment), capture_output=True, text=True, timeout=280
+        command(*words), cwd=project, env=env(**environment), capture_output=True, text=True, timeout=280
     )
 
 
-def command(*words: str, small: bool = True) -> list[str]:
-    settings = [word for setting in SMALL for word in ("--set", setting)] if small else []
-    return [str(BIN / "fer"), words[0], *settings, *words[1:]]
+def command(*words: str) -> list[str]:
+    return [str(BIN / "fer"), *words]
 
 
 def env(**changes: str) -> dict[str, str]:
@@ -93,49 +102,89 @@ def env(**changes: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", **changes}
 
 
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess]:
+    """here("train", "x"): the command `fer train x`, in this process."""
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["fer", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        gc.unfreeze()  # which the command froze, as its process would end now
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(words, int(end.value.code or 0), shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ray_here(server: str) -> Iterator[None]:
+    """The Ray that a command starts, kept for those of this process; their flows are known to the real server."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from pipelines import launch
+
+    with temporary_settings({PREFECT_API_URL: server}):
+        launch.start_ray()
+        yield
+        launch.ray.shutdown()
+
+
+def errors(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
 def summaries(project: Path) -> dict[str, dict]:
     found = (json.loads(path.read_text()) for path in (project / "data/runs").glob("*/summary.json"))
     return {summary["name"]: summary for summary in found}
 
 
-def mlflow_runs(project: Path, epochs: int = 3) -> dict[str, str]:
-    """run id -> status, read from the store itself; a finished run has a point for each epoch, once."""
-    code = """
-import json, mlflow
-runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-steps = lambda run: [p.step for p in mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")]
-print(json.dumps([[run.info.run_name, run.info.status, steps(run)] for run in runs]))
-"""
-    uri = f"sqlite:///{project}/mlflow.db"
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=env(MLFLOW_TRACKING_URI=uri), capture_output=True, text=True, check=True
-    )
-    rows = json.loads(out.stdout.splitlines()[-1])
-    assert len({name for name, _, _ in rows}) == len(rows), "one MLflow run per run id"
-    for name, status, steps in rows:
+def mlflow_runs(project: Path, epochs: int = 3, **own: int) -> dict[str, str]:
+    """run id -> status, read from the store itself; a finished run has a point for each epoch, once.
+
+    `own`: epochs of those of that name, where they are not `epochs`.
+    """
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        rows = store.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'").fetchall()
+        query = "select step from metrics where run_uuid = ? and key = 'val_accuracy' order by timestamp"
+        points = {name: [step for (step,) in store.execute(query, [uuid])] for uuid, name, _ in rows}
+    assert len(points) == len(rows), "one MLflow run per run id"
+    for _, name, status in rows:
+        steps, last = points[name], own.get(name.split("-")[0], epochs)
         assert len(set(steps)) == len(steps), f"{name} has doubled steps {steps}"
-        assert status != "FINISHED" or steps == list(range(1, epochs + 1))
-    return {name: status for name, status, _ in rows}
+        assert status != "FINISHED" or steps == list(range(1, last + 1))
+    return {name: status for _, name, status in rows}
+
+
+def final(project: Path) -> dict[str, float]:
+    """The `final/` metrics of the one MLflow run, as its page shows them; it is one version of the registered model."""
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        assert store.execute("select count(*) from runs").fetchone() == (1,)
+        assert store.execute("select count(*) from model_versions").fetchone() == (1,)
+        return dict(store.execute("select key, value from latest_metrics where key like 'final/%'").fetchall())
 
 
 def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project: Path):
-    first = fer(project, "train", "vgg13_small", "vit_se_tiny")
+    experiment(project, "small")
+    experiment(project, "vit", **VIT)
+    first = fer(project, "train", "small", "vit")
     assert first.returncode == 0, first.stderr
-    assert sorted(summaries(project)) == ["vgg13_small", "vit_se_tiny"]
+    assert sorted(summaries(project)) == ["small", "vit"]
     assert set(mlflow_runs(project).values()) == {"FINISHED"}
     best = max(summary["val"]["accuracy"] for summary in summaries(project).values())
     assert "models:/fer-bars@champion: version" in first.stdout
     assert f"val {100 * best:.2f} %" in first.stdout.split("@champion")[1]
     before = {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")}
 
-    second = fer(project, "train", "vgg13_small", "vit_se_tiny")
+    second = fer(project, "train", "small", "vit")
     assert second.returncode == 0
     assert "Nothing to do: 2 run(s)" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")} == before
 
-    shown = fer(project, "evaluate", "vit_se_tiny", small=False)
+    shown = fer(project, "evaluate", "vit")
     assert "Test, class by class" in shown.stdout
-    compared = fer(project, "compare", small=False)
+    compared = fer(project, "compare")
     assert all(summary["run_id"] in compared.stdout for summary in summaries(project).values())
 
 
@@ -147,16 +196,21 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 
 def epochs_done(project: Path) -> int:
+    return len(rows(project))
+
+
+def rows(project: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of the one run, as far as it is."""
     files = list((project / "data/runs").glob("*/metrics.jsonl"))
-    return len(files[0].read_text().splitlines()) if files else 0
+    return [json.loads(line) for line in files[0].read_text().splitlines()] if files else []
 
 
 def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never_cut(
     project: Path, tmp_path: Path, server: str
 ):
-    long = ["--set", "models.vgg13_small.epochs=60"]
+    run = experiment(project, "small", epochs=60)
     killed = subprocess.Popen(
-        command("train", "vgg13_small", *long),
+        command("train", "small"),
         cwd=project, env=env(PREFECT_API_URL=server), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -170,25 +224,20 @@ def test_a_run_that_is_killed_is_failed_and_the_same_command_ends_it_as_if_never
     assert not (folder / "summary.json").exists()
     wait_for(lambda: _status(project) == "FAILED", 60)
 
-    resumed = fer(project, "train", "vgg13_small", *long, PREFECT_API_URL=server)
+    resumed = fer(project, "train", "small", PREFECT_API_URL=server)
     assert resumed.returncode == 0, resumed.stderr
     assert list((project / "data/runs").iterdir()) == [folder]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 61))
+    assert [row["epoch"] for row in rows(project)] == list(range(1, 61))
     assert _status(project) == "FINISHED"
 
-    run = load(project / "params.yaml", [*SMALL, long[1]]).models["vgg13_small"]
-    uncut = fit("vgg13_small", run, project / "data", tmp_path / "uncut")
+    uncut = fit("small", run, Resources(), project / "data", tmp_path / "uncut")
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (folder / name).read_bytes() == (uncut / name).read_bytes()
 
 
 def _status(project: Path) -> str:
-    import sqlite3
-
-    with sqlite3.connect(project / "mlflow.db") as store:
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
         ((status,),) = store.execute("select status from runs").fetchall()
-    store.close()
     return status
 
 
@@ -206,22 +255,157 @@ def _workers(project: Path) -> list[int]:
 
 
 def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path, server: str):
-    long = ["--set", "models.vgg13_small.epochs=60"]
+    experiment(project, "small", epochs=60)
     running = subprocess.Popen(
-        command("train", "vgg13_small", *long),
+        command("train", "small"),
         cwd=project, env=env(PREFECT_API_URL=server), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wait_for(lambda: epochs_done(project) >= 5)
+    before = rows(project)[:5]
     for pid in _workers(project):
         assert psutil.Process(pid).environ()["MALLOC_ARENA_MAX"] == "1"  # where it starts: glibc does not look again
         os.kill(pid, signal.SIGKILL)
     output, _ = running.communicate(timeout=200)
     assert running.returncode == 0, output
-    (folder,) = (project / "data/runs").iterdir()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 61))
+    assert rows(project)[:5] == before
+    assert [row["epoch"] for row in rows(project)] == list(range(1, 61))
     assert list(mlflow_runs(project, epochs=60).values()) == ["FINISHED"]
+
+
+@pytest.fixture
+def starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """starts() -> name and pid of each process that Ray has given a run of this process, in order."""
+    from pipelines import launch
+
+    noted = project / "starts.txt"
+
+    def work(config: dict[str, Any]) -> None:
+        from pipelines.launch import _work
+
+        with open(noted, "a") as file:
+            file.write(f"{config['name']} {os.getpid()}\n")
+        _work(config)
+
+    monkeypatch.setattr(launch, "_work", work)
+    return lambda: noted.read_text().splitlines() if noted.exists() else []
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_worker_that_is_killed_is_started_again_as_often_as_restarts_says(
+    restarts: int, project: Path, here: Callable, starts: Callable
+):
+    experiment(project, "small", epochs=1000, resources={"restarts": restarts})
+    seen: list[dict[str, Any]] = []
+
+    def kill_each() -> None:
+        for number in range(restarts + 1):
+            wait_for(lambda: len(starts()) == number + 1 and epochs_done(project) >= len(seen) + 2)  # noqa: B023
+            seen.extend(rows(project)[len(seen) :])
+            os.kill(int(starts()[-1].split()[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_each, daemon=True)
+    killer.start()
+    done = here("train", "small")
+    killer.join(5)
+    assert done.returncode == 1, done.stderr
+    (line,) = errors(done)
+    assert line.startswith("error: small: ")
+    assert len(starts()) == restarts + 1
+    assert rows(project)[: len(seen)] == seen  # times and all: none was trained again
+    assert len(seen) >= 2 * (restarts + 1)
+    assert list(mlflow_runs(project).values()) == ["FAILED"]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_whose_second_worker_is_killed_is_started_again(project: Path, here: Callable, starts: Callable):
+    """What the other one meets then, an error of Gloo, is not taken for one of the program."""
+    experiment(project, "small", epochs=30, resources={"workers": 2, "restarts": 1})
+
+    def kill_one() -> None:
+        wait_for(lambda: epochs_done(project) >= 3)
+        os.kill(int(starts()[1].split()[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    done = here("train", "small")
+    killer.join(5)
+    assert done.returncode == 0, done.stderr
+    assert len(starts()) == 4
+    assert [row["epoch"] for row in rows(project)] == list(range(1, 31))
+    assert not list(project.glob("data/runs/*/error.txt"))
+
+
+def break_training(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: type[Exception], message: str, tries: Path
+) -> None:
+    """From now on experiment `name` fails when its second epoch asks for an order of the images."""
+    from pipelines import launch
+
+    def work(config: dict[str, Any]) -> None:
+        from pipelines.launch import _work
+
+        real = np.random.default_rng
+
+        def default_rng(seed: Any = None) -> np.random.Generator:
+            if seed == [1111, 1]:
+                raise kind(message)
+            return real(seed)
+
+        if config["name"] == name:
+            with open(tries, "a") as file:
+                file.write("1")
+            np.random.default_rng = default_rng  # type: ignore[assignment]
+        _work(config)
+
+    monkeypatch.setattr(launch, "_work", work)
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize(
+    ("kind", "message", "told"),
+    [
+        (ValueError, "the third wheel\nand a page of words", "ValueError: the third wheel"),
+        (
+            torch.OutOfMemoryError,
+            "CUDA out of memory. Tried to allocate 2 GiB.",
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.; lower batch_size or "
+            "resources.eval_batch_size, or raise resources.accumulate",
+        ),
+    ],
+    ids=["plain", "memory of the GPU"],
+)
+def test_an_error_of_the_program_is_final_and_one_line_and_hides_no_other_run(
+    kind: type[Exception], message: str, told: str, project: Path, here: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    experiment(project, "broken")
+    experiment(project, "fine", epochs=1)
+    tries = project / "tries.txt"
+    with monkeypatch.context() as patch:
+        break_training(patch, "broken", kind, message, tries)
+        done = here("train", "broken", "fine")
+    assert done.returncode == 1, done.stderr
+    assert tries.read_text() == "1"
+    (folder,) = (project / "data/runs").glob("broken-*")
+    source, first = inspect.getsourcelines(batches)
+    line = first + next(number for number, text in enumerate(source) if "default_rng(" in text)
+    where = f"fer/train.py:{line}, in batches; all of it: {folder / 'error.txt'}"
+    assert errors(done) == [f"error: broken: {told} ({where})"]
+    text = (folder / "error.txt").read_text()
+    assert text.startswith("Traceback (most recent call last):\n")
+    assert f'fer/train.py", line {line}, in batches' in text
+    assert text.endswith(f"{kind.__name__}: {message}\n")
+
+    assert summaries(project)["fine"]["run_id"] in done.stdout
+    assert "broken-s1111" not in done.stdout.split("unleaked", 1)[1]  # below the head of the table
+    statuses = {name.split("-")[0]: status for name, status in mlflow_runs(project, fine=1).items()}
+    assert statuses == {"broken": "FAILED", "fine": "FINISHED"}
+
+    again = here("train", "broken", "fine")  # mended, it goes on
+    assert again.returncode == 0, again.stderr
+    assert set(mlflow_runs(project, fine=1).values()) == {"FINISHED"}
+    assert not (folder / "error.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -234,9 +418,10 @@ def test_asked_to_stop_it_saves_and_leaves_nothing_running(
 
     Slurm and systemd send SIGTERM to all: to Ray's processes, Prefect's server, the guard.
     """
+    experiment(project, "small", epochs=2000)
     own = {} if everywhere else {"PREFECT_API_URL": server}
     running = subprocess.Popen(
-        command("train", "vgg13_small", "--set", "models.vgg13_small.epochs=2000"),
+        command("train", "small"),
         cwd=project, env=env(**own), start_new_session=True, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
@@ -264,154 +449,320 @@ def test_the_failure_of_one_run_leaves_the_others_alone_and_is_not_retried_when_
     project: Path, server: str
 ):
     """The one that ends well has two workers, so that each run takes what the machine has and the other waits."""
-    changes = ["--set", "models.vit_se_tiny.lr=1e30", "--set", "models.vgg13_small.resources.workers=2"]
-    done = fer(project, "train", "vgg13_small", "vit_se_tiny", *changes, PREFECT_API_URL=server)
+    experiment(project, "small", resources={"workers": 2})
+    experiment(project, "vit", **{**VIT, "optimizer": {"lr": 1e30}})
+    done = fer(project, "train", "small", "vit", PREFECT_API_URL=server)
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: vit_se_tiny-s1111-")
+    (line,) = errors(done)
+    assert line.startswith("error: vit-s1111-")
     assert "loss is nan in epoch" in line or "loss is inf in epoch" in line
     assert "e+29" in line  # the learning rate, a little way down its cosine
     assert "Traceback" not in done.stderr
-    assert list(summaries(project)) == ["vgg13_small"]
-    assert summaries(project)["vgg13_small"]["epochs"] == 3
+    assert list(summaries(project)) == ["small"]
+    assert summaries(project)["small"]["epochs"] == 3
     statuses = {name.split("-")[0]: status for name, status in mlflow_runs(project).items()}
-    assert statuses == {"vgg13_small": "FINISHED", "vit_se_tiny": "FAILED"}
+    assert statuses == {"small": "FINISHED", "vit": "FAILED"}
+    table = done.stdout.split("unleaked", 1)[1]  # below its head
+    assert summaries(project)["small"]["run_id"] in table
+    assert "vit-s1111-" not in table
+    assert "models:/fer-bars@champion: version 1, small-s1111-" in table
 
 
-TINY_VIT = (
-    "{name: vit_tiny_patch16_224, weights: null, settings: {patch_size: 8, hidden_size: 16, depth: 1, num_heads: 2}}"
-)
-STEPS = [
-    *(f"models.{step}.{key}" for step in ("emotion_encoder_tiny", "disentangled_doe_tiny") for key in (
-        "image_size=16", "batch_size=16", "epochs=3", f"options.backbone={TINY_VIT}")),
-    f"models.emotion_encoder_tiny.options.identity={TINY_VIT}",
-    "models.disentangled_doe_tiny.options.references=4",
-]  # fmt: skip
+def chain(project: Path, **identity: Any) -> None:
+    """Experiments `first` and, from its backbone, `second`: the disentangled difference of embeddings."""
+    experiment(project, "first", **emotion_encoder())
+    if identity:
+        model = emotion_encoder()["model"]
+        experiment(project, "first", **emotion_encoder(model={**model, "identity": {**model["identity"], **identity}}))
+    experiment(project, "second", **doe(init_from="first"))
 
 
 def test_a_run_waits_for_the_one_it_starts_from_and_takes_its_backbone(project: Path, server: str):
-    """The disentangled difference of embeddings, both steps by the name of the second."""
-    steps = [word for setting in STEPS for word in ("--set", setting)]
-    done = fer(project, "train", "disentangled_doe_tiny", *steps, small=False, PREFECT_API_URL=server)
+    """Both steps by the name of the second, which is not the only one; of the changes the first gets the seed alone."""
+    chain(project)
+    experiment(project, "other")
+    words = "train", "second", "other", "seed=2", "epochs=1"
+    done = fer(project, *words, PREFECT_API_URL=server)
     assert done.returncode == 0, done.stderr
-    first, second = (summaries(project)[name] for name in ("emotion_encoder_tiny", "disentangled_doe_tiny"))
+    found = summaries(project)
+    assert {name: summary["epochs"] for name, summary in found.items()} == {"first": 3, "second": 1, "other": 1}
+    assert all(summary["run_id"].startswith(f"{name}-s2-") for name, summary in found.items())
+    first, second = found["first"], found["second"]
     assert first["finished"] <= second["finished"]
-    assert second["starts_from"] == ["emotion_encoder_tiny"]
+    assert second["starts_from"] == ["first"]
     folders = [project / "data/runs" / summary["run_id"] for summary in (first, second)]
     assert json.loads((folders[1] / "config.json").read_text())["start"] == first["run_id"]
     ours, theirs = (load_file(folder / "best" / "model.safetensors") for folder in folders)
     shared = [name for name in theirs if name.startswith("backbone.")]
     assert len(shared) > 10
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
-    assert set(mlflow_runs(project).values()) == {"FINISHED"}
+    assert set(mlflow_runs(project, 1, first=3).values()) == {"FINISHED"}
 
     shutil.rmtree(folders[0])  # step one is not needed any more, nor made again
-    again = fer(project, "train", "disentangled_doe_tiny", *steps, small=False, PREFECT_API_URL=server)
-    assert "Nothing to do: 1 run(s)" in again.stdout, again.stderr
+    again = fer(project, *words, PREFECT_API_URL=server)
+    assert "Nothing to do: 2 run(s)" in again.stdout, again.stderr
     assert not folders[0].exists()
 
 
-def test_a_run_does_not_start_where_the_one_it_starts_from_failed(project: Path, server: str):
-    settings = [*STEPS, "models.emotion_encoder_tiny.options.identity.weights=./none"]
-    words = [word for setting in settings for word in ("--set", setting)]
-    names = "disentangled_doe_tiny", "emotion_encoder_tiny"
-    done = fer(project, "train", *names, *words, small=False, PREFECT_API_URL=server)
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_does_not_start_where_the_one_it_starts_from_failed(project: Path, here: Callable):
+    chain(project, weights="./none")
+    done = here("train", "second", "first")
     assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
+    lines = errors(done)
     assert len(lines) == 2
-    assert lines[0].startswith("error: models.emotion_encoder_tiny.options.identity.weights: cannot load './none': ")
-    assert lines[1] == (
-        "error: disentangled_doe_tiny: not started, as emotion_encoder_tiny, from which it starts, failed"
-    )
+    assert lines[0].startswith("error: first: model.identity.weights: ./none: not found; ")
+    assert lines[1] == "error: second: not started, as first, from which it starts, failed"
     assert summaries(project) == {}
     assert list(mlflow_runs(project).values()) == ["FAILED"]
 
 
-def test_models_are_listed_with_their_cost(project: Path):
-    shown = fer(project, "models", "vit_se", "disentangled_doe", small=False)
+def test_models_are_listed_with_their_cost(project: Path, here: Callable):
+    shown = here("models", "vit_se", "disentangled_doe")
     assert shown.returncode == 0, shown.stderr
-    line = next(line for line in shown.stdout.splitlines() if line.startswith(" vit_se"))
+    line = next(line for line in shown.stdout.splitlines() if line.split()[:1] == ["vit_se"])
     assert line.split()[:5] == ["vit_se", "86.69M", "86.69M", "35.1", "224x224x3"]
     assert "google/vit-base-patch16-224-in21k" in shown.stdout
     assert "mobilenet_v3_large: emotion_encoder" in shown.stdout
 
 
-def test_an_error_of_the_machine_is_retried(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from prefect.testing.utilities import prefect_test_harness
+@pytest.mark.usefixtures("ray_here")
+def test_a_deployment_trains_the_runs_of_the_command(project: Path, here: Callable):
+    """As Prefect's worker calls the flow: loaded from the entrypoint of prefect.yaml, its parameters from JSON."""
+    from prefect.client.orchestration import get_client
+    from prefect.flows import load_flow_from_entrypoint
 
-    monkeypatch.chdir(project)
-    from pipelines import flow, launch
-
-    tries = []
-
-    def fail_once(name: str, *rest: object) -> None:
-        tries.append(name)
-        if len(tries) == 1:
-            raise RuntimeError("the GPU fell off the bus")
-        real(name, *rest)
-
-    real = launch.launch
-    monkeypatch.setattr(launch, "launch", fail_once)
-    with prefect_test_harness(server_startup_timeout=120):
-        state = flow.train(["vgg13_small"], SMALL, return_state=True)
-        from prefect.client.orchestration import get_client
-
-        with get_client(sync_client=True) as client:
-            artifacts = client.read_artifacts()
+    (deployment,) = read_yaml(ROOT / "prefect.yaml", "")["deployments"]
+    assert list(deployment["parameters"]) == ["words"]
+    train = load_flow_from_entrypoint(f"{ROOT}/{deployment['entrypoint']}")
+    experiment(project, "small")
+    parameters = json.loads('{"words": ["small", "epochs=2", "optimizer.lr=3e-3"]}')
+    state = train(**parameters, return_state=True)
     assert state.is_completed(), state.message
-    assert tries == ["vgg13_small", "vgg13_small"]
-    (table,) = [artifact for artifact in artifacts if artifact.key == "results"]
-    assert json.loads(table.data)[0]["run"] == summaries(project)["vgg13_small"]["run_id"]
-    launch.ray.shutdown()
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts()
+    (table,) = [found for found in artifacts if found.flow_run_id == state.state_details.flow_run_id]
+    assert table.key == "results"
+    assert json.loads(table.data)[0]["run"].rstrip("*") == summaries(project)["small"]["run_id"]
+
+    done = here("train", "small", "epochs=2", "optimizer.lr=3e-3")
+    assert "Nothing to do: 1 run(s)" in done.stdout, done.stderr
+
+    with pytest.raises(UserError, match="^words: name an experiment, of .*small"):
+        train(**deployment["parameters"])
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_what_changed_of_test_since_a_run_was_finished_is_evaluated_anew_and_said(project: Path, here: Callable):
+    experiment(project, "small")
+    assert here("train", "small").returncode == 0
+    before = summaries(project)["small"]
+    folder = project / "data/runs" / before["run_id"]
+    trained = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt")]
+    assert len(trained) == 3
+    curves = (folder / "metrics.jsonl").read_text()
+    times = {path: path.stat().st_mtime_ns for path in trained}
+    assert final(project)["final/test_accuracy"] == before["test"]["accuracy"]
+
+    # ten images fewer, all of them right or all of them wrong
+    predicted = pd.read_csv(folder / "predictions_test.csv")
+    right = (predicted["label"] == predicted["prediction"]).to_numpy()
+    dropped = np.flatnonzero(right if right.sum() >= 10 else ~right)[:10]
+    kept = np.delete(right, dropped)
+    test = project / "data/splits/test.csv"
+    pd.read_csv(test, keep_default_na=False).drop(index=dropped).to_csv(test, index=False)
+    done = here("train", "small")
+    assert done.returncode == 0, done.stderr
+    news = f"{folder.name}: the test split has changed since: evaluated again, from its best checkpoint"
+    assert done.stderr.splitlines().count(news) == 1
+    after = summaries(project)["small"]
+    assert after["test"]["images"] == 30
+    assert after["test"]["accuracy"] == pytest.approx(kept.mean())
+    assert after["test"]["accuracy"] != before["test"]["accuracy"]
+    assert after["val"] == before["val"]
+    assert final(project)["final/test_accuracy"] == after["test"]["accuracy"]
+
+    # one wrong image that was not leaked now is; no other is any more
+    table = pd.read_csv(test, keep_default_na=False)
+    wrong = int(np.flatnonzero(~kept & (table["duplicate_in"] == "").to_numpy())[0])
+    table["duplicate_in"] = ""
+    table.loc[wrong, "duplicate_in"] = "val"
+    table.to_csv(test, index=False)
+    done = here("train", "small")
+    assert done.returncode == 0, done.stderr
+    news = f"{folder.name}: other test images count as leaked since: those columns are computed again, from its "
+    assert done.stderr.splitlines().count(f"{news}predictions") == 1
+    last = summaries(project)["small"]
+    assert last["test"] == after["test"]
+    assert last["test_without_train"]["images"] == 30
+    assert last["test_without_train"]["accuracy"] == after["test"]["accuracy"]
+    assert last["test_unleaked"]["images"] == 29
+    assert last["test_unleaked"]["accuracy"] == pytest.approx(kept.sum() / 29)
+    assert final(project)["final/test_unleaked_accuracy"] == last["test_unleaked"]["accuracy"]
+    assert final(project)["final/test_unleaked_accuracy"] != after["test_unleaked"]["accuracy"]
+
+    assert list(mlflow_runs(project).values()) == ["FINISHED"]
+    assert {path: path.stat().st_mtime_ns for path in trained} == times
+    assert (folder / "metrics.jsonl").read_text() == curves
+    assert "Nothing to do: 1 run(s)" in here("train", "small").stdout
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_that_is_finished_but_not_recorded_needs_no_ray(
+    project: Path, here: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    from pipelines import launch
+
+    experiment(project, "small")
+    assert here("train", "small").returncode == 0
+    (note,) = (project / "data/runs").glob("*/tracked.json")
+    noted = note.read_text()
+    note.unlink()
+
+    def no_ray(*_: object) -> None:
+        raise AssertionError("nothing is to be trained")
+
+    for name in ("start_ray", "launch", "check_resources"):
+        monkeypatch.setattr(launch, name, no_ray)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    done = here("train", "small")
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to do" not in done.stdout
+    assert note.read_text() == noted
+    assert list(mlflow_runs(project).values()) == ["FINISHED"]
+    assert final(project)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_that_was_begun_in_format_1_is_refused_and_nothing_else_is(project: Path, here: Callable):
+    from pipelines.flow import prepare
+
+    golden = json.loads((ROOT / "tests/golden/format1/runs/bars-s1111-28b44a7d/best/checkpoint.json").read_text())
+    assert "format" not in golden
+    keys = read_run(golden, "checkpoint.json").model_dump()
+    (project / "experiments/bars.yaml").write_text(yaml_of(keys))
+    folder = project / "data/runs/bars-s1111-28b44a7d"
+    (folder / "last").mkdir(parents=True)
+
+    def begun(**changes: Any) -> None:
+        meta = {**golden, "config": {**golden["config"], **changes}}
+        (folder / "last/checkpoint.json").write_text(json.dumps(meta))
+
+    begun()
+    done = here("train", "bars")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: data/runs/bars-s1111-28b44a7d: was begun in format 1 and cannot go on in format 2; "
+        "delete that folder to train anew\n"
+    )
+    assert [path.name for path in (project / "data/runs").iterdir()] == [folder.name]
+    assert not (project / "mlflow.db").exists()
+
+    # with other settings, with some that no version of today knows, and where it was finished
+    for changes in ({"lr": 0.02}, {"options": {"width": 0.0625, "stochastic_depth": 0.1}}):
+        begun(**changes)
+        prepare(["bars"])
+    begun()
+    shutil.copy(ROOT / "tests/golden/format1/runs" / folder.name / "summary.json", folder)
+    prepare(["bars"])
+
+
+def test_a_reader_that_leaves_early_ends_the_command_without_a_word(project: Path, server: str):
+    """`head -1` is gone after the line on random weights, long before the run is trained and the table is drawn."""
+    experiment(project, "vit", **VIT)
+    words = f"{BIN / 'fer'} train vit | head -1"
+    done = subprocess.run(
+        words, shell=True, cwd=project, env=env(PREFECT_API_URL=server), capture_output=True, text=True, timeout=280
+    )
+    assert done.stdout.startswith("vit: vit_base_patch16_224_in21k starts from random weights; ")
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+    assert list(mlflow_runs(project).values()) == ["FINISHED"]
+    wait_for(lambda: not _workers(project))
+
+
+def test_without_a_name_the_experiments_are_listed_and_none_is_started(project: Path, here: Callable):
+    experiment(project, "small")
+    done = here("train")
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
+    names = {path.stem for path in (project / "experiments").iterdir()}
+    assert len(names) > 10
+    assert names <= listed
+    assert "VGG13: Barsoum et al. 2016" in done.stdout  # what it is
+    assert not (project / "data/runs").exists()
+    assert not (project / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nope"], "experiments/nope.yaml: no such experiment; known: disentangled_doe, "),
+        (["train", "vit_se_tny"], "experiments/vit_se_tny.yaml: no such experiment, did you mean 'vit_se_tiny'?"),
+        (["train", "epochs=2"], "epochs=2: name the experiment that it is for, of disentangled_doe, "),
+        (["train", "doe", "optimizer.lrr=1"], "command line: optimizer.lrr: unknown key of 'adam', did you mean 'lr'?"),
+        (["train", "doe", "optimizer.lr=fast"], "command line: optimizer.lr: should be a valid number, got 'fast'"),
+        (["train", "doe", "loss=fokal"], "command line: loss.name: unknown loss 'fokal', did you mean 'focal'?"),
+        (["train", "doe", "model=vitt"], "command line: model.name: unknown model 'vitt', did you mean 'vit_se'?"),
+        (["train", "disentangled_doe", "init_from=x"], "disentangled_doe: init_from: experiments/x.yaml: no such"),
+        (["models", "vit_sa"], "experiments/vit_sa.yaml: no such experiment, did you mean 'vit_se'?"),
+        (["evaluate", "nope"], "nope: no such run in data/runs; runs: none yet"),
+        (["compare"], "data/runs: no finished run; train one with `fer train`"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2_and_leaves_nothing(
+    words: list[str], message: str, project: Path, here: Callable
+):
+    _is_one_line(here(*words), message, project)
 
 
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
-        (["train", "nope"], {}, "models.nope: no such model in params.yaml; known: "),
-        (["train", "vit_se_tny"], {}, "models.vit_se_tny: no such model in params.yaml, did you mean 'vit_se_tiny'?"),
-        (["train", "--set", "train.lrr=1"], {}, "params.yaml: train.lrr: unknown key, did you mean 'lr'?"),
-        (["train", "--set", "train.lr=fast"], {}, "params.yaml: train.lr: should be a valid number, got 'fast'"),
-        (["train", "--set", "train.loss=fokal"], {}, "train.loss: unknown loss 'fokal', did you mean 'focal'?"),
-        (["train", "--set", "models.vit_se_tiny.model=vitt"], {}, "vit_se_tiny.model: unknown model 'vitt', did you"),
-        (["train", "--set", "models.vgg13_small.init_from=x"], {}, "models.vgg13_small.init_from: no model 'x'"),
-        (["models", "vit_sa"], {}, "models.vit_sa: no such model in params.yaml, did you mean 'vit_se'?"),
-        (["train", "vgg13_small", "--set", "models.vgg13_small.resources.workers=64"], {},
-         "models.vgg13_small.resources: 64 worker(s) need 64 CPUs, there are "),
-        (["train", "vgg13_small", "--set", "train.resources.device=cuda"], {}, "cuda, but no GPU is there; set it to"),
-        (["train"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "tracking.uri: no server answers at http://127.0.0.1:9"),
-        (["train", "vgg13_small"], {"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS: no cluster answers at 127.0.0.1:9 ("),
-        (["evaluate", "nope"], {}, "nope: no such run in data/runs; runs: none yet"),
-        (["compare"], {}, "data/runs: no finished run; train one with `fer train`"),
+        (["resources.workers=64"], {}, "vgg13_small: resources: 64 worker(s) need 64 CPUs, there are "),
+        (["resources.device=cuda"], {}, "vgg13_small: resources.device: cuda, but no GPU is there; set it to auto or"),
+        ([], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "tracking.uri: no server answers at http://127.0.0.1:9"),
+        ([], {"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS: no cluster answers at 127.0.0.1:9 ("),
     ],
-)  # fmt: skip
-def test_a_users_mistake_is_one_line_and_status_2_and_leaves_nothing(project, words, environment, message):
-    done = fer(project, *words, small=False, **environment)
+)
+def test_what_is_not_there_is_told_in_one_line_before_anything_starts(
+    words: list[str], environment: dict[str, str], message: str, project: Path, server: str
+):
+    done = fer(project, "train", "vgg13_small", *words, PREFECT_API_URL=server, **environment)
+    _is_one_line(done, message, project)
+
+
+def _is_one_line(done: subprocess.CompletedProcess, message: str, project: Path) -> None:
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+    assert lines[0].startswith(f"error: {message}")
     assert not (project / "data/runs").exists()
 
 
-def test_a_run_that_another_process_trains_is_left_to_it(project: Path, server: str):
-    run = load(project / "params.yaml", SMALL).models["vgg13_small"]
-    folder = project / "data/runs" / run_id("vgg13_small", run, open_data(project / "data").hash)
-    with held(folder, "vgg13_small"):
-        done = fer(project, "train", "vgg13_small", PREFECT_API_URL=server)
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_that_another_process_trains_is_left_to_it(project: Path, here: Callable):
+    run = experiment(project, "small")
+    folder = project / "data/runs" / run_id("small", run, open_data(project / "data").hash)
+    with held(folder, "small"):
+        done = here("train", "small")
     assert done.returncode == 2
-    assert done.stderr == (f"error: vgg13_small: another process is training {folder.name}; wait for it or stop it\n")
+    assert errors(done) == [f"error: small: another process is training {folder.name}; wait for it or stop it"]
     assert not mlflow_runs(project)
 
 
-def test_missing_data_and_params_name_the_remedy(tmp_path: Path):
-    done = fer(tmp_path, "train", small=False)
+def test_missing_data_and_params_name_the_remedy(tmp_path: Path, here: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    done = here("train", "vgg13_small")
     assert (done.returncode, done.stderr) == (
         2, "error: params.yaml: not found; run the command in the project's root folder\n"
     )  # fmt: skip
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    done = fer(tmp_path, "train", small=False)
+    for words in (["train"], ["train", "--all"], ["config"], ["models"]):
+        done = here(*words)
+        assert (done.returncode, done.stdout) == (2, ""), words
+        assert done.stderr.endswith("run the command in the project's root folder\n")
+    copy_settings(tmp_path)
+    done = here("train", "vgg13_small")
     assert (done.returncode, done.stderr) == (
         2, "error: data/splits/summary.json: not found; make the data with `dvc repro`\n"
     )  # fmt: skip

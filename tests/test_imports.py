@@ -33,14 +33,22 @@ OWNERS = {
 }
 # a module imports from lower layers, or from its own folder
 LAYERS = [
-    {"fer", "fer.errors", "fer.files", "fer.config"},
-    {"fer.weights", "fer.device", "fer.stop"},
-    {"fer.checkpoint", "fer.losses", "fer.metrics", "fer.schedule", "fer.models", "fer.data",
-     "fer.super_resolution"},
-    {"fer.feed", "fer.step"},
+    {"fer", "fer.errors", "fer.files", "fer.made_by", "fer.metrics", "fer.settings"},
+    {"fer.device", "fer.stop", "fer.weights", "fer.input", "fer.losses", "fer.optimizer", "fer.schedule",
+     "fer.resources"},
+    {"fer.checkpoint", "fer.data", "fer.super_resolution"},
+    {"fer.models"},
+    {"fer.run"},
+    {"fer.formats", "fer.feed", "fer.step"},
     {"fer.evaluate", "fer.predict"},
     {"fer.train"},
 ]  # fmt: skip
+# what is typed and checked, and who runs servers, know nothing of the rest of pipelines
+ALONE = {
+    "pipelines.params": set(),
+    "pipelines.ui": set(),
+    "pipelines.experiments": {"pipelines.params"},
+}
 
 
 def imports(module: str, everywhere: bool = True) -> set[str]:
@@ -82,7 +90,9 @@ FER = [name for name in MODULES if name.split(".")[0] == "fer"]
 
 
 def test_the_trees_are_read() -> None:
-    assert {"fer.train", "fer.data.sources", "pipelines.stages.split", "pipelines.flow"} <= set(MODULES)
+    some = {"fer.train", "fer.models.network", "pipelines.stages.split", "pipelines.experiments", "pipelines.ui"}
+    assert some <= set(MODULES)
+    assert set().union(*LAYERS) - {"fer"} <= {unit(name) for name in FER}  # none of them is gone
     assert "prefect" in tops("pipelines.flow")
     assert "ray.train" in imports("pipelines.launch")
     assert "fer.checkpoint" in imports("fer.train")
@@ -125,6 +135,11 @@ def test_stages_import_only_the_reader_of_params(module: str) -> None:
 
     assert ours(everywhere=False) <= {"pipelines.params"}
     assert ours(everywhere=True) <= {"pipelines.params", *LAZY.get(module, set())}
+
+
+@pytest.mark.parametrize("module", ALONE)
+def test_settings_and_servers_need_no_other_part_of_the_pipeline(module: str) -> None:
+    assert {name for name in imports(module) if name.startswith("pipelines") and name in MODULES} == ALONE[module]
 
 
 def test_no_module_imports_in_a_circle() -> None:

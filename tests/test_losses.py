@@ -7,7 +7,9 @@ import torch
 from conftest import small_run
 from torch import Tensor
 
-from fer.losses import LOSSES, build_loss, class_weights
+from fer.losses import LOSSES, LossKind, build_loss, class_weights
+from fer.run import Run
+from fer.settings import check
 
 A, G = 0.8, 2.0
 # softmax(log q) = q for shares q that sum to 1: logits whose probabilities are known without a computer
@@ -52,15 +54,23 @@ BY_HAND = {
     "multi_target": (-math.log(0.5) - math.log(0.7)) / 2,
 }
 
+# 9, 4 and 1 images: 14 / (3 n) for power 1; 1/3, 1/2 and 1, which sum up to 3 + 2 + 1 = 6 over the images, for .5
+WEIGHTS = {0.0: [1.0, 1.0, 1.0], 1.0: [14 / 27, 14 / 12, 14 / 3], 0.5: [14 / 18, 14 / 12, 14 / 6]}
+
 WITH_GAMMA = [(name, gamma) for name in LOSSES for gamma in ((0.5, 1.0, 2.0) if name.startswith("focal") else (2.0,))]
+
+
+def kind(name: str, alpha: float = A, gamma: float = G) -> LossKind:
+    """A loss with those of the two settings that it has."""
+    own = {"alpha": alpha, "gamma": gamma}
+    return LOSSES[name].model_validate({key: own[key] for key in own if key in LOSSES[name].model_fields})
 
 
 def value(
     name: str, logits: Tensor = LOGITS, labels: Tensor = LABELS, votes: Tensor = VOTES, prior: Tensor = PRIOR,
-    alpha: float = A, gamma: float = G, power: float = 0.0,
+    alpha: float = A, gamma: float = G, power: float = 0.0, expected: bool = False,
 ) -> Tensor:  # fmt: skip
-    run = small_run(loss=name, loss_alpha=alpha, loss_gamma=gamma, class_weights=power)
-    return build_loss(run, prior, COUNTS)(logits, labels, votes)
+    return build_loss(kind(name, alpha, gamma), power, prior, COUNTS, expected)(logits, labels, votes)
 
 
 def test_every_loss_but_the_random_one_is_checked_by_hand() -> None:
@@ -73,9 +83,9 @@ def test_value_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_logits_give_an_fp32_loss(name: str, kind: torch.dtype) -> None:
-    logits = LOGITS.to(kind)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_an_fp32_loss(name: str, precision: torch.dtype) -> None:
+    logits = LOGITS.to(precision)
     found = value(name, logits, LABELS, VOTES.float(), PRIOR.float())
     assert found.dtype == torch.float32
     # what is lost is the rounding of the logits alone
@@ -103,6 +113,64 @@ def test_sampling_draws_anew_and_only_what_has_votes() -> None:
     assert found == {round(-math.log(0.5), 6), round(-math.log(0.3), 6)}
 
 
+@pytest.mark.parametrize("power", WEIGHTS)
+def test_the_expectation_of_sampling_from_votes_is_the_vote_cross_entropy(power: float) -> None:
+    state = torch.random.get_rng_state()
+    found = value("vote_sampling", expected=True, power=power)
+    assert torch.equal(found, value("vote_cross_entropy", power=power))
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing was drawn
+    # each image by hand, with the weight of its label
+    first = -(0.6 * math.log(0.5) + 0.4 * math.log(0.3))
+    second = -(0.1 * math.log(0.7) + 0.9 * math.log(0.2))
+    by_hand = (WEIGHTS[power][0] * first + WEIGHTS[power][2] * second) / 2
+    assert float(found) == pytest.approx(by_hand, rel=1e-12)
+    # one draw is -log .5 or .3, and -log .7 or .2: standard deviations .250 and .376, weights of at most 14 / 3
+    torch.manual_seed(1)
+    times = 20_000
+    many = value("vote_sampling", LOGITS.repeat(times, 1), LABELS.repeat(times), VOTES.repeat(times, 1), power=power)
+    spread = math.hypot(WEIGHTS[power][0] * 0.2503, WEIGHTS[power][2] * 0.3758) / 2 / math.sqrt(times)
+    assert abs(float(many) - by_hand) < 5 * spread
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"vote_sampling"}))
+def test_a_loss_without_chance_is_its_own_expectation(name: str, power: float) -> None:
+    assert torch.equal(value(name, power=power, expected=True), value(name, power=power))
+
+
+SETTINGS = {
+    "cross_entropy": {}, "label_smoothing": {"alpha": 0.9}, "focal": {"gamma": 2.0}, "pdls": {"alpha": 0.8},
+    "focal_pdls": {"alpha": 0.8, "gamma": 2.0}, "compensated_focal_pdls": {"alpha": 0.5},
+    "vote_cross_entropy": {}, "vote_sampling": {}, "multi_target": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_has_its_own_settings_and_no_others(name: str) -> None:
+    assert small_run(loss={"name": name}).loss.model_dump() == {"name": name, **SETTINGS[name]}
+    plain = small_run().model_dump()
+    for key in ("alpha", "gamma"):
+        run, faults = check(Run, plain | {"loss": {"name": name, key: 0.5}})
+        if key in SETTINGS[name]:
+            assert run is not None
+            assert getattr(run.loss, key) == 0.5
+        else:
+            own = ", ".join(sorted(SETTINGS[name]))
+            known = f" of '{name}'; known: {own}" if own else f": '{name}' has no keys"
+            assert list(map(str, faults)) == [f"loss.{key}: unknown key{known}"]
+
+
+@pytest.mark.parametrize(("key", "wrong"), [("alpha", 1.01), ("alpha", -0.1), ("gamma", -0.1)])
+def test_settings_out_of_range(key: str, wrong: float) -> None:
+    run, faults = check(Run, small_run().model_dump() | {"loss": {"name": "focal_pdls", key: wrong}})
+    assert run is None
+    assert [fault.path for fault in faults] == [f"loss.{key}"]
+
+
+def test_unless_a_run_says_otherwise_it_is_cross_entropy() -> None:
+    assert small_run().loss.name == "cross_entropy"
+
+
 @pytest.mark.parametrize(
     ("one", "settings", "other"),
     [
@@ -111,7 +179,6 @@ def test_sampling_draws_anew_and_only_what_has_votes() -> None:
         ("focal_pdls", {"alpha": 1.0}, "focal"),
         ("pdls", {"alpha": 1.0}, "cross_entropy"),
         ("label_smoothing", {"alpha": 1.0}, "cross_entropy"),
-        ("compensated_focal_pdls", {"gamma": 5.0}, "compensated_focal_pdls"),
         ("pdls", {"prior": torch.full((3, 3), 1 / 3, dtype=torch.float64)}, "label_smoothing"),
         ("pdls", {"alpha": 0.0, "prior": torch.eye(3, dtype=torch.float64)}, "cross_entropy"),
     ],
@@ -135,10 +202,6 @@ def test_compensated_focal_pdls_is_half_as_much_again_of_focal_pdls_with_gamma_1
 def test_label_smoothing_is_that_of_torch() -> None:
     theirs = torch.nn.functional.cross_entropy(LOGITS, LABELS, label_smoothing=1 - A)
     assert float(value("label_smoothing")) == pytest.approx(float(theirs), rel=1e-12)
-
-
-# 9, 4 and 1 images: 14 / (3 n) for power 1; 1/3, 1/2 and 1, which sum up to 3 + 2 + 1 = 6 over the images, for .5
-WEIGHTS = {0.0: [1.0, 1.0, 1.0], 1.0: [14 / 27, 14 / 12, 14 / 3], 0.5: [14 / 18, 14 / 12, 14 / 6]}
 
 
 @pytest.mark.parametrize("power", WEIGHTS)
@@ -175,10 +238,9 @@ def test_each_image_has_the_weight_of_its_label(name: str, power: float) -> None
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_class_weights_change_no_bit(name: str) -> None:
-    run = small_run(loss=name, loss_alpha=A, loss_gamma=G)
-    each = LOSSES[name](run, PRIOR.float())(LOGITS.float(), LABELS, sure(name).float())
+    each = kind(name).build(PRIOR.float())(LOGITS.float(), LABELS, sure(name).float())
     assert each.shape == (2,)
-    built = build_loss(run, PRIOR.float(), COUNTS)(LOGITS.float(), LABELS, sure(name).float())
+    built = build_loss(kind(name), 0.0, PRIOR.float(), COUNTS)(LOGITS.float(), LABELS, sure(name).float())
     assert torch.equal(built, each.mean())
 
 

@@ -109,3 +109,13 @@ def test_half_precision_logits_and_gradients_are_no_matter() -> None:
     counts.update(logits.bfloat16().requires_grad_(), labels, torch.tensor(1.5, requires_grad=True))
     assert counts.result()["loss"] == 1.5
     assert not counts.loss_sum.requires_grad
+
+
+def test_probabilities_are_counted_like_the_logits_they_come_from() -> None:
+    logits, labels = random_predictions()
+    whole, found = counts_of(logits, labels), Counts(8)
+    for rows in torch.arange(len(labels)).chunk(3):
+        found.add(torch.softmax(logits[rows], 1), labels[rows])
+    assert torch.equal(found.confusion, whole.confusion)
+    torch.testing.assert_close(found.bins, whole.bins)
+    assert found.result() == pytest.approx(whole.result() | {"loss": 0.0})

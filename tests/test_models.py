@@ -1,5 +1,6 @@
-"""Every model of the table, and every one of params.yaml: it computes, learns, and comes back from its file."""
+"""Every model of the table, and every one of experiments/: it computes, learns, and comes back from its file."""
 
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -9,107 +10,116 @@ from conftest import ROOT, small_run
 from torch import Tensor, nn
 
 from fer import checkpoint
-from fer.config import RunConfig
-from fer.models import MODELS, backbones_of, build_model, origin
-from fer.models.backbones import FAMILIES
+from fer.models import MODELS, build_model, origin, random_backbones
+from fer.models.backbones import BACKBONES
 from fer.models.cost import cost
-from fer.models.embedding_difference import DifferenceOfEmbeddings, FrozenEncoder
-from fer.models.vgg13 import Vgg13
-from pipelines.params import load
+from fer.models.embedding_difference import DifferenceOfEmbeddingsNetwork, SameSubject
+from fer.models.network import FrozenEncoder, Network
+from fer.models.vgg13 import Vgg13Network
+from fer.run import Run
+from pipelines import experiments
 
 LABELS = 5  # not the 8 of FER+: no head is written with a number of classes in it
 
 
 def backbone(name: str, **settings: Any) -> dict[str, Any]:
-    return {"name": name, "weights": None, "settings": settings}
+    return {"name": name, "weights": None, **settings}
 
 
 VIT = backbone("vit_tiny_patch16_224", patch_size=8, hidden_size=32, depth=2, num_heads=2, mlp_ratio=2, dropout=0.1)
-DEIT = VIT | {"name": "deit_tiny_distilled_patch16_224"}
 SWIN = backbone(
     "swin_tiny_patch4_window7_224", patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4,
     mlp_ratio=2, drop_path_rate=0.1,
 )  # fmt: skip
-CONVNEXT = backbone("convnextv2_atto", patch_size=2, depths=[1, 1, 1], hidden_sizes=[16, 24, 32], drop_path_rate=0.2)
 MOBILENET = backbone("mobilenet_v3_large", width=0.25)
 RESNET = backbone("resnet50", layers=[1, 1, 1, 1], width=8)
 LITE0, LITE2 = backbone("efficientnet_lite0"), backbone("efficientnet_lite2")
-PLAIN: dict[str, Any] = {
-    "stn": False, "resizer": "none", "resizer_size": 16, "resizer_blocks": 1, "resizer_channels": 4,
-    "resizer_scale": None, "head": [], "head_dropout": 0.0,
-}  # fmt: skip
 VGG: dict[str, Any] = {"width": 0.125, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}
-DOE: dict[str, Any] = {"backbone": RESNET, "pairing": "random_neutral", "references": 3, "hidden": [64]}
 HALF = {"head": [16], "head_dropout": 0.1}
 
 
+def keys(name: str, side: int, **model: Any) -> dict[str, Any]:
+    return {"model": {"name": name, **model}, "input": {"image_size": side}}
+
+
 def classifier(backbone: dict[str, Any], side: int = 16, **options: Any) -> dict[str, Any]:
-    return {"model": "classifier", "options": PLAIN | {"backbone": backbone} | options, "image_size": side}
+    return keys("classifier", side, backbone=backbone, **options)
 
 
+def doe(pairing: dict[str, Any]) -> dict[str, Any]:
+    return keys("difference_of_embeddings", 32, backbone=RESNET, pairing=pairing, hidden=[64])
+
+
+COLOUR = {"image_size": 32, "channels": 3, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
 SMALL: dict[str, dict[str, Any]] = {
     "vit": classifier(VIT),
-    "deit distilled": classifier(DEIT),
     "swin": classifier(SWIN),
-    "convnextv2": classifier(CONVNEXT),
     "mobilenet": classifier(MOBILENET, 32, **HALF),
     "resnet": classifier(RESNET, 32, **HALF),
     "lite0": classifier(LITE0, 32),
     "lite2": classifier(LITE2, 32),
-    "stn, neural resizer, head": classifier(SWIN, 24, stn=True, resizer="neural", **HALF),
-    "bilinear resizer": classifier(VIT, 24, resizer="bilinear"),
-    "ViT-SE": {"model": "vit_se", "options": {
-        "backbone": VIT | {"settings": VIT["settings"] | {"pool": "pooler"}}, "reduction": 4, "gate": "relu"}},
-    "ViT-SE with a sigmoid": {"model": "vit_se", "options": {"backbone": VIT, "reduction": 2, "gate": "sigmoid"}},
-    "DoE": {"model": "difference_of_embeddings", "options": DOE, "image_size": 32},
-    "DoE, prototype": {
-        "model": "difference_of_embeddings", "options": DOE | {"pairing": "prototype"}, "image_size": 32},
-    "DoE, same subject": {
-        "model": "difference_of_embeddings", "options": DOE | {"pairing": "same_subject"}, "image_size": 32},
-    "emotion encoder": {"model": "emotion_encoder", "image_size": 32, "options": {
-        "backbone": MOBILENET, "identity": RESNET, "hidden": [16]}},
-    "emotion encoder, caffe": {"model": "emotion_encoder", "image_size": 32, "channels": 3,
-        "pixel_mean": [0.4, 0.5, 0.6], "pixel_std": [0.2, 0.3, 0.25], "options": {
-            "backbone": MOBILENET, "identity": RESNET | {"settings": RESNET["settings"] | {"caffe": True}},
-            "hidden": [16]}},
-    "vgg13": {"model": "vgg13", "options": VGG},
-    "vgg13 without batch norm": {"model": "vgg13", "options": VGG | {"batch_norm": False, "width": 0.25}},
+    "stn, neural resizer, head": classifier(
+        SWIN, 24, stn=True, resizer={"name": "neural", "size": 16, "channels": 4}, **HALF
+    ),
+    "bilinear resizer": classifier(VIT, 24, resizer={"name": "bilinear", "size": 16}),
+    "ViT-SE": keys("vit_se", 16, backbone=VIT | {"pool": "pooler"}),
+    "ViT-SE with a sigmoid": keys("vit_se", 16, backbone=VIT, reduction=2, gate="sigmoid"),
+    "DoE": doe({"name": "random_neutral", "references": 3}),
+    "DoE, prototype": doe({"name": "prototype"}),
+    "DoE, same subject": doe({"name": "same_subject"}),
+    "emotion encoder": keys("emotion_encoder", 32, backbone=MOBILENET, identity=RESNET, hidden=[16]),
+    "emotion encoder, caffe": keys(
+        "emotion_encoder", 32, backbone=MOBILENET, identity=RESNET | {"caffe": True}, hidden=[16]
+    ) | {"input": COLOUR},
+    "vgg13": keys("vgg13", 16, **VGG),
+    "vgg13 without batch norm": keys("vgg13", 16, **VGG | {"batch_norm": False, "width": 0.25}),
 }  # fmt: skip
-SHIPPED = load(ROOT / "params.yaml").models
+with chdir(ROOT):
+    SHIPPED = {name: experiment.run for name, experiment in experiments.load(experiments.known(), {}).items()}
 # those for a CPU; a frozen encoder without weights, such as that of step two, gives all images one embedding
 TINY = [name for name, run in SHIPPED.items() if ("tiny" in name or "small" in name) and not run.init_from]
-LEARNING = ["vit", "swin", "convnextv2", "stn, neural resizer, head", "ViT-SE", "DoE", "emotion encoder", "vgg13"]
+LEARNING = ["vit", "swin", "stn, neural resizer, head", "ViT-SE", "DoE", "emotion encoder", "vgg13"]
 
 
-def run_of(name: str) -> RunConfig:
-    """Small images for the table's rows; a model of params.yaml as it is."""
+def run_of(name: str) -> Run:
+    """Small images for the table's rows; an experiment as it is."""
     return SHIPPED[name] if name in SHIPPED else small_run(**SMALL[name])
 
 
-def built(name: str, seed: int = 0) -> tuple[RunConfig, nn.Module]:
+def build(run: Run) -> Network:
+    return build_model(run.model, run.input, LABELS)
+
+
+def built(name: str, seed: int = 0) -> tuple[Run, Network]:
     torch.manual_seed(seed)
     run = run_of(name)
-    model = build_model(run, LABELS)
-    if isinstance(model, DifferenceOfEmbeddings):
+    model = build(run)
+    if isinstance(model, DifferenceOfEmbeddingsNetwork):
         model.references.normal_(std=0.05)  # as different as the embeddings of a random encoder
     return run, model
 
 
-def inputs_for(run: RunConfig, model: nn.Module, count: int = 4) -> dict[str, Tensor]:
-    generator = torch.manual_seed(0)
-    inputs = {"pixel_values": torch.randn(count, run.channels, run.image_size, run.image_size, generator=generator)}
-    if isinstance(model, DifferenceOfEmbeddings) and model.pairing == "same_subject":
+def inputs_for(run: Run, model: nn.Module, count: int = 4) -> dict[str, Tensor]:
+    generator, side = torch.manual_seed(0), run.input.image_size
+    inputs = {"pixel_values": torch.randn(count, run.input.channels, side, side, generator=generator)}
+    if isinstance(model, DifferenceOfEmbeddingsNetwork) and isinstance(model.pairing, SameSubject):
         inputs["neutral"] = torch.randn(count, model.backbone.num_features, generator=generator)
     return inputs
 
 
 def test_every_row_of_both_tables_is_tested() -> None:
     assert not SMALL.keys() & SHIPPED.keys()
-    assert {settings["model"] for settings in SMALL.values()} == set(MODELS)
-    used = {options.name for name in SMALL for options in backbones_of(run_of(name)).values()}
-    from fer.models.backbones import BACKBONES
+    models = [small_run(**settings).model for settings in SMALL.values()]
+    assert {model.name for model in models} == set(MODELS)
 
-    assert {BACKBONES[name].family for name in used} == set(FAMILIES)
+    def family(kind: type) -> type:
+        return kind.__mro__[1]  # a row is its family with other defaults
+
+    used = {family(type(one)) for model in models for one in model.backbones().values()}
+    assert used == {family(row.kind) for row in BACKBONES.values()}
+    assert len(used) == 5  # ViT and DeiT, Swin, MobileNet, ResNet, EfficientNet-Lite
+    names = {one.name for model in models for one in model.backbones().values()}
+    assert {name for name in BACKBONES if name.startswith("efficientnet")} <= names  # the sizes are in the package
 
 
 @pytest.mark.parametrize("name", [*SMALL, *TINY])
@@ -155,7 +165,7 @@ def test_a_parameter_that_learns_gets_a_gradient_that_is_not_zero(name: str) -> 
     assert [key for key in exact_zero if not key.endswith(allowed) and not key.startswith(localization)] == []
 
 
-FROZEN = [name for name in SMALL if SMALL[name]["model"] in ("difference_of_embeddings", "emotion_encoder")]
+FROZEN = [name for name in SMALL if SMALL[name]["model"]["name"] in ("difference_of_embeddings", "emotion_encoder")]
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -188,7 +198,7 @@ def test_the_seed_decides_the_weights(name: str) -> None:
     assert all(torch.equal(one[key], same[key]) for key in one)
 
 
-DRAWING = ["vit", "deit distilled", "swin", "convnextv2", "lite0", "stn, neural resizer, head", "vgg13"]
+DRAWING = ["vit", "swin", "lite0", "stn, neural resizer, head", "vgg13"]
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -237,14 +247,13 @@ def test_sixteen_images_are_learned_by_heart(name: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "name", ["vit", "swin", "convnextv2", "mobilenet", "resnet", "lite0", "vgg13", "emotion encoder"]
-)
+@pytest.mark.parametrize("name", ["vit", "swin", "mobilenet", "resnet", "lite0", "vgg13", "emotion encoder"])
 def test_grey_and_colour(name: str, channels: int) -> None:
-    changes = {"channels": channels, "pixel_mean": [0.5] * channels, "pixel_std": [0.25] * channels, "image_size": 32}
-    run = small_run(**SMALL[name] | changes)
-    model = build_model(run, LABELS)
-    assert model(**inputs_for(run, model)).shape == (4, LABELS)
+    run = small_run(**SMALL[name] | {"input": {"channels": channels, "image_size": 32}})
+    model = build(run)
+    inputs = inputs_for(run, model)
+    assert inputs["pixel_values"].shape[1] == channels
+    assert model(**inputs).shape == (4, LABELS)
 
 
 # The published systems, whole: their sizes, without their weights
@@ -265,41 +274,53 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_sizes(name: str) -> None:
-    assert cost(SHIPPED[name], 8).parameters == PARAMETERS[name]
+    run = SHIPPED[name]
+    assert cost(run.model, run.input, 8).parameters == PARAMETERS[name]
 
 
 def test_frozen_parameters_do_not_count_as_learning() -> None:
-    found = cost(SHIPPED["doe"], 8)
+    found = cost(SHIPPED["doe"].model, SHIPPED["doe"].input, 8)
     assert found.parameters - found.trainable == 5_483_032 - (961 * 1280 + 1281 * 1000)
 
 
 def test_operations_by_hand() -> None:
-    run = small_run(model="vgg13", options=VGG | {"batch_norm": False}, image_size=16)
+    run = small_run(**keys("vgg13", 16, **VGG | {"batch_norm": False}))
     planned = [(1, 8, 16), (8, 8, 16), (8, 16, 8), (16, 16, 8), (16, 32, 4), *2 * [(32, 32, 4)], *3 * [(32, 32, 2)]]
     convolutions = sum(2 * 9 * before * after * side**2 for before, after, side in planned)
     dense = 2 * (32 * 128 + 128 * 128 + 128 * LABELS)
-    assert cost(run, LABELS).gflop * 1e9 == convolutions + dense
+    assert cost(run.model, run.input, LABELS).gflop * 1e9 == convolutions + dense
+
+
+def start_of(name: str) -> list[str]:
+    return origin(SHIPPED[name].model, SHIPPED[name].init_from)
 
 
 def test_where_weights_come_from() -> None:
-    assert origin(SHIPPED["swin_nr_fpdls"]) == ["microsoft/swin-base-patch4-window7-224"]
-    assert origin(SHIPPED["disentangled_doe"]) == ["emotion_encoder"]
-    assert origin(SHIPPED["emotion_encoder"]) == [
-        "mobilenet_v3_large-8738ca79.pth",
-        "data/weights/resnet50_ft_weight.pkl",
-    ]
-    assert origin(SHIPPED["vit_se_tiny"]) == origin(SHIPPED["vgg13_small"]) == ["random weights"]
+    assert start_of("swin_nr_fpdls") == ["microsoft/swin-base-patch4-window7-224"]
+    assert start_of("disentangled_doe") == ["emotion_encoder"]
+    assert start_of("emotion_encoder") == ["mobilenet_v3_large-8738ca79.pth", "data/weights/resnet50_ft_weight.pkl"]
+    assert start_of("vit_se_tiny") == start_of("vgg13_small") == ["random weights"]
+
+
+def test_which_backbones_start_from_random_weights() -> None:
+    def random(name: str, init_from: str | None) -> list[str]:
+        return random_backbones(run_of(name).model, init_from)
+
+    assert random("emotion encoder", None) == ["mobilenet_v3_large", "resnet50"]
+    assert random("emotion encoder", "another") == ["resnet50"]
+    assert random("doe", None) == random("vgg13", None) == []
 
 
 def test_vgg13_is_the_published_one() -> None:
-    model = build_model(SHIPPED["vgg13_ferplus"], 8)
+    run = SHIPPED["vgg13_ferplus"]
+    model = build_model(run.model, run.input, 8)
     # convolutions: 9 in out + out
     planned = [(1, 64), (64, 64), (64, 128), (128, 128), (128, 256), *5 * [(256, 256)]]
     convolutions = sum(9 * before * after + after for before, after in planned)
     # dense: 256 maps of 4x4 -> 1024 -> 1024 -> 8
     dense = (256 * 16 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 8
     assert sum(p.numel() for p in model.parameters()) == convolutions + dense == 8_757_704
-    assert isinstance(model, Vgg13)
+    assert isinstance(model, Vgg13Network)
     kinds = [type(layer).__name__ for layer in model.features]
     assert [kinds.count(kind) for kind in ("Conv2d", "ReLU", "MaxPool2d", "Dropout")] == [10, 10, 4, 4]
     assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.25] * 4 + [0.5] * 2
@@ -307,12 +328,12 @@ def test_vgg13_is_the_published_one() -> None:
 
 def test_vgg13_has_one_bias_for_each_convolution() -> None:
     for batch_norm in (False, True):
-        model = build_model(small_run(model="vgg13", options=VGG | {"batch_norm": batch_norm}), LABELS)
+        model = build(small_run(**keys("vgg13", 16, **VGG | {"batch_norm": batch_norm})))
         biases = [layer.bias is not None for layer in model.modules() if isinstance(layer, nn.Conv2d)]
         assert biases == [not batch_norm] * 10  # batch norm has its own
         assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 10 * batch_norm
 
 
 def test_vgg13_takes_sizes_that_do_not_divide_by_16() -> None:
-    run = small_run(model="vgg13", options=VGG, image_size=47)
-    assert build_model(run, LABELS)(torch.zeros(2, 1, 47, 47)).shape == (2, LABELS)
+    run = small_run(**keys("vgg13", 47, **VGG))
+    assert build(run)(torch.zeros(2, 1, 47, 47)).shape == (2, LABELS)

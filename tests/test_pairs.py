@@ -27,26 +27,27 @@ def split_of(labels: list[int], subjects: list[str] | None = None, name: str = "
         subjects=subjects or [""] * images,
         labels=torch.tensor(labels),
         targets=torch.zeros(images, 3),
-        leaked=torch.zeros(images, dtype=torch.bool),
+        in_train=torch.zeros(images, dtype=torch.bool),
+        in_val=torch.zeros(images, dtype=torch.bool),
     )
 
 
-def refused(split: Split, pairing: str, classes: list[str] = CLASSES) -> str:
+def refused(split: Split, same_subject: bool, classes: list[str] = CLASSES) -> str:
     with pytest.raises(UserError) as caught:
-        Pairs(split, classes, pairing)
+        Pairs(split, classes, same_subject)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("pairing", ["random_neutral", "prototype", "same_subject"])
-def test_a_partner_is_neutral_and_never_the_image_itself(pairing: str) -> None:
-    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, pairing)
+@pytest.mark.parametrize("same_subject", [False, True])
+def test_a_partner_is_neutral_and_never_the_image_itself(same_subject: bool) -> None:
+    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, same_subject)
     for found in [pairs.fixed(), *(pairs.drawn(1, epoch) for epoch in range(50))]:
         assert {LABELS[partner] for partner in found} == {NEUTRAL}
         assert (found != np.arange(8)).all()
 
 
 def test_random_partners_are_uniform_over_the_other_neutral_faces() -> None:
-    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, "random_neutral")
+    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, False)
     epochs = 2000
     counts = np.zeros((8, 8))
     for epoch in range(epochs):
@@ -63,17 +64,17 @@ def test_random_partners_are_uniform_over_the_other_neutral_faces() -> None:
 
 def test_partners_of_images_and_epochs_are_drawn_apart() -> None:
     """Two images take the same partner as often as chance does, and so does one image in two epochs."""
-    pairs = Pairs(split_of([NEUTRAL] * 5 + [ANGER] * 2), CLASSES, "random_neutral")
+    pairs = Pairs(split_of([NEUTRAL] * 5 + [ANGER] * 2), CLASSES, False)
     drawn = np.array([pairs.drawn(0, epoch) for epoch in range(2000)])
     error = 5 * np.sqrt(0.2 * 0.8 / 2000)
     assert (drawn[:, 5] == drawn[:, 6]).mean() == pytest.approx(0.2, abs=error)
     assert (drawn[1:, 5] == drawn[:-1, 5]).mean() == pytest.approx(0.2, abs=error)
 
 
-@pytest.mark.parametrize("pairing", ["random_neutral", "same_subject"])
-def test_partners_come_from_seed_and_epoch(pairing: str) -> None:
+@pytest.mark.parametrize("same_subject", [False, True])
+def test_partners_come_from_seed_and_epoch(same_subject: bool) -> None:
     split = split_of(LABELS * 5, SUBJECTS * 5)
-    one, other = Pairs(split, CLASSES, pairing), Pairs(split, CLASSES, pairing)
+    one, other = Pairs(split, CLASSES, same_subject), Pairs(split, CLASSES, same_subject)
     other.drawn(9, 9)  # what was drawn before is no matter
     assert one.drawn(1, 2).tolist() == other.drawn(1, 2).tolist()
     drawn = {tuple(one.drawn(seed, epoch)) for seed in range(3) for epoch in range(3)}
@@ -82,7 +83,7 @@ def test_partners_come_from_seed_and_epoch(pairing: str) -> None:
 
 
 def test_same_subject_stays_with_the_person_and_takes_all_its_faces() -> None:
-    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, "same_subject")
+    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, True)
     seen: list[set[int]] = [set() for _ in LABELS]
     for epoch in range(60):  # a face of three is missed by all of them once in 10^10 times
         for image, partner in enumerate(pairs.drawn(1, epoch)):
@@ -93,13 +94,13 @@ def test_same_subject_stays_with_the_person_and_takes_all_its_faces() -> None:
 
 def test_fixed_partners_are_the_first_that_are_not_the_image() -> None:
     split = split_of(LABELS, SUBJECTS)
-    assert Pairs(split, CLASSES, "random_neutral").fixed().tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
-    assert Pairs(split, CLASSES, "same_subject").fixed().tolist() == [4, 0, 5, 2, 0, 2, 2, 0]
+    assert Pairs(split, CLASSES, False).fixed().tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
+    assert Pairs(split, CLASSES, True).fixed().tolist() == [4, 0, 5, 2, 0, 2, 2, 0]
 
 
 def test_references_are_different_neutral_faces_of_one_choice() -> None:
     labels = [NEUTRAL, ANGER, FEAR, NEUTRAL] * 10
-    pairs = Pairs(split_of(labels), CLASSES, "random_neutral")
+    pairs = Pairs(split_of(labels), CLASSES, False)
     chosen = pairs.references(7, seed=5)
     assert len(set(chosen.tolist())) == 7
     assert {labels[position] for position in chosen} == {NEUTRAL}
@@ -109,7 +110,7 @@ def test_references_are_different_neutral_faces_of_one_choice() -> None:
 
 
 def test_every_neutral_face_may_become_a_reference() -> None:
-    pairs = Pairs(split_of([NEUTRAL] * 10 + [FEAR] * 5), CLASSES, "random_neutral")
+    pairs = Pairs(split_of([NEUTRAL] * 10 + [FEAR] * 5), CLASSES, False)
     counts = np.zeros(15)
     for seed in range(2000):
         counts[pairs.references(3, seed)] += 1
@@ -119,29 +120,29 @@ def test_every_neutral_face_may_become_a_reference() -> None:
 # What the data do not hold
 
 
-@pytest.mark.parametrize("pairing", ["random_neutral", "prototype", "same_subject"])
-def test_data_without_a_neutral_class(pairing: str) -> None:
-    assert refused(split_of(LABELS, SUBJECTS), pairing, ["anger", "Neutral", "fear"]) == (
-        "options.pairing: the data have no class 'neutral', with which this model compares"
+@pytest.mark.parametrize("same_subject", [False, True])
+def test_data_without_a_neutral_class(same_subject: bool) -> None:
+    assert refused(split_of(LABELS, SUBJECTS), same_subject, ["anger", "Neutral", "fear"]) == (
+        "model.pairing: the data have no class 'neutral', with which this model compares"
     )
 
 
 @pytest.mark.parametrize("held", [0, 1])
-@pytest.mark.parametrize("pairing", ["random_neutral", "prototype", "same_subject"])
-def test_fewer_than_two_neutral_faces(pairing: str, held: int) -> None:
+@pytest.mark.parametrize("same_subject", [False, True])
+def test_fewer_than_two_neutral_faces(same_subject: bool, held: int) -> None:
     labels = [ANGER, FEAR] + [NEUTRAL] * held
-    assert refused(split_of(labels, ["a"] * len(labels), "val"), pairing) == (
-        f"options.pairing: val has {held} neutral faces; two are needed"
+    assert refused(split_of(labels, ["a"] * len(labels), "val"), same_subject) == (
+        f"model.pairing: val has {held} neutral faces; two are needed"
     )
-    if pairing != "same_subject":
-        Pairs(split_of([*labels, NEUTRAL, NEUTRAL]), CLASSES, pairing)
+    if not same_subject:
+        Pairs(split_of([*labels, NEUTRAL, NEUTRAL]), CLASSES, same_subject)
 
 
 @pytest.mark.parametrize("subjects", [[""] * 8, [*SUBJECTS[:7], ""]])
 def test_same_subject_without_the_name_of_every_subject(subjects: list[str]) -> None:
-    message = "options.pairing: same_subject needs data that name subjects; take random_neutral or prototype"
-    assert refused(split_of(LABELS, subjects), "same_subject") == message
-    Pairs(split_of(LABELS, subjects), CLASSES, "random_neutral")
+    message = "model.pairing: same_subject needs data that name subjects; take random_neutral or prototype"
+    assert refused(split_of(LABELS, subjects), True) == message
+    Pairs(split_of(LABELS, subjects), CLASSES, False)
 
 
 @pytest.mark.parametrize(
@@ -153,17 +154,17 @@ def test_same_subject_without_the_name_of_every_subject(subjects: list[str]) -> 
     ],
 )
 def test_a_subject_without_another_neutral_face(labels: list[int], subjects: list[str]) -> None:
-    assert refused(split_of(labels, subjects), "same_subject") == (
-        "options.pairing: subject c has no neutral face beside the image itself; "
+    assert refused(split_of(labels, subjects), True) == (
+        "model.pairing: subject c has no neutral face beside the image itself; "
         "leave the subject out or take random_neutral or prototype"
     )
 
 
 def test_more_references_than_neutral_faces() -> None:
-    pairs = Pairs(split_of(LABELS), CLASSES, "random_neutral")
+    pairs = Pairs(split_of(LABELS), CLASSES, False)
     with pytest.raises(UserError) as caught:
         pairs.references(6, seed=1)
-    assert str(caught.value) == "options.references: 6 asked for, the training split has 5 neutral faces"
+    assert str(caught.value) == "model.pairing.references: 6 asked for, the training split has 5 neutral faces"
 
 
 # Any data
@@ -172,10 +173,10 @@ def test_more_references_than_neutral_faces() -> None:
 @settings(deadline=None)  # a busy machine is no fault
 @given(
     st.lists(st.tuples(st.sampled_from([NEUTRAL, NEUTRAL, ANGER]), st.sampled_from("abc")), min_size=1, max_size=30),
-    st.sampled_from(["random_neutral", "same_subject"]),
+    st.booleans(),
     st.integers(0, 2**40),
 )
-def test_any_labels_and_subjects(images: list[tuple[int, str]], pairing: str, seed: int) -> None:
+def test_any_labels_and_subjects(images: list[tuple[int, str]], same_subject: bool, seed: int) -> None:
     """Every image gets a partner from those that a plain search finds, or the data are refused."""
     labels, subjects = [label for label, _ in images], [subject for _, subject in images]
 
@@ -183,14 +184,14 @@ def test_any_labels_and_subjects(images: list[tuple[int, str]], pairing: str, se
         return [
             other
             for other, label in enumerate(labels)
-            if label == NEUTRAL and other != image and (pairing != "same_subject" or subjects[other] == subjects[image])
+            if label == NEUTRAL and other != image and (not same_subject or subjects[other] == subjects[image])
         ]
 
     choices = [allowed(image) for image in range(len(images))]
     if labels.count(NEUTRAL) < 2 or not all(choices):
-        assert refused(split_of(labels, subjects), pairing).startswith("options.pairing: ")
+        assert refused(split_of(labels, subjects), same_subject).startswith("model.pairing: ")
         return
-    pairs = Pairs(split_of(labels, subjects), CLASSES, pairing)
+    pairs = Pairs(split_of(labels, subjects), CLASSES, same_subject)
     assert pairs.fixed().tolist() == [found[0] for found in choices]
     for epoch in range(5):
         drawn = pairs.drawn(seed, epoch).tolist()

@@ -1,5 +1,6 @@
 """The images of a split come in the order that is asked for, from memory or read ahead by other processes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,13 @@ import pytest
 import torch
 from conftest import make_data, small_run
 
-from fer.config import Resources
 from fer.data.dataset import Split, open_data
+from fer.data.images import sha256
 from fer.data.pixels import Pixels
+from fer.resources import Resources
 from fer.train import fit
 
 CPU = torch.device("cpu")
-
-
-def resources(**keys: Any) -> Resources:
-    return Resources(**small_run().resources.model_dump() | keys)
 
 
 @pytest.fixture(params=[(), (3,)], ids=["grey", "colour"])
@@ -26,6 +24,9 @@ def split(request: pytest.FixtureRequest, tmp_path: Path) -> Split:
     if request.param:
         grey = np.load(folder / "upscaled" / "images.npy")
         np.save(folder / "upscaled" / "images.npy", np.stack([grey, 255 - grey, grey // 2], -1))
+        path = folder / "splits" / "summary.json"
+        made_of = {"image_shape": [16, 16, 3], "images_sha256": sha256(folder / "upscaled" / "images.npy")}
+        path.write_text(json.dumps(json.loads(path.read_text()) | made_of))
     return open_data(folder).split("val")
 
 
@@ -38,7 +39,7 @@ def wanted(split: Split, index: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("readers", [0, 1, 2])
 def test_batches_that_are_read_ahead_come_in_their_order(split: Split, readers: int) -> None:
-    pixels = Pixels(split, CPU, resources(readers=readers))
+    pixels = Pixels(split, CPU, 0.5, readers)
     assert not pixels.streams
     pixels.streams = True  # as where a GPU has no room
     found = list(pixels.ahead(PLAN))
@@ -49,7 +50,7 @@ def test_batches_that_are_read_ahead_come_in_their_order(split: Split, readers: 
 
 
 def test_images_that_the_device_holds(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = Pixels(split, CPU, resources())
+    pixels = Pixels(split, CPU, 0.5, 2)
     from_file = [pixels(index).numpy() for index in PLAN]
     pixels._load()
     assert pixels.resident is not None
@@ -73,7 +74,7 @@ def test_a_split_is_held_where_it_takes_no_more_than_its_share(
     loaded: list[int] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 40 * split.images[0].nbytes, 10**12))
     monkeypatch.setattr(Pixels, "_load", lambda pixels: loaded.append(len(pixels.split)))
-    Pixels(split, Gpu(), resources(data_share=share))  # type: ignore[arg-type]
+    Pixels(split, Gpu(), share, 2)  # type: ignore[arg-type]
     assert loaded == ([40] if held else [])
 
 
@@ -91,6 +92,7 @@ def test_a_run_is_the_same_wherever_its_images_are(tmp_path: Path, monkeypatch: 
 
         with monkeypatch.context() as patch:
             patch.setattr(Pixels, "__init__", placed)
-            folder = fit("x", small_run(epochs=2, resources={"accumulate": 2}), data, tmp_path / place)
+            resources = Resources(device="cpu", accumulate=2)
+            folder = fit("x", small_run(epochs=2), resources, data, tmp_path / place)
         found.append((folder / "last" / "model.safetensors").read_bytes())
     assert found[0] == found[1] == found[2]

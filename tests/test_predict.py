@@ -8,19 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
+from conftest import CLASSES, CPU, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
 from safetensors.torch import load_file
 
 from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.predict import Predictor, _load_pyfunc
+from fer.resources import Resources
 from fer.train import fit
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "averaged": {"ema_decay": 0.8},
     "bf16": {"precision": "bf16"},
-    "colour, resized": {"channels": 3, "pixel_mean": [0.5, 0.4, 0.3], "pixel_std": [0.2, 0.25, 0.3], "image_size": 24},
+    "colour, resized": {"input": {"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "image_size": 24}},
     "random_neutral": doe(),
     "random_neutral, bf16, averaged": doe(augment={}, precision="bf16", ema_decay=0.8),
     "prototype": doe("prototype"),
@@ -35,8 +36,8 @@ def run(
     """A checkpoint moved away from its run and data, images, and what the evaluation said of them."""
     place = tmp_path_factory.mktemp("place")
     data = make_data(place / "data")
-    folder = fit("x", small_run(epochs=2, **KINDS[request.param]), data, place / "runs")
-    evaluate(folder, data)
+    folder = fit("x", small_run(epochs=2, **KINDS[request.param]), CPU, data, place / "runs")
+    evaluate(folder, data, CPU)
     table = pd.read_csv(folder / "predictions_test.csv", keep_default_na=False)
     images = np.load(data / "upscaled" / "images.npy")[table["row"]]
     moved = tmp_path_factory.mktemp("moved") / "model"
@@ -51,7 +52,7 @@ def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, 
     assert predictor.classes == CLASSES
     found = predictor.probabilities(images)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, atol=1e-6)  # written with six digits
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     assert found.std(0).max() > 1e-4  # they do depend on the image
 
@@ -72,7 +73,7 @@ def test_a_server_gets_the_same(run: tuple[Path, np.ndarray, np.ndarray]) -> Non
 
 def test_any_number_and_layout_of_images() -> None:
     predictor = Predictor.__new__(Predictor)
-    predictor.run, predictor.classes = small_run(eval_batch_size=3), CLASSES
+    predictor.run, predictor.classes, predictor.batch_size = small_run(), CLASSES, 3
     predictor.device = torch.device("cpu")
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 8)
@@ -107,7 +108,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(pairing: str, data: Path, runs: Path, **changes: Any) -> Path:
-    return fit("x", small_run(**doe(pairing), epochs=2, **changes), data, runs)
+    return fit("x", small_run(**doe(pairing), epochs=2, **changes), CPU, data, runs)
 
 
 def faces_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -126,17 +127,17 @@ def faces_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
 def test_same_subject_compares_with_the_face_that_is_given(
     precision: str, rounding: float, people: Path, tmp_path: Path
 ) -> None:
-    folder = trained("same_subject", people, tmp_path, precision=precision, eval_batch_size=16)
-    evaluate(folder, people)
+    folder = trained("same_subject", people, tmp_path, precision=precision)
+    evaluate(folder, people, Resources(device="cpu", eval_batch_size=16))
     wanted = pd.read_csv(folder / "predictions_test.csv", keep_default_na=False)[CLASSES].to_numpy()
     images, partners = faces_of(people)
-    found = Predictor(folder / "best").probabilities(images, partners)
+    found = Predictor(folder / "best").probabilities(images, neutral=partners)
     np.testing.assert_allclose(found, wanted, atol=rounding)
-    one = Predictor(folder / "best").probabilities(images[3:4], partners[3:4])
+    one = Predictor(folder / "best").probabilities(images[3:4], neutral=partners[3:4])
     np.testing.assert_allclose(one, wanted[3:4], atol=rounding)
     served = _load_pyfunc(str(folder / "best")).predict({"images": images, "neutral": partners})
     np.testing.assert_allclose(served, wanted, atol=rounding)
-    others = Predictor(folder / "best").probabilities(images, partners[::-1])
+    others = Predictor(folder / "best").probabilities(images, neutral=partners[::-1])
     assert abs(others - wanted).max() > 2 * rounding
 
 
@@ -145,14 +146,14 @@ def test_same_subject_needs_a_neutral_face(people: Path, tmp_path: Path) -> None
     predictor = Predictor(trained("same_subject", people, tmp_path) / "best")
     with pytest.raises(UserError) as caught:
         predictor.probabilities(images)
-    assert str(caught.value) == "pairing same_subject: give a neutral face of the same person with every image"
+    assert str(caught.value) == "neutral: this model needs such a face of the same person with every image"
 
 
 @pytest.mark.parametrize("pairing", ["random_neutral", "prototype"])
 def test_a_face_that_is_given_replaces_the_references(pairing: str, people: Path, tmp_path: Path) -> None:
     images, partners = faces_of(people)
     predictor = Predictor(trained(pairing, people, tmp_path) / "best")
-    found = predictor.probabilities(images, partners)
+    found = predictor.probabilities(images, neutral=partners)
     assert abs(found - predictor.probabilities(images)).max() > 1e-4
     with torch.no_grad():
         target, neutral = (
@@ -166,51 +167,54 @@ def test_a_face_that_is_given_replaces_the_references(pairing: str, people: Path
         wanted = torch.softmax(predictor.model.head(torch.cat([target - neutral, target], 1)), 1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     predictor.model.references.zero_()
-    np.testing.assert_allclose(predictor.probabilities(images, partners), found, atol=1e-6)
+    np.testing.assert_allclose(predictor.probabilities(images, neutral=partners), found, atol=1e-6)
 
 
 @pytest.mark.parametrize("keys", [{}, emotion_encoder(), doe()])
 def test_neutral_faces_that_do_not_pair(keys: dict[str, Any], people: Path, tmp_path: Path) -> None:
     images, partners = faces_of(people)
-    predictor = Predictor(fit("x", small_run(**keys, epochs=1), people, tmp_path) / "best")
-    compares = keys.get("model") == "difference_of_embeddings"
+    predictor = Predictor(fit("x", small_run(**keys, epochs=1), CPU, people, tmp_path) / "best")
+    compares = keys == doe()
     for neutral in (partners[:1], partners[:39]) if compares else (partners,):
         with pytest.raises(UserError) as caught:
-            predictor.probabilities(images, neutral)
+            predictor.probabilities(images, neutral=neutral)
         assert str(caught.value) == (
-            "neutral: give one neutral face per image, and only to a model that compares two faces"
+            "neutral: give one such face per image, and only to a model that compares two faces"
         )
+
+
+def test_other_images_beside_are_named(people: Path, tmp_path: Path) -> None:
+    images, partners = faces_of(people)
+    predictor = Predictor(trained("random_neutral", people, tmp_path) / "best")
+    with pytest.raises(UserError, match=r"^smiling: give one such face per image"):
+        predictor.probabilities(images, smiling=partners)
 
 
 # Pretrained weights
 
 VIT = {"patch_size": 4, "hidden_size": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 1}
-CLASSIFIER = {
-    "stn": False, "resizer": "none", "resizer_size": 16, "resizer_blocks": 1, "resizer_channels": 4,
-    "resizer_scale": None, "head": [], "head_dropout": 0.0,
-}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {"classifier": {"name": "classifier"}, "difference_of_embeddings": doe()["model"]}
 
 
-@pytest.mark.parametrize("model", ["classifier", "difference_of_embeddings"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(model: str, data: Path, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     sizes = {"image_size": 16, "patch_size": 4, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 1}
     pretrained = ViTModel(ViTConfig(**sizes, num_attention_heads=2, intermediate_size=24), add_pooling_layer=False)
     pretrained.save_pretrained(tmp_path / "pretrained")
-    backbone = {"name": "vit_tiny_patch16_224", "weights": str(tmp_path / "pretrained"), "settings": VIT}
-    options = (CLASSIFIER if model == "classifier" else doe()["options"]) | {"backbone": backbone}
-    # a rate at which nothing is learned
-    run = small_run(model=model, options=options, augment=NO_AUGMENT, epochs=2, lr=1e-12, weight_decay=0.0)
+    backbone = {"name": "vit_tiny_patch16_224", "weights": str(tmp_path / "pretrained"), **VIT}
+    slow = {"lr": 1e-12, "weight_decay": 0.0}  # a rate at which nothing is learned
+    run = small_run(model={**MODELS[model], "backbone": backbone}, augment=NO_AUGMENT, epochs=2, optimizer=slow)
 
     def cut(row: dict) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit("vit", run, data, tmp_path / "runs", on_epoch=cut)
+        fit("vit", run, CPU, data, tmp_path / "runs", on_epoch=cut)
     shutil.rmtree(tmp_path / "pretrained")
-    folder = fit("vit", run, data, tmp_path / "runs")  # goes on without it
-    summary = evaluate(folder, data)
+    folder = fit("vit", run, CPU, data, tmp_path / "runs")  # goes on without it
+    summary = evaluate(folder, data, CPU)
     assert summary["starts_from"] == [str(tmp_path / "pretrained")]
     predictor = Predictor(folder / "best")
     assert predictor.probabilities(np.zeros((2, 16, 16), np.uint8)).shape == (2, 8)

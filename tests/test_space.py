@@ -1,189 +1,280 @@
 """The space of a sweep: every mistake in it is one line before anything starts, and a point gives the run it says."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ROOT
 
-from fer.config import RunConfig
-from fer.errors import UserError
+from fer.losses import CompensatedFocalPdls, CrossEntropy, FocalPdls, LabelSmoothing, Pdls
+from fer.models.classifier import Bilinear, Neural
+from fer.optimizer import Sgd
+from fer.run import Run, run_id
+from fer.schedule import Constant
+from pipelines import experiments, sweep_settings
 from pipelines import space as spaces
-from pipelines.params import load, run_faults, space_of
-
-SHIPPED = Path(__file__).resolve().parents[1] / "params.yaml"
 
 
-def base(name: str = "swin_nr_fpdls_tiny", *overrides: str) -> RunConfig:
-    return load(SHIPPED, overrides).models[name]
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
-def space(given: dict, run: RunConfig | None = None) -> spaces.Space:
+def base(name: str = "swin_nr_fpdls_tiny", *changes: str) -> Run:
+    return experiments.load([name, *changes], {})[name].run
+
+
+def space(given: dict[str, Any], run: Run | None = None) -> spaces.Space:
     found: list[str] = []
-    dimensions = spaces.read(given, run or base(), "space", run_faults, found)
+    dimensions = spaces.read(given, run or base(), "space", found)
     assert found == []
     return dimensions
+
+
+def mistakes(given: dict[str, Any], run: Run | None = None) -> list[str]:
+    found: list[str] = []
+    spaces.read(given, run or base(), "space", found)
+    return found
+
+
+def changed(dimensions: spaces.Space, point: spaces.Point, run: Run | None = None) -> Run:
+    found, faults = spaces.changed(run or base(), dimensions, point)
+    assert faults == []
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
     ("key", "given", "message"),
     [
-        ("lrr", {"float": [0, 1]}, "unknown key, did you mean 'lr'?"),
-        ("options.resizr_blocks", {"int": [1, 2]}, "unknown key, did you mean 'resizer_blocks'?"),
-        ("lr.x", {"float": [0, 1]}, "unknown key; a value has no keys below it"),
+        ("epoch", {"float": [0, 1]}, "unknown key, did you mean 'epochs'?"),
+        ("optimizer.lrr", {"float": [0, 1]}, "unknown key, did you mean 'lr'?"),
+        ("model.resizer.blcks", {"int": [1, 2]}, "unknown key, did you mean 'blocks'?"),
+        ("optimizer.lr.x", {"float": [0, 1]}, "unknown key; a value has no keys below it"),
+        ("resources.workers", {"int": [1, 4]}, "unknown key; known: augment, balanced_sampling, "),
         ("epochs", {"int": [3, 30]}, "this key cannot be searched; set it in the base"),
-        ("resources.workers", {"int": [1, 4]}, "this key cannot be searched; set it in the base"),
-        ("lr", {"int": [0, 1]}, "an int range, but the base has 0.0005; use float or log"),
+        ("seed", {"int": [3, 30]}, "this key cannot be searched; set it in the base"),
+        ("init_from", {"choice": [None, "doe"]}, "this key cannot be searched; set it in the base"),
+        ("model", {"choice": ["classifier", "vgg13"]}, "this key cannot be searched; set it in the base"),
+        ("model.name", {"choice": ["classifier", "vgg13"]}, "this key cannot be searched; set it in the base"),
+        ("optimizer.lr", {"int": [0, 1]}, "an int range, but the base has 0.0005; use float or log"),
         ("batch_size", {"float": [16, 64]}, "a float range, but the base has 32; use int"),
         ("batch_size", {"log": [16, 64]}, "a log range, but the base has 32; use int"),
-        ("loss", {"float": [0, 1]}, "a float range, but the base has 'focal_pdls'; use choice"),
-        ("options.stn", {"int": [0, 1]}, "an int range, but the base has True; use choice"),
+        ("loss.name", {"float": [0, 1]}, "a float range, but the base has 'focal_pdls'; use choice"),
+        ("loss", {"float": [0, 1]}, "a float range, but the base has {'name': 'focal_pdls', 'alpha': 0.8, "),
+        ("model.stn", {"int": [0, 1]}, "an int range, but the base has True; use choice"),
         ("ema_decay", {"float": [0.9, 0.99]}, "a float range, but the base has None; use choice"),
-        ("options", {"factor": [0, 1]}, "a factor needs a fraction or a table of them, the base has "),
-        ("lr", {"float": [1, 1]}, "the range [1, 1] is empty; low must be below high"),
-        ("lr", {"log": [1e-2, 1e-5]}, "the range [0.01, 1e-05] is empty; low must be below high"),
-        ("lr", {"log": [0, 1]}, "a log range must begin above 0, got 0"),
+        ("model.resizer", {"factor": [0, 1]}, "a factor needs a fraction or a table of them, the base has "),
+        ("optimizer.lr", {"float": [1, 1]}, "the range [1, 1] is empty; low must be below high"),
+        ("optimizer.lr", {"log": [1e-2, 1e-5]}, "the range [0.01, 1e-05] is empty; low must be below high"),
+        ("optimizer.lr", {"log": [0, 1]}, "a log range must begin above 0, got 0"),
         ("augment", {"factor": [-1, 1]}, "a factor must not be negative, got -1"),
         ("batch_size", {"int": [1.5, 64]}, "int needs whole numbers, got [1.5, 64]"),
-        ("lr", {"float": [0, "x"]}, "float needs two numbers, [low, high], got [0, 'x']"),
-        ("lr", {"float": [0, True]}, "float needs two numbers, [low, high], got [0, True]"),
-        ("lr", {"float": 3}, "float needs a list, got 3"),
+        ("optimizer.lr", {"float": [0, "x"]}, "float needs two numbers, [low, high], got [0, 'x']"),
+        ("optimizer.lr", {"float": [0, True]}, "float needs two numbers, [low, high], got [0, True]"),
+        ("optimizer.lr", {"float": [0, 1, 2]}, "float needs two numbers, [low, high], got [0, 1, 2]"),
+        ("optimizer.lr", {"float": 3}, "float needs a list, got 3"),
         ("loss", {"choice": ["focal"]}, "choice needs two values at least, got ['focal']"),
-        ("lr", {"uniform": [0, 1]}, "no kind of range 'uniform'; give one of {int: [low, high]}, "),
-        ("lr", [0, 1], "give one of {int: [low, high]}, {float: "),
-        ("lr", {"float": [0, 1], "log": [0, 1]}, "give one of {int: [low, high]}, {float: "),
-        ("loss_alpha", {"float": [0.5, 2]}, "2 cannot work: loss_alpha: should be less than or equal to 1, got 2"),
-        ("lr", {"float": [0, 1]}, "0 cannot work: lr: should be greater than 0, got 0"),
-        ("loss", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss: unknown loss 'fokal', did you"),
-        ("options.stn", {"choice": [True, "no"]}, "'no' cannot work: options.stn: should be a valid boolean, got 'no'"),
-        ("options.stn", {"choice": [True, 1]}, "1 stands in the choices twice"),
-        ("options.resizer_size", {"choice": [24, 25]}, "25 cannot work: options.backbone: size 25 does not divide by "),
+        ("optimizer.lr", {"uniform": [0, 1]}, "no kind of range 'uniform'; give one of {int: [low, high]}, "),
+        ("optimizer.lr", [0, 1], "give one of {int: [low, high]}, {float: "),
+        ("optimizer.lr", {"float": [0, 1], "log": [0, 1]}, "give one of {int: [low, high]}, {float: "),
+        ("loss.alpha", {"float": [0.5, 2]}, "2 cannot work: loss.alpha: should be less than or equal to 1, got 2"),
+        ("optimizer.lr", {"float": [0, 1]}, "0 cannot work: optimizer.lr: should be greater than 0, got 0"),
+        ("loss", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', did you"),
+        ("loss.name", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', di"),
+        ("loss", {"choice": ["focal_pdls", {"name": "pdls", "gamma": 2.0}]},
+         """'{"name": "pdls", "gamma": 2.0}' cannot work: loss.gamma: unknown key of 'pdls'; known: alpha"""),
+        ("model.stn", {"choice": [True, "no"]}, "'no' cannot work: model.stn: should be a valid boolean, got 'no'"),
+        ("model.stn", {"choice": [True, 1]}, "1 stands in the choices twice"),
+        ("loss", {"choice": ["focal_pdls", {"name": "focal_pdls"}]}, "'focal_pdls' stands in the choices twice"),
+        ("model.resizer.size", {"choice": [24, 25]}, "25 cannot work: model.backbone.patch_size: the image's side "),
         ("augment", {"factor": [0, 20]}, "20 cannot work: augment.rotation: should be less than or equal to 180"),
-        ("loss_alpha", {"float": [0.9, 1]}, "does not hold the base's 0.8, which is the first trial; widen"),
+        ("loss.alpha", {"float": [0.9, 1]}, "does not hold the base's 0.8, which is the first trial; widen"),
         ("augment", {"factor": [0, 0.5]}, "does not hold the base's 1, which is the first trial; widen"),
-        ("loss", {"choice": ["focal", "pdls"]}, "does not hold the base's 'focal_pdls', which is the first trial; add"),
+        ("loss", {"choice": ["focal", "pdls"]}, "does not hold the base's {'name': 'focal_pdls', 'alpha': 0.8, 'gamma':"
+         " 2.0}, which is the first trial; add"),
+        ("loss.name", {"choice": ["focal", "pdls"]}, "does not hold the base's 'focal_pdls', which is the first trial"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_key(key: str, given: object, message: str) -> None:
-    found: list[str] = []
-    spaces.read({key: given}, base(), "sweeps.x.space", run_faults, found)
-    (line,) = found
-    assert line.startswith(f"sweeps.x.space.{key}: {message}"), line
+    (line,) = mistakes({key: given})
+    assert line.startswith(f"space.{key}: {message}"), line
 
 
-def test_mistakes_are_found_all_at_once() -> None:
-    params = load(
-        SHIPPED, ["sweeps.tiny.space={lrr: {float: [0, 1]}, lr: {int: [1, 2]}}", "sweeps.tiny.grace_epochs=99"]
-    )
-    with pytest.raises(UserError) as caught:
-        space_of(params, "tiny")
-    assert str(caught.value).splitlines() == [
-        "sweeps.tiny.grace_epochs: 99, but the base has 20 epochs; lower it",
-        "sweeps.tiny.space.lrr: unknown key, did you mean 'lr'?",
-        "sweeps.tiny.space.lr: an int range, but the base has 0.0005; use float or log",
-    ]
-
-
-def test_a_space_that_does_not_fit_an_override_leaves_other_commands_alone() -> None:
-    """`fer train vgg13_small --set models.vgg13_small.lr=3e-4` has nothing to do with a sweep over lr."""
-    params = load(SHIPPED, ["models.vgg13_small.lr=3e-4"])
-    assert params.models["vgg13_small"].lr == 3e-4
-    with pytest.raises(UserError, match="sweeps.sample.space.lr: does not hold the base's 0.0003, which is the first"):
-        space_of(params, "sample")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("base=vgg13_smll", "base: no model 'vgg13_smll' in params.yaml, did you mean 'vgg13_small'?"),
-        ("trials=0", "trials: should be greater than 0, got 0"),
-        ("hours=0", "hours: should be greater than 0, got 0"),
-        ("gpus_per_trial=2", "gpus_per_trial: should be less than or equal to 1, got 2"),
-        ("grace_epochs=21", "grace_epochs: 21, but the base has 20 epochs; lower it"),
-        ("grace_epochs=11",
-         "grace_epochs: 11, but no trial is stopped in the second half of the base's 20 epochs; lower it or set "
-         "scheduler to none"),
-        ("reduction=1", "reduction: should be greater than or equal to 2, got 1"),
-        ("search=bayes", "search: should be 'tpe', 'random' or 'grid', got 'bayes'"),
-        ("search=grid", "search: grid needs choices alone, loss_alpha has a range; use tpe or random"),
-        ("scheduler=pbt", "search: pbt draws its first trials at random; set it to random"),
-        ("space={}", "space: holds no key to search; name one at least"),
-        ("space=3", "space: should be a table of keys, got 3"),
-        ("trails=3", "trails: unknown key, did you mean 'trials'?"),
-        ("space.options={choice: [{resizer_blocks: 1}, {resizer_blocks: 2}]}",
-         "space.options: options.resizer_blocks is set by options.resizer_blocks too; leave one of them out"),
-    ],
-)  # fmt: skip
-def test_a_sweep_that_cannot_work(override: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        space_of(load(SHIPPED, [f"sweeps.tiny.{override}"]), "tiny")
-    assert str(caught.value).splitlines()[0].removeprefix(f"{SHIPPED}: ") == f"sweeps.tiny.{message}"
-
-
-def test_names_that_a_sweep_cannot_have_and_a_base_that_starts_from_another_run() -> None:
-    with pytest.raises(UserError, match="sweeps.status: a sweep's name .* none of run, status, apply; rename it"):
-        load(SHIPPED, ["sweeps.status=3"])
-    chained = ["sweeps.tiny.base=disentangled_doe_tiny", "sweeps.tiny.space={lr: {log: [1e-4, 1e-2]}}"]
-    with pytest.raises(UserError, match=r"sweeps.tiny.base: disentangled_doe_tiny starts from another run"):
-        space_of(load(SHIPPED, chained), "tiny")
-
-
-def test_pbt_refuses_what_a_running_run_cannot_change() -> None:
-    pbt = ["sweeps.tiny.scheduler=pbt", "sweeps.tiny.search=random"]
-    with pytest.raises(UserError) as caught:
-        space_of(load(SHIPPED, pbt), "tiny")
-    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
-        "sweeps.tiny.space.options.resizer_blocks", "sweeps.tiny.space.options.resizer_channels"
-    ]  # fmt: skip
+def test_a_name_that_comes_with_another_value_than_the_bases_is_not_the_base() -> None:
+    """`loss: focal_pdls` is the base's loss whatever its alpha; with an alpha of its own it is another one."""
+    run = base("swin_nr_fpdls_tiny", "loss.alpha=0.6")
+    assert spaces.published(run, space({"loss": {"choice": ["focal_pdls", "pdls"]}}, run)) == {"loss": "focal_pdls"}
+    (line,) = mistakes({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, run)
+    assert line.startswith("space.loss: does not hold the base's {'name': 'focal_pdls', 'alpha': 0.6, ")
 
 
 def test_a_point_changes_what_it_names_and_nothing_else() -> None:
     given = {
-        "loss_alpha": {"float": [0.5, 1.0]},
-        "options.resizer_blocks": {"int": [1, 3]},
-        "options.backbone.settings.drop_path_rate": {"float": [0.0, 0.3]},
+        "loss.alpha": {"float": [0.5, 1.0]},
+        "model.resizer.blocks": {"int": [1, 3]},
+        "model.backbone.drop_path_rate": {"float": [0.0, 0.3]},
         "augment": {"factor": [0.0, 2.0]},
-        "loss": {"choice": ["focal_pdls", "pdls"]},
+        "optimizer.lr": {"log": [1e-4, 1e-2]},
     }
     dimensions = space(given)
     point = {
-        "loss_alpha": 0.6, "options.resizer_blocks": 3, "options.backbone.settings.drop_path_rate": 0.2, "augment": 1.5,
-        "loss": "pdls",
+        "loss.alpha": 0.6, "model.resizer.blocks": 3, "model.backbone.drop_path_rate": 0.2, "augment": 1.5,
+        "optimizer.lr": 1e-3,
     }  # fmt: skip
-    found, tree = spaces.changed(base(), dimensions, point), base().model_dump()
-    tree |= {"loss_alpha": 0.6, "loss": "pdls"}
-    tree["options"]["resizer_blocks"] = 3
-    tree["options"]["backbone"]["settings"]["drop_path_rate"] = 0.2
+    tree = base().model_dump()
+    tree["loss"]["alpha"] = 0.6
+    tree["model"]["resizer"]["blocks"] = 3
+    tree["model"]["backbone"]["drop_path_rate"] = 0.2
+    tree["optimizer"]["lr"] = 1e-3
     factors = {"rotation": 15.0, "scale": 0.15, "translation": 0.09, "brightness": 0.3, "contrast": 0.3}
     tree["augment"] |= factors  # flip stays at .5, what was 0 stays 0
-    assert found == RunConfig.model_validate(tree)
+    assert changed(dimensions, point) == Run.model_validate(tree)
+
+
+def test_values_that_do_not_fit_together_are_told() -> None:
+    run = base("swin_nr_fpdls_tiny", "schedule={name: constant, warmup_epochs: 1}")
+    warmup = {"choice": [1.0, 20.0]}
+    dimensions = space({"schedule": {"choice": ["constant", "cosine"]}, "schedule.warmup_epochs": warmup}, run)
+    found = changed(dimensions, {"schedule": "constant", "schedule.warmup_epochs": 20.0}, run)
+    assert found.schedule == Constant(warmup_epochs=20.0)
+    nothing, faults = spaces.changed(run, dimensions, {"schedule": "cosine", "schedule.warmup_epochs": 20.0})
+    assert nothing is None
+    assert [str(fault) for fault in faults] == ["schedule.warmup_epochs: 20 leaves nothing of epochs 20"]
 
 
 def test_the_point_of_the_base_gives_the_base_back() -> None:
-    params = load(SHIPPED)
-    for name, sweep in params.sweeps.items():
-        run, dimensions = params.models[sweep.base], space_of(params, name)
-        point = spaces.published(run, dimensions)
+    assert sweep_settings.known() == ["fpdls", "sample", "tiny"]
+    for name in sweep_settings.known():
+        _, sweep, experiment, dimensions = sweep_settings.load([name], {})
+        point = spaces.published(experiment.run, dimensions)
         assert list(point) == list(sweep.space), name
-        assert spaces.changed(run, dimensions, point) == run
+        assert changed(dimensions, point, experiment.run) == experiment.run
+
+
+# Sections that are chosen by name, and keys that only some of them have
+
+LOSSES = {"choice": ["focal_pdls", "compensated_focal_pdls", "pdls", "label_smoothing", "cross_entropy"]}
+KEYS = {"loss": LOSSES, "loss.alpha": {"float": [0.5, 1.0]}, "loss.gamma": {"float": [0.0, 4.0]}}
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("focal_pdls", FocalPdls(alpha=0.6, gamma=3.0)),
+        ("compensated_focal_pdls", CompensatedFocalPdls(alpha=0.6)),
+        ("pdls", Pdls(alpha=0.6)),
+        ("label_smoothing", LabelSmoothing(alpha=0.6)),
+        ("cross_entropy", CrossEntropy()),
+    ],
+)
+@pytest.mark.parametrize("key", ["loss", "loss.name"])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]], ids=["name first", "name last"])
+def test_a_key_that_the_chosen_section_lacks_is_left_out_and_the_others_are_set(loss, expected, key, order) -> None:
+    dimensions = space({key: LOSSES, "loss.alpha": KEYS["loss.alpha"], "loss.gamma": KEYS["loss.gamma"]})
+    point = [(key, loss), ("loss.alpha", 0.6), ("loss.gamma", 3.0)]
+    found = changed(dimensions, dict(point[i] for i in order))
+    assert found == base().model_copy(update={"loss": expected})
+
+
+def test_points_that_differ_in_a_key_without_meaning_have_one_run_id() -> None:
+    dimensions = space(KEYS)
+
+    def id_of(loss: str, alpha: float, gamma: float) -> str:
+        run = changed(dimensions, {"loss": loss, "loss.alpha": alpha, "loss.gamma": gamma})
+        return run_id("x", run, "data")
+
+    assert id_of("label_smoothing", 0.6, 1.0) == id_of("label_smoothing", 0.6, 3.0)
+    assert id_of("label_smoothing", 0.6, 1.0) != id_of("label_smoothing", 0.7, 1.0)
+    assert id_of("focal_pdls", 0.6, 1.0) != id_of("focal_pdls", 0.6, 3.0)
+    assert id_of("cross_entropy", 0.6, 1.0) == id_of("cross_entropy", 0.7, 3.0)
+
+
+def test_keys_without_meaning_lie_deeper_too() -> None:
+    """`model.resizer.blocks` is of the neural resizer alone."""
+    given = {"model.resizer": {"choice": ["neural", "bilinear"]}, "model.resizer.blocks": {"int": [1, 3]},
+             "model.resizer.size": {"choice": [24, 48]}}  # fmt: skip
+    dimensions = space(given)
+    point = {"model.resizer": "bilinear", "model.resizer.blocks": 3, "model.resizer.size": 24}
+    assert changed(dimensions, point).model.resizer == Bilinear(size=24)
+    neural = changed(dimensions, point | {"model.resizer": "neural"}).model.resizer
+    assert neural == Neural(size=24, blocks=3)
+
+
+def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_the_bases_keys() -> None:
+    run = base("vgg13_small")
+    assert run.optimizer.weight_decay == 0.01
+    dimensions = space({"optimizer": {"choice": ["adamw", {"name": "sgd", "lr": 0.1}]}}, run)
+    sgd = '{"name": "sgd", "lr": 0.1}'
+    assert dimensions["optimizer"].labels == ["adamw", sgd]
+    assert changed(dimensions, {"optimizer": "adamw"}, run) == run
+    assert changed(dimensions, {"optimizer": sgd}, run).optimizer == Sgd(lr=0.1)
+    assert Sgd(lr=0.1).weight_decay != 0.01
 
 
 def test_a_table_among_the_choices_is_laid_over_the_base() -> None:
     run = base("swin_nr_fpdls")
-    given = [{"resizer_size": 224, "resizer_scale": 0.584}, {"resizer_size": 256, "resizer_scale": None}]
-    dimensions = space({"options": {"choice": given}}, run)
-    assert spaces.published(run, dimensions) == {"options": '{"resizer_size": 224, "resizer_scale": 0.584}'}
-    found = spaces.changed(run, dimensions, {"options": '{"resizer_size": 256, "resizer_scale": null}'})
-    assert found.options == run.options | {"resizer_size": 256, "resizer_scale": None}
+    given = [{"size": 224, "scale": 0.584}, {"size": 256, "scale": None}]
+    dimensions = space({"model.resizer": {"choice": given}, "model.resizer.blocks": {"int": [1, 3]}}, run)
+    first, second = '{"size": 224, "scale": 0.584}', '{"size": 256, "scale": null}'
+    assert spaces.published(run, dimensions) == {"model.resizer": first, "model.resizer.blocks": 1}
+    found = changed(dimensions, {"model.resizer": second, "model.resizer.blocks": 2}, run).model
+    resizer = run.model.resizer.model_copy(update={"size": 256, "scale": None, "blocks": 2})
+    assert found == run.model.model_copy(update={"resizer": resizer})
+
+
+def test_a_list_among_the_choices_is_a_value() -> None:
+    dimensions = space({"model.head": {"choice": [[64], [128, 64]]}})
+    assert dimensions["model.head"].labels == ["[64]", "[128, 64]"]
+    assert changed(dimensions, {"model.head": "[128, 64]"}).model.head == [128, 64]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "path"),
+    [
+        ({"loss": {"choice": ["focal_pdls", "pdls"]}}, {"loss.name": {"choice": ["focal_pdls", "pdls"]}}, "loss.name"),
+        ({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, {"loss.alpha": {"float": [0, 1]}},
+         "loss.alpha"),
+        ({"augment": {"factor": [0, 1]}}, {"augment.rotation": {"float": [0, 20]}}, "augment"),
+        ({"model.resizer": {"choice": [{"blocks": 1}, {"blocks": 2}]}}, {"model.resizer.blocks": {"int": [1, 3]}},
+         "model.resizer.blocks"),
+    ],
+)  # fmt: skip
+def test_dimensions_that_set_the_same_value(one: dict, other: dict, path: str) -> None:
+    (line,) = mistakes({**one, **other})
+    (first,), (second,) = one, other
+    assert line == f"space.{second}: {path} is set by {first} too; leave one of them out"
+    (line,) = mistakes({**other, **one})
+    assert line.startswith(f"space.{first}: ")
+    assert line.endswith(f" is set by {second} too; leave one of them out")
+
+
+def test_a_section_by_name_and_its_keys_do_not_overlap() -> None:
+    assert mistakes(KEYS) == []
+    assert mistakes({"loss.name": LOSSES, "loss.alpha": KEYS["loss.alpha"]}) == []
+    assert mistakes({"augment.rotation": {"float": [0, 20]}, "augment.scale": {"float": [0, 0.2]}}) == []
 
 
 def test_a_grid_has_every_point_once() -> None:
-    given = load(SHIPPED).sweeps["sample"].space
-    points = list(spaces.grid(space(given, base("vgg13_small"))))
+    _, _, _, dimensions = sweep_settings.load(["sample"], {})
+    points = list(spaces.grid(dimensions))
     assert len(points) == 4 * 2 * 2
     assert len({tuple(point.values()) for point in points}) == 16
 
 
 def test_values_are_rounded_to_four_digits_within_the_range() -> None:
-    dimensions = space({"lr": {"log": [1.23444e-5, 1e-2]}, "batch_size": {"int": [16, 64]}})
-    assert dimensions["lr"].round(0.00123456) == 0.001235
-    assert dimensions["lr"].round(1.23444e-5) == 1.23444e-5  # 1.234e-5 is below the range
+    dimensions = space({"optimizer.lr": {"log": [1.23444e-5, 1e-2]}, "batch_size": {"int": [16, 64]}})
+    assert dimensions["optimizer.lr"].round(0.00123456) == 0.001235
+    assert dimensions["optimizer.lr"].round(1.23444e-5) == 1.23444e-5  # 1.234e-5 is below the range
     assert dimensions["batch_size"].round(17) == 17
+
+
+@pytest.mark.parametrize(
+    ("key", "fixed"),
+    [
+        ("model.resizer.blocks", True), ("model.stn", True), ("input.image_size", True), ("ema_decay", True),
+        ("optimizer", True), ("optimizer.name", True), ("optimizer.lr", False), ("loss", False), ("loss.alpha", False),
+        ("augment", False), ("batch_size", False),
+    ],
+)  # fmt: skip
+def test_what_a_running_run_cannot_change(key: str, fixed: bool) -> None:
+    assert spaces.fixed_on_the_way(key) == fixed

@@ -12,51 +12,51 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from ray.tune.search import Searcher
 from test_flow import BIN, env, server, wait_for  # noqa: F401
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.files import write_json
-from pipelines import launch, trials
+from fer.losses import LOSSES
+from fer.run import FORMAT
+from pipelines import experiments, launch, trials
 from pipelines import sweep as search
 from pipelines.halving import Halving
-from pipelines.params import load
+from pipelines.params import load, machine
 from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 EPOCHS = 9
 SMALL = [
-    "models.vgg13_small.image_size=16",
-    "models.vgg13_small.options={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
-    f"models.vgg13_small.epochs={EPOCHS}",
-    "models.vgg13_small.batch_size=16",
-    "sweeps.sample.scheduler=asha",
-    "sweeps.sample.grace_epochs=3",  # the only rung
-    "sweeps.sample.reduction=3",
-    "sweeps.sample.trials=6",
-    "sweeps.sample.confirm_seeds=0",
+    "changes.input.image_size=16",
+    "changes.model={width: 0.0625, batch_norm: true, conv_dropout: 0.1, dense_dropout: 0.1}",
+    f"changes.epochs={EPOCHS}",
+    "changes.batch_size=16",
+    "scheduler=asha",
+    "grace_epochs=3",  # the only rung
+    "reduction=3",
+    "trials=6",
+    "confirm_seeds=0",
 ]
 
 
-def plan(*overrides: str) -> Plan:
-    return trials.plan(load(overrides=[*SMALL, *overrides]), "sample", open_data("data").hash)
+def plan(*changes: str) -> Plan:
+    return trials.plan(["sample", *SMALL, *changes], machine(load()), open_data("data").hash)
 
 
 def command(*words: str) -> list[str]:
-    settings = [word for setting in SMALL for word in ("--set", setting)]
-    return [str(BIN / "fer"), "sweep", words[0], *settings, *words[1:]]
+    return [str(BIN / "fer"), "sweep", *words, *SMALL]
 
 
 def sweep(project: Path, url: str, *own: str) -> subprocess.CompletedProcess:
-    words, surroundings = command("sample", *own), env(PREFECT_API_URL=url)
+    words, surroundings = [*command("sample"), *own], env(PREFECT_API_URL=url)
     return subprocess.run(words, cwd=project, env=surroundings, capture_output=True, text=True, timeout=500)
 
 
 def start(project: Path, url: str, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command("sample", *words), cwd=project, env=env(PREFECT_API_URL=url), start_new_session=True,
+        [*command("sample"), *words], cwd=project, env=env(PREFECT_API_URL=url), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -98,13 +98,13 @@ def check_books(project: Path, folder: Path, count: int) -> list[Trial]:
 
 @pytest.mark.timeout(600)
 def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
-    own = ["--set", "models.vgg13_small.lr=5e-4", "--set", "sweeps.sample.confirm_seeds=2"]
-    own += ["--set", "sweeps.sample.scheduler=none"]  # so that the best does not hang on which trial was faster
+    own = ["changes.optimizer.lr=5e-4", "confirm_seeds=2"]
+    own += ["scheduler=none"]  # so that the best does not hang on which trial was faster
     done = sweep(project, server, *own)
     assert done.returncode == 0, done.stderr
     (folder,) = trials.folders("sample")
     found = trials.read_trials(folder)
-    assert found[0].point == {"lr": 5e-4, "loss": "cross_entropy", "weight_decay": 0.01}  # the base
+    assert found[0].point == {"optimizer.lr": 5e-4, "loss": "cross_entropy", "optimizer.weight_decay": 0.01}  # the base
     assert len(found) == 6
     assert not list((folder / "trials").glob("*/*/predictions*")), "a trial never opens test"
     assert not list((folder / "trials").rglob("*.safetensors")), "nor does an ended one keep its weights"
@@ -130,18 +130,20 @@ def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
 
     again = sweep(project, server, *own)
     assert "Nothing to do: " in again.stdout, again.stderr
-    changed = sweep(project, server, *own, "--set", "sweeps.sample.seed=1")
+    changed = sweep(project, server, *own, "seed=1")
     assert (changed.returncode, changed.stderr) == (
         2,
-        f"error: sweeps.sample: sweeps.sample.seed differs from the sweep in data/sweeps/{folder.name}; "
+        f"error: sweep sample: seed differs from the sweep in data/sweeps/{folder.name}; "
         "change it back to go on with that one, or give --new to start another\n",
     )
     shown = subprocess.run([BIN / "fer", "sweep", "status"], cwd=project, env=env(), capture_output=True, text=True)
     assert all(f" {trial.number} " in shown.stdout for trial in found)
     assert "With 2 other seeds: best " in shown.stdout
     subprocess.run([BIN / "fer", "sweep", "apply", "sample", "--as", "better"], cwd=project, env=env(), check=True)
-    better, base = load().models["better"], load(overrides=[*SMALL, own[1]]).models["vgg13_small"]
-    assert better == base.model_copy(update=best.point)
+    keys = {"lr": best.point["optimizer.lr"], "weight_decay": best.point["optimizer.weight_decay"]}
+    base = plan(*own).base.run
+    changes = {"optimizer": base.optimizer.model_copy(update=keys), "loss": LOSSES[best.point["loss"]]()}
+    assert experiments.load(["better"], {})["better"].run == base.model_copy(update=changes)
 
 
 def driver(process: subprocess.Popen, project: Path, folder: Path) -> None:
@@ -167,6 +169,7 @@ def interrupted(process: subprocess.Popen, project: Path, folder: Path) -> None:
     [(driver, (1, 14)), (head, (8,)), (interrupted, (8,))],
     ids=["driver", "head", "interrupted"],
 )
+@pytest.mark.soak
 def test_killed_at_any_moment_it_goes_on_and_no_trial_is_lost(project: Path, server: str, victim, moments):  # noqa: F811
     """`moments`: epochs of all trials that are done when it is cut."""
     folder = plan().folder
@@ -184,6 +187,7 @@ def test_killed_at_any_moment_it_goes_on_and_no_trial_is_lost(project: Path, ser
         assert found[number - 1] == trial  # not run again
 
 
+@pytest.mark.soak
 def test_a_trial_that_is_killed_goes_on_from_its_checkpoint(project: Path, server: str):  # noqa: F811
     folder = plan().folder
     process = start(project, server)
@@ -242,12 +246,12 @@ def test_what_is_known_is_told_to_optuna_again(project: Path):
     assert told[4].intermediate_values == {1: 0.3, 2: 0.3, 3: 0.4}  # it waits at the rung, most trials until the end
     assert told[5].intermediate_values == told[4].intermediate_values
     assert [trial.params for trial in told] == [one, two, three, four, five, six]
-    unhurried = search._study(plan("sweeps.sample.scheduler=none"), before).trials
+    unhurried = search._study(plan("scheduler=none"), before).trials
     assert [trial.state.name for trial in unhurried[3:]] == ["RUNNING"] * 3
 
 
 def test_the_search_begins_with_the_base_goes_on_with_what_was_cut_and_repeats_nothing(project: Path):
-    sweep = plan("sweeps.sample.trials=16")
+    sweep = plan("trials=16")
     clock = search._Clock(sweep.folder, None)
     trials.begin(sweep)
     fresh = search._Search(sweep, [], clock, 99)
@@ -261,22 +265,37 @@ def test_the_search_begins_with_the_base_goes_on_with_what_was_cut_and_repeats_n
     assert given[:2] == [{"point": trial.point, "folder": str(trial.folder.resolve())}
                          for trial in trials.read_trials(sweep.folder)[:2]]  # fmt: skip
     assert len({json.dumps(config["point"]) for config in given[:16]}) == 16  # each point of the space, TPE or not
-    assert given[16] == Searcher.FINISHED
+    assert given[16] == search.Searcher.FINISHED
     assert len(trials.read_trials(sweep.folder)) == 16
 
 
+@pytest.mark.parametrize("kind", ["tpe", "random", "grid"])
+def test_points_that_differ_in_a_key_without_meaning_are_tried_once(project: Path, kind: str):
+    """label_smoothing has no gamma: six points, four runs."""
+    space = "space={loss: {choice: [focal_pdls, label_smoothing]}, loss.gamma: {choice: [2.0, 0.0, 1.0]}}"
+    sweep = plan("changes.loss=focal_pdls", space, f"search={kind}", "trials=99")
+    trials.begin(sweep)
+    given, found = search._Search(sweep, [], search._Clock(sweep.folder, None), 99), []
+    while (config := given.suggest(str(len(found)))) != search.Searcher.FINISHED:
+        found.append(config["point"])
+    assert found[0] == {"loss": "focal_pdls", "loss.gamma": 2.0}
+    tried = [(point["loss"], point["loss.gamma"] if point["loss"] == "focal_pdls" else None) for point in found]
+    gammas = [("focal_pdls", 2.0), ("focal_pdls", 0.0), ("focal_pdls", 1.0), ("label_smoothing", None)]
+    assert sorted(tried, key=str) == sorted(gammas, key=str)
+
+
 def test_a_grid_is_gone_through_once_the_base_first(project: Path):
-    sweep = plan("sweeps.sample.search=grid", "sweeps.sample.trials=99")
+    sweep = plan("search=grid", "trials=99")
     trials.begin(sweep)
     given = search._Search(sweep, [], search._Clock(sweep.folder, None), 99)
     found = [given.suggest(str(i)) for i in range(16)]
     assert found[0]["point"] == sweep.published
     assert [config["point"] for config in found[1:]] == [point for point in points(sweep) if point != sweep.published]
-    assert given.suggest("16") == Searcher.FINISHED
+    assert given.suggest("16") == search.Searcher.FINISHED
 
 
 def test_no_more_trials_run_than_at_once_and_a_promotion_comes_before_a_new_trial(project: Path):
-    sweep = plan("sweeps.sample.reduction=2")
+    sweep = plan("reduction=2")
     trials.begin(sweep)
     given = search._Search(sweep, [], search._Clock(sweep.folder, None), 2)
     assert [given.suggest(name) is None for name in "abc"] == [False, False, True]
@@ -353,19 +372,27 @@ def test_importance_names_the_key_that_decides(project: Path):
 
 def test_points_that_cannot_work_are_named_before_anything_starts(project: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    space = "{schedule: {choice: [cosine, constant]}, warmup_epochs: {choice: [1.0, 8.0]}}"
-    together = plan("models.vgg13_small.schedule=constant", f"sweeps.sample.space={space}")
+    space = "space={schedule: {choice: [cosine, constant]}, schedule.warmup_epochs: {choice: [1.0, 8.0]}}"
+    together = plan("changes.schedule={name: constant, warmup_epochs: 1}", space)
     search.check(together)  # 8 < 9 epochs
-    odd = [
-        "models.vgg13_small.epochs=3",
-        "sweeps.sample.grace_epochs=1",
-        "models.vgg13_small.schedule=constant",
-        "sweeps.sample.space=" + space,
-    ]
+    odd = ["changes.epochs=3", "grace_epochs=1", "changes.schedule={name: constant, warmup_epochs: 1}", space]
     with pytest.raises(UserError) as caught:
         search.check(plan(*odd))
     line = str(caught.value)
-    assert line.startswith("sweeps.sample.space: 15 of 50 points drawn from it cannot work, as warmup_epochs 8 leaves ")
+    assert line.startswith(
+        "sweep sample: space: 15 of 50 points drawn from it cannot work, as schedule.warmup_epochs: 8 "
+    )
+
+
+def test_points_that_the_workers_of_the_confirming_runs_cannot_share(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """A trial has one process, so any batch would do for the search."""
+    monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    space = "space={batch_size: {choice: [16, 17]}}"
+    search.check(plan(space))
+    with pytest.raises(UserError, match=r"points drawn from it cannot work, as batch_size: 17 does not divide by res"):
+        search.check(plan(space, "changes.resources.workers=2"))
+    with pytest.raises(UserError, match=r"as batch_size: .* resources.workers 1 times resources.accumulate 2"):
+        search.check(plan(space, "changes.resources.accumulate=2"))
 
 
 @pytest.mark.parametrize(
@@ -378,8 +405,8 @@ def test_points_that_cannot_work_are_named_before_anything_starts(project: Path,
 def test_more_than_the_machine_has(project: Path, monkeypatch: pytest.MonkeyPatch, key: str, have: dict, message: str):
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: have)
     with pytest.raises(UserError) as caught:
-        search.check(plan(f"sweeps.sample.{key}"))
-    assert str(caught.value) == f"sweeps.sample.{message}"
+        search.check(plan(key))
+    assert str(caught.value) == f"sweep sample: {message}"
 
 
 @pytest.mark.parametrize(
@@ -389,10 +416,7 @@ def test_more_than_the_machine_has(project: Path, monkeypatch: pytest.MonkeyPatc
 def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch, gpus, at_once, trials_at_once):
     """On 8 CPUs and 2 GPUs: 0.1 GPU a trial would give 20, but each needs a CPU too."""
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert (
-        search._at_once(plan(f"sweeps.sample.gpus_per_trial={gpus}", f"sweeps.sample.at_once={at_once}"))
-        == trials_at_once
-    )
+    assert search._at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == trials_at_once
 
 
 @pytest.fixture(scope="module")
@@ -406,19 +430,19 @@ def cluster():
     ("scheduler", "states"), [("none", {DONE: 2, FAILED: 2}), ("asha", {DONE: 1, PRUNED: 1, FAILED: 2})]
 )
 def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, cluster, scheduler: str, states: dict):
-    diverging = ["sweeps.sample.space={lr: {choice: [2e-3, 1e30]}, loss: {choice: [cross_entropy, focal_pdls]}}"]
-    diverging += [f"sweeps.sample.scheduler={scheduler}", "sweeps.sample.reduction=2"]
-    sweep = plan(*diverging, "sweeps.sample.trials=4")
+    diverging = ["space={optimizer.lr: {choice: [2e-3, 1e30]}, loss: {choice: [cross_entropy, focal_pdls]}}"]
+    diverging += [f"scheduler={scheduler}", "reduction=2"]
+    sweep = plan(*diverging, "trials=4")
     trials.begin(sweep)
     found = search.search(sweep)
     assert Counter(trial.state for trial in found) == states
     for trial in found:
-        assert (trial.state == FAILED) == (trial.point["lr"] == 1e30)
+        assert (trial.state == FAILED) == (trial.point["optimizer.lr"] == 1e30)
         assert trial.error is None or "loss is " in trial.error
     assert trials.best_of(found).state == DONE
 
 
-LADDER = ["sweeps.sample.grace_epochs=1", "sweeps.sample.reduction=2", "sweeps.sample.trials=12"]  # rungs 1, 2 and 4
+LADDER = ["grace_epochs=1", "reduction=2", "trials=12"]  # rungs 1, 2 and 4
 
 
 def best_at(trial: Trial, epoch: int) -> float:
@@ -444,7 +468,7 @@ def one_by_one(found: list[Trial]) -> dict[int, int]:
 def test_asha_takes_the_epochs_of_its_rule_and_cut_and_gone_on_with_it_ends_the_same(
     project: Path, cluster, monkeypatch: pytest.MonkeyPatch
 ):
-    sweep = plan(*LADDER, "sweeps.sample.at_once=1")
+    sweep = plan(*LADDER, "at_once=1")
     trials.begin(sweep)
     found = search.search(sweep)
     came = {trial.number: trial.epoch for trial in found}
@@ -477,7 +501,7 @@ def told(trial: Trial) -> tuple:
 
 
 def test_halving_starts_all_before_it_promotes_the_best(project: Path, cluster):
-    sweep = plan(*LADDER, "sweeps.sample.at_once=1", "sweeps.sample.scheduler=halving")
+    sweep = plan(*LADDER, "at_once=1", "scheduler=halving")
     trials.begin(sweep)
     found = search.search(sweep)
     going = {trial.number for trial in found}
@@ -488,7 +512,7 @@ def test_halving_starts_all_before_it_promotes_the_best(project: Path, cluster):
 
 
 def test_asha_with_two_at_once_keeps_to_them_and_leaves_none_behind(project: Path, cluster):
-    sweep = plan(*LADDER, "sweeps.sample.at_once=2")
+    sweep = plan(*LADDER, "at_once=2")
     trials.begin(sweep)
     found = search.search(sweep)
     assert len(found) == 12
@@ -503,14 +527,14 @@ def test_asha_with_two_at_once_keeps_to_them_and_leaves_none_behind(project: Pat
 
 def test_a_promoted_trial_that_cannot_go_on_fails_alone(project: Path, cluster, monkeypatch: pytest.MonkeyPatch):
     """One rung, at 3. The first that is promoted has a checkpoint of which it dies, twice."""
-    sweep = plan("sweeps.sample.reduction=2", "sweeps.sample.max_failures=1")
+    sweep = plan("reduction=2", "restarts=1")
     trials.begin(sweep)
     promote, promoted = Halving.promote, []
 
     def spoil(halving: Halving, number: int) -> None:
         if not promoted:
             (folder,) = sweep.folder.glob(f"trials/{number:03d}/*/last")
-            write_json(folder / "checkpoint.json", {})
+            write_json(folder / "checkpoint.json", {"format": FORMAT})
         promoted.append(number)
         promote(halving, number)
 
@@ -532,22 +556,21 @@ def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster
 
 
 def test_time_that_is_over_cuts_trials_and_more_of_it_goes_on_with_them(project: Path, cluster):
-    long = ["models.vgg13_small.epochs=2000", "sweeps.sample.grace_epochs=1000", "sweeps.sample.trials=2"]
-    sweep = plan(*long, "sweeps.sample.hours=0.002")
+    long = ["changes.epochs=2000", "grace_epochs=1000", "trials=2"]
+    sweep = plan(*long, "hours=0.002")
     trials.begin(sweep)
     search.search(sweep)
     found = trials.read_trials(sweep.folder)
     assert {trial.state for trial in found} == {RUNNING}
     assert trials.spent(sweep.folder) > 7.2
     assert search.search(sweep) == found  # no time is left
-    more = plan(*long, "sweeps.sample.scheduler=asha")
+    more = plan(*long, "scheduler=asha")
     assert more.folder == sweep.folder
 
 
 def test_pbt_takes_over_better_weights_and_keeps_within_the_ranges(project: Path, cluster):
-    space = "{lr: {log: [1e-3, 1e-2]}, weight_decay: {choice: [0.01, 0.1]}}"
-    own = ["search=random", "scheduler=pbt", "grace_epochs=3", "trials=4", f"space={space}"]
-    sweep = plan(*(f"sweeps.sample.{key}" for key in own))
+    space = "space={optimizer.lr: {log: [1e-3, 1e-2]}, optimizer.weight_decay: {choice: [0.01, 0.1]}}"
+    sweep = plan("search=random", "scheduler=pbt", "grace_epochs=3", "trials=4", space)
     trials.begin(sweep)
     found = search.search(sweep)
     assert [trial.state for trial in found] == [DONE] * 4
@@ -556,8 +579,8 @@ def test_pbt_takes_over_better_weights_and_keeps_within_the_ranges(project: Path
     assert taken
     assert all(origin.split(" epoch ")[0] in runs for origin in taken)
     for about in runs.values():
-        assert 1e-3 <= about["point"]["lr"] <= 1e-2
-        assert about["point"]["weight_decay"] in (0.01, 0.1)
+        assert 1e-3 <= about["point"]["optimizer.lr"] <= 1e-2
+        assert about["point"]["optimizer.weight_decay"] in (0.01, 0.1)
     for trial in found:
         assert [row["epoch"] for row in trial.rows] == list(range(1, EPOCHS + 1))
 
@@ -565,19 +588,16 @@ def test_pbt_takes_over_better_weights_and_keeps_within_the_ranges(project: Path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nope"], "sweeps.nope: no such sweep in params.yaml; known: fpdls, sample, tiny"),
-        (["sampel"], "sweeps.sampel: no such sweep in params.yaml, did you mean 'sample'?"),
-        (["sample", "--set", "sweeps.sample.trials=0"],
-         "params.yaml: sweeps.sample.trials: should be greater than 0, got 0"),
-        (["sample", "--set", "sweeps.sample.base=x"],
-         "params.yaml: sweeps.sample.base: no model 'x' in params.yaml; known: "),
-        (["sample", "--set", "sweeps.sample.space.lr={int: [1, 2]}"],
-         "sweeps.sample.space.lr: an int range, but the base has 0.002; use float or log"),
-        (["sample", "--set", "sweeps.sample.gpus_per_trial=1"],
-         "sweeps.sample.gpus_per_trial: 1 GPUs, there are 0; set it to 0 to use CPUs"),
+        (["nope"], "sweeps/nope.yaml: no such sweep; known: fpdls, sample, tiny"),
+        (["sampel"], "sweeps/sampel.yaml: no such sweep, did you mean 'sample'?"),
+        (["sample", "trials=0"], "command line: trials: should be greater than 0, got 0"),
+        (["sample", "base=x"], "command line: base: experiments/x.yaml: no such experiment; known: "),
+        (["sample", "space.optimizer.lr={int: [1, 2]}"],
+         "sweeps/sample.yaml: space.optimizer.lr: an int range, but the base has 0.002; use float or log"),
+        (["sample", "gpus_per_trial=1"], "sweep sample: gpus_per_trial: 1 GPUs, there are 0; set it to 0 to use CPUs"),
         (["status"], "data/sweeps: no sweep yet; start one with `fer sweep NAME`"),
         (["status", "sample"], "data/sweeps: no sweep sample yet; start one with `fer sweep NAME`"),
-        (["apply", "sample"], "sweeps.sample: no finished sweep of that name; run `fer sweep sample`"),
+        (["apply", "sample"], "sweep sample: no finished sweep of that name; run `fer sweep sample`"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_status_2_and_starts_nothing(project: Path, words: list[str], message: str):

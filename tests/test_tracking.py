@@ -11,15 +11,18 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import small_run
+from conftest import CPU, small_run
 
-from fer.config import run_id
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.predict import Predictor
+from fer.run import Run, run_id
 from fer.train import fit
+from pipelines import tracking
+from pipelines.experiments import Job
 from pipelines.guard import process_id
 from pipelines.tracking import Tracker, _Feed, final_metrics, flatten, tracking_uri
 
@@ -38,16 +41,15 @@ def facts(data: Path) -> dict:
 
 
 def train(data: Path, tracker: Tracker, name: str = "small", **changes: object) -> Path:
-    run = small_run(**{"epochs": 2, **changes})
-    folder = data / "runs" / _id(name, run, data)
-    with tracker.record(folder, name, run, facts(data)):
-        fit(name, run, data, data / "runs")
-        evaluate(folder, data)
-    return folder
+    made = job(data, name, small_run(**{"epochs": 2, **changes}))
+    with tracker.record(made, facts(data)):
+        fit(name, made.run, CPU, data, data / "runs")
+        evaluate(made.folder, data, CPU)
+    return made.folder
 
 
-def _id(name: str, run: object, data: Path) -> str:
-    return run_id(name, run, open_data(data).hash)  # type: ignore[arg-type]
+def job(data: Path, name: str, run: Run) -> Job:
+    return Job(name, run, CPU, data / "runs" / run_id(name, run, open_data(data).hash))
 
 
 def only_run(tracker: Tracker) -> mlflow.entities.Run:
@@ -61,11 +63,15 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     run, summary = only_run(tracker), json.loads((folder / "summary.json").read_text())
     assert run.info.status == "FINISHED"
     assert run.info.run_name == run.data.tags["fer.run_id"] == folder.name
-    assert run.data.params["lr"] == "0.01"
+    assert run.data.params["name"] == "small"
+    assert run.data.params["model.name"] == "vgg13"
+    assert run.data.params["optimizer.lr"] == "0.01"
     assert run.data.params["augment.flip"] == "0.5"
+    assert not [key for key in run.data.params if key.startswith("resources")]  # no part of what the run is
     assert run.data.tags["data_hash"] == summary["data_hash"]
     assert run.data.metrics["final/test_accuracy"] == summary["test"]["accuracy"]
-    assert run.data.metrics["final/test_without_leaked_accuracy"] == summary["test_without_leaked"]["accuracy"]
+    for part in ("test_unleaked", "test_without_train"):
+        assert run.data.metrics[f"final/{part}_accuracy"] == summary[part]["accuracy"]
     assert run.data.metrics["final/val_accuracy"] == summary["val"]["accuracy"]
     history = tracker.client.get_metric_history(run.info.run_id, "val_accuracy")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -94,18 +100,92 @@ def test_recording_a_run_again_makes_no_second_run_version_or_point(data: Path, 
     assert len(tracker.client.search_model_versions("name = 'fer-bars'")) == 1
 
 
+def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version(data: Path, tracker: Tracker):
+    folder = train(data, tracker)
+    before, predicted = only_run(tracker), pd.read_csv(folder / "predictions_test.csv")
+    wrong = (predicted["label"] != predicted["prediction"]).to_numpy()
+    assert 0 < wrong.sum() < len(wrong)
+    test = data / "splits" / "test.csv"
+    pd.read_csv(test, keep_default_na=False)[wrong].to_csv(test, index=False)
+    assert tracker.recorded(folder)
+    evaluate(folder, data, CPU)
+    assert not tracker.recorded(folder)
+
+    train(data, tracker)
+    assert tracker.recorded(folder)
+    after = only_run(tracker)
+    assert after.info.status == "FINISHED"
+    assert before.data.metrics["final/test_accuracy"] > after.data.metrics["final/test_accuracy"] == 0
+    assert f"of {wrong.sum()} test images" in after.data.tags["mlflow.note.content"]
+    (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
+    assert version.run_id == after.info.run_id
+    kept = mlflow.artifacts.load_dict(f"{after.info.artifact_uri}/summary.json")
+    assert kept == json.loads((folder / "summary.json").read_text())
+
+
+def test_another_experiment_has_the_run_only_once_it_is_recorded_there(data: Path, tracker: Tracker):
+    folder = train(data, tracker)
+    other = Tracker(tracker.uri, "other")
+    assert tracker.recorded(folder)
+    assert not other.recorded(folder)
+    train(data, other)
+    assert other.recorded(folder)
+    assert only_run(other).info.status == "FINISHED"
+    assert only_run(other).info.run_id != only_run(tracker).info.run_id
+
+
+def test_a_note_of_recording_counts_for_its_server_and_experiment_alone(tmp_path: Path, tracker: Tracker):
+    note = {"uri": tracker.uri, "experiment": "test", "mlflow_run": "1", "registered": "fer-bars", "version": 1}
+    note["finished"] = 12.5
+    (tmp_path / "summary.json").write_text(json.dumps({"finished": 12.5}))
+
+    def recorded(text: str) -> bool:
+        (tmp_path / "tracked.json").write_text(text)
+        return tracker.recorded(tmp_path)
+
+    assert not tracker.recorded(tmp_path)
+    assert recorded(json.dumps(note))
+    assert not recorded(json.dumps(note | {"uri": "sqlite:////elsewhere/mlflow.db"}))
+    assert not recorded(json.dumps(note | {"experiment": "other"}))
+    assert not recorded(json.dumps(note | {"finished": 12.0}))  # it was evaluated again since
+    for key in ("uri", "experiment", "finished"):
+        assert not recorded(json.dumps({name: value for name, value in note.items() if name != key}))
+    (tmp_path / "summary.json").unlink()
+    assert not recorded(json.dumps(note))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"uri"', '{"uri": ', "\x00", "{}"])
+def test_a_broken_note_of_recording_is_none(text: str, tmp_path: Path, tracker: Tracker):
+    (tmp_path / "summary.json").write_text(json.dumps({"finished": 12.5}))
+    (tmp_path / "tracked.json").write_text(text)
+    assert not tracker.recorded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "tags"),
+    [
+        (("ab" * 20, False), {"mlflow.source.git.commit": "ab" * 20}),
+        (("ab" * 20, True), {"mlflow.source.git.commit": "ab" * 20 + " (with changes)"}),
+        (("ab" * 20, "unknown"), {"mlflow.source.git.commit": "ab" * 20}),
+        (("unknown", "unknown"), {}),
+    ],
+)
+def test_a_run_is_tagged_with_the_commit_where_it_is_known(found: tuple, tags: dict[str, str], monkeypatch):
+    monkeypatch.setattr(tracking, "repository", lambda: found)
+    assert tracking._git_commit() == tags
+
+
 def test_an_error_ends_the_run_failed_with_its_reason_and_the_next_try_continues_it(data: Path, tracker: Tracker):
-    run = small_run(epochs=2)
-    folder = data / "runs" / _id("small", run, data)
+    made = job(data, "small", small_run(epochs=2))
 
     def stop(row: dict) -> None:
         raise RuntimeError("power cut")
 
-    with pytest.raises(RuntimeError, match="power cut"), tracker.record(folder, "small", run, facts(data)):
-        fit("small", run, data, data / "runs", on_epoch=stop)
+    with pytest.raises(RuntimeError, match="power cut"), tracker.record(made, facts(data)):
+        fit("small", made.run, CPU, data, data / "runs", on_epoch=stop)
     assert only_run(tracker).info.status == "FAILED"
     assert only_run(tracker).data.tags["fer.error"] == "power cut"
-    assert not tracker.recorded(folder)
+    assert not tracker.recorded(made.folder)
     train(data, tracker)
     assert only_run(tracker).info.status == "FINISHED"
     assert "fer.error" not in only_run(tracker).data.tags
@@ -113,11 +193,10 @@ def test_an_error_ends_the_run_failed_with_its_reason_and_the_next_try_continues
 
 
 def test_a_run_killed_before_its_parameters_were_written_gets_them_on_the_next_try(data: Path, tracker: Tracker):
-    run = small_run(epochs=2)
-    ours = _id("small", run, data)
+    ours = job(data, "small", small_run(epochs=2)).folder.name
     tracker.client.create_run(tracker.experiment, run_name=ours, tags={"fer.run_id": ours})
     train(data, tracker)
-    assert only_run(tracker).data.params["lr"] == "0.01"
+    assert only_run(tracker).data.params["optimizer.lr"] == "0.01"
     assert only_run(tracker).inputs.dataset_inputs
 
 
@@ -127,7 +206,7 @@ def test_champion_moves_only_when_val_accuracy_improves(data: Path, tracker: Tra
 
     accuracies = {}
     for seed, lr in ((1, 1e-5), (2, 2e-2), (3, 1e-5)):
-        folder = train(data, tracker, seed=seed, lr=lr, epochs=6)
+        folder = train(data, tracker, seed=seed, optimizer={"lr": lr}, epochs=6)
         accuracies[folder.name] = json.loads((folder / "summary.json").read_text())["val"]["accuracy"]
         # on a tie the earlier one stays: max() takes the first
         assert version() == max(accuracies, key=lambda name: accuracies[name])
@@ -151,7 +230,8 @@ def test_guard_closes_the_runs_of_a_process_that_is_killed(data: Path, tracker: 
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from conftest import small_run
+from conftest import CPU, small_run
+from pipelines.experiments import Job
 from pipelines.guard import guarded, mark_children
 from test_tracking import Tracker, facts
 tracker = Tracker({tracker.uri!r}, "test")
@@ -160,8 +240,8 @@ mark_children()
 import subprocess
 left = subprocess.Popen(["bash", "-c", "env -i sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
 unmarked = left.stdout.readline().strip()
-folder = data / "runs" / "doomed-s1-00000000"
-with guarded(tracker.uri, "test"), tracker.record(folder, "doomed", small_run(), facts(data)):
+job = Job("doomed", small_run(), CPU, data / "runs" / "doomed-s1-00000000")
+with guarded(tracker.uri, "test"), tracker.record(job, facts(data)):
     print(left.pid, unmarked, flush=True)
     time.sleep(60)
 """
@@ -217,8 +297,7 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(data: Path, tmp
     monkeypatch.chdir(tmp_path)
     process = server()
     tracker = Tracker(server.uri, "test")
-    run = small_run(epochs=3)
-    folder = data / "runs" / _id("small", run, data)
+    made = job(data, "small", small_run(epochs=3))
 
     def kill_in_first(row: dict) -> None:
         if row["epoch"] == 1:
@@ -227,15 +306,15 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(data: Path, tmp
 
     with (
         pytest.raises(UserError, match="does not answer any more.*safe on disk"),
-        tracker.record(folder, "small", run, facts(data)),
+        tracker.record(made, facts(data)),
     ):
-        fit("small", run, data, data / "runs", on_epoch=kill_in_first)
-        evaluate(folder, data)
-    assert (folder / "summary.json").exists()
+        fit("small", made.run, CPU, data, data / "runs", on_epoch=kill_in_first)
+        evaluate(made.folder, data, CPU)
+    assert (made.folder / "summary.json").exists()
 
     server()
     again = Tracker(server.uri, "test")
-    with again.record(folder, "small", run, facts(data)):
+    with again.record(made, facts(data)):
         pass  # nothing is left to train
     found = only_run(again)
     assert found.info.status == "FINISHED"
@@ -283,13 +362,15 @@ def test_flatten_and_final_metrics():
         "classes": ["x", "y"],
         "val": part,
         "test": part,
-        "test_without_leaked": {"images": 0, "recall": [None, None]},
+        "test_unleaked": {**part, "accuracy": 0.25},
+        "test_without_train": {"images": 0, "recall": [None, None]},
     }
     values = final_metrics(summary)
     assert values["final/val_accuracy"] == values["final/test_accuracy"] == 0.5
     assert values["final/test_recall_x"] == 0.5
     assert "final/test_recall_y" not in values
-    assert "final/test_without_leaked_accuracy" not in values
+    assert values["final/test_unleaked_accuracy"] == 0.25
+    assert "final/test_without_train_accuracy" not in values
 
 
 def test_the_store_is_safe_for_runs_recorded_at_the_same_time(data: Path, tracker: Tracker):
@@ -299,7 +380,7 @@ def test_the_store_is_safe_for_runs_recorded_at_the_same_time(data: Path, tracke
     fresh = Tracker(tracker.uri, "again")
 
     def record(folder: Path) -> None:
-        with fresh.record(folder, "small", small_run(), facts(data)):
+        with fresh.record(Job("small", small_run(), CPU, folder), facts(data)):
             pass
 
     with ThreadPoolExecutor(4) as pool:

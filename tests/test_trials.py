@@ -4,27 +4,28 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import copy_settings
 
 from fer.errors import UserError
-from pipelines import report, trials
-from pipelines.params import load
+from fer.losses import FocalPdls, LabelSmoothing
+from fer.run import FORMAT
+from pipelines import experiments, report, trials
 from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
-
-SHIPPED = Path(__file__).resolve().parents[1] / "params.yaml"
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_settings(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
-def plan(*overrides: str, data: str = "d" * 16) -> Plan:
-    return trials.plan(load(SHIPPED, overrides), "tiny", data)
+def plan(*changes: str, data: str = "d" * 16) -> Plan:
+    return trials.plan(["tiny", *changes], {}, data)
 
 
 def trial(number: int, state: str, *accuracies: float) -> Trial:
     rows = [{"epoch": i + 1, "val_accuracy": value, "seconds": 6.0, "time": 0.0} for i, value in enumerate(accuracies)]
-    return Trial(number, {"lr": number / 10}, state, None, Path(), tuple(rows))
+    return Trial(number, {"optimizer.lr": number / 10}, state, None, Path(), tuple(rows))
 
 
 @pytest.mark.parametrize(
@@ -35,23 +36,29 @@ def trial(number: int, state: str, *accuracies: float) -> Trial:
         "at_once=1",
         "cpus_per_trial=2",
         "gpus_per_trial=0.5",
-        "max_failures=0",
+        "restarts=0",
         "confirm_seeds=0",
+        "changes.resources.workers=2",
+        "changes.optimizer.lr=5e-4",  # as the base has it
     ],
 )
 def test_a_larger_budget_or_another_machine_is_the_same_sweep(same: str) -> None:
-    assert plan(f"sweeps.tiny.{same}").folder == plan().folder
+    assert plan(same).folder == plan().folder
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("sweeps.tiny.space.loss_alpha={float: [0.6, 1.0]}", "sweeps.tiny.space.loss_alpha differs"),
-        ("sweeps.tiny.seed=1", "sweeps.tiny.seed differs"),
-        ("models.swin_nr_fpdls_tiny.lr=1e-3", "models.swin_nr_fpdls_tiny.lr differs"),
-        ("train.weight_decay=0.1", "models.swin_nr_fpdls_tiny.weight_decay differs"),
+        ("space.loss.alpha={float: [0.6, 1.0]}", "space.loss.alpha differs"),
+        ("space.optimizer.lr={log: [1e-4, 1e-2]}", "space.optimizer.lr differs"),
+        ("seed=1", "seed differs"),
+        ("grace_epochs=5", "grace_epochs differs"),
+        ("changes.optimizer.lr=1e-3", "swin_nr_fpdls_tiny.optimizer.lr differs"),
+        ("changes.clip_grad_norm=null", "swin_nr_fpdls_tiny.clip_grad_norm differs"),
+        ("changes={optimizer: {weight_decay: 0.1}, model: {backbone: {depths: [2, 2, 1]}}}",
+         "swin_nr_fpdls_tiny.model.backbone.depths, swin_nr_fpdls_tiny.optimizer.weight_decay differ"),
     ],
-)
+)  # fmt: skip
 def test_a_changed_sweep_is_refused_with_what_changed_unless_a_new_one_is_wished(change: str, named: str) -> None:
     before = plan()
     trials.begin(before)
@@ -59,7 +66,7 @@ def test_a_changed_sweep_is_refused_with_what_changed_unless_a_new_one_is_wished
     with pytest.raises(UserError) as caught:
         trials.check_same(after, new=False)
     assert str(caught.value) == (
-        f"sweeps.tiny: {named} from the sweep in {before.folder}; "
+        f"sweep tiny: {named} from the sweep in {before.folder}; "
         "change it back to go on with that one, or give --new to start another"
     )
     trials.check_same(after, new=True)
@@ -68,20 +75,48 @@ def test_a_changed_sweep_is_refused_with_what_changed_unless_a_new_one_is_wished
     trials.check_same(after, new=False)
 
 
+def test_a_sweep_of_another_format_is_not_gone_on_with() -> None:
+    sweep = plan()
+    trials.begin(sweep)
+    about = json.loads((sweep.folder / "sweep.json").read_text())
+    other = sweep.folder.rename(sweep.folder.with_name("tiny-00000000"))
+    del about["format"], about["epochs"]  # which format 1 has not, and its run is flat
+    (other / "sweep.json").write_text(json.dumps({**about, "run": {"loss": "focal_pdls", "lr": 5e-4, "epochs": 20}}))
+    with pytest.raises(UserError) as caught:
+        trials.check_same(sweep, new=False)
+    assert str(caught.value) == (
+        f"sweep tiny: {other} was begun in format 1 and cannot go on in format {FORMAT}; give --new to start another"
+    )
+    trials.begin(sweep)
+    assert [trials.read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [
+        20,
+        20,
+    ]  # for `fer sweep status`
+
+
+def test_a_changed_base_makes_another_sweep() -> None:
+    trials.begin(plan())
+    path = experiments.path_of("swin_nr_fpdls_tiny")
+    path.write_text(path.read_text().replace("loss: focal_pdls", "loss: {name: focal_pdls, gamma: 3.0}"))
+    with pytest.raises(UserError, match="sweep tiny: swin_nr_fpdls_tiny.loss.gamma differs from the sweep in "):
+        trials.check_same(plan(), new=False)
+
+
 def test_other_data_make_another_sweep() -> None:
     trials.begin(plan())
-    with pytest.raises(UserError, match="sweeps.tiny: the data differs from the sweep in "):
+    with pytest.raises(UserError, match="sweep tiny: the data differs from the sweep in "):
         trials.check_same(plan(data="e" * 16), new=False)
 
 
 def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
-    found = plan("sweeps.tiny.cpus_per_trial=2", "models.swin_nr_fpdls_tiny.resources.workers=4")
-    changed = {"device": "cpu", "workers": 1, "cpus_per_worker": 2}
-    own = plan().sweep.base
-    assert found.base.resources.model_dump() == load(SHIPPED).models[own].resources.model_dump() | changed
-    assert plan("sweeps.tiny.gpus_per_trial=1").base.resources.device == "auto"
+    found = plan("cpus_per_trial=2", "changes.resources={workers: 4, eval_batch_size: 50}")
+    own = {"device": "cpu", "workers": 1, "cpus_per_worker": 2, "gpus_per_worker": 1.0}
+    assert found.base.resources.workers == 4  # of the confirming runs
+    assert found.resources.model_dump() == found.base.resources.model_dump() | own
+    assert found.resources.eval_batch_size == 50
+    assert plan("gpus_per_trial=1").resources.device == "auto"
     assert found.id_of(found.published) == plan().id_of(found.published)
-    assert found.run({**found.published, "loss_alpha": 0.5}).loss_alpha == 0.5
+    assert found.run({**found.published, "loss.alpha": 0.5}).loss == FocalPdls(alpha=0.5, gamma=2.0)
 
 
 def test_the_state_of_a_trial_and_what_it_wrote_are_read_back() -> None:
@@ -124,15 +159,22 @@ def test_pairs_of_seeds_are_compared() -> None:
 def test_seeds_of_the_confirmation_are_not_that_of_the_search_and_the_base_is_not_confirmed() -> None:
     sweep = plan()
     first = Trial(1, sweep.published, DONE, None, Path())
-    other = Trial(2, {**sweep.published, "loss_alpha": 0.5}, DONE, None, Path())
-    assert sweep.base.seed == 1111
+    other = Trial(2, {**sweep.published, "loss.alpha": 0.5}, DONE, None, Path())
+    assert sweep.base.run.seed == 1111
     assert trials.seeds(sweep, other) == [1112, 1113, 1114]
     assert trials.seeds(sweep, first) == []
 
 
+def test_trials_that_differ_in_a_key_without_meaning_are_one_run() -> None:
+    sweep = plan("space={loss: {choice: [focal_pdls, label_smoothing]}, loss.gamma: {float: [0.0, 4.0]}}")
+    smooth = {"loss": "label_smoothing", "loss.gamma": 3.0}
+    assert sweep.run(smooth).loss == LabelSmoothing()
+    assert sweep.id_of(smooth) == sweep.id_of({**smooth, "loss.gamma": 1.0}) != sweep.id_of(sweep.published)
+
+
 def test_progress_tells_what_is_left() -> None:
     """6 trials, of which 2 go on after epoch 1: 6 * 1 + 2 * 4 epochs, and 4 took 2 minutes."""
-    about = {"name": "tiny", "budget": {"trials": 6, "hours": 1.0, "confirm_seeds": 3}, "run": {"epochs": 5}}
+    about = {"name": "tiny", "budget": {"trials": 6, "hours": 1.0, "confirm_seeds": 3}, "epochs": 5}
     about |= {"scheduler": "asha", "grace_epochs": 1, "reduction": 3}
     found = [trial(1, DONE, 0.5, 0.6), trial(2, PRUNED, 0.4), trial(3, RUNNING, 0.9)]
     line = report.progress(found, about, 120.0, running=True)
@@ -148,25 +190,36 @@ def test_progress_tells_what_is_left() -> None:
     assert report.progress(ended, about, 120.0, running=True).endswith("best and base are trained with other seeds")
 
 
+def test_progress_is_told_from_what_the_sweep_writes_of_itself() -> None:
+    """12 trials: 12 * 4 epochs to the rung at 4, then 4 * 16; 4 of them took a minute."""
+    sweep = plan()
+    trials.begin(sweep)
+    about = json.loads((sweep.folder / "sweep.json").read_text())
+    line = report.progress([trial(1, RUNNING, 0.1, 0.2, 0.3, 0.4)], about, 60.0, running=True)
+    assert line == "0 of 12 trials ended; best so far 40.00 % (trial 1); 4 epochs, 1.0 min; " + (
+        "about 27 min left, 59 at most"
+    )
+
+
 def test_trials_are_listed_with_the_best_first() -> None:
     found = [trial(1, DONE, 0.5, 0.6), trial(2, PRUNED, 0.9), trial(3, DONE, 0.7, 0.1), trial(4, RUNNING)]
     assert [row["trial"] for row in report.trial_rows(found, 2)] == ["3", "1", "2", "4"]
     assert report.trial_rows(found, 2)[0] == {
-        "trial": "3", "state": "done", "epoch": "2/2", "val": "70.00", "min": "0.2", "lr": "0.3"
+        "trial": "3", "state": "done", "epoch": "2/2", "val": "70.00", "min": "0.2", "optimizer.lr": "0.3"
     }  # fmt: skip
 
 
 def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:
     sweep = plan()
-    point = {**sweep.published, "loss_alpha": 0.5}
-    rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 6.0} for i in range(sweep.base.epochs))
+    point = {**sweep.published, "loss.alpha": 0.5}
+    rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 6.0} for i in range(sweep.base.run.epochs))
     first = Trial(1, sweep.published, PRUNED, None, Path(), rows[:2])
-    result = trials.conclude(sweep, load(SHIPPED), [first, Trial(2, point, DONE, None, Path(), rows)], [])
-    note = report.sweep_note({**result, "importance": {"loss_alpha": 0.75}})
+    result = trials.conclude(sweep, [first, Trial(2, point, DONE, None, Path(), rows)], [])
+    note = report.sweep_note({**result, "importance": {"loss.alpha": 0.75}})
     assert "2 trials (1 done, 1 pruned) in 0.0 min, 22 of 40 epochs (55 %)." in note
     assert "trial 1: 50.00 % when it was stopped after epoch 2." in note
-    assert "Importance for a trial's rank: loss_alpha 75 %." in note
+    assert "Importance for a trial's rank: loss.alpha 75 %." in note
     assert report.sweep_line(result) == f"sweep {sweep.folder.name}, trial 2: val 50.00 %, not confirmed"
-    assert (
-        load(SHIPPED).models["swin_nr_fpdls_tiny"].model_copy(update={"loss_alpha": 0.5}).model_dump() == result["run"]
-    )
+    base = experiments.load(["swin_nr_fpdls_tiny"], {})["swin_nr_fpdls_tiny"].run
+    assert trials.best_run(sweep.folder, result) == base.model_copy(update={"loss": FocalPdls(alpha=0.5, gamma=2.0)})
+    assert (result["base"], result["best_name"]) == ("swin_nr_fpdls_tiny", "tiny_best")

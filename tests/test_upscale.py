@@ -51,8 +51,10 @@ def random_images(*shape: int) -> np.ndarray:
 
 
 def params(method: str, scale: int, **keys: object) -> Params:
-    keys = {"method": method, "scale": scale, "device": "cpu", "weights": "weights"} | keys
-    return load(ROOT / "params.yaml", [f"super_resolution.{key}={value}" for key, value in keys.items()])
+    tree = load(ROOT / "params.yaml").model_dump()
+    tree["super_resolution"] |= {"method": method, "scale": scale, "device": "cpu", "weights": "weights"}
+    tree["super_resolution"] |= {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}
+    return Params.model_validate(tree)
 
 
 def write_params(**keys: object) -> None:
@@ -754,7 +756,7 @@ from pipelines.params import load
 from pipelines.stages import upscale as stage
 
 stage.SHARD = 4
-settings = load(sys.argv[1], [f"super_resolution.{word}" for word in sys.argv[2:]])
+settings = load()
 partial = Path("data/upscaled.partial")
 real = stage.write_rows
 
@@ -824,8 +826,8 @@ def test_killed_twice_at_random_moments_and_resumed(raw: Path) -> None:
     """By SIGKILL, six times over, with 60 shards; each shard that was done is kept."""
     np.save(raw, random_images(240, 16, 16))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", SIGKILLS, str(ROOT / "params.yaml"), "method=lanczos", "scale=4"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    write_params(method="lanczos", scale=4)
+    done = subprocess.run([sys.executable, "-c", SIGKILLS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     killed, kept = json.loads(done.stdout)
     assert killed > 6
@@ -1019,6 +1021,7 @@ def test_a_worker_that_is_killed_changes_no_byte_nor_do_several(raw: Path, swin:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_what_ends_the_work_of_several_processes() -> None:
     from pipelines.launch import spread
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fer.errors import UserError
 from fer.weights import load_strictly, read_tensors
 
-KEY = "options.backbone.weights"
+KEY = "model.backbone.weights"
 ALONE = "give a file of named tensors alone, such as a saved state_dict"
 NOT_WHOLE = "not a whole weights file of its kind; fetch it again or name another"
 CODE = "which is code and never run"

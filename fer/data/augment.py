@@ -1,85 +1,48 @@
-"""From uint8 batches to what the model sees, on the device of the batch: resize, augment (training only), normalise.
+"""Random changes of training images, in batches, on the device of the batch.
 
 Every random number of a step comes from one seed, so that a step can be repeated without those before it.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from threading import Barrier
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from fer.config import Augment, RunConfig
-
-CACHED = 2**18  # pixels that stay in a CPU's cache from one operation to the next
-
-
-Change = Callable[[Tensor, slice], Tensor]  # images, and in which rows of their batch they stand -> changed images
+from fer.input import Change, luma
+from fer.settings import Fraction, NonNegative, Section
 
 
-def model_input(pixels: Tensor, run: RunConfig, change: Change | None = None) -> Tensor:
-    """uint8 [B, H, W] or [B, H, W, 3] -> the model's input float32 [B, run.channels, S, S], normalised.
+class Augment(Section):
+    """Random changes of a training image; evaluation sees none of them."""
 
-    `change(images, rows)` gets those images float32 [b, 1 or 3, S, S] in [0, 1] that stand in `rows` of the batch: all
-    at once on a GPU, on a CPU a few at a time in each of torch's threads.
-    """
-    count, side, inference = len(pixels), run.image_size, torch.is_inference_mode_enabled()
-    found = torch.empty(count, run.channels, side, side, device=pixels.device)
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
+    """Degrees; the angle is uniform in +-rotation."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The zoom is uniform in 1 +- scale."""
+    translation: Fraction = 0.06
+    """Share of the side; the shift is uniform in +-translation on each axis."""
+    brightness: NonNegative = 0.2
+    """The factor on brightness is uniform in 1 +- brightness."""
+    contrast: NonNegative = 0.2
+    """The factor on contrast, around the image's mean, is uniform in 1 +- contrast."""
+    saturation: NonNegative = 0.0
+    """The factor on saturation, around each pixel's luma, is uniform in 1 +- saturation; grey images have none."""
+    erasing: Fraction = 0.0
+    """Probability that one random rectangle is set to the image's mean."""
+    mixup: NonNegative = 0.0
+    """a of Beta(a, a), from which the share of the other image is drawn, e.g. 0.2; 0: off."""
+    cutmix: NonNegative = 0.0
+    """a of Beta(a, a), from which the other image's share of the area is drawn, e.g. 1.0; beside mixup: by chance."""
 
-    def make(rows: slice) -> None:
-        with torch.inference_mode(inference):  # which a thread does not inherit
-            images = to_float(pixels[rows], side)
-            normalize(change(images, rows) if change else images, run, found[rows])
-
-    if pixels.device.type != "cpu":
-        make(slice(0, count))
-        return found
-    threads = torch.get_num_threads()
-    per_image = max(side, pixels.shape[1]) ** 2 * (1 if pixels.ndim == 3 else 3)
-    at_once = max(1, min(CACHED // per_image, -(-count // threads)))
-    parts = [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
-    for _ in _pool(threads).map(make, parts) if threads > 1 else map(make, parts):
-        pass
-    return found
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """That many threads in which torch uses one each: a few images are too little to be shared out by torch itself."""
-    pool, all_here = ThreadPoolExecutor(threads), Barrier(threads)
-
-    def alone(_: int) -> None:
-        all_here.wait()
-        torch.get_num_threads()  # else the first operation takes back what is set here
-        torch.set_num_threads(1)
-
-    list(pool.map(alone, range(threads)))
-    torch.set_num_threads(threads)  # for threads that are yet to start
-    return pool
-
-
-def to_float(pixels: Tensor, image_size: int) -> Tensor:
-    """uint8 [B, H, W] or [B, H, W, 3] -> float32 [B, 1 or 3, image_size, image_size] in [0, 1]."""
-    images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    if images.shape[-2:] == (image_size, image_size):
-        return images
-    resized = F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
-    return resized.clamp_(0, 1)
-
-
-def normalize(images: Tensor, run: RunConfig, out: Tensor) -> None:
-    """float32 [B, 1 or 3, S, S] in [0, 1] -> (x - mean) / std in `out` [B, run.channels, S, S]."""
-    if images.shape[1] > run.channels:
-        images = images.mean(1, keepdim=True)
-    for channel, (mean, std) in enumerate(zip(run.pixel_mean, run.pixel_std, strict=True)):
-        source = images[:, min(channel, images.shape[1] - 1)]
-        torch.add(images.new_full((), -mean / std), source, alpha=1 / std, out=out[:, channel])
+    @property
+    def changes_images(self) -> bool:
+        return any(self.model_dump().values())
 
 
 class Augmenter:
@@ -166,8 +129,7 @@ class Augmenter:
         def saturate(images: Tensor, rows: slice) -> Tensor:
             if images.shape[1] == 1:
                 return images
-            red, green, blue = images.split(1, 1)
-            grey = 0.299 * red + 0.587 * green + 0.114 * blue  # luma of ITU-R BT.601
+            grey = luma(images)
             return ((images - grey) * factor[rows] + grey).clamp(0, 1)
 
         return saturate

@@ -11,21 +11,20 @@ NEUTRAL = "neutral"
 class Pairs:
     """Neutral partners within one split; never an image itself, which would tell its label.
 
-    Raises UserError when the split has too few neutral faces, or (`same_subject`) names no subjects, or a subject has
-    no neutral face beside the image itself.
+    `same_subject`: of the same person. Raises UserError when the split has too few neutral faces, names no subjects,
+    or a subject has no neutral face beside the image itself.
     """
 
-    def __init__(self, split: Split, classes: list[str], pairing: str):
-        self.pairing = pairing
+    def __init__(self, split: Split, classes: list[str], same_subject: bool):
         if NEUTRAL not in classes:
-            raise UserError(f"options.pairing: the data have no class '{NEUTRAL}', with which this model compares")
+            raise UserError(f"model.pairing: the data have no class '{NEUTRAL}', with which this model compares")
         self.neutral = np.flatnonzero(split.labels.numpy() == classes.index(NEUTRAL))  # positions in the split
         if len(self.neutral) < 2:
-            raise UserError(f"options.pairing: {split.name} has {len(self.neutral)} neutral faces; two are needed")
-        groups = np.array(split.subjects) if pairing == "same_subject" else np.full(len(split), "")
-        if pairing == "same_subject" and "" in split.subjects:
+            raise UserError(f"model.pairing: {split.name} has {len(self.neutral)} neutral faces; two are needed")
+        groups = np.array(split.subjects) if same_subject else np.full(len(split), "")
+        if same_subject and "" in split.subjects:
             raise UserError(
-                "options.pairing: same_subject needs data that name subjects; take random_neutral or prototype"
+                "model.pairing: same_subject needs data that name subjects; take random_neutral or prototype"
             )
         found, self.group = np.unique(groups, return_inverse=True)  # subjects, or all images as one
         order = np.argsort(self.group[self.neutral], kind="stable")
@@ -39,7 +38,7 @@ class Pairs:
         if (self.choices < 1).any():
             alone = found[self.group[np.argmin(self.choices)]]
             raise UserError(
-                f"options.pairing: subject {alone} has no neutral face beside the image itself; "
+                f"model.pairing: subject {alone} has no neutral face beside the image itself; "
                 "leave the subject out or take random_neutral or prototype"
             )
 
@@ -58,7 +57,7 @@ class Pairs:
         """
         if count > len(self.neutral):
             raise UserError(
-                f"options.references: {count} asked for, the training split has {len(self.neutral)} neutral faces"
+                f"model.pairing.references: {count} asked for, the training split has {len(self.neutral)} neutral faces"
             )
         return np.sort(np.random.default_rng([seed, 0, 2]).choice(self.neutral, count, replace=False))
 

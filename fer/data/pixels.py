@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fer.config import Resources
 from fer.data.dataset import Split
 from fer.device import index_on
 
@@ -16,17 +15,17 @@ from fer.device import index_on
 class Pixels:
     """uint8 images by their index in the split.
 
-    A GPU holds the whole split where that takes no more than `resources.data_share` of its free memory. A CPU reads the
-    memory-mapped file, which the system keeps in memory.
+    A GPU holds the whole split where that takes no more than `data_share` of its free memory; else `readers` processes
+    read ahead from the file. A CPU reads the memory-mapped file, which the system keeps in memory.
     """
 
-    def __init__(self, split: Split, device: torch.device, resources: Resources):
-        self.split, self.device, self.readers = split, device, resources.readers
+    def __init__(self, split: Split, device: torch.device, data_share: float, readers: int):
+        self.split, self.device, self.readers = split, device, readers
         self.resident: Tensor | None = None
         self.streams = device.type == "cuda"
         if self.streams:
             free, _ = torch.cuda.mem_get_info(device)
-            if len(split) * split.images[0].nbytes <= resources.data_share * free:
+            if len(split) * split.images[0].nbytes <= data_share * free:
                 self._load()
 
     def _load(self) -> None:

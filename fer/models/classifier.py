@@ -9,49 +9,102 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fer.config import Fraction, Positive, RunConfig, Section
-from fer.models.backbones import BackboneOptions, backbone_faults, build_backbone
+from fer.input import Input
+from fer.models.backbones import BACKBONE, backbone_faults, build_backbone
+from fer.models.network import Backbone, ModelKind, Network
 from fer.models.resizer import Resizer
 from fer.models.stn import SMALLEST, SpatialTransformer
+from fer.settings import Fault, Fraction, OneOf, Positive, Section, by_name
 
 
-class ClassifierOptions(Section):
-    stn: bool  # spatial transformer
-    resizer: Literal["none", "bilinear", "neural"]  # none: the backbone sees image_size
-    resizer_size: Positive  # pixels: side of what the backbone sees
-    resizer_blocks: Positive  # neural: residual blocks, published 1
-    resizer_channels: Positive  # neural: published 16
-    resizer_scale: Annotated[float, Field(gt=0)] | None  # neural: sampling ratio; null: resizer_size / image_size
-    backbone: BackboneOptions
-    head: list[Positive]  # hidden layers, each with batch norm, ReLU and dropout; published [512]; []: linear
-    head_dropout: Fraction  # published .5
+class NoResizer(Section):
+    """The backbone sees images of input.image_size."""
+
+    name: Literal["none"] = "none"
 
 
-class Classifier(nn.Module):
+class Bilinear(Section):
+    """Plain bilinear interpolation: the paper's comparison."""
+
+    name: Literal["bilinear"] = "bilinear"
+    size: Positive = 224
+    """Side of what the backbone sees, in pixels."""
+
+
+class Neural(Section):
+    """The learned resizer (Talebi & Milanfar 2021, arXiv 2103.09950)."""
+
+    name: Literal["neural"] = "neural"
+    size: Positive = 224
+    """Side of what the backbone sees, in pixels."""
+    blocks: Positive = 1
+    """Residual blocks; published 1."""
+    channels: Positive = 16
+    """Published 16."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """Sampling ratio; published .584 (384 to 224 px); null: size / image_size."""
+
+
+RESIZERS = by_name(NoResizer, Bilinear, Neural)
+
+
+class Classifier(ModelKind):
+    """[spatial transformer] -> [resizer] -> backbone -> head."""
+
+    name: Literal["classifier"] = "classifier"
+    stn: bool = False
+    """Whether a spatial transformer straightens the face first."""
+    resizer: Annotated[Section, OneOf(RESIZERS)] = NoResizer()
+    """What brings the image to the size that the backbone sees."""
+    backbone: Annotated[Backbone, BACKBONE]
+    """What turns the image into an embedding."""
+    head: list[Positive] = []
+    """Hidden layers, each with batch norm, ReLU and dropout; published [512]; []: linear."""
+    head_dropout: Fraction = 0.5
+    """Dropout in the head's hidden layers; published .5."""
+
+    def build(self, settings: Input, num_labels: int, pretrained: bool) -> "ClassifierNetwork":
+        return ClassifierNetwork(self, settings, num_labels, pretrained)
+
+    def faults(self, settings: Input) -> list[Fault]:
+        size = self.backbone_size(settings)
+        found = backbone_faults(self.backbone, size, settings.channels, "model.backbone")
+        if self.stn and settings.image_size < SMALLEST:
+            small = f"{settings.image_size} is too small for model.stn: at least {SMALLEST}"
+            found.append(Fault("input.image_size", small))
+        if not self.head and self.head_dropout != type(self).model_fields["head_dropout"].default:
+            found.append(Fault("model.head_dropout", "there is nothing to drop without hidden layers; leave it out"))
+        if isinstance(self.resizer, Neural) and self.resizer.scale is not None:
+            scale, wanted = self.resizer.scale, self.resizer.size
+            side = int(settings.image_size * scale)
+            if side != wanted:
+                times = f"{scale:g} of input.image_size {settings.image_size}"
+                found.append(Fault("model.resizer.scale", f"{times} is {side}, not model.resizer.size {wanted}"))
+        return found
+
+    def backbone_size(self, settings: Input) -> int:
+        """Side of the images that the backbone sees."""
+        return self.resizer.size if isinstance(self.resizer, Neural | Bilinear) else settings.image_size
+
+
+class ClassifierNetwork(Network):
     """[B, channels, image_size, image_size] -> logits [B, num_labels]."""
 
-    def __init__(self, run: RunConfig, options: ClassifierOptions, num_labels: int, pretrained: bool):
+    def __init__(self, model: Classifier, settings: Input, num_labels: int, pretrained: bool):
         super().__init__()
-        self.resizer_size = options.resizer_size if options.resizer == "bilinear" else None
-        self.stn = SpatialTransformer(run.image_size, run.channels) if options.stn else None
-        self.resizer = (
-            Resizer(
-                options.resizer_size,
-                options.resizer_blocks,
-                options.resizer_channels,
-                run.channels,
-                options.resizer_scale,
-            )
-            if options.resizer == "neural"
-            else None
-        )
-        size = backbone_size(run, options)
-        self.backbone = build_backbone(options.backbone, size, run.channels, "options.backbone", pretrained)
+        resizer, channels = model.resizer, settings.channels
+        self.resizer_size = resizer.size if isinstance(resizer, Bilinear) else None
+        self.stn = SpatialTransformer(settings.image_size, channels) if model.stn else None
+        self.resizer: Resizer | None = None
+        if isinstance(resizer, Neural):
+            self.resizer = Resizer(resizer.size, resizer.blocks, resizer.channels, channels, resizer.scale)
+        size = model.backbone_size(settings)
+        self.backbone = build_backbone(model.backbone, size, channels, "model.backbone", pretrained)
         layers: list[nn.Module] = []
         width = self.backbone.num_features
-        for hidden in options.head:
+        for hidden in model.head:
             layers += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-            layers += [nn.Dropout(options.head_dropout)]
+            layers += [nn.Dropout(model.head_dropout)]
             width = hidden
         self.head = nn.Sequential(*layers, nn.Linear(width, num_labels))
 
@@ -62,22 +115,3 @@ class Classifier(nn.Module):
         elif self.resizer_size is not None:
             images = F.interpolate(images, size=(self.resizer_size, self.resizer_size), mode="bilinear")
         return self.head(self.backbone(images))
-
-
-def backbone_size(run: RunConfig, options: ClassifierOptions) -> int:
-    """Side of the images that the backbone sees."""
-    return run.image_size if options.resizer == "none" else options.resizer_size
-
-
-def classifier_faults(run: RunConfig, options: ClassifierOptions) -> list[str]:
-    found = backbone_faults(options.backbone, backbone_size(run, options), run.channels, "options.backbone")
-    if options.stn and run.image_size < SMALLEST:
-        found.append(f"image_size {run.image_size} is too small for options.stn: at least {SMALLEST}")
-    if options.resizer == "neural" and options.resizer_scale is not None:
-        side = int(run.image_size * options.resizer_scale)
-        if side != options.resizer_size:
-            found.append(
-                f"options.resizer_scale {options.resizer_scale:g} of image_size {run.image_size} is {side}, "
-                f"not options.resizer_size {options.resizer_size}"
-            )
-    return found

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fer.config import RunConfig
+from fer.input import Input
 from fer.models import build_model
-from fer.models.embedding_difference import DifferenceOfEmbeddings
+from fer.models.network import ModelKind
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,14 @@ class Cost:
     gflop: float  # one image forward, in evaluation; a multiplication and an addition are two
 
 
-def cost(run: RunConfig, num_labels: int) -> Cost:
+def cost(kind: ModelKind, settings: Input, num_labels: int) -> Cost:
     """Counts convolutions, matrix products and attention; what is done per pixel (activations, warps) is not counted.
 
     Raises UserError when a package of the network is missing.
     """
     with torch.device("meta"):
-        model = build_model(run, num_labels, pretrained=False).eval()
-        inputs = {"pixel_values": torch.empty(1, run.channels, run.image_size, run.image_size)}
-        if isinstance(model, DifferenceOfEmbeddings):
-            inputs["neutral"] = torch.empty(1, model.backbone.num_features)  # embedded before
+        model = build_model(kind, settings, num_labels, pretrained=False).eval()
+        inputs = model.example(settings)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**inputs)
     parameters = list(model.parameters())

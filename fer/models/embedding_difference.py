@@ -5,43 +5,21 @@ encoder e. The disentangled DoE takes as e the emotion encoder of step one, whic
 identity, so that it need not tell persons apart: logits = MLP(concat(emotion(x), identity(x))).
 """
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fer.config import Positive, RunConfig, Section
+from fer.data.dataset import Split
+from fer.data.pairs import Pairs
 from fer.errors import UserError
-from fer.models.backbones import BackboneOptions, backbone_faults, build_backbone
+from fer.input import Input
+from fer.models.backbones import BACKBONE, ResNet, backbone_faults, build_backbone
+from fer.models.network import Backbone, FrozenEncoder, ModelKind
 from fer.models.resnet50 import caffe_input
-
-PAIRINGS = ("same_subject", "random_neutral", "prototype")
-
-
-class FrozenEncoder(nn.Module):
-    """A network of which one encoder never learns: no gradient, evaluation mode, embeddings that can be kept.
-
-    `embed(pixel_values)` gives that encoder's embeddings [B, F], which `forward` takes as `embedding`.
-    """
-
-    needs_pixels = True  # `forward` also when it is given the embedding
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen: list[nn.Module] = []  # registered elsewhere, under their own names
-
-    def freeze(self, encoder: nn.Module) -> None:
-        encoder.requires_grad_(False).eval()
-        self.frozen.append(encoder)
-
-    def train(self, mode: bool = True) -> "FrozenEncoder":
-        super().train(mode)
-        for encoder in self.frozen:
-            encoder.eval()
-        return self
-
-    def embed(self, pixel_values: Tensor) -> Tensor:
-        raise NotImplementedError
+from fer.settings import Fault, OneOf, Positive, Section, by_name
 
 
 def mlp(width: int, hidden: list[int], num_labels: int) -> nn.Sequential:
@@ -53,28 +31,50 @@ def mlp(width: int, hidden: list[int], num_labels: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, num_labels))
 
 
-class EmotionEncoderOptions(Section):
-    backbone: BackboneOptions  # learns emotion; published MobileNetV3-Large
-    identity: BackboneOptions  # frozen; published ResNet-50 of VGGFace2
-    hidden: list[Positive]
+class EmotionEncoder(ModelKind):
+    """Step one of the disentangled DoE: an encoder that learns emotion, beside a frozen one of identity."""
+
+    name: Literal["emotion_encoder"] = "emotion_encoder"
+    backbone: Annotated[Backbone, BACKBONE]
+    """Learns emotion; published MobileNetV3-Large."""
+    identity: Annotated[Backbone, BACKBONE]
+    """Frozen; published ResNet-50 of VGGFace2."""
+    hidden: list[Positive] = [256, 128, 64, 32]
+    """Widths of the head's hidden layers; these are published."""
+
+    def build(self, settings: Input, num_labels: int, pretrained: bool) -> "EmotionEncoderNetwork":
+        return EmotionEncoderNetwork(self, settings, num_labels, pretrained)
+
+    def faults(self, settings: Input) -> list[Fault]:
+        shape = settings.image_size, settings.channels
+        found = backbone_faults(self.backbone, *shape, "model.backbone")
+        found += backbone_faults(self.identity, *shape, "model.identity")
+        if _sees_caffe_input(self.identity) and settings.channels != 3:
+            found.append(Fault("model.identity.caffe", "this network sees colour; set input.channels to 3"))
+        return found
 
 
-class EmotionEncoder(FrozenEncoder):
+def _sees_caffe_input(backbone: Backbone) -> bool:
+    return isinstance(backbone, ResNet) and backbone.caffe
+
+
+class EmotionEncoderNetwork(FrozenEncoder):
     """[B, channels, image_size, image_size] -> logits [B, num_labels]."""
 
-    def __init__(self, run: RunConfig, options: EmotionEncoderOptions, num_labels: int, pretrained: bool):
+    def __init__(self, model: EmotionEncoder, settings: Input, num_labels: int, pretrained: bool):
         super().__init__()
-        self.backbone = build_backbone(options.backbone, run.image_size, run.channels, "options.backbone", pretrained)
-        self.identity = build_backbone(options.identity, run.image_size, run.channels, "options.identity", pretrained)
+        shape = settings.image_size, settings.channels
+        self.backbone = build_backbone(model.backbone, *shape, "model.backbone", pretrained)
+        self.identity = build_backbone(model.identity, *shape, "model.identity", pretrained)
         self.freeze(self.identity)
-        self.head = mlp(self.backbone.num_features + self.identity.num_features, options.hidden, num_labels)
-        self.pixels = (run.pixel_mean, run.pixel_std) if options.identity.settings.get("caffe") else None
+        self.head = mlp(self.backbone.num_features + self.identity.num_features, model.hidden, num_labels)
+        self.pixels = settings.normalisation() if _sees_caffe_input(model.identity) else None
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Identity embeddings [B, F]."""
         if self.pixels is not None:
-            mean, std = (torch.tensor(values, device=pixel_values.device).view(1, -1, 1, 1) for values in self.pixels)
+            mean, std = torch.tensor(self.pixels, device=pixel_values.device).T.reshape(2, 1, -1, 1, 1)
             pixel_values = caffe_input(pixel_values * std + mean)
         return self.identity(pixel_values)
 
@@ -83,14 +83,51 @@ class EmotionEncoder(FrozenEncoder):
         return self.head(torch.cat([self.backbone(pixel_values), identity], 1))
 
 
-class DifferenceOfEmbeddingsOptions(Section):
-    backbone: BackboneOptions  # frozen; published MobileNetV3-Large
-    pairing: Literal["same_subject", "random_neutral", "prototype"]
-    references: Positive  # random_neutral: neutral training faces that evaluation compares with
-    hidden: list[Positive]
+class SameSubject(Section):
+    """A neutral face of the same person, as published; the data have to name subjects."""
+
+    name: Literal["same_subject"] = "same_subject"
 
 
-class DifferenceOfEmbeddings(FrozenEncoder):
+class RandomNeutral(Section):
+    """Neutral faces of the training split, drawn anew in every epoch."""
+
+    name: Literal["random_neutral"] = "random_neutral"
+    references: Positive = 16
+    """Neutral training faces that evaluation compares with; their logits are averaged."""
+
+
+class Prototype(Section):
+    """The mean embedding of the training split's neutral faces."""
+
+    name: Literal["prototype"] = "prototype"
+
+
+PAIRINGS = by_name(SameSubject, RandomNeutral, Prototype)
+
+
+class DifferenceOfEmbeddings(ModelKind):
+    """A face compared with a neutral one by a frozen encoder."""
+
+    name: Literal["difference_of_embeddings"] = "difference_of_embeddings"
+    backbone: Annotated[Backbone, BACKBONE]
+    """Frozen; published MobileNetV3-Large."""
+    pairing: Annotated[Section, OneOf(PAIRINGS)] = RandomNeutral()
+    """Which neutral face stands beside an image."""
+    hidden: list[Positive] = [256, 128, 64, 32]
+    """Widths of the head's hidden layers; these are published."""
+
+    def build(self, settings: Input, num_labels: int, pretrained: bool) -> "DifferenceOfEmbeddingsNetwork":
+        return DifferenceOfEmbeddingsNetwork(self, settings, num_labels, pretrained)
+
+    def faults(self, settings: Input) -> list[Fault]:
+        return backbone_faults(self.backbone, settings.image_size, settings.channels, "model.backbone")
+
+    def images_beside(self) -> Mapping[str, bool]:
+        return {"neutral": isinstance(self.pairing, SameSubject)}
+
+
+class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
     """Target faces [B, channels, image_size, image_size] and neutral embeddings [B, F] -> logits [B, num_labels].
 
     Without neutral embeddings the logits are the mean over the fixed `references` [R, F], chosen once in training and
@@ -99,16 +136,17 @@ class DifferenceOfEmbeddings(FrozenEncoder):
 
     needs_pixels = False
 
-    def __init__(self, run: RunConfig, options: DifferenceOfEmbeddingsOptions, num_labels: int, pretrained: bool):
+    def __init__(self, model: DifferenceOfEmbeddings, settings: Input, num_labels: int, pretrained: bool):
         super().__init__()
-        self.pairing = options.pairing
-        self.backbone = build_backbone(options.backbone, run.image_size, run.channels, "options.backbone", pretrained)
+        self.pairing = model.pairing
+        shape = settings.image_size, settings.channels
+        self.backbone = build_backbone(model.backbone, *shape, "model.backbone", pretrained)
         self.freeze(self.backbone)
         width = self.backbone.num_features
-        self.head = mlp(2 * width, options.hidden, num_labels)
-        count = {"same_subject": 0, "prototype": 1, "random_neutral": options.references}[options.pairing]
+        self.head = mlp(2 * width, model.hidden, num_labels)
+        count = model.pairing.references if isinstance(model.pairing, RandomNeutral) else 0
         self.references: Tensor
-        self.register_buffer("references", torch.zeros(count, width))
+        self.register_buffer("references", torch.zeros(1 if isinstance(model.pairing, Prototype) else count, width))
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
@@ -128,14 +166,54 @@ class DifferenceOfEmbeddings(FrozenEncoder):
         target = embedding.unsqueeze(1).expand(-1, len(self.references), -1)
         return self.head(torch.cat([target - self.references, target], 2)).mean(1)
 
+    def beside(
+        self, split: Split, classes: list[str], seed: int, embedded: Callable[[np.ndarray], Tensor]
+    ) -> "NeutralFaces | None":
+        if split.name == "train" or isinstance(self.pairing, SameSubject):
+            return NeutralFaces(self, split, classes, seed, embedded)
+        return None
 
-def emotion_encoder_faults(run: RunConfig, options: EmotionEncoderOptions) -> list[str]:
-    found = backbone_faults(options.backbone, run.image_size, run.channels, "options.backbone")
-    found += backbone_faults(options.identity, run.image_size, run.channels, "options.identity")
-    if options.identity.settings.get("caffe") and run.channels != 3:
-        found.append("options.identity.settings.caffe: this network sees colour; set channels to 3")
-    return found
+    def example(self, settings: Input) -> dict[str, Tensor]:
+        neutral = torch.empty(1, self.backbone.num_features)  # embedded before
+        return {**super().example(settings), "neutral": neutral}
 
 
-def difference_of_embeddings_faults(run: RunConfig, options: DifferenceOfEmbeddingsOptions) -> list[str]:
-    return backbone_faults(options.backbone, run.image_size, run.channels, "options.backbone")
+class NeutralFaces:
+    """The neutral faces that those of one split are compared with, as embeddings (fer.models.network.Beside).
+
+    They are taken as they are, so they are embedded once whatever the augmentation. Raises UserError where the data do
+    not hold those that the pairing needs.
+    """
+
+    def __init__(
+        self,
+        network: DifferenceOfEmbeddingsNetwork,
+        split: Split,
+        classes: list[str],
+        seed: int,
+        embedded: Callable[[np.ndarray], Tensor],
+    ):
+        self.network, self.seed = network, seed
+        self.pairs = Pairs(split, classes, isinstance(network.pairing, SameSubject))
+        found = embedded(self.pairs.neutral)
+        self.candidates = found.new_zeros(len(split), found.shape[1])  # [n, F], at neutral images
+        self.candidates[self.pairs.neutral] = found
+        self.partner: Tensor | None = None  # [n, F]: of each image
+        if split.name != "train":
+            self.partner = self.candidates[self.pairs.fixed()]
+
+    def begin(self) -> None:
+        """Choose what evaluation compares with: neutral training faces, or the mean of all of them."""
+        if isinstance(self.network.pairing, RandomNeutral):
+            chosen = self.pairs.references(self.network.pairing.references, self.seed)
+            self.network.references.copy_(self.candidates[chosen])
+        elif isinstance(self.network.pairing, Prototype):
+            self.network.references.copy_(self.candidates[self.pairs.neutral].mean(0, keepdim=True))
+
+    def start_epoch(self, epoch: int) -> None:
+        """Draw the neutral partners of training; a prototype is the same for all and needs none."""
+        if not isinstance(self.network.pairing, Prototype):
+            self.partner = self.candidates[self.pairs.drawn(self.seed, epoch)]
+
+    def inputs(self, index: Tensor) -> dict[str, Tensor]:
+        return {} if self.partner is None else {"neutral": self.partner[index]}

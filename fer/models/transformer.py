@@ -1,46 +1,109 @@
-"""Backbones of transformers: ViT and DeiT, Swin, ConvNeXt V2, at named or own sizes."""
+"""Backbones of transformers: ViT and DeiT, Swin, at named or own sizes."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fer.config import Fraction, Positive, Section
 from fer.errors import UserError
+from fer.models.network import Backbone
+from fer.settings import Fault, Fraction, Positive
 from fer.weights import HUB_ERRORS, misfit
 
 
-class VitSettings(Section):
+class Vit(Backbone):
     """ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), DeiT (Touvron et al. 2021, arXiv 2012.12877)."""
 
-    patch_size: Positive  # pixels
+    patch_size: Positive
+    """Side of a patch in pixels."""
     hidden_size: Positive
+    """Width of a token."""
     depth: Positive
+    """Layers."""
     num_heads: Positive
+    """Attention heads of a layer."""
     mlp_ratio: Positive
+    """Width of the hidden layer of a block's MLP, in hidden_size."""
     dropout: Fraction
-    pool: Literal["token", "pooler"]  # class token; or it through transformers' dense layer with tanh
+    """Dropout after embeddings and dense layers."""
+    pool: Literal["token", "pooler"]
+    """The embedding: the class token, or it through transformers' dense layer with tanh (pooler)."""
+
+    def build(self, size: int, channels: int) -> "Transformer":
+        from transformers import ViTConfig, ViTModel
+
+        config = ViTConfig(
+            image_size=size,
+            num_channels=channels,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.num_heads,
+            intermediate_size=self.hidden_size * self.mlp_ratio,
+            hidden_dropout_prob=self.dropout,
+            pooler_output_size=self.hidden_size,
+        )
+        return Transformer(ViTModel(config, add_pooling_layer=self.pool == "pooler"), self.pool, self.hidden_size)
+
+    def faults(self, size: int) -> list[Fault]:
+        found = []
+        if size % self.patch_size:
+            found.append(Fault("patch_size", f"{self.patch_size} does not divide the image's side of {size}"))
+        if self.hidden_size % self.num_heads:
+            found.append(Fault("num_heads", f"{self.num_heads} does not divide hidden_size {self.hidden_size}"))
+        return found
 
 
-class SwinSettings(Section):
+class Swin(Backbone):
     """Swin (Liu et al. 2021, arXiv 2103.14030)."""
 
-    patch_size: Positive  # pixels
+    patch_size: Positive
+    """Side of a patch in pixels."""
     embed_dim: Positive
+    """Width of a token in the first stage; it doubles with each stage."""
     depths: list[Positive]
+    """Blocks of each stage."""
     num_heads: list[Positive]
-    window_size: Positive  # patches
+    """Attention heads of each stage."""
+    window_size: Positive
+    """Side of an attention window in patches."""
     mlp_ratio: Positive
+    """Width of the hidden layer of a block's MLP, in the block's width."""
     drop_path_rate: Fraction
+    """Stochastic depth of the last block; it rises linearly from 0."""
 
+    def build(self, size: int, channels: int) -> "Transformer":
+        from transformers import SwinConfig, SwinModel
 
-class ConvNextV2Settings(Section):
-    """ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808)."""
+        config = SwinConfig(
+            image_size=size,
+            num_channels=channels,
+            patch_size=self.patch_size,
+            embed_dim=self.embed_dim,
+            depths=self.depths,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            mlp_ratio=self.mlp_ratio,
+            drop_path_rate=self.drop_path_rate,
+        )
+        return Transformer(SwinModel(config), "pooler", self.embed_dim * 2 ** (len(self.depths) - 1))
 
-    patch_size: Positive  # pixels, of the stem
-    depths: list[Positive]
-    hidden_sizes: list[Positive]
-    drop_path_rate: Fraction
+    def faults(self, size: int) -> list[Fault]:
+        found, stages = [], len(self.depths)
+        if len(self.num_heads) != stages:
+            found.append(Fault("num_heads", f"has {len(self.num_heads)} stages but depths has {stages}"))
+        smallest = self.patch_size * 2 ** (stages - 1)
+        if size % smallest:
+            halved = f"patch_size {self.patch_size}, halved in {stages} stages"
+            found.append(Fault("patch_size", f"the image's side of {size} does not divide by {smallest} ({halved})"))
+        elif size // smallest < self.window_size:
+            map_size = f"the last stage's map of {size // smallest} patches (images of {size} px)"
+            found.append(Fault("window_size", f"{self.window_size} is larger than {map_size}"))
+        for stage, heads in enumerate(self.num_heads):
+            if self.embed_dim * 2**stage % heads:
+                width = self.embed_dim * 2**stage
+                found.append(Fault("num_heads", f"{heads} does not divide the width {width} of stage {stage + 1}"))
+        return found
 
 
 class Transformer(nn.Module):
@@ -57,8 +120,6 @@ class Transformer(nn.Module):
         outputs = self.network(pixel_values=images)
         if self.pool == "token":
             return outputs.last_hidden_state[:, 0]
-        if self.pool == "tokens":  # class and distillation
-            return outputs.last_hidden_state[:, :2].mean(1)
         return outputs.pooler_output
 
     def load_pretrained(self, source: str, key: str) -> None:
@@ -102,106 +163,3 @@ def _refuse_another(ours: Any, theirs: Any, source: str, key: str) -> None:
                 f"{key}: '{source}' is another network: its {name} is {found}, here it is {wanted}; "
                 "change the backbone's name or settings, or name other weights"
             )
-
-
-def build_vit(settings: VitSettings, size: int, channels: int) -> nn.Module:
-    from transformers import ViTConfig, ViTModel
-
-    network = ViTModel(_vit(ViTConfig, settings, size, channels), add_pooling_layer=settings.pool == "pooler")
-    return Transformer(network, settings.pool, settings.hidden_size)
-
-
-def build_deit_distilled(settings: VitSettings, size: int, channels: int) -> nn.Module:
-    """DeiT with its distillation token; the embedding is the mean of both tokens, as its two heads are averaged."""
-    from transformers import DeiTConfig, DeiTModel
-
-    pool = "tokens" if settings.pool == "token" else settings.pool
-    network = DeiTModel(_vit(DeiTConfig, settings, size, channels), add_pooling_layer=pool == "pooler")
-    return Transformer(network, pool, settings.hidden_size)
-
-
-def _vit(config: Any, settings: VitSettings, size: int, channels: int) -> Any:
-    return config(
-        image_size=size,
-        num_channels=channels,
-        patch_size=settings.patch_size,
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.depth,
-        num_attention_heads=settings.num_heads,
-        intermediate_size=settings.hidden_size * settings.mlp_ratio,
-        hidden_dropout_prob=settings.dropout,
-        pooler_output_size=settings.hidden_size,
-    )
-
-
-def build_swin(settings: SwinSettings, size: int, channels: int) -> nn.Module:
-    from transformers import SwinConfig, SwinModel
-
-    config = SwinConfig(
-        image_size=size,
-        num_channels=channels,
-        patch_size=settings.patch_size,
-        embed_dim=settings.embed_dim,
-        depths=settings.depths,
-        num_heads=settings.num_heads,
-        window_size=settings.window_size,
-        mlp_ratio=settings.mlp_ratio,
-        drop_path_rate=settings.drop_path_rate,
-    )
-    return Transformer(SwinModel(config), "pooler", settings.embed_dim * 2 ** (len(settings.depths) - 1))
-
-
-def build_convnextv2(settings: ConvNextV2Settings, size: int, channels: int) -> nn.Module:
-    from transformers import ConvNextV2Config, ConvNextV2Model
-
-    config = ConvNextV2Config(
-        image_size=size,
-        num_channels=channels,
-        patch_size=settings.patch_size,
-        num_stages=len(settings.depths),
-        depths=settings.depths,
-        hidden_sizes=settings.hidden_sizes,
-        drop_path_rate=settings.drop_path_rate,
-    )
-    return Transformer(ConvNextV2Model(config), "pooler", settings.hidden_sizes[-1])
-
-
-def vit_faults(settings: VitSettings, size: int) -> list[str]:
-    """What does not fit, one a line: `settings.<key> ...` or `size ...`, which is the image's side."""
-    faults = []
-    if size % settings.patch_size:
-        faults.append(f"size {size} does not divide by patch_size {settings.patch_size}")
-    if settings.hidden_size % settings.num_heads:
-        faults.append(f"hidden_size {settings.hidden_size} does not divide by num_heads {settings.num_heads}")
-    return faults
-
-
-def swin_faults(settings: SwinSettings, size: int) -> list[str]:
-    faults = []
-    stages = len(settings.depths)
-    if len(settings.num_heads) != stages:
-        faults.append(f"num_heads has {len(settings.num_heads)} stages but depths has {stages}")
-    smallest = settings.patch_size * 2 ** (stages - 1)
-    if size % smallest:
-        faults.append(
-            f"size {size} does not divide by {smallest} (patch_size {settings.patch_size}, halved in {stages} stages)"
-        )
-    elif size // smallest < settings.window_size:
-        faults.append(
-            f"window_size {settings.window_size} is larger than the last stage's map of {size // smallest} patches "
-            f"(size {size})"
-        )
-    for stage, heads in enumerate(settings.num_heads):
-        if settings.embed_dim * 2**stage % heads:
-            faults.append(f"num_heads: width {settings.embed_dim * 2**stage} does not divide by {heads}")
-    return faults
-
-
-def convnextv2_faults(settings: ConvNextV2Settings, size: int) -> list[str]:
-    stages = len(settings.depths)
-    if len(settings.hidden_sizes) != stages:
-        return [f"hidden_sizes has {len(settings.hidden_sizes)} stages but depths has {stages}"]
-    smallest = settings.patch_size * 2 ** (stages - 1)
-    if size < smallest:
-        return [f"size {size} is too small: at least {smallest} (patch_size {settings.patch_size}, {stages} stages)"]
-    return []

@@ -1,36 +1,47 @@
 """ViT_SE: squeeze-and-excitation on a vision transformer's pooled output (arXiv 2107.03107)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fer.config import Positive, RunConfig, Section
-from fer.models.backbones import BackboneOptions, backbone_faults, build_backbone
+from fer.input import Input
+from fer.models.backbones import BACKBONE, backbone_faults, build_backbone
+from fer.models.network import Backbone, ModelKind, Network
+from fer.settings import Fault, Positive
 
 
-class VitSeOptions(Section):
-    backbone: BackboneOptions  # published: ViT-B/16 of ImageNet-21k with transformers' pooler
-    reduction: Positive  # of the features in the SE block; published 4
-    gate: Literal["relu", "sigmoid"]  # of the SE block; published relu; the usual one is a sigmoid
+class VitSe(ModelKind):
+    """A vision transformer whose pooled output goes through a squeeze-and-excitation block."""
+
+    name: Literal["vit_se"] = "vit_se"
+    backbone: Annotated[Backbone, BACKBONE]
+    """Published: ViT-B/16 of ImageNet-21k with transformers' pooler."""
+    reduction: Positive = 4
+    """Factor by which the SE block squeezes the features; published 4."""
+    gate: Literal["relu", "sigmoid"] = "relu"
+    """Of the SE block; published relu; the usual one is a sigmoid."""
+
+    def build(self, settings: Input, num_labels: int, pretrained: bool) -> "VitSeNetwork":
+        return VitSeNetwork(self, settings, num_labels, pretrained)
+
+    def faults(self, settings: Input) -> list[Fault]:
+        return backbone_faults(self.backbone, settings.image_size, settings.channels, "model.backbone")
 
 
-class VitSe(nn.Module):
+class VitSeNetwork(Network):
     """[B, channels, image_size, image_size] -> logits [B, num_labels]."""
 
-    def __init__(self, run: RunConfig, options: VitSeOptions, num_labels: int, pretrained: bool):
+    def __init__(self, model: VitSe, settings: Input, num_labels: int, pretrained: bool):
         super().__init__()
-        self.backbone = build_backbone(options.backbone, run.image_size, run.channels, "options.backbone", pretrained)
+        shape = settings.image_size, settings.channels
+        self.backbone = build_backbone(model.backbone, *shape, "model.backbone", pretrained)
         width = self.backbone.num_features
-        self.squeeze = nn.Linear(width, width // options.reduction)
-        self.excite = nn.Linear(width // options.reduction, width)
-        self.gate = torch.relu if options.gate == "relu" else torch.sigmoid
+        self.squeeze = nn.Linear(width, width // model.reduction)
+        self.excite = nn.Linear(width // model.reduction, width)
+        self.gate = torch.relu if model.gate == "relu" else torch.sigmoid
         self.classifier = nn.Linear(width, num_labels)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.backbone(pixel_values)
         return self.classifier(features * self.gate(self.excite(torch.relu(self.squeeze(features)))))
-
-
-def vit_se_faults(run: RunConfig, options: VitSeOptions) -> list[str]:
-    return backbone_faults(options.backbone, run.image_size, run.channels, "options.backbone")

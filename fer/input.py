@@ -1,0 +1,113 @@
+"""From uint8 images to what a network sees: resize, perhaps change, normalise; on the device of the images."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fer.settings import Fault, Fraction, Positive, Section, Unfit
+
+CACHED = 2**18  # pixels that stay in a CPU's cache from one operation to the next
+Change = Callable[[Tensor, slice], Tensor]  # images, and in which rows of their batch they stand -> changed images
+
+
+class Input(Section):
+    """What a network sees of an image."""
+
+    image_size: Positive = 48
+    """Side of the square that the network sees, in pixels."""
+    channels: Literal[1, 3] = 3
+    """Grey images are repeated for 3 channels, colour ones become their luma for 1."""
+    mean: list[Fraction] = [0.5]
+    """Subtracted from pixels in [0, 1]: one number for all channels, or one per channel."""
+    std: list[Annotated[float, Field(gt=0)]] = [0.25]
+    """What pixels are divided by then: one number for all channels, or one per channel."""
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> "Input":
+        found = []
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                found.append(Fault(key, f"has {len(values)} numbers but channels is {self.channels}; give one for all"))
+            elif len(values) > 1 and len(set(values)) == 1:
+                found.append(Fault(key, f"is the same for all channels; write it once: [{values[0]:g}]"))
+        if found:
+            raise Unfit(found)
+        return self
+
+    def normalisation(self) -> list[tuple[float, float]]:
+        """(mean, std) of each channel."""
+        wide = (values * self.channels if len(values) == 1 else values for values in (self.mean, self.std))
+        return list(zip(*wide, strict=True))
+
+
+def luma(images: Tensor) -> Tensor:
+    """Colour float [B, 3, H, W] -> its grey [B, 1, H, W] (ITU-R BT.601)."""
+    red, green, blue = images.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def model_input(pixels: Tensor, settings: Input, change: Change | None = None) -> Tensor:
+    """uint8 [B, H, W] or [B, H, W, 3] -> the network's input float32 [B, channels, S, S], normalised.
+
+    `change(images, rows)` gets those images float32 [b, 1 or 3, S, S] in [0, 1] that stand in `rows` of the batch: all
+    at once on a GPU, on a CPU a few at a time in each of torch's threads.
+    """
+    count, side, inference = len(pixels), settings.image_size, torch.is_inference_mode_enabled()
+    found = torch.empty(count, settings.channels, side, side, device=pixels.device)
+
+    def make(rows: slice) -> None:
+        with torch.inference_mode(inference):  # which a thread does not inherit
+            images = to_float(pixels[rows], side)
+            normalize(change(images, rows) if change else images, settings, found[rows])
+
+    if pixels.device.type != "cpu":
+        make(slice(0, count))
+        return found
+    threads = torch.get_num_threads()
+    per_image = max(side, pixels.shape[1]) ** 2 * (1 if pixels.ndim == 3 else 3)
+    at_once = max(1, min(CACHED // per_image, -(-count // threads)))
+    parts = [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    for _ in _pool(threads).map(make, parts) if threads > 1 else map(make, parts):
+        pass
+    return found
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """That many threads in which torch uses one each: a few images are too little to be shared out by torch itself."""
+    pool, all_here = ThreadPoolExecutor(threads), Barrier(threads)
+
+    def alone(_: int) -> None:
+        all_here.wait()
+        torch.get_num_threads()  # else the first operation takes back what is set here
+        torch.set_num_threads(1)
+
+    list(pool.map(alone, range(threads)))
+    torch.set_num_threads(threads)  # for threads that are yet to start
+    return pool
+
+
+def to_float(pixels: Tensor, image_size: int) -> Tensor:
+    """uint8 [B, H, W] or [B, H, W, 3] -> float32 [B, 1 or 3, image_size, image_size] in [0, 1]."""
+    images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    if images.shape[-2:] == (image_size, image_size):
+        return images
+    resized = F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
+    return resized.clamp_(0, 1)
+
+
+def normalize(images: Tensor, settings: Input, out: Tensor) -> None:
+    """float32 [B, 1 or 3, S, S] in [0, 1] -> (x - mean) / std in `out` [B, channels, S, S]."""
+    if images.shape[1] > settings.channels:
+        images = luma(images)
+    for channel, (mean, std) in enumerate(settings.normalisation()):
+        source = images[:, min(channel, images.shape[1] - 1)]
+        torch.add(images.new_full((), -mean / std), source, alpha=1 / std, out=out[:, channel])

@@ -1,0 +1,82 @@
+"""The optimizers, and which weights decay."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fer.settings import NonNegative, Section, by_name
+
+Rate = Annotated[float, Field(gt=0)]
+DECAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Optimizer(Section):
+    """A row of OPTIMIZERS."""
+
+    name: str
+    lr: Rate
+    weight_decay: NonNegative
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Rate = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.05
+    """Share of a weight that is taken away per step, times the rate."""
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, fused=True)
+
+
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980)."""
+
+    name: Literal["adam"] = "adam"
+    lr: Rate = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.0
+    """Factor of the weights that is added to their gradient."""
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups, lr=self.lr, fused=True)
+
+
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Rate = 0.01
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the last update that is added to the next."""
+    weight_decay: NonNegative = 0.0
+    """Factor of the weights that is added to their gradient."""
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
+
+
+OPTIMIZERS = by_name(AdamW, Adam, Sgd)
+
+
+def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Weight decay on the matrices and kernels of linear and convolution layers alone.
+
+    Biases, norms, class tokens, position embeddings and relative position tables do not decay, whatever their shape.
+    """
+    decaying = {id(module.weight) for module in model.modules() if isinstance(module, DECAYS)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return settings.build(
+        [
+            {"params": [p for p in trainable if id(p) in decaying], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trainable if id(p) not in decaying], "weight_decay": 0.0},
+        ]
+    )

@@ -1,0 +1,111 @@
+"""One training run, typed and checked, and its identity."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fer.data.augment import Augment
+from fer.input import Input
+from fer.losses import LOSSES, CrossEntropy, LossKind
+from fer.models import MODELS
+from fer.models.network import ModelKind
+from fer.optimizer import OPTIMIZERS, AdamW, Optimizer
+from fer.resources import Resources
+from fer.schedule import SCHEDULES, Cosine, Schedule
+from fer.settings import Fault, Fraction, OneOf, Positive, Section, Unfit, differing
+
+# Of everything that a run leaves on disk, and part of its id. It changes with the default or the meaning of a setting;
+# a new setting whose default leaves things as they were does not change it. fer/formats.py reads the earlier ones.
+FORMAT = 2
+
+
+class Run(Section):
+    """Everything that decides the numbers of one run."""
+
+    model: Annotated[ModelKind, OneOf(MODELS)]
+    """The network."""
+    init_from: str | None = None
+    """Experiment whose best checkpoint gives the backbone its weights; it is trained first."""
+    seed: Annotated[int, Field(ge=0)] = 1111
+    """Of all random numbers."""
+    epochs: Positive = 8
+    """Passes over the training images."""
+    batch_size: Positive = 64
+    """Images of a step, over all workers."""
+    input: Input = Input()
+    """What the network sees of an image."""
+    loss: Annotated[LossKind, OneOf(LOSSES)] = CrossEntropy()
+    """What training makes small."""
+    class_weights: Fraction = 0.0
+    """Weight of an image's loss: number of images of its class ^ -this; 0: none, 1: inverse frequency."""
+    balanced_sampling: Fraction = 0.0
+    """Chance of an image to be drawn: number of images of its class ^ -this; 0: each once, 1: all classes alike."""
+    optimizer: Annotated[Optimizer, OneOf(OPTIMIZERS)] = AdamW()
+    """How weights follow from gradients."""
+    schedule: Annotated[Schedule, OneOf(SCHEDULES)] = Cosine()
+    """How the learning rate changes over the run."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null: not clipped."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Evaluates and keeps averaged weights, e.g. 0.999; the decay grows to this as (1 + t) / (10 + t) in step t."""
+    sam_rho: Annotated[float, Field(gt=0)] | None = None
+    """Sharpness-aware minimisation: radius of its step uphill, e.g. 0.05; twice the work."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass (autocast); weights and loss stay fp32."""
+    augment: Augment = Augment()
+    """Random changes of training images."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Run":
+        found = self.model.faults(self.input)
+        if self.sam_rho and self.precision == "fp16":
+            found.append(Fault("sam_rho", "needs precision fp32 or bf16, as fp16 scales its gradients"))
+        warmup = self.schedule.warmup_epochs
+        if isinstance(self.schedule, Cosine) and warmup >= self.epochs:
+            found.append(Fault("schedule.warmup_epochs", f"{warmup:g} leaves nothing of epochs {self.epochs}"))
+        if self.init_from is not None:
+            backbone = self.model.backbones().get("backbone")
+            if backbone is None:
+                found.append(Fault("init_from", f"model {self.model.name} has no backbone; set it to null"))
+            elif backbone.weights is not None:
+                found.append(Fault("model.backbone.weights", "init_from gives them; set one of the two to null"))
+        if found:
+            raise Unfit(found)
+        return self
+
+
+def resource_faults(run: Run, resources: Resources) -> list[Fault]:
+    """Why the run cannot be shared out as its resources say."""
+    parts = resources.workers * resources.accumulate
+    if run.batch_size % parts:
+        by = f"resources.workers {resources.workers}"
+        by += f" times resources.accumulate {resources.accumulate}" if resources.accumulate > 1 else ""
+        return [Fault("batch_size", f"{run.batch_size} does not divide by {by}")]
+    if (run.augment.mixup or run.augment.cutmix) and run.batch_size // parts % 2:
+        cut = f"{run.batch_size} / {resources.workers} workers / {resources.accumulate} parts"
+        return [Fault("batch_size", f"augment.mixup and augment.cutmix pair images, but {cut} is odd")]
+    return []
+
+
+def chain_faults(run: Run, start: Run) -> list[Fault]:
+    """Why `run` cannot take its backbone's weights from `start`, the run that its `init_from` names."""
+    ours, theirs = run.model.backbones().get("backbone"), start.model.backbones().get("backbone")
+    if theirs is None:
+        return [Fault("init_from", f"{run.init_from} has no backbone; set it to null")]
+    if ours is not None and not ours.same_network(theirs):
+        other = f"{run.init_from} has another backbone ({theirs.name}); give both the same name and settings"
+        return [Fault("init_from", other)]
+    return []
+
+
+def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str:
+    """`<name>-s<seed>-<8 hex>`: equal for equal settings and data, whatever machine and number of workers.
+
+    The hash is over FORMAT, what differs from the defaults, the data that training reads, and `start`, the id of the
+    run that `init_from` names.
+    """
+    content: list[Any] = [FORMAT, differing(run), data_hash, start]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{name}-s{run.seed}-{digest[:8]}"

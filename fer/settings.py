@@ -1,0 +1,168 @@
+"""How a table of settings is checked: typed sections, sections chosen by name, and faults that name their key."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys. Unknown keys are refused and no type is converted.
+
+    The line under a field gives its meaning and unit; `fer config` shows it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class OneOf:
+    """Annotates a field that holds one of several sections, chosen by `name`: `Annotated[Base, OneOf(TABLE)]`."""
+
+    def __init__(self, table: Mapping[str, type[Section]]):
+        self.table = table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        kinds: Any = Union[tuple(self.table.values())]  # noqa: UP007, of a tuple
+        return handler.generate_schema(Annotated[kinds, Field(discriminator="name")])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one key: its dotted path, and a message that tells the remedy."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+    def under(self, prefix: str) -> "Fault":
+        """The same fault of a section that stands at `prefix`."""
+        return Fault(".".join(part for part in (prefix, self.path) if part), self.message)
+
+
+class Unfit(ValueError):
+    """Raised by a section's validator: keys that are right alone and do not fit together."""
+
+    def __init__(self, faults: list[Fault]):
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = faults
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def check(kind: type[Kind], tree: Any) -> tuple[Kind | None, list[Fault]]:
+    """The section that a plain tree describes, or None and everything that is wrong with it."""
+    try:
+        return kind.model_validate(tree), []
+    except ValidationError as error:
+        return None, list(_faults(error, kind))
+
+
+def table_of(section: type[Section], key: str) -> Mapping[str, type[Section]]:
+    """The sections that the field `key` chooses from by name; empty where it is another kind of field."""
+    field = section.model_fields.get(key)
+    return next((one.table for one in (field.metadata if field else ()) if isinstance(one, OneOf)), {})
+
+
+def section_at(section: type[Section], key: str, value: Any) -> type[Section] | None:
+    """The class of the section that stands at `key` with this value; None where none stands there."""
+    table = table_of(section, key)
+    if table:
+        return table.get(str(value.get("name"))) if isinstance(value, dict) else None
+    field = section.model_fields.get(key)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def differing(section: Section) -> dict[str, Any]:
+    """The plain values that differ from the defaults; a section that has a `name` keeps it where anything differs."""
+    found: dict[str, Any] = {}
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if key == "name" or value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, Section):
+            found[key] = ({"name": value.name} if hasattr(value, "name") else {}) | differing(value)
+        else:
+            found[key] = value
+    return found
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)` or the list of what is known, to end a message about an unknown name."""
+    match = [name for name in known if word and name.startswith(word)] or difflib.get_close_matches(word, known, n=1)
+    return f", did you mean '{match[0]}'?" if match else f"; known: {', '.join(sorted(known))}"
+
+
+def _faults(error: ValidationError, kind: type[Section]) -> Iterator[Fault]:
+    for fault in error.errors():
+        path, section = _place(kind, fault["loc"])
+        if fault["type"] == "value_error" and isinstance(fault["ctx"]["error"], Unfit):
+            yield from (inner.under(path) for inner in fault["ctx"]["error"].faults)
+        elif fault["type"] == "extra_forbidden":
+            yield Fault(path, f"unknown key{_known_in(section, str(fault['loc'][-1]))}")
+        elif fault["type"] == "union_tag_invalid":
+            known = list(table_of(section, str(fault["loc"][-1])))
+            word = str(fault["ctx"]["tag"])
+            yield Fault(f"{path}.name", f"unknown {path.rpartition('.')[2]} '{word}'{nearest(word, known)}")
+        elif fault["type"] == "union_tag_not_found":
+            yield Fault(f"{path}.name", "missing")
+        elif fault["type"] == "missing":
+            yield Fault(path, "missing")
+        elif fault["type"] in ("model_type", "dict_type", "model_attributes_type"):
+            yield Fault(path, f"should be a table of keys, got {fault['input']!r}")
+        else:
+            got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+            yield Fault(path, fault["msg"].removeprefix("Input ").removeprefix("String ").removeprefix("List ") + got)
+
+
+def _place(kind: type[Section], loc: tuple[int | str, ...]) -> tuple[str, type[Section]]:
+    """The dotted path of a pydantic location, and the section in which its last key stands."""
+    path: list[str] = []
+    section = kind
+    table: Mapping[str, type[Section]] = {}
+    for number, part in enumerate(loc):
+        if part in table:  # pydantic names the chosen section in between
+            section, table = table[str(part)], {}
+            continue
+        path.append(str(part))
+        table = table_of(section, str(part))
+        inner = section_at(section, str(part), None)
+        if inner is not None and number + 1 < len(loc):
+            section = inner
+    return ".".join(path), section
+
+
+def _known_in(section: type[Section], word: str) -> str:
+    name = section.model_fields["name"].default if "name" in section.model_fields else None
+    known = [key for key in section.model_fields if key != "name"]
+    if isinstance(name, str):
+        return f" of '{name}'{nearest(word, known)}" if known else f": '{name}' has no keys"
+    return nearest(word, known)
+
+
+def name_of(section: type[Section]) -> str:
+    """The name by which a section is chosen, which is the default of its key `name`."""
+    (name,) = get_args(section.model_fields["name"].annotation)
+    return name
+
+
+def by_name(*sections: type[Kind]) -> dict[str, type[Kind]]:
+    """A table of sections under their names."""
+    return {name_of(section): section for section in sections}

@@ -1,0 +1,310 @@
+"""Experiments: one file each in experiments/, over it `key=value` of the command line, and the typed run of both.
+
+Precedence: the defaults of fer.run < `resources` of params.yaml < the file's `base` < the file < the command line. A
+layer that gives a section another `name` starts it anew: what the layers below it set there is dropped.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fer.errors import UserError
+from fer.resources import Resources
+from fer.run import Run, chain_faults, resource_faults
+from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
+from pipelines.params import parse_value, read_yaml, yaml_of
+
+FOLDER = Path("experiments")
+COMMAND_LINE, MACHINE, DEFAULT = "command line", "params.yaml", "default"
+NAME = re.compile(r"[A-Za-z0-9_-]+")  # a part of a folder's name
+CHANGE = re.compile(r"[A-Za-z_][\w.]*=")
+SUFFIXES = (".yaml", ".yml")
+
+
+class Recipe(Run):
+    """What an experiment's file may hold."""
+
+    base: str | None = None
+    """Experiment of which this one is a change."""
+    resources: Resources = Resources()
+    """Where the run computes; no part of its identity."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment with all its values, and where they come from."""
+
+    name: str
+    path: Path
+    head: str  # the comment at the top of the file
+    run: Run
+    resources: Resources
+    origins: Mapping[str, str]  # dotted path -> file or COMMAND_LINE, for all that is not a default
+    dropped: list[str]  # what a section that was started anew lost
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be carried out."""
+
+    name: str
+    run: Run
+    resources: Resources
+    folder: Path  # data/runs/<run id>
+    start: str | None = None  # id of the run that `init_from` names
+
+
+def known() -> list[str]:
+    """Names of the experiments in experiments/."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Names or files of experiments, and changes `key=value`. Raises UserError for a word that is neither."""
+    changes = [word for word in words if CHANGE.match(word)]
+    names = [word for word in words if word not in changes]
+    for word in names:
+        if "=" in word and not word.endswith(SUFFIXES):
+            raise UserError(f"{word}: write it as key=value, for example optimizer.lr=3e-4")
+    return names, changes
+
+
+def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
+    """The experiments named in `words`, with the changes in it, and those that their `init_from` names.
+
+    Each stands behind the one it starts from, which gets of the changes `seed` alone unless it is named, too.
+    `machine`: `resources` of params.yaml. Raises UserError with every fault, one a line.
+    """
+    names, changes = split(words)
+    files: dict[str, Path] = {}
+    for path in map(path_of, names):
+        if files.setdefault(path.stem, path).resolve() != path.resolve():
+            raise UserError(f"{path}: {files[path.stem]} has the same name; rename one of them")
+    found: dict[str, Experiment] = {}
+    faults: list[str] = []
+    for name in files:
+        _add(found, faults, name, files, changes, machine, ())
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    return found
+
+
+def _add(
+    found: dict[str, Experiment], faults: list[str], name: str, files: dict[str, Path], changes: list[str],
+    machine: dict[str, Any], after: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Read one experiment, those before it first; `after`: those that wait for it."""
+    if name in found:
+        return
+    if name in after:
+        faults.append(f"{name}: init_from: {' -> '.join([*after, name])} is a circle; set one of them to null")
+        return
+    if name not in files and not NAME.fullmatch(name):
+        faults.append(f"{after[-1]}: init_from: should be the name of an experiment, got {name!r}")
+        return
+    own = changes if name in files else [change for change in changes if change.startswith("seed=")]
+    try:
+        experiment = read(files[name] if name in files else path_of(name), own, machine)
+    except UserError as error:
+        waits = f"{after[-1]}: init_from: " if name not in files else ""
+        faults += [waits + line for line in str(error).splitlines()]
+        return
+    first = experiment.run.init_from
+    if first is not None:
+        _add(found, faults, first, files, changes, machine, (*after, name))
+        if first in found:
+            wrong = chain_faults(experiment.run, found[first].run)
+            faults += [placed(fault, experiment.origins, experiment.path) for fault in wrong]
+    found[name] = experiment
+
+
+def path_of(word: str) -> Path:
+    """The file that a name or a path of a file means. Raises UserError for an unknown name."""
+    path = Path(word) if word.endswith(SUFFIXES) else FOLDER / f"{word}.yaml"
+    if not path.exists():
+        raise UserError(f"{path}: no such experiment{nearest(path.stem, known())}")
+    if not NAME.fullmatch(path.stem):
+        raise UserError(f"{path}: an experiment's name is made of letters, digits, _ and -; rename the file")
+    return path
+
+
+def read(
+    path: Path, changes: list[str], machine: dict[str, Any], over: tuple[dict[str, Any], str] = ({}, "")
+) -> Experiment:
+    """The experiment of a file. `over`: a layer between file and changes, and what it is called.
+
+    Raises UserError with every fault, one a line, each with where it stands.
+    """
+    layers = Layers(Recipe)
+    layers.lay({"resources": machine}, MACHINE)
+    for file, tree in reversed(list(_with_bases(path))):
+        layers.lay({key: value for key, value in tree.items() if key != "base"}, str(file))
+    layers.lay(*over)
+    for change in sorted(changes, key=_depth):
+        layers.lay(tree_of(change), COMMAND_LINE)
+    if "base" in layers.origins:
+        raise UserError(f"{layers.origins['base']}: base: only a file has one; write it into a file of experiments/")
+    recipe, faults = check(Recipe, layers.tree)
+    if recipe is not None:
+        run = Run.model_construct(**{key: getattr(recipe, key) for key in Run.model_fields})
+        faults = resource_faults(run, recipe.resources)
+    if faults:
+        raise UserError("\n".join(placed(fault, layers.origins, path) for fault in faults))
+    assert recipe is not None
+    return Experiment(path.stem, path, head(path), run, recipe.resources, layers.origins, layers.dropped)
+
+
+def head(path: Path) -> str:
+    """The comment at the top of a file."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines)
+
+
+def values(experiment: Experiment) -> Iterator[tuple[str, Any, str, str]]:
+    """Every setting: its dotted path, value, where it comes from, and its meaning."""
+    yield from _values(experiment.run, "", experiment.origins)
+    yield from _values(experiment.resources, "resources.", experiment.origins)
+
+
+def _values(section: Section, prefix: str, origins: Mapping[str, str]) -> Iterator[tuple[str, Any, str, str]]:
+    for key, about in type(section).model_fields.items():
+        value, path = getattr(section, key), prefix + key
+        if isinstance(value, Section):
+            yield from _values(value, f"{path}.", origins)
+        else:
+            meaning = about.description or (type(section).__doc__ or "").partition("\n")[0]
+            yield path, value, origins.get(path, DEFAULT), meaning
+
+
+def write(name: str, base: str, tree: dict[str, Any], comment: str) -> Path:
+    """Write experiments/`name`.yaml: the run `tree` (plain values), as what differs from the experiment `base`.
+
+    Raises UserError when the name is taken, or does not do for an experiment.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if not NAME.fullmatch(name):
+        raise UserError(f"--as {name}: an experiment's name is made of letters, digits, _ and -")
+    if path.exists():
+        raise UserError(f"{path}: is there already; give another name with --as")
+    own = _difference(Run.model_validate(tree), read(path_of(base), [], {}).run)
+    partial = path.with_name(f"{path.name}.partial")
+    text = f"# {comment}\n# fer train {name}\n" + yaml_of({"base": base, **own})
+    partial.write_text(text)
+    os.replace(partial, path)
+    return path
+
+
+def _difference(section: Section, base: Section) -> dict[str, Any]:
+    """What is to be laid over `base` to get `section`, which is of the same kind."""
+    own: dict[str, Any] = {}
+    for key in type(section).model_fields:
+        value, old = getattr(section, key), getattr(base, key)
+        if value == old:
+            continue
+        if not isinstance(value, Section):
+            own[key] = value
+        elif type(value) is type(old):
+            own[key] = _difference(value, old)
+        else:
+            own[key] = {"name": getattr(value, "name", None), **differing(value)}
+    return own
+
+
+def _with_bases(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A file and those it is based on, each before its own base."""
+    seen: list[Path] = []
+    while True:
+        if path in seen:
+            raise UserError(f"{path}: base: {' -> '.join(file.stem for file in [*seen, path])} is a circle")
+        seen.append(path)
+        tree = read_yaml(path, "write at least its model there")
+        yield path, tree
+        base = tree.get("base")
+        if base is None:
+            return
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: should be the name of an experiment, got {base!r}")
+        try:
+            path = path_of(base)
+        except UserError as error:
+            raise UserError(f"{path}: base: {error}") from None
+
+
+def _depth(change: str) -> int:
+    """How deep a change lies: a section's name must not drop the keys that are given beside it."""
+    return change.partition("=")[0].removesuffix(".name").count(".")
+
+
+def tree_of(change: str) -> dict[str, Any]:
+    """`optimizer.lr=3e-4` as a table of keys."""
+    path, _, text = change.partition("=")
+    value = parse_value(text, change)
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+@dataclass
+class Layers:
+    """Tables of keys laid over each other, and where each value comes from."""
+
+    kind: type[Section]
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+    def lay(self, over: dict[str, Any], source: str) -> None:
+        self.tree = self._lay(self.tree, over, self.kind, source, "")
+
+    def _lay(self, tree: dict, over: dict, kind: type[Section] | None, source: str, prefix: str) -> dict[str, Any]:
+        merged = dict(tree)
+        for key, value in over.items():
+            path = f"{prefix}{key}"
+            table = table_of(kind, key) if kind is not None else {}
+            if table and isinstance(value, str):
+                value = {"name": value}
+            inner = section_at(kind, key, {}) if kind is not None and not table else None
+            if isinstance(value, dict) and (table or inner is not None):
+                before = merged.get(key)
+                before = before if isinstance(before, dict) else {}
+                if table and kind is not None:
+                    before, value = self._named(kind, key, before, value, source, path)
+                    inner = table.get(str({**before, **value}.get("name")))
+                merged[key] = self._lay(before, value, inner, source, f"{path}.")
+            else:
+                merged[key] = value
+                self.origins.pop(path, None)  # so that they stand in the order of the layers
+                self.origins[path] = source
+        return merged
+
+    def _named(
+        self, kind: type[Section], key: str, before: dict, value: dict, source: str, path: str
+    ) -> tuple[dict, dict]:
+        """The keys below a section with a name, and those of the layer: none below where the name is another."""
+        default = getattr(kind.model_fields[key].default, "name", None)
+        name = before.get("name", default)
+        wanted = value.get("name", name)
+        if wanted == name:
+            return before if name is None else {"name": name, **before}, value
+        lost = [place for place in self.origins if place.startswith(f"{path}.") and place != f"{path}.name"]
+        for place in lost:
+            self.dropped.append(f"{place} of {self.origins.pop(place)}: {source} takes {key} {wanted}")
+        return {}, value
+
+
+def placed(fault: Fault, origins: Mapping[str, str], path: Path) -> str:
+    """A fault behind the file, or the command line, in which its key stands."""
+    parts = fault.path.split(".")
+    for count in range(len(parts), 0, -1):
+        start = ".".join(parts[:count])
+        sources = [source for place, source in origins.items() if place == start or place.startswith(f"{start}.")]
+        if sources:
+            return f"{sources[-1]}: {fault}"
+    return f"{path}: {fault}"

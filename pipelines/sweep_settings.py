@@ -1,0 +1,143 @@
+"""sweeps/*.yaml: a search for better settings of one experiment, typed and checked."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fer.errors import UserError
+from fer.settings import Fraction, Positive, Section, check, nearest
+from pipelines import experiments
+from pipelines import space as spaces
+from pipelines.experiments import COMMAND_LINE, Experiment, Layers
+from pipelines.params import parse_value, read_yaml
+
+FOLDER = Path("sweeps")
+COMMANDS = ("run", "status", "apply")  # of `fer sweep`: no sweep can have their names
+PROMOTING = ("asha", "halving")  # schedulers that pause trials and let the better ones go on
+
+
+class Sweep(Section):
+    """A search for better settings of one experiment, on val."""
+
+    base: str
+    """Experiment that is the first trial, and what the others change."""
+    changes: dict[str, Any] = {}
+    """Settings of every trial that differ from the base's."""
+    seed: Annotated[int, Field(ge=0)] = 1111
+    """Of the search; trials have that of the base."""
+    search: Literal["tpe", "random", "grid"] = "tpe"
+    """grid: of choices; the base comes first."""
+    scheduler: Literal["asha", "halving", "pbt", "none"] = "asha"
+    """asha: only the better go on; halving: so, once all have started; pbt: the worse take over from the better."""
+    grace_epochs: Positive = 1
+    """Epochs that every trial gets, at most half; pbt: epochs between two changes."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """One of so many goes on, at grace_epochs times 1, 3, 9, ... up to half the epochs."""
+    trials: Positive = 16
+    """How many settings are tried."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """No trial goes on after this time; null: no limit."""
+    at_once: Positive | None = None
+    """Trials at the same time; null: as many as there is room for."""
+    cpus_per_trial: Positive = 1
+    """CPU cores of a trial."""
+    gpus_per_trial: Fraction = 0.0
+    """0.5: two trials share one; 0: on the CPU."""
+    restarts: Annotated[int, Field(ge=0)] = 2
+    """Of a trial whose process dies, from its last epoch."""
+    confirm_seeds: Annotated[int, Field(ge=0)] = 3
+    """Best and base are trained with so many other seeds each; 0: not at all."""
+    space: dict[str, Any]
+    """Key of the experiment -> {int | float | log | factor: [low, high]} or {choice: [...]} (pipelines/space.py)."""
+
+
+def known() -> list[str]:
+    """Names of the sweeps in sweeps/."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def path_of(word: str) -> Path:
+    """The file that a name or a path of a file means. Raises UserError for an unknown name."""
+    path = Path(word) if word.endswith((".yaml", ".yml")) else FOLDER / f"{word}.yaml"
+    if not path.exists():
+        raise UserError(f"{path}: no such sweep{nearest(path.stem, known())}")
+    if not experiments.NAME.fullmatch(path.stem) or path.stem in COMMANDS:
+        none = ", ".join(COMMANDS)
+        raise UserError(
+            f"{path}: a sweep's name is made of letters, digits, _ and -, and is none of {none}; rename the file"
+        )
+    return path
+
+
+def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experiment, spaces.Space]:
+    """Name and settings of the sweep in `words`, with the changes `key=value` there; its base, and its space.
+
+    `changes.KEY=value` and `space.KEY=value` leave the other keys there as they are. Raises UserError with every fault,
+    one a line.
+    """
+    names, changes = experiments.split(words)
+    if len(names) != 1:
+        raise UserError(f"fer sweep: name one sweep, of {', '.join(known())}")
+    path = path_of(names[0])
+    layers = Layers(Sweep)
+    layers.lay(read_yaml(path, "write at least its base and space there"), str(path))
+    below = [change for change in changes if change.startswith("changes.")]
+    for change in changes:
+        if change not in below:
+            layers.lay(_tree_of(change, layers.tree), COMMAND_LINE)
+    sweep, faults = check(Sweep, layers.tree)
+    if sweep is None:
+        raise UserError("\n".join(experiments.placed(fault, layers.origins, path) for fault in faults))
+    origins = {key: layers.origins.get(key, str(path)) for key in Sweep.model_fields}
+    over = sweep.changes, f"{origins['changes']}: changes"
+    try:
+        keys = [change.removeprefix("changes.") for change in below]
+        base = experiments.read(experiments.path_of(sweep.base), keys, machine, over)
+    except UserError as error:
+        told = (over[1], COMMAND_LINE)  # where it stands is said
+        lines = str(error).splitlines()
+        lines = [line if line.startswith(told) else f"{origins['base']}: base: {line}" for line in lines]
+        raise UserError("\n".join(lines)) from None
+    return path.stem, sweep, base, _space(sweep, base, origins, str(path))
+
+
+def _tree_of(change: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """A change as a table of keys; `space.loss.gamma` is the key `loss.gamma` beside the others of the space."""
+    path, _, text = change.partition("=")
+    table, _, key = path.partition(".")
+    before = tree.get(table)
+    if table != "space" or not key or not isinstance(before, dict):
+        return experiments.tree_of(change)
+    return {table: {**before, key: parse_value(text, change)}}
+
+
+def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str) -> spaces.Space:
+    """The space of a sweep. Raises UserError, a line for each fault: in it, or between the sweep and its base."""
+    run, found, grace = base.run, [], f"{origins['grace_epochs']}: grace_epochs: {sweep.grace_epochs}"
+    if run.init_from is not None:
+        other = f"{base.name} starts from another run (init_from), trials cannot; name another"
+        found.append(f"{origins['base']}: base: {other}")
+    if sweep.grace_epochs > run.epochs:
+        found.append(f"{grace}, but the base has {run.epochs} epochs; lower it")
+    elif sweep.scheduler in PROMOTING and 2 * sweep.grace_epochs > run.epochs:
+        found.append(
+            f"{grace}, but no trial is stopped in the second half of the base's {run.epochs} epochs; "
+            "lower it or set scheduler to none"
+        )
+    if not sweep.space:
+        found.append(f"{origins['space']}: space: holds no key to search; name one at least")
+    space = spaces.read(sweep.space, run, f"{file}: space", found)
+    ranges = [key for key, dimension in space.items() if dimension.kind != "choice"]
+    search = f"{origins['search']}: search"
+    if sweep.search == "grid" and ranges:
+        found.append(f"{search}: grid needs choices alone, {ranges[0]} has a range; use tpe or random")
+    if sweep.scheduler == "pbt":
+        if sweep.search != "random":
+            found.append(f"{search}: pbt draws its first trials at random; set it to random")
+        fixed = [key for key in space if spaces.fixed_on_the_way(key)]
+        found += [f"{file}: space.{key}: a running run cannot change it, as pbt needs; leave it out" for key in fixed]
+    if found:
+        raise UserError("\n".join(found))
+    return space

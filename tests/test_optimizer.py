@@ -1,0 +1,242 @@
+"""The optimizers: which parameters decay, in every backbone and model, and the settings of each optimizer."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_run
+from test_models import LABELS, SHIPPED, SMALL, SWIN, VIT, classifier, run_of
+from torch import Tensor, nn
+
+from fer.models import MODELS, build_model
+from fer.models.backbones import BACKBONES
+from fer.optimizer import OPTIMIZERS, AdamW, Optimizer, build_optimizer
+from fer.run import Run
+from fer.settings import check
+
+CONVOLUTION = nn.modules.conv._ConvNd
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "weight_decay": 0.05},
+    "adam": {"lr": 1e-3, "weight_decay": 0.0},
+    "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0},
+}
+
+
+class Groups(AdamW):
+    """Gives its groups, as torch builds no optimizer of tensors without memory."""
+
+    def build(self, groups: list[dict]) -> Any:
+        return groups
+
+
+@cache
+def planned(name: str) -> nn.Module:
+    """A backbone, a small model or an experiment's, without memory for its tensors."""
+    with torch.device("meta"):
+        if name in BACKBONES:
+            return BACKBONES[name].kind().build(224, 3)
+        run = run_of(name)
+        return build_model(run.model, run.input, LABELS, pretrained=False)
+
+
+def decay_of(model: nn.Module, weight_decay: float = 0.3) -> dict[str, float]:
+    """The weight decay of each parameter that is in a group, by name; none is in two."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: Any = build_optimizer(Groups(weight_decay=weight_decay), model)
+    found = [(names[id(parameter)], group["weight_decay"]) for group in groups for parameter in group["params"]]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+EVERY = [*BACKBONES, *SMALL, *SHIPPED]
+
+
+def test_every_model_is_among_them() -> None:
+    assert {run_of(name).model.name for name in SMALL} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one(name: str) -> None:
+    model = planned(name)
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert decay_of(model).keys() == trainable != set()
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    encoders = {"difference_of_embeddings": "backbone", "emotion_encoder": "identity"}
+    encoder = None if name in BACKBONES else encoders.get(run_of(name).model.name)
+    assert {key.partition(".")[0] for key in frozen} == ({encoder} if encoder else set())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_only_weights_of_linear_and_convolution_layers_decay(name: str) -> None:
+    model = planned(name)
+    found = decay_of(model)
+    layers = {key for key, layer in model.named_modules() if isinstance(layer, nn.Linear | CONVOLUTION)}
+    kernels = {f"{key}.weight" for key in layers} & found.keys()
+    assert kernels
+    assert found == {key: 0.3 if key in kernels else 0.0 for key in found}
+    assert all(model.get_parameter(key).ndim > 1 for key in kernels)
+    # what else has several dimensions stands in transformers, and has a name of its own
+    shaped = {key.rpartition(".")[2] for key in found.keys() - kernels if model.get_parameter(key).ndim > 1}
+    assert shaped <= {"cls_token", "position_embeddings", "relative_position_bias_table"}
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith(("vit", "deit"))])
+def test_what_decays_of_a_vision_transformer(name: str) -> None:
+    model, row = planned(name), BACKBONES[name].kind()
+    found, width = decay_of(model), row.hidden_size  # type: ignore[attr-defined]
+    assert found["network.embeddings.cls_token"] == found["network.embeddings.position_embeddings"] == 0.0
+    decaying = sum(model.get_parameter(key).numel() for key, value in found.items() if value)
+    # patches of 16x16x3; a layer: query, key, value, output, and the MLP of 4 times the width
+    assert decaying == 768 * width + row.depth * 12 * width**2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("swin")])
+def test_what_decays_of_a_swin(name: str) -> None:
+    model, row = planned(name), BACKBONES[name].kind()
+    found, width, depths = decay_of(model), row.embed_dim, row.depths  # type: ignore[attr-defined]
+    tables = [key for key in found if key.endswith("relative_position_bias_table")]
+    assert len(tables) == sum(depths)
+    assert {found[key] for key in tables} == {0.0}
+    decaying = sum(model.get_parameter(key).numel() for key, value in found.items() if value)
+    # patches of 4x4x3; blocks as above; between stages four tokens become one of twice the width
+    blocks = sum(depth * 12 * (width * 2**stage) ** 2 for stage, depth in enumerate(depths))
+    merging = sum(4 * 2 * (width * 2**stage) ** 2 for stage in range(3))
+    assert decaying == 48 * width + blocks + merging
+
+
+def test_what_decays_of_a_resnet() -> None:
+    model = planned("resnet50")
+    # 25,557,032 of the published network, less its dense layer and the scales and shifts of 53 norms
+    decaying = sum(model.get_parameter(key).numel() for key, value in decay_of(model).items() if value)
+    assert decaying == 25_557_032 - 2049 * 1000 - 53_120
+
+
+class Zoo(nn.Module):
+    """Layers with weights of several dimensions, of which no network of ours has all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        self.decaying = nn.ModuleList([nn.Linear(2, 2), *(kind(2, 2, 3) for kind in convolutions)])
+        self.plain = nn.ModuleList([nn.Embedding(3, 2), nn.LayerNorm([2, 2]), nn.BatchNorm2d(2), nn.PReLU(2)])
+        self.token = nn.Parameter(torch.ones(1, 1, 2))
+
+
+def test_every_kind_of_layer() -> None:
+    found = decay_of(Zoo())
+    assert {key for key, value in found.items() if value} == {f"decaying.{number}.weight" for number in range(7)}
+
+
+def test_weights_that_two_layers_share_decay_once() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
+    model[0].weight = model[1].weight  # type: ignore[assignment]
+    assert decay_of(model) == {"0.weight": 0.3}
+
+
+SHRINKS = {"vit": VIT | {"pool": "pooler"}, "swin": SWIN}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("network", SHRINKS)
+def test_without_a_gradient_a_step_takes_decay_times_rate_of_what_decays(network: str, name: str) -> None:
+    run = small_run(**classifier(SHRINKS[network], head=[8]))
+    model = build_model(run.model, run.input, LABELS)
+    optimizer = build_optimizer(OPTIMIZERS[name](lr=0.1, weight_decay=0.5), model)
+    before: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.add_(1.0)  # nothing is zero
+            before[key] = parameter.clone()
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decay = decay_of(model)
+    assert set(decay.values()) == {0.0, 0.3}
+    for key, parameter in model.named_parameters():
+        expected = 0.95 * before[key] if decay[key] else before[key]
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_adam_adds_decay_to_the_gradient() -> None:
+    model = nn.Linear(2, 1)
+    nn.init.constant_(model.weight, 2.0)
+    nn.init.constant_(model.bias, 2.0)
+    optimizer = build_optimizer(OPTIMIZERS["adam"](lr=0.1, weight_decay=0.5), model)
+    model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.zeros(1)
+    optimizer.step()  # the first step of Adam is the rate in the direction of the gradient
+    torch.testing.assert_close(model.weight.detach(), torch.full((1, 2), 1.9))
+    assert model.bias.item() == 2.0
+
+
+# Settings
+
+
+def of(name: str, **changes: Any) -> Optimizer:
+    return OPTIMIZERS[name].model_validate(changes)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_has_its_own_settings(name: str) -> None:
+    assert set(SETTINGS) == set(OPTIMIZERS)
+    assert small_run(optimizer={"name": name}).optimizer.name == name
+    assert of(name).model_dump() == {"name": name, **SETTINGS[name]}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_builds_with_its_settings(name: str) -> None:
+    changes = {"lr": 0.02, "weight_decay": 0.3} | ({"momentum": 0.7} if name == "sgd" else {})
+    assert changes.keys() == SETTINGS[name].keys()
+    for settings in (SETTINGS[name], changes):
+        built = build_optimizer(of(name, **settings), nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+        assert type(built) is {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
+        decaying, plain = built.param_groups
+        assert (decaying["weight_decay"], plain["weight_decay"]) == (settings["weight_decay"], 0.0)
+        for group in (decaying, plain):
+            assert group["lr"] == settings["lr"]
+            assert group["fused"]
+            if name == "sgd":
+                assert (group["momentum"], group["nesterov"], group["dampening"]) == (settings["momentum"], False, 0)
+            else:
+                assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
+
+
+def fault_of(optimizer: dict[str, Any]) -> str:
+    run, faults = check(Run, small_run().model_dump() | {"optimizer": optimizer})
+    assert run is None
+    (fault,) = map(str, faults)
+    return fault
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_momentum_is_of_sgd_alone(name: str) -> None:
+    expected = f"optimizer.momentum: unknown key of '{name}'; known: lr, weight_decay"
+    assert fault_of({"name": name, "momentum": 0.9}) == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("key", ["betas", "nesterov", "warmup_epochs", "wieght_decay"])
+def test_keys_that_no_optimizer_has(name: str, key: str) -> None:
+    start = f"optimizer.{key}: unknown key of '{name}'"
+    close = key == "wieght_decay"
+    known = ", did you mean 'weight_decay'?" if close else f"; known: {', '.join(sorted(SETTINGS[name]))}"
+    assert fault_of({"name": name, key: 1}) == start + known
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adamm"}, "optimizer.name: unknown optimizer 'adamm', did you mean 'adam'?"),
+        ({"name": "adamw", "lr": 0.0}, "optimizer.lr: should be greater than 0, got 0.0"),
+        ({"name": "adamw", "lr": "0.1"}, "optimizer.lr: should be a valid number, got '0.1'"),
+        ({"name": "adam", "weight_decay": -1.0},
+         "optimizer.weight_decay: should be greater than or equal to 0, got -1.0"),
+        ({"name": "sgd", "momentum": 1.0}, "optimizer.momentum: should be less than 1, got 1.0"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    assert fault_of(settings) == message
+
+
+def test_unless_a_run_says_otherwise_it_is_adamw() -> None:
+    tree = {"model": {"name": "vgg13"}, "input": {"channels": 1}}
+    assert Run.model_validate(tree).optimizer == of("adamw")

@@ -1,0 +1,717 @@
+"""A run is checked as a whole, and its id follows from what decides its numbers and from nothing else."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import pytest
+from conftest import CPU, RESNET, ROOT, SMALL, VGG, doe, make_data, small_run
+from pydantic import ValidationError, create_model
+
+from fer.data.augment import Augment
+from fer.data.dataset import open_data
+from fer.input import Input
+from fer.losses import LOSSES, LossKind
+from fer.models import MODELS
+from fer.models.classifier import RESIZERS
+from fer.models.embedding_difference import PAIRINGS
+from fer.models.network import Backbone, ModelKind
+from fer.optimizer import OPTIMIZERS, Optimizer
+from fer.resources import Resources
+from fer.run import FORMAT, Run, chain_faults, resource_faults, run_id
+from fer.schedule import SCHEDULES, Schedule
+from fer.settings import OneOf, Section, check, differing, section_at, table_of
+from fer.train import fit
+from pipelines import experiments
+
+DEFAULTS = ROOT / "tests" / "golden" / f"defaults-{FORMAT}.json"
+CLASSIFIER: dict[str, Any] = {"model": {"name": "classifier", "backbone": RESNET}, "input": {"image_size": 32}}
+
+
+def faults(**keys: Any) -> list[str]:
+    """What is wrong with the small run when it has these keys, whole sections of it."""
+    return [str(fault) for fault in check(Run, {**SMALL, **keys})[1]]
+
+
+def model(**keys: Any) -> dict[str, Any]:
+    """Keys of a run with a classifier of 32 px that has these keys."""
+    return {**CLASSIFIER, "model": {**CLASSIFIER["model"], **keys}}
+
+
+# Everything that a run may be told
+
+
+def tables() -> dict[str, dict[str, type[Section]]]:
+    """Every section that a run can hold, by the key at which it first stands and its name; "" where it has none."""
+    found: dict[str, dict[str, type[Section]]] = {"run": {"": Run}}
+    seen: list[Any] = [Run]
+    waiting: list[type[Section]] = [Run]
+    while waiting:
+        section = waiting.pop(0)
+        for key in section.model_fields:
+            kinds = dict(table_of(section, key))
+            inner = section_at(section, key, None)
+            kinds = kinds or ({"": inner} if inner is not None else {})
+            mark = list(kinds.values())
+            if mark and mark not in seen:
+                seen.append(mark)
+                found[key] = kinds
+                waiting += mark
+    return found
+
+
+def test_all_tables_are_found() -> None:
+    found = tables()
+    backbones = found.pop("backbone")
+    assert "resnet50" in backbones
+    assert all(issubclass(kind, Backbone) for kind in backbones.values())
+    assert found == {
+        "run": {"": Run}, "model": MODELS, "input": {"": Input}, "loss": LOSSES, "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES, "augment": {"": Augment}, "resizer": RESIZERS, "pairing": PAIRINGS,
+    }  # fmt: skip
+
+
+ALL = [(f"{key}.{name}".strip("."), kind) for key, kinds in tables().items() for name, kind in kinds.items()]
+
+
+@pytest.mark.parametrize("place", [*dict(ALL), "resources"])
+def test_every_key_has_a_meaning(place: str) -> None:
+    kind = {**dict(ALL), "resources": Resources}[place]
+    assert (kind.__doc__ or "").strip()
+    for key, about in kind.model_fields.items():
+        assert key == "name" or about.description, f"{place}.{key}: write a line under it"
+
+
+# Defaults are part of what an id means
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """place -> key -> {"default": plain value}, or "required"."""
+    return {place: {key: of(about) for key, about in kind.model_fields.items() if key != "name"} for place, kind in ALL}
+
+
+def of(about: Any) -> Any:
+    if about.is_required():
+        return "required"
+    value = about.get_default(call_default_factory=True)
+    if isinstance(value, Section):
+        value = ({"name": value.name} if hasattr(value, "name") else {}) | differing(value)
+    return {"default": value}
+
+
+def changes(stored: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What has become of the defaults that were stored with this format, and what is to be done."""
+    anew = (
+        f"is a new format: raise fer.run.FORMAT, teach fer/formats.py to read format {FORMAT}, store the new defaults"
+    )
+    for place in stored.keys() - found.keys():
+        yield f"{place} is gone, which {anew}"
+    for place in found.keys() - stored.keys():
+        yield f"{place} is new: add it to {DEFAULTS.name}: {json.dumps({place: found[place]})}"
+    for place in stored.keys() & found.keys():
+        old, new = stored[place], found[place]
+        for key in old.keys() - new.keys():
+            yield f"{place}.{key} is gone, which {anew}"
+        for key in new.keys() - old.keys():
+            if new[key] == "required":
+                yield f"{place}.{key} is new and required, which {anew}; or give it a default that changes nothing"
+            else:
+                yield f"{place}.{key} is new: add it to {DEFAULTS.name} under {place}: {json.dumps({key: new[key]})}"
+        for key in old.keys() & new.keys():
+            if old[key] != new[key]:
+                yield f"{place}.{key} was {old[key]} and is {new[key]}: a changed default {anew}"
+
+
+def test_no_default_has_changed_since_the_format_was_made() -> None:
+    assert DEFAULTS.exists(), f"write {DEFAULTS} with json.dumps(defaults(), indent=1)"
+    found = json.loads(json.dumps(defaults()))
+    assert list(changes(json.loads(DEFAULTS.read_text()), found)) == []
+
+
+def test_what_is_said_of_other_defaults() -> None:
+    stored, found = json.loads(DEFAULTS.read_text()), defaults()
+
+    def said(place: str, **keys: Any) -> list[str]:
+        """With these keys in the code; None: not there."""
+        other = found[place] | keys
+        other = {key: value for key, value in other.items() if value is not None}
+        return list(changes(stored, {**found, place: other}))
+
+    assert said("augment") == []
+    (changed,) = said("augment", flip={"default": 0.25})
+    assert changed.startswith("augment.flip was {'default': 0.5} and is {'default': 0.25}: a changed default is a new")
+    (wanted,) = said("optimizer.sgd", lr="required")
+    assert wanted.startswith(
+        "optimizer.sgd.lr was {'default': 0.01} and is required: a changed default is a new format"
+    )
+    (loss,) = said("run", loss={"default": {"name": "focal"}})
+    assert loss.startswith("run.loss was {'default': {'name': 'cross_entropy'}} and is {'default': {'name': 'focal'}}:")
+    assert said("loss.focal", floor={"default": 0.0}) == [
+        'loss.focal.floor is new: add it to defaults-2.json under loss.focal: {"floor": {"default": 0.0}}'
+    ]
+    (required,) = said("loss.focal", floor="required")
+    assert required.startswith("loss.focal.floor is new and required, which is a new format: raise fer.run.FORMAT")
+    (gone,) = said("backbone.resnet50", caffe=None)
+    assert gone.startswith("backbone.resnet50.caffe is gone, which is a new format: raise fer.run.FORMAT")
+    less = {place: keys for place, keys in found.items() if place != "model.vgg13"}
+    (kind,) = changes(stored, less)
+    assert kind.startswith("model.vgg13 is gone, which is a new format")
+    (kind,) = changes(stored, {**found, "loss.hinge": {}})
+    assert kind == 'loss.hinge is new: add it to defaults-2.json: {"loss.hinge": {}}'
+
+
+# The id
+
+
+def test_run_id_is_stable_over_releases() -> None:
+    """If this fails, finished runs are trained again: only with a new format."""
+    run = Run.model_validate(
+        {
+            "model": {"name": "vgg13", "width": 0.25, "batch_norm": True, "conv_dropout": 0.25},
+            "seed": 7,
+            "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.5},
+            "schedule": {"name": "cosine", "warmup_epochs": 0},
+            "clip_grad_norm": None,
+            "input": {"image_size": 48, "channels": 1, "mean": [0.5]},
+        }
+    )
+    content = [
+        2,
+        {
+            "clip_grad_norm": None,
+            "input": {"channels": 1},
+            "model": {"batch_norm": True, "name": "vgg13", "width": 0.25},
+            "optimizer": {"momentum": 0.5, "name": "sgd"},
+            "schedule": {"name": "cosine", "warmup_epochs": 0.0},
+            "seed": 7,
+        },
+        "0123456789abcdef",
+        "first-s1-01234567",
+    ]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()  # its keys are in order
+    found = run_id("small", run, "0123456789abcdef", "first-s1-01234567")
+    assert found == f"small-s7-{digest[:8]}" == "small-s7-a81c602b"
+
+
+# Other values of every key, each possible on its own in the small run
+OTHER: dict[str, Any] = {
+    "seed": 7, "epochs": 4, "batch_size": 32, "loss": {"name": "focal", "gamma": 3.0}, "class_weights": 0.5,
+    "balanced_sampling": 0.5, "clip_grad_norm": None, "ema_decay": 0.9, "sam_rho": 0.05, "precision": "bf16",
+    "model": {"width": 0.125}, "input": {"image_size": 32}, "optimizer": {"name": "adam", "lr": 0.01},
+    "schedule": {"name": "constant"}, "augment": {"flip": 0.25},
+}  # fmt: skip
+INNER: list[tuple[str, dict[str, Any]]] = [
+    ("input", {"channels": 3}),
+    ("input", {"mean": [0.4]}),
+    ("input", {"std": [0.3]}),
+    ("model", {"batch_norm": False}),
+    ("model", {"conv_dropout": 0.0}),
+    ("model", {"dense_dropout": 0.0}),
+    ("optimizer", {"lr": 0.02}),
+    ("optimizer", {"weight_decay": 0.02}),
+    ("optimizer", {"name": "sgd"}),
+    ("optimizer", {"name": "sgd", "momentum": 0.8}),
+    ("schedule", {"warmup_epochs": 1}),
+    ("schedule", {"min_lr_ratio": 0.5}),
+    ("schedule", {"name": "step", "step_epochs": [2], "step_factors": [0.75]}),
+    ("schedule", {"name": "step", "step_epochs": [1], "step_factors": [0.75]}),
+    ("schedule", {"name": "step", "step_epochs": [2], "step_factors": [0.5]}),
+    *(("loss", {"name": name}) for name in LOSSES if name != "cross_entropy"),
+    ("loss", {"name": "focal_pdls", "alpha": 0.7}),
+    ("loss", {"name": "focal_pdls", "gamma": 1.0}),
+    *(("augment", {key: 0.125}) for key in Augment.model_fields),
+]
+
+
+PARTS: list[dict[str, Any]] = [
+    {},
+    {"stn": True},
+    {"head": [8]},
+    {"head": [8], "head_dropout": 0.25},
+    {"resizer": {"name": "neural", "size": 32}},
+    {"resizer": {"name": "bilinear", "size": 32}},
+    {"resizer": {"name": "bilinear", "size": 40}},
+    {"backbone": {**RESNET, "max_pool": False}},
+    {"backbone": {**RESNET, "layers": [1, 1, 1, 2]}},
+    {"backbone": {**RESNET, "weights": "a.pth"}},
+    {"backbone": {"name": "mobilenet_v3_large", "weights": None}},
+]
+
+
+def test_every_key_of_a_run_is_covered() -> None:
+    assert {*OTHER, "init_from"} == set(Run.model_fields)
+
+
+def test_run_id_changes_with_all_that_decides_the_numbers() -> None:
+    runs = [small_run(), *(small_run(**{key: value}) for key, value in [*OTHER.items(), *INNER])]
+    runs += [small_run(**model(**keys)) for keys in PARTS]
+    runs.append(small_run(**model(), init_from="other"))
+    runs += [small_run(**doe(pairing)) for pairing in PAIRINGS]
+    ids = [run_id("x", run, "d") for run in runs]
+    assert len(set(ids)) == len(runs)
+    assert all(id_.startswith(f"x-s{run.seed}-") for id_, run in zip(ids, runs))
+
+
+def test_run_id_changes_with_data_name_and_the_run_it_starts_from() -> None:
+    run = small_run()
+    assert run_id("x", run, "d") != run_id("x", run, "e")
+    assert run_id("y", run, "d") == "y" + run_id("x", run, "d")[1:]
+    assert len({run_id("x", run, "d", start) for start in (None, "y-s1-01234567", "y-s1-01234568")}) == 3
+
+
+def test_run_id_changes_with_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run_id("x", small_run(), "d")
+    monkeypatch.setattr("fer.run.FORMAT", FORMAT + 1)
+    assert run_id("x", small_run(), "d") != before
+
+
+MOVED = Resources(device="cpu", accumulate=2, eval_batch_size=7, data_share=0.1, readers=0, gpus_per_worker=0.5)
+
+
+def test_a_run_is_the_same_on_another_machine_and_with_other_marks_of_leaks(tmp_path: Path) -> None:
+    data, rows = make_data(tmp_path / "data"), []
+    folder = fit("x", small_run(epochs=1), CPU, data, tmp_path / "runs", rows.append)
+    for split in ("train", "val", "test"):
+        path = data / "splits" / f"{split}.csv"
+        table = pd.read_csv(path, dtype={"subject": str, "duplicate_of": str, "duplicate_in": str}, na_filter=False)
+        table.loc[5, ["duplicate_of", "duplicate_in"]] = ["0.png", "train"]
+        table.to_csv(path, index=False)
+    opened = open_data(data)
+    assert int(opened.split("test").leaked.sum()) == 5  # one more
+    assert int(opened.split("val").leaked.sum()) == 1
+    assert fit("x", small_run(epochs=1), MOVED, data, tmp_path / "runs", rows.append) == folder
+    assert len(rows) == 1  # there was nothing left to do
+    assert folder.name == run_id("x", small_run(epochs=1), opened.hash)
+
+
+# Keys that a later version adds
+
+
+def later() -> tuple[type[Run], dict[str, Any]]:
+    """Run as it would be if every section had one more key; and what the default run is there."""
+    new = {"news": (float, 0.0), "later": (list[str], [])}
+
+    def longer(kind: type[Section], **fields: Any) -> type[Section]:
+        return create_model(kind.__name__, __base__=kind, **fields, **new)
+
+    def table(kinds: dict[str, type[Section]]) -> dict[str, type[Section]]:
+        return {name: longer(kind, **inner(kind)) for name, kind in kinds.items()}
+
+    def inner(kind: type[Section]) -> dict[str, Any]:
+        """The fields of a section that hold others."""
+        fields = {}
+        for key, about in kind.model_fields.items():
+            if key in known:
+                base, kinds = known[key]
+                default = ... if about.is_required() else kinds[about.default.name]()
+                fields[key] = (Annotated[base, OneOf(kinds)], default)
+        return fields
+
+    found = tables()
+    known: dict[str, tuple[Any, dict[str, type[Section]]]] = {}
+    for key, base in (("backbone", Backbone), ("resizer", Section), ("pairing", Section), ("loss", LossKind)):
+        known[key] = base, table(found[key])
+    known["identity"] = known["backbone"]
+    for key, base in (("optimizer", Optimizer), ("schedule", Schedule), ("model", ModelKind)):
+        known[key] = base, table(found[key])
+    wide, changed = longer(Input), longer(Augment)
+    return longer(Run, **inner(Run), input=(wide, wide()), augment=(changed, changed())), new
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "defaults alone": {"model": {"name": "vgg13"}},
+    "small": SMALL,
+    "all at once": {
+        **SMALL, **model(head=[8], resizer={"name": "neural", "size": 40}),
+        "loss": {"name": "focal", "gamma": 1.0}, "optimizer": {"name": "sgd"}, "augment": {"flip": 0.0}, "seed": 3,
+        "schedule": {"name": "step", "step_epochs": [1], "step_factors": [0.5]},
+    },
+    "doe": {**SMALL, **doe()},
+    "doe, prototype": {**SMALL, **doe("prototype")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_new_keys_with_a_default_leave_every_id(name: str) -> None:
+    kind, new = later()
+    today, found = check(Run, RUNS[name])
+    tomorrow, then = check(kind, RUNS[name])
+    assert today is not None, found
+    assert tomorrow is not None, then
+    for key in new:
+        for section in (tomorrow, tomorrow.model, tomorrow.input, tomorrow.loss, tomorrow.schedule, tomorrow.optimizer):
+            assert hasattr(section, key)
+    assert differing(tomorrow) == differing(today)
+    assert run_id("x", tomorrow, "d") == run_id("x", today, "d")
+    other, _ = check(kind, {**RUNS[name], "input": {**RUNS[name].get("input", {}), "news": 1.0}})
+    assert other is not None
+    assert run_id("x", other, "d") != run_id("x", today, "d")
+
+
+# One meaning, one id
+
+PLAIN = """
+model: vgg13
+seed: 3
+optimizer: {lr: 0.002}
+schedule: {warmup_epochs: 2}
+input: {channels: 1}
+augment: {rotation: 20}
+"""
+SAME: dict[str, tuple[str, list[str]]] = {
+    "names given": (
+        "{model: {name: vgg13}, seed: 3, optimizer: {name: adamw, lr: 2.0e-3}, loss: cross_entropy,"
+        " schedule: {name: cosine, warmup_epochs: 2.0}, input: {channels: 1}, augment: {rotation: 20.0}}",
+        [],
+    ),
+    "other order": (
+        "augment: {rotation: 2e+1}\ninput: {channels: 1}\nschedule: {warmup_epochs: 2}\noptimizer: {lr: 2e-3}\n"
+        "seed: 3\nmodel: {name: vgg13}",
+        [],
+    ),
+    "defaults written out": (
+        PLAIN + "epochs: 8\nclip_grad_norm: 1\nema_decay: null\nloss: {name: cross_entropy}\ninit_from: null\n",
+        ["input.mean=[0.5]", "augment.mixup=0", "optimizer.weight_decay=5e-2", "model.width=1"],
+    ),
+    "another way there": (
+        "model: {name: vgg13, width: 0.5}\nseed: 4\noptimizer: {name: sgd, momentum: 0.5}\n",
+        [
+            "seed=3", "model.width=1.0", "optimizer=adamw", "optimizer.lr=0.002", "schedule.warmup_epochs=2",
+            "input.channels=1", "augment.rotation=20",
+        ],
+    ),
+    "on a base": ("base: plain\nresources: {device: cpu, workers: 2}", []),
+}  # fmt: skip
+
+
+@pytest.fixture
+def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "plain.yaml").write_text(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "experiments"
+
+
+@pytest.mark.parametrize("way", [*SAME, "all written out"])
+def test_descriptions_that_mean_the_same_have_one_id(way: str, described: Path) -> None:
+    plain = experiments.load(["plain"], {})["plain"].run
+    text, changes = (json.dumps(plain.model_dump()), []) if way == "all written out" else SAME[way]
+    (described / "other.yaml").write_text(text)
+    run = experiments.load(["other", *changes], {"device": "cpu"})["other"].run
+    assert differing(run) == differing(plain)
+    assert run_id("x", run, "d") == run_id("x", plain, "d")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("*.yaml"))])
+def test_an_experiment_survives_json(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = experiments.load([name], {})[name].run
+    for plain in (run.model_dump(), differing(run)):
+        again, found = check(Run, json.loads(json.dumps(plain)))
+        assert found == []
+        assert again is not None
+        assert again.model_dump() == run.model_dump()
+        assert run_id(name, again, "d") == run_id(name, run, "d")
+
+
+def test_a_run_is_frozen() -> None:
+    run = small_run()
+    for section in (run, run.model, run.input, run.loss, run.optimizer, run.schedule, run.augment, CPU):
+        key = next(iter(type(section).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
+
+
+def test_runs_share_no_lists() -> None:
+    one, other = small_run(), small_run()
+    before = copy.deepcopy(other)
+    one.input.std.append(0.1)
+    assert other == before
+    assert Input().std == [0.25]
+
+
+# Mistakes
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    # keys that are none of the chosen section
+    "momentum of adamw": (
+        {"optimizer": {"name": "adamw", "momentum": 0.9}},
+        "optimizer.momentum: unknown key of 'adamw'; known: lr, weight_decay",
+    ),
+    "gamma of cross_entropy": (
+        {"loss": {"name": "cross_entropy", "gamma": 2.0}},
+        "loss.gamma: unknown key: 'cross_entropy' has no keys",
+    ),
+    "alpha of focal": ({"loss": {"name": "focal", "alpha": 0.5}}, "loss.alpha: unknown key of 'focal'; known: gamma"),
+    "steps of cosine": (
+        {"schedule": {"name": "cosine", "step_epochs": [2]}},
+        "schedule.step_epochs: unknown key of 'cosine', did you mean 'warmup_epochs'?",
+    ),
+    "end of constant": (
+        {"schedule": {"name": "constant", "min_lr_ratio": 0.1}},
+        "schedule.min_lr_ratio: unknown key of 'constant'; known: warmup_epochs",
+    ),
+    "references of a prototype": (
+        {**doe(), "model": {**doe()["model"], "pairing": {"name": "prototype", "references": 3}}},
+        "model.pairing.references: unknown key: 'prototype' has no keys",
+    ),
+    "size of no resizer": (
+        model(resizer={"name": "none", "size": 32}),
+        "model.resizer.size: unknown key: 'none' has no keys",
+    ),
+    "blocks of a bilinear one": (
+        model(resizer={"name": "bilinear", "blocks": 2}),
+        "model.resizer.blocks: unknown key of 'bilinear'; known: size",
+    ),
+    "patches of a ResNet": (
+        model(backbone={**RESNET, "patch_size": 4}),
+        "model.backbone.patch_size: unknown key of 'resnet50'; known: caffe, layers, max_pool, weights, width",
+    ),
+    # names
+    "model": ({"model": {"name": "vgg"}}, "model.name: unknown model 'vgg', did you mean 'vgg13'?"),
+    "loss": ({"loss": {"name": "focl"}}, "loss.name: unknown loss 'focl', did you mean 'focal'?"),
+    "optimizer": ({"optimizer": {"name": "lion"}}, "optimizer.name: unknown optimizer 'lion'; known: adam, adamw, sgd"),
+    "backbone": (
+        model(backbone={"name": "resnet"}),
+        "model.backbone.name: unknown backbone 'resnet', did you mean 'resnet50'?",
+    ),
+    "no name": ({"model": {"width": 1.0}}, "model.name: missing"),
+    "no backbone": ({"model": {"name": "classifier"}}, "model.backbone: missing"),
+    "no model": ({"model": None}, "model: should be a table of keys, got None"),
+    # keys of a run
+    "near": ({"epoch": 3}, "epoch: unknown key, did you mean 'epochs'?"),
+    "near, below": ({"augment": {"flipp": 1.0}}, "augment.flipp: unknown key, did you mean 'flip'?"),
+    # values
+    "seed": ({"seed": -1}, "seed: should be greater than or equal to 0, got -1"),
+    "epochs": ({"epochs": 0}, "epochs: should be greater than 0, got 0"),
+    "epochs as text": ({"epochs": "3"}, "epochs: should be a valid integer, got '3'"),
+    "epochs as float": ({"epochs": 3.0}, "epochs: should be a valid integer, got 3.0"),
+    "class_weights": ({"class_weights": 1.5}, "class_weights: should be less than or equal to 1, got 1.5"),
+    "sampling": ({"balanced_sampling": -0.5}, "balanced_sampling: should be greater than or equal to 0, got -0.5"),
+    "clip": ({"clip_grad_norm": 0}, "clip_grad_norm: should be greater than 0, got 0"),
+    "infinite": ({"clip_grad_norm": float("inf")}, "clip_grad_norm: should be a finite number, got inf"),
+    "ema": ({"ema_decay": 1.0}, "ema_decay: should be less than 1, got 1.0"),
+    "precision": ({"precision": "fp64"}, "precision: should be 'fp32', 'bf16' or 'fp16', got 'fp64'"),
+    "lr": ({"optimizer": {"name": "sgd", "lr": 0}}, "optimizer.lr: should be greater than 0, got 0"),
+    "momentum": (
+        {"optimizer": {"name": "sgd", "momentum": 1.0}},
+        "optimizer.momentum: should be less than 1, got 1.0",
+    ),
+    "flip": ({"augment": {"flip": 2}}, "augment.flip: should be less than or equal to 1, got 2"),
+    "zoom": ({"augment": {"scale": 1.0}}, "augment.scale: should be less than 1, got 1.0"),
+    # what a section does not bear
+    "channels": ({"input": {"channels": 2}}, "input.channels: should be 1 or 3, got 2"),
+    "two means": (
+        {"input": {"mean": [0.1, 0.2]}},
+        "input.mean: has 2 numbers but channels is 3; give one for all",
+    ),
+    "three means of grey": (
+        {"input": {"channels": 1, "mean": [0.1, 0.2, 0.3]}},
+        "input.mean: has 3 numbers but channels is 1; give one for all",
+    ),
+    "no std": ({"input": {"std": []}}, "input.std: has 0 numbers but channels is 3; give one for all"),
+    "std three times": (
+        {"input": {"std": [0.2, 0.2, 0.2]}},
+        "input.std: is the same for all channels; write it once: [0.2]",
+    ),
+    "steps that fall": (
+        {"schedule": {"name": "step", "step_epochs": [2, 1], "step_factors": [0.5, 0.1]}},
+        "schedule.step_epochs: must rise, got [2, 1]",
+    ),
+    "a step twice": (
+        {"schedule": {"name": "step", "step_epochs": [2, 2], "step_factors": [0.5, 0.1]}},
+        "schedule.step_epochs: must rise, got [2, 2]",
+    ),
+    "factors too many": (
+        {"schedule": {"name": "step", "step_epochs": [2], "step_factors": [0.5, 0.1]}},
+        "schedule.step_factors: has 2 numbers, step_epochs 1",
+    ),
+    # what does not fit together
+    "sam in fp16": (
+        {"sam_rho": 0.05, "precision": "fp16"},
+        "sam_rho: needs precision fp32 or bf16, as fp16 scales its gradients",
+    ),
+    "warm-up to the end": (
+        {"schedule": {"name": "cosine", "warmup_epochs": 3}},
+        "schedule.warmup_epochs: 3 leaves nothing of epochs 3",
+    ),
+    "start without a backbone": ({"init_from": "a"}, "init_from: model vgg13 has no backbone; set it to null"),
+    "weights from two places": (
+        {**model(backbone={"name": "resnet50"}), "init_from": "a"},
+        "model.backbone.weights: init_from gives them; set one of the two to null",
+    ),
+    "small image": (
+        {"input": {"image_size": 15}},
+        "input.image_size: 15 is too small: VGG13 halves it four times, so 16 at least",
+    ),
+    "no channel": ({"model": {"name": "vgg13", "width": 0.001}}, "model.width: 0.001 leaves no channel"),
+    "small for a backbone": (
+        {**model(), "input": {"image_size": 24}},
+        "model.backbone: images of 24 px are too small: at least 32",
+    ),
+    "small for the transformer": (
+        {**model(stn=True, resizer={"name": "bilinear", "size": 32}), "input": {"image_size": 17}},
+        "input.image_size: 17 is too small for model.stn: at least 18",
+    ),
+    "dropout of nothing": (
+        model(head_dropout=0.2),
+        "model.head_dropout: there is nothing to drop without hidden layers; leave it out",
+    ),
+    "scale that misses": (
+        model(resizer={"name": "neural", "size": 40, "scale": 1.5}),
+        "model.resizer.scale: 1.5 of input.image_size 32 is 48, not model.resizer.size 40",
+    ),
+    "grey for pretrained": (
+        {**model(backbone={"name": "resnet50"}), "input": {"image_size": 32, "channels": 1}},
+        "model.backbone.weights: pretrained networks see colour; set input.channels to 3 (grey images are repeated)",
+    ),
+    "size for pretrained": (
+        model(backbone={"name": "vit_tiny_patch16_224"}),
+        "model.backbone.weights: WinKawaks/vit-tiny-patch16-224 was trained on images of 224 px, not 32;"
+        " change input.image_size or set weights to null",
+    ),
+    "grey for caffe": (
+        {
+            "model": {"name": "emotion_encoder", "backbone": RESNET, "identity": {**RESNET, "caffe": True}},
+            "input": {"image_size": 32, "channels": 1},
+        },
+        "model.identity.caffe: this network sees colour; set input.channels to 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_mistake_is_one_line(mistake: str) -> None:
+    keys, message = MISTAKES[mistake]
+    assert faults(**keys) == [message]
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["resources", "base", "name", "lr", "options", "eval_batch_size"])
+def test_what_is_no_part_of_a_run(name: str) -> None:
+    (found,) = faults(**{name: 1})
+    assert found.startswith(f"{name}: unknown key")
+
+
+def test_several_mistakes_are_all_named() -> None:
+    found = faults(epochs=0, optimizer={"name": "adamw", "lr": "x", "beta": 1}, model={"name": "vgg13", "widht": 1})
+    assert sorted(found) == [
+        "epochs: should be greater than 0, got 0",
+        "model.widht: unknown key of 'vgg13', did you mean 'width'?",
+        "optimizer.beta: unknown key of 'adamw'; known: lr, weight_decay",
+        "optimizer.lr: should be a valid number, got 'x'",
+    ]
+    step = {"name": "cosine", "warmup_epochs": 9}
+    assert sorted(faults(schedule=step, sam_rho=1, precision="fp16", init_from="a")) == [
+        "init_from: model vgg13 has no backbone; set it to null",
+        "sam_rho: needs precision fp32 or bf16, as fp16 scales its gradients",
+        "schedule.warmup_epochs: 9 leaves nothing of epochs 3",
+    ]
+
+
+def test_what_looks_wrong_and_is_not() -> None:
+    for keys in (
+        {"schedule": {"name": "constant", "warmup_epochs": 3}},  # rises to the end
+        {"schedule": {"name": "cosine", "warmup_epochs": 2.5}},
+        {"input": {"image_size": 16, "mean": [0.5, 0.5, 0.4]}},
+        {"sam_rho": 0.05, "precision": "bf16"},
+        {**model(head=[4], head_dropout=0.2)},
+        {**model(), "init_from": "a"},
+        {"model": {**VGG, "width": 1}},
+    ):
+        assert faults(**keys) == []
+
+
+# Where a run computes
+
+RESOURCES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "defaults": ({}, []),
+    "half a GPU": ({"gpus_per_worker": 0.5}, []),
+    "no GPU": ({"gpus_per_worker": 0, "workers": 4}, []),
+    "two GPUs": ({"gpus_per_worker": 2, "workers": 4}, []),
+    "one and a half": ({"gpus_per_worker": 1.5}, ["gpus_per_worker: above 1 must be a whole number, got 1.5"]),
+    "half a GPU for each of two": (
+        {"gpus_per_worker": 0.5, "workers": 2},
+        ["gpus_per_worker: several workers need a whole GPU each, got 0.5; set workers to 1"],
+    ),
+    "which they do not use": ({"gpus_per_worker": 0.5, "workers": 2, "device": "cpu"}, []),
+    "no worker": ({"workers": 0}, ["workers: should be greater than 0, got 0"]),
+    "device": ({"device": "gpu"}, ["device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"]),
+    "share": ({"data_share": 1.5}, ["data_share: should be less than or equal to 1, got 1.5"]),
+    "key": ({"worker": 2}, ["worker: unknown key, did you mean 'workers'?"]),
+}
+
+
+@pytest.mark.parametrize("case", RESOURCES)
+def test_resources_are_checked(case: str) -> None:
+    tree, expected = RESOURCES[case]
+    assert [str(fault) for fault in check(Resources, tree)[1]] == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "resources", "expected"),
+    [
+        ({}, {}, []),
+        ({}, {"workers": 4}, []),
+        ({}, {"workers": 4, "accumulate": 4}, []),
+        ({}, {"workers": 3}, ["batch_size: 16 does not divide by resources.workers 3"]),
+        (
+            {},
+            {"workers": 2, "accumulate": 3},
+            ["batch_size: 16 does not divide by resources.workers 2 times resources.accumulate 3"],
+        ),
+        (
+            {},
+            {"accumulate": 32},
+            ["batch_size: 16 does not divide by resources.workers 1 times resources.accumulate 32"],
+        ),
+        ({"augment": {"mixup": 0.2}}, {"workers": 4, "accumulate": 2}, []),
+        (
+            {"augment": {"mixup": 0.2}},
+            {"workers": 4, "accumulate": 4},
+            ["batch_size: augment.mixup and augment.cutmix pair images, but 16 / 4 workers / 4 parts is odd"],
+        ),
+        (
+            {"augment": {"cutmix": 1.0}, "batch_size": 15},
+            {},
+            ["batch_size: augment.mixup and augment.cutmix pair images, but 15 / 1 workers / 1 parts is odd"],
+        ),
+        ({"batch_size": 15}, {}, []),
+    ],
+)
+def test_a_batch_is_shared_in_equal_parts(keys: dict[str, Any], resources: dict[str, Any], expected: list[str]) -> None:
+    found = resource_faults(small_run(**keys), Resources(**resources))
+    assert [str(fault) for fault in found] == expected
+
+
+# A run that starts from another
+
+
+def started(**backbone: Any) -> Run:
+    return small_run(**model(backbone={**RESNET, **backbone}), init_from="first")
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        (model(), []),
+        (model(backbone={**RESNET, "weights": "a.pth"}), []),  # where its own came from is no matter
+        ({**model(head=[8]), "input": {"image_size": 40}}, []),
+        ({**doe(), "input": {"image_size": 32}}, []),  # another model, the same backbone
+        ({}, ["init_from: first has no backbone; set it to null"]),
+        (
+            model(backbone={**RESNET, "width": 8}),
+            ["init_from: first has another backbone (resnet50); give both the same name and settings"],
+        ),
+        (
+            model(backbone={"name": "mobilenet_v3_large", "weights": None}),
+            ["init_from: first has another backbone (mobilenet_v3_large); give both the same name and settings"],
+        ),
+    ],
+)
+def test_the_run_to_start_from_has_the_same_backbone(first: dict[str, Any], expected: list[str]) -> None:
+    assert [str(fault) for fault in chain_faults(started(), small_run(**first))] == expected

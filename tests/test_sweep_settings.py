@@ -1,0 +1,384 @@
+"""sweeps/*.yaml: every mistake in one line with its file, `changes` over the base, the command line over the file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, copy_settings
+
+from fer.errors import UserError
+from fer.losses import Pdls
+from fer.run import Run
+from fer.schedule import Constant
+from pipelines import cli, experiments, sweep_settings, trials
+from pipelines.experiments import COMMAND_LINE, Experiment
+from pipelines.params import read_yaml, yaml_of
+from pipelines.space import Space
+from pipelines.sweep_settings import Sweep
+from pipelines.trials import DONE, PRUNED, Trial
+
+SHIPPED = sorted(path.stem for path in ROOT.glob("sweeps/*.yaml"))
+LR = {"optimizer.lr": {"log": [1e-4, 1e-2]}}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the project's settings."""
+    copy_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, text: str = "", **tree: Any) -> str:
+    """Write sweeps/`name`.yaml of text or of a table of keys; its path."""
+    path = Path("sweeps") / f"{name}.yaml"
+    path.write_text(text or yaml_of(tree))
+    return str(path)
+
+
+def load(*words: str, machine: dict[str, Any] | None = None) -> tuple[str, Sweep, Experiment, Space]:
+    return sweep_settings.load(list(words), machine or {})
+
+
+def mistakes(*words: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(*words)
+    return str(caught.value).splitlines()
+
+
+def base_of(*words: str) -> Run:
+    return load(*words)[2].run
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_sweep_loads(name: str) -> None:
+    found, sweep, base, space = load(name)
+    assert found == name
+    assert base.run == experiments.load([sweep.base], {})[sweep.base].run
+    assert list(space) == list(sweep.space)
+
+
+def test_there_are_three() -> None:
+    assert SHIPPED == sweep_settings.known() == ["fpdls", "sample", "tiny"]
+
+
+def test_a_name_and_a_file_are_the_same_and_a_file_may_lie_elsewhere() -> None:
+    assert load("tiny") == load("sweeps/tiny.yaml")
+    other = Path("mine.yml")
+    other.write_text(yaml_of({"base": "vgg13_small", "space": LR}))
+    name, sweep, base, _ = load("mine.yml")
+    assert (name, sweep.base, base.name) == ("mine", "vgg13_small", "vgg13_small")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "sweeps/nope.yaml: no such sweep; known: fpdls, sample, tiny"),
+        (["sampel"], "sweeps/sampel.yaml: no such sweep, did you mean 'sample'?"),
+        (["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: no such sweep, did you mean 'tiny'?"),
+        ([], "fer sweep: name one sweep, of fpdls, sample, tiny"),
+        (["trials=3"], "fer sweep: name one sweep, of fpdls, sample, tiny"),
+        (["tiny", "sample"], "fer sweep: name one sweep, of fpdls, sample, tiny"),
+        (["tiny", "=3"], "=3: write it as key=value, for example optimizer.lr=3e-4"),
+    ],
+)
+def test_one_sweep_is_named(words: list[str], message: str) -> None:
+    assert mistakes(*words) == [message]
+
+
+@pytest.mark.parametrize("name", ["run", "status", "apply", "two words"])
+def test_a_sweep_cannot_have_the_name_of_a_command(name: str) -> None:
+    path = write(name, base="vgg13_small", space=LR)
+    assert mistakes(path) == [
+        f"{path}: a sweep's name is made of letters, digits, _ and -, and is none of run, status, apply; "
+        "rename the file"
+    ]
+    commands = [command.name for command in cli.sweeps.registered_commands]
+    assert set(commands) == set(sweep_settings.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: vgg13_small\n", "space: missing"),
+        ("space: {batch_size: {int: [16, 64]}}\n", "base: missing"),
+        ("base: 3\nspace: {}\n", "base: should be a valid string, got 3"),
+        ("base: vgg13_small\nspace: {}\nchanges: 3\n", "changes: should be a table of keys, got 3"),
+        ("", "holds no keys; write at least its base and space there"),
+        ("base: [\n", "line 2 is not valid YAML: "),
+    ],
+)
+def test_a_file_that_is_no_sweep(text: str, message: str) -> None:
+    path = write("mine", text or "# nothing\n")
+    (line,) = mistakes("mine")
+    assert line.startswith(f"{path}: {message}"), line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trials=0", "trials: should be greater than 0, got 0"),
+        ("hours=0", "hours: should be greater than 0, got 0"),
+        ("gpus_per_trial=2", "gpus_per_trial: should be less than or equal to 1, got 2"),
+        ("restarts=-1", "restarts: should be greater than or equal to 0, got -1"),
+        ("reduction=1", "reduction: should be greater than or equal to 2, got 1"),
+        ("search=bayes", "search: should be 'tpe', 'random' or 'grid', got 'bayes'"),
+        ("space=3", "space: should be a table of keys, got 3"),
+        ("trails=3", "trails: unknown key, did you mean 'trials'?"),
+        ("max_failures=3", "max_failures: unknown key; known: "),
+        ("base=vgg13_smll", "base: experiments/vgg13_smll.yaml: no such experiment, did you mean 'vgg13_small'?"),
+        ("grace_epochs=21", "grace_epochs: 21, but the base has 20 epochs; lower it"),
+        ("grace_epochs=11",
+         "grace_epochs: 11, but no trial is stopped in the second half of the base's 20 epochs; lower it or set "
+         "scheduler to none"),
+        ("space={}", "space: holds no key to search; name one at least"),
+        ("search=grid", "search: grid needs choices alone, loss.alpha has a range; use tpe or random"),
+        ("changes={epoch: 9}", "changes: epoch: unknown key, did you mean 'epochs'?"),
+        ("changes.epoch=9", "epoch: unknown key, did you mean 'epochs'?"),
+        ("changes={optimizer: {lr: -1.0}}", "changes: optimizer.lr: should be greater than 0, got -1.0"),
+        ("changes={base: doe}", "changes: base: only a file has one; write it into a file of experiments/"),
+    ],
+)  # fmt: skip
+def test_a_change_that_cannot_work(change: str, message: str) -> None:
+    """The same mistake in the file is told with the file's name."""
+    (line,) = mistakes("tiny", change)
+    assert line.startswith(f"command line: {message}"), line
+    key, _, text = change.partition("=")
+    if "." in key or key in ("base", "space"):
+        return
+    path = Path("sweeps/tiny.yaml")
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, f"{key}: {text}", ""]))
+    (line,) = mistakes("tiny")
+    assert line.startswith(f"sweeps/tiny.yaml: {message}"), line
+
+
+def test_a_mistake_in_the_bases_file_is_told_with_both_files() -> None:
+    path = experiments.path_of("vgg13_small")
+    path.write_text(path.read_text() + "epoch: 3\n")
+    write("mine", base="vgg13_small", space=LR)
+    assert mistakes("mine") == [
+        "sweeps/mine.yaml: base: experiments/vgg13_small.yaml: epoch: unknown key, did you mean 'epochs'?"
+    ]
+
+
+def test_mistakes_are_found_all_at_once() -> None:
+    words = ["tiny", "grace_epochs=99", "space={optimizer.lrr: {float: [0, 1]}, optimizer.lr: {int: [1, 2]}}"]
+    assert mistakes(*words) == [
+        "command line: grace_epochs: 99, but the base has 20 epochs; lower it",
+        "sweeps/tiny.yaml: space.optimizer.lrr: unknown key, did you mean 'lr'?",
+        "sweeps/tiny.yaml: space.optimizer.lr: an int range, but the base has 0.0005; use float or log",
+    ]
+    assert mistakes("tiny", "trials=0", "trails=3", "hours=0") == [
+        "command line: trials: should be greater than 0, got 0",
+        "command line: hours: should be greater than 0, got 0",
+        "command line: trails: unknown key, did you mean 'trials'?",
+    ]
+
+
+def test_dimensions_that_overlap_are_told() -> None:
+    assert mistakes("tiny", "space.model.resizer={choice: [{blocks: 1}, {blocks: 2}]}") == [
+        "sweeps/tiny.yaml: space.model.resizer: model.resizer.blocks is set by model.resizer.blocks too; "
+        "leave one of them out"
+    ]
+
+
+def test_a_base_that_starts_from_another_run() -> None:
+    write("mine", base="disentangled_doe_tiny", space=LR)
+    assert mistakes("mine") == [
+        "sweeps/mine.yaml: base: disentangled_doe_tiny starts from another run (init_from), trials cannot; name another"
+    ]
+
+
+def test_a_space_must_hold_the_base_as_it_is_changed() -> None:
+    (line,) = mistakes("sample", "changes.optimizer.lr=3e-4")
+    assert line == (
+        "sweeps/sample.yaml: space.optimizer.lr: does not hold the base's 0.0003, which is the first trial; "
+        "add it to the choices"
+    )
+    assert experiments.load(["vgg13_small", "optimizer.lr=3e-4"], {})["vgg13_small"].run.optimizer.lr == 3e-4
+
+
+# Rules of search and scheduler
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "halving"])
+def test_a_scheduler_that_promotes_wants_a_rung_in_the_first_half(scheduler: str) -> None:
+    assert load("tiny", f"scheduler={scheduler}", "grace_epochs=10")[1].grace_epochs == 10  # of 20
+    (line,) = mistakes("tiny", f"scheduler={scheduler}", "grace_epochs=11")
+    assert "no trial is stopped in the second half of the base's 20 epochs" in line
+    assert load("tiny", "scheduler=none", "grace_epochs=20")[1].grace_epochs == 20
+    assert "the base has 20 epochs" in mistakes("tiny", "scheduler=none", "grace_epochs=21")[0]
+    assert load("tiny", f"scheduler={scheduler}", "grace_epochs=11", "changes.epochs=22")[2].run.epochs == 22
+
+
+def test_grid_takes_choices_alone() -> None:
+    assert load("sample", "search=grid", "scheduler=none")[1].search == "grid"
+    assert mistakes("sample", "search=grid", "space.loss_=3")[0].startswith("sweeps/sample.yaml: space.loss_: give one")
+    (line,) = mistakes("sample", "search=grid", "space.class_weights={float: [0.0, 1.0]}")
+    assert line == "command line: search: grid needs choices alone, class_weights has a range; use tpe or random"
+
+
+def test_pbt_draws_at_random_and_changes_what_a_running_run_can_change() -> None:
+    assert mistakes("tiny", "scheduler=pbt", "search=random") == [
+        "sweeps/tiny.yaml: space.model.resizer.blocks: a running run cannot change it, as pbt needs; leave it out",
+        "sweeps/tiny.yaml: space.model.resizer.channels: a running run cannot change it, as pbt needs; leave it out",
+    ]
+    own = "space={loss: {choice: [focal_pdls, pdls]}, loss.alpha: {float: [0.5, 1.0]}}"
+    assert mistakes("tiny", "scheduler=pbt", own) == [
+        "sweeps/tiny.yaml: search: pbt draws its first trials at random; set it to random"
+    ]
+    _, sweep, _, space = load("tiny", "scheduler=pbt", "search=random", own, "grace_epochs=15")
+    assert (sweep.scheduler, list(space)) == ("pbt", ["loss", "loss.alpha"])
+
+
+# Layers
+
+
+def test_changes_are_laid_over_the_base_and_the_command_line_over_both() -> None:
+    changes = {"loss": "pdls", "optimizer": {"lr": 1e-3}, "epochs": 9, "resources": {"workers": 2}}
+    write("mine", base="swin_nr_fpdls_tiny", changes=changes, space=LR)
+    _, _, base, _ = load("mine")
+    own = experiments.load(["swin_nr_fpdls_tiny"], {})["swin_nr_fpdls_tiny"].run
+    optimizer = own.optimizer.model_copy(update={"lr": 1e-3})
+    assert base.run == own.model_copy(update={"loss": Pdls(), "optimizer": optimizer, "epochs": 9})
+    assert base.resources.workers == 2
+    assert base.origins["epochs"] == "sweeps/mine.yaml: changes"
+    assert base.origins["batch_size"] == "experiments/swin_nr_fpdls_tiny.yaml"
+
+    words = [
+        "mine",
+        "changes.epochs=12",
+        "changes.schedule={name: constant, warmup_epochs: 0}",
+        "changes.loss.alpha=.7",
+    ]
+    _, _, again, _ = load(*words)
+    assert again.run == base.run.model_copy(
+        update={"epochs": 12, "schedule": Constant(warmup_epochs=0), "loss": Pdls(alpha=0.7)}
+    )
+    assert again.origins["epochs"] == COMMAND_LINE
+    assert again.origins["optimizer.lr"] == "sweeps/mine.yaml: changes"
+
+
+def test_changes_as_a_whole_take_the_place_of_those_in_the_file() -> None:
+    write("mine", base="vgg13_small", changes={"epochs": 6, "batch_size": 32}, space=LR)
+    assert base_of("mine").batch_size == 32
+    found = base_of("mine", "changes={epochs: 7}", "changes.seed=5")
+    assert (found.epochs, found.batch_size, found.seed) == (7, 64, 5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_changes_on_the_command_line_does_not_matter(order: int) -> None:
+    words = ["changes.optimizer=sgd", "changes.optimizer.momentum=0.5", "changes.optimizer.lr=1e-3"]
+    optimizer: Any = base_of("sample", "space={loss: {choice: [cross_entropy, pdls]}}", *words[::order]).optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.lr) == ("sgd", 0.5, 1e-3)
+
+
+def test_the_command_line_is_laid_over_the_file() -> None:
+    _, sweep, _, space = load("tiny", "trials=3", "hours=null", "space.loss.gamma={choice: [0.0, 2.0]}", "trials=5")
+    assert (sweep.trials, sweep.hours, sweep.grace_epochs) == (5, None, 4)
+    assert list(space) == ["loss.alpha", "loss.gamma", "model.resizer.blocks", "model.resizer.channels"]
+    assert (space["loss.gamma"].kind, space["loss.alpha"].kind) == ("choice", "float")
+    whole = load("tiny", "space={loss.alpha: {float: [0.5, 1.0]}}", "space.optimizer.lr={log: [1e-4, 1e-2]}")[3]
+    assert list(whole) == ["loss.alpha", "optimizer.lr"]
+
+
+def test_the_machine_is_below_everything() -> None:
+    assert load("tiny", machine={"cpus_per_worker": 3})[2].resources.cpus_per_worker == 3
+    words = ["tiny", "changes.resources.cpus_per_worker=2"]
+    assert load(*words, machine={"cpus_per_worker": 3})[2].resources.cpus_per_worker == 2
+
+
+# What is kept of it
+
+
+def finished(words: list[str], point: dict[str, Any]) -> tuple[Run, Path]:
+    """The run of a point, and the folder of a sweep of which it is the result."""
+    plan = trials.plan(words, {}, "d" * 16)
+    trials.begin(plan)
+    rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 1.0} for i in range(plan.base.run.epochs))
+    best = Trial(2, {**plan.published, **point}, DONE, None, Path(), rows)
+    result = trials.conclude(plan, [Trial(1, plan.published, PRUNED, None, Path(), rows[:1]), best], [])
+    trials.write_result(plan, json.loads(json.dumps(result)))
+    return plan.run(best.point), plan.folder
+
+
+def fer(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fer", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "point"),
+    [
+        (["tiny"], {"loss.alpha": 0.6, "loss.gamma": 1.5, "model.resizer.blocks": 3, "model.resizer.channels": 8}),
+        (["tiny", "changes.epochs=9", "changes.optimizer=sgd"], {"loss.gamma": 0.0}),
+        (["sample"], {"loss": "focal_pdls", "optimizer.lr": 4e-3}),
+        (["fpdls"], {"loss": "label_smoothing", "loss.alpha": 0.6, "loss.gamma": 3.0, "augment": 0.5,
+                     "model.resizer": '{"size": 256, "scale": null}', "model.stn": False}),
+        (["sample", "space={model.batch_norm: {choice: [true, false]}, clip_grad_norm: {choice: [1.0, null]}}"],
+         {"model.batch_norm": False, "clip_grad_norm": None}),
+    ],
+)  # fmt: skip
+def test_apply_writes_an_experiment_that_is_the_best_run(
+    words: list[str], point: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run, folder = finished(words, point)
+    assert fer(monkeypatch, "sweep", "apply", words[0], "--as", "better") == 0
+    assert "fer train better" in capsys.readouterr().out
+    found = experiments.load(["better"], {})["better"]
+    assert found.run == run
+    assert found.head == f"sweep {folder.name}, trial 2: val 50.00 %, not confirmed\nfer train better"
+    tree = read_yaml(found.path, "")
+    assert tree.pop("base") == load(words[0])[2].name
+    assert set(tree) <= {key.partition(".")[0] for key in point} | {"epochs", "optimizer"}  # the rest is the base's
+
+
+def test_apply_names_it_after_the_sweep_and_does_not_write_over_anything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run, _ = finished(["tiny"], {"loss.alpha": 0.6})
+    assert fer(monkeypatch, "sweep", "apply", "tiny") == 0
+    assert experiments.load(["tiny_best"], {})["tiny_best"].run == run
+    text = experiments.path_of("tiny_best").read_text()
+    for name, message in [
+        ("tiny_best", "experiments/tiny_best.yaml: is there already; give another name with --as"),
+        ("a/b", "--as a/b: an experiment's name is made of letters, digits, _ and -"),
+    ]:
+        capsys.readouterr()
+        assert fer(monkeypatch, "sweep", "apply", "tiny", "--as", name) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert experiments.path_of("tiny_best").read_text() == text
+
+
+def test_apply_of_a_sweep_whose_base_has_changed_since_is_still_the_best_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = finished(["sample"], {"loss": "focal_pdls"})
+    path = experiments.path_of("vgg13_small")
+    path.write_text(path.read_text().replace("epochs: 10", "epochs: 30") + "loss: {name: focal, gamma: 1.0}\n")
+    assert fer(monkeypatch, "sweep", "apply", "sample") == 0
+    assert experiments.load(["sample_best"], {})["sample_best"].run == run
+
+
+def test_apply_reads_a_sweep_of_format_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """As the version before wrote it: a flat run, and no key `format`."""
+    _, folder = finished(["sample"], {})
+    flat = json.loads((ROOT / "tests/golden/format1/configs.json").read_text())["vgg13_small"] | {"lr": 4e-3}
+    for name in ("sweep.json", "result.json"):
+        content = json.loads((folder / name).read_text()) | {"run": flat}
+        new = ("format", "epochs") if name == "sweep.json" else ("format",)
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if key not in new}))
+    assert fer(monkeypatch, "sweep", "status", "sample") == 0
+    assert "2 trials (1 done, 1 pruned) in 0.0 min, 11 of 20 epochs" in capsys.readouterr().out
+    assert fer(monkeypatch, "sweep", "apply", "sample", "--as", "old") == 0
+    found = experiments.load(["old"], {})["old"].run
+    assert (found.optimizer.lr, found.epochs, found.model.name) == (4e-3, 10, "vgg13")
