@@ -125,6 +125,7 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
             assert (folder / file).read_bytes() == (uncut / file).read_bytes()
 
 
+@pytest.mark.soak
 def test_a_run_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_nodes: Cluster, prefect: str):
     """As `ray start --block` has it drained at SIGTERM; the run waits for another one that has the CPUs."""
     experiment(project, "x", resources={"cpus_per_worker": 2}, **SLOW)

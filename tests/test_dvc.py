@@ -372,6 +372,7 @@ def larger(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         ("split", "summary.json", 1),
     ],
 )
+@pytest.mark.soak
 def test_kill_in_the_middle_then_repro_finishes(
     larger: tuple[Path, dict[str, bytes]], tmp_path: Path, stage: str, file: str, times: int
 ) -> None:

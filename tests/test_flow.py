@@ -293,6 +293,7 @@ def starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
 
 @pytest.mark.usefixtures("ray_here")
 @pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.soak
 def test_a_worker_that_is_killed_is_started_again_as_often_as_restarts_says(
     restarts: int, project: Path, here: Callable, starts: Callable
 ):
@@ -319,6 +320,7 @@ def test_a_worker_that_is_killed_is_started_again_as_often_as_restarts_says(
 
 
 @pytest.mark.usefixtures("ray_here")
+@pytest.mark.soak
 def test_a_run_whose_second_worker_is_killed_is_started_again(project: Path, here: Callable, starts: Callable):
     """What the other one meets then, an error of Gloo, is not taken for one of the program."""
     experiment(project, "small", epochs=30, resources={"workers": 2, "restarts": 1})

@@ -465,6 +465,7 @@ def one_by_one(found: list[Trial]) -> dict[int, int]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.soak
 def test_asha_takes_the_epochs_of_its_rule_and_cut_and_gone_on_with_it_ends_the_same(
     project: Path, cluster, monkeypatch: pytest.MonkeyPatch
 ):
@@ -511,6 +512,7 @@ def test_halving_starts_all_before_it_promotes_the_best(project: Path, cluster):
     assert sum(trial.epoch for trial in found) == 12 * 1 + 6 * 1 + 3 * 2 + 1 * (EPOCHS - 4)
 
 
+@pytest.mark.soak
 def test_asha_with_two_at_once_keeps_to_them_and_leaves_none_behind(project: Path, cluster):
     sweep = plan(*LADDER, "at_once=2")
     trials.begin(sweep)

@@ -822,6 +822,7 @@ print(json.dumps([killed, kept]))
 """
 
 
+@pytest.mark.soak
 def test_killed_twice_at_random_moments_and_resumed(raw: Path) -> None:
     """By SIGKILL, six times over, with 60 shards; each shard that was done is kept."""
     np.save(raw, random_images(240, 16, 16))
@@ -997,6 +998,7 @@ def ray_workers() -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_worker_that_is_killed_changes_no_byte_nor_do_several(raw: Path, swin: Path) -> None:
     """Two processes of Ray against none; one is killed when the first of eight shards is done."""
     np.save(raw, random_images(8 * 256 - 5, 8, 8))
