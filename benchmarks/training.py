@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import reference
 from benchmarks.faces import write_faces
 from benchmarks.measure import ROOT, Effort, Row, Work, beside
+from fer.batches import Feed
 from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
 from fer.evaluate import predict_split
-from fer.feed import Feed
 from fer.input import Change, model_input
 from fer.losses import Loss, build_loss
 from fer.models import build_model

@@ -1,6 +1,5 @@
 """The numbers of a finished run: its best checkpoint on val and, once, on test, with and without leaked images."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fer import checkpoint
+from fer.batches import Feed
 from fer.data.dataset import DataSet, Split, open_data
 from fer.device import autocast, pick_device
 from fer.errors import UserError
-from fer.feed import Feed
-from fer.files import write_json
+from fer.files import write_bytes
 from fer.formats import format_of, read_run
 from fer.losses import Loss
 from fer.made_by import made_by
@@ -23,8 +22,7 @@ from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.resources import Resources
 from fer.run import FORMAT
-
-SUMMARY = "summary.json"
+from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary, write_summary
 
 
 def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
     summary = read_summary(folder)
     if summary is not None and outdated(summary, data) is None:
         return summary
-    meta = checkpoint.load_meta(folder / "best")
+    meta = checkpoint.load_meta(folder / BEST)
     if format_of(meta) != FORMAT:
         raise UserError(f"{folder}: of format {format_of(meta)}, which is not evaluated any more; train the run anew")
     if data.hash != meta["data_hash"]:
@@ -48,23 +46,7 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
     if summary is None or summary["test_hash"] != data.test_hash:
         summary = _evaluated(folder, meta, data, resources)
     summary |= _leaks(folder, data) | {"finished": time.time()}
-    write_json(folder / SUMMARY, summary)
-    return summary
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """summary.json, None where the run is not finished; one of format 1 with the names of today.
-
-    Raises UserError when it is not valid JSON.
-    """
-    try:
-        summary = json.loads((folder / SUMMARY).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{folder / SUMMARY}: not valid JSON; delete it and run `fer evaluate {folder.name}`") from None
-    if "test_without_leaked" in summary:  # format 1 knew of twins in train alone
-        summary["test_without_train"] = summary.pop("test_without_leaked")
+    write_summary(folder, summary)
     return summary
 
 
@@ -84,10 +66,10 @@ def outdated(summary: dict[str, Any], data: DataSet) -> str | None:
 
 def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Resources) -> dict[str, Any]:
     last = finished(folder)
-    run = read_run(meta, folder / "best" / checkpoint.META)
+    run = read_run(meta, folder / BEST / checkpoint.META)
     device = pick_device(resources.device)
     model = build_model(run.model, run.input, len(data.classes), pretrained=False).to(device)
-    checkpoint.load_weights(folder / "best", model)
+    checkpoint.load_weights(folder / BEST, model)
     summary = {
         "format": FORMAT,
         "run_id": meta["run_id"],
@@ -109,14 +91,14 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
         split = data.split(name)
         logits, _ = predict_split(model, Feed(model, run, resources, split, data.classes, device))
         probabilities = torch.softmax(logits, 1)
-        _write_predictions(folder / f"predictions_{name}.csv", split, probabilities.numpy(), data.classes)
+        _write_predictions(folder / PREDICTIONS.format(split=name), split, probabilities.numpy(), data.classes)
         summary[name] = metrics(probabilities, split.labels)
     return summary
 
 
 def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
     """The columns without leaked images, from predictions_test.csv, whose marks are brought up to date."""
-    split, path = data.split("test"), folder / "predictions_test.csv"
+    split, path = data.split("test"), folder / PREDICTIONS.format(split="test")
     probabilities = read_predictions(path, data.classes)
     if len(probabilities) != len(split):
         again = f"delete {folder / SUMMARY} and run `fer evaluate {folder.name}`"
@@ -130,10 +112,11 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
 
 def finished(folder: Path) -> dict[str, Any]:
     """checkpoint.json of the run's last epoch. Raises UserError when there are more to come."""
-    last = checkpoint.load_meta(folder / "last")
-    done, epochs = last["epoch"], last["config"]["epochs"]
-    if done < epochs:
-        raise UserError(f"{folder}: {done} of {epochs} epochs are done; go on with `fer train {last['name']}`")
+    last = checkpoint.load_meta(folder / LAST)
+    run = read_run(last, folder / LAST / checkpoint.META)
+    if not run.is_over(last["history"]):
+        done = f"{last['epoch']} of {run.epochs} epochs are done"
+        raise UserError(f"{folder}: {done}; go on with `fer train {last['name']}`")
     return last
 
 
@@ -186,6 +169,4 @@ def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, clas
     table["prediction"] = [classes[i] for i in probabilities.argmax(1)]
     table["duplicate_in"] = np.where(split.in_train.numpy(), "train", np.where(split.in_val.numpy(), "val", ""))
     table[classes] = probabilities
-    partial = path.with_name(path.name + ".partial")
-    table.to_csv(partial, index=False, lineterminator="\n")
-    partial.replace(path)
+    write_bytes(path, table.to_csv(index=False, lineterminator="\n").encode())

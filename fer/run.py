@@ -32,6 +32,8 @@ class Run(Section):
     """Of all random numbers."""
     epochs: Positive = 8
     """Passes over the training images."""
+    patience: Positive | None = None
+    """Epochs without a better val accuracy after which training ends early; null: never."""
     batch_size: Positive = 64
     """Images of a step, over all workers."""
     input: Input = Input()
@@ -74,6 +76,12 @@ class Run(Section):
         if found:
             raise Unfit(found)
         return self
+
+    def is_over(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether training has come to its end. `rows`: those of metrics.jsonl, one an epoch."""
+        values = [row["val_accuracy"] for row in rows]
+        since = len(values) - 1 - values.index(max(values)) if values else 0  # epochs since the best
+        return len(values) >= self.epochs or (self.patience is not None and since >= self.patience)
 
 
 def resource_faults(run: Run, resources: Resources) -> list[Fault]:

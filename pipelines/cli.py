@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error
+from fer.run_folder import read_progress, read_rows, read_summary
 
 app = typer.Typer(
     help="Facial-expression-recognition experiments: `dvc repro` makes the data, experiments/ says what is trained.",
@@ -156,7 +157,7 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of 
     """Show a finished run's numbers on val and test, class by class."""
     from fer.data.dataset import open_data
     from fer.evaluate import evaluate as evaluate_run
-    from fer.evaluate import outdated, read_summary
+    from fer.evaluate import outdated
     from pipelines.params import load
 
     folder = _find(run)
@@ -279,15 +280,16 @@ def sweep_run(
     new: Annotated[bool, typer.Option("--new", help="Start another where settings differ from the one begun.")] = False,
 ) -> None:
     """Search, confirm the best with other seeds, record all in MLflow; goes on where it was cut."""
-    from pipelines import sweep_settings, trials
     from pipelines.params import load, machine
+    from pipelines.sweeps import folder as sweep_folder
+    from pipelines.sweeps import settings
 
-    sweep_settings.load(words, machine(load()))  # before the frameworks, which take seconds to import
+    settings.load(words, machine(load()))  # before the frameworks, which take seconds to import
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow
 
     plan, _ = flow.prepare_sweep(words, new)
-    if trials.complete(plan):
+    if sweep_folder.complete(plan):
         console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to go on.")
     else:
         _warn_of_random_weights({plan.base.name: plan.base.run})
@@ -303,12 +305,12 @@ def sweep_run(
 @sweeps.command(name="status")
 def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all without.")] = None) -> None:
     """Show the trials of a sweep and the best so far, also while it runs elsewhere."""
-    from pipelines import trials
+    from pipelines.sweeps import folder as sweep_folder
 
-    found = trials.folders(name)
+    found = sweep_folder.folders(name)
     if not found:
         raise UserError(
-            f"{trials.SWEEPS}: no sweep {name or ''} yet; start one with `fer sweep NAME`".replace("  ", " ")
+            f"{sweep_folder.SWEEPS}: no sweep {name or ''} yet; start one with `fer sweep NAME`".replace("  ", " ")
         )
     for folder in found:
         console.print(_trials_table(folder))
@@ -323,14 +325,15 @@ def sweep_apply(
     ] = None,
 ) -> None:
     """Write the best settings of a finished sweep into experiments/ as an experiment based on the sweep's base."""
-    from pipelines import report, trials
+    from pipelines import report
     from pipelines.experiments import write
+    from pipelines.sweeps import folder as sweep_folder
 
-    found = [(folder, result) for folder in trials.folders(name) if (result := trials.result(folder))]
+    found = [(folder, result) for folder in sweep_folder.folders(name) if (result := sweep_folder.result(folder))]
     if not found:
         raise UserError(f"sweep {name}: no finished sweep of that name; run `fer sweep {name}`")
     folder, result = found[0]
-    best = trials.best_run(folder, result).model_dump()
+    best = sweep_folder.best_run(folder, result).model_dump()
     path = write(new_name or result["best_name"], result["base"], best, report.sweep_line(result))
     console.print(f"{path}, from {folder.name}; train it with [bold]fer train {path.stem}[/]")
 
@@ -387,13 +390,16 @@ class _Board:
 
 def _trials_table(folder: Path) -> Table:
     """Trials, best first; below them how far the sweep is, and the time that is left."""
-    from pipelines import report, trials
+    from pipelines import report
+    from pipelines.sweeps import folder as sweep_folder
+    from pipelines.work import is_held
 
-    found, about = trials.read_trials(folder), trials.read_about(folder)
+    found, about = sweep_folder.read_trials(folder), sweep_folder.read_about(folder)
     rows = report.trial_rows(found, about["epochs"])
     columns = [Column(key, justify="right", no_wrap=key in list(rows[0])[:5]) for key in rows[0]] if rows else []
-    over = trials.result(folder) is not None and not trials.running(folder)
-    caption = None if over else report.progress(found, about, trials.spent(folder), trials.running(folder))
+    running = is_held(folder)
+    over = sweep_folder.result(folder) is not None and not running
+    caption = None if over else report.progress(found, about, running)
     table = Table(
         *columns, title=folder.name, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
     )
@@ -403,9 +409,10 @@ def _trials_table(folder: Path) -> Table:
 
 
 def _print_result(folder: Path) -> None:
-    from pipelines import report, trials
+    from pipelines import report
+    from pipelines.sweeps import folder as sweep_folder
 
-    found = trials.result(folder)
+    found = sweep_folder.result(folder)
     if found is not None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]
@@ -446,23 +453,14 @@ class _Bars:
 
     def _look(self) -> None:
         for folder, task in zip(self.folders, self.tasks):
-            rows = _lines(folder / "metrics.jsonl")
-            now = _lines(folder / "progress.json", whole=True)
-            if not now:
+            rows, now = read_rows(folder), read_progress(folder)
+            if now is None:
                 continue
-            done = now[0]["epoch"] + now[0]["step"] / now[0]["steps"]
+            done = now["epoch"] + now["step"] / now["steps"]
             news = f"val accuracy {100 * max(row['val_accuracy'] for row in rows):.2f} %" if rows else "training"
-            if (folder / "summary.json").exists():
+            if read_summary(folder) is not None:
                 news += ", evaluated"
-            self.progress.update(task, completed=round(done, 1), total=now[0]["epochs"], news=news)
-
-
-def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    return [json.loads(text)] if whole else [json.loads(line) for line in text.splitlines()]
+            self.progress.update(task, completed=round(done, 1), total=now["epochs"], news=news)
 
 
 def _warn_of_random_weights(runs: dict[str, Any]) -> None:

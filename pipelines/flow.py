@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,16 +24,21 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from fer import checkpoint
 from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError, disk_error
-from fer.evaluate import SUMMARY, outdated, read_summary
+from fer.evaluate import outdated
+from fer.files import write_json
 from fer.formats import format_of, read_run
 from fer.run import FORMAT, Run, run_id
-from fer.stop import ask_to_stop
-from pipelines import experiments, launch, report, trials
+from fer.run_folder import LAST, read_summary
+from pipelines import experiments, launch, report
 from pipelines.experiments import Experiment, Job
-from pipelines.guard import guarded, mark_children
+from pipelines.guard import guarded
+from pipelines.launch import Launcher
 from pipelines.params import load, machine
+from pipelines.processes import mark_children
+from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps.folder import Plan, Trial
 from pipelines.tracking import Tracker
-from pipelines.trials import Plan, Trial
+from pipelines.work import held, is_held
 
 DATA, RUNS = Path("data"), Path("data/runs")
 PATIENCE = 20  # seconds for the runs to save when they are asked to stop; Slurm kills after 30
@@ -95,8 +99,8 @@ def _check_not_begun_in_another_format(job: Job) -> None:
     """Raises UserError where the same settings have been trained for a while in an earlier format."""
     if job.folder.exists():
         return
-    for last in RUNS.glob(f"{job.name}-s{job.run.seed}-*/last"):
-        if not (last.parent / SUMMARY).exists() and (begun := _other_format(last, job.run)):
+    for last in RUNS.glob(f"{job.name}-s{job.run.seed}-*/{LAST}"):
+        if read_summary(last.parent) is None and (begun := _other_format(last, job.run)):
             raise UserError(
                 f"{last.parent}: was begun in format {begun} and cannot go on in format {FORMAT}; "
                 "delete that folder to train anew"
@@ -132,7 +136,7 @@ def _server_wakes(wanted: bool) -> Iterator[None]:
 
 
 @task(task_run_name="train-{job.name}", cache_policy=NO_CACHE, persist_result=False)
-def train_model(job: Job, tracker: Tracker) -> None:
+def train_model(job: Job, tracker: Tracker, launcher: Launcher) -> None:
     """Bring one run to its end: trained, evaluated, in MLflow. What is done already is not done again."""
     data = open_data(DATA)
     ready, summary = done(job.folder, data), read_summary(job.folder)
@@ -140,10 +144,12 @@ def train_model(job: Job, tracker: Tracker) -> None:
         return
     if summary is not None and (again := outdated(summary, data)):
         _tell(f"{job.folder.name}: {again}")
+    if is_held(job.folder):
+        raise UserError(f"{job.name}: another process is training {job.folder.name}; wait for it or stop it")
     try:
-        with launch.held(job.folder, job.name), tracker.record(job, {**data.summary, "hash": data.hash}):
+        with tracker.record(job, {**data.summary, "hash": data.hash}):
             if not ready:
-                launch.launch(job, DATA)
+                launcher.launch(job, DATA)
     except OSError as error:
         raise disk_error(error, job.folder) or error from error
 
@@ -160,8 +166,9 @@ def train(words: list[str]) -> State:
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
     jobs, tracker = prepare(words)
     tracker.close_abandoned()
-    with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: list(launch.running)):
-        failed = _train_all(jobs, tracker)
+    launcher = Launcher()
+    with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: launcher.stop(PATIENCE)):
+        failed = _train_all(jobs, tracker, launcher)
     finished = report.finished([job.folder for name, job in jobs.items() if name not in failed])
     create_table_artifact(
         [report.row(summary) for summary in finished],
@@ -174,8 +181,8 @@ def train(words: list[str]) -> State:
 
 
 @contextmanager
-def _stops_at_a_signal(folders: Callable[[], list[Path]]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM: the runs in `folders` save what they have, the flow run is cancelled, and the process ends.
+def _stops_at_a_signal(save: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: `save` lets the runs save what they have, the flow run is cancelled, and the process ends.
 
     The guard then ends the workers and closes the runs. Without it Prefect waits for the tasks, and these for Ray,
     which does not hear of the signal. A second Ctrl-C does not wait for the runs.
@@ -191,7 +198,7 @@ def _stops_at_a_signal(folders: Callable[[], list[Path]]) -> Iterator[None]:
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with suppress(KeyboardInterrupt):
             _tell(f"{show_cursor}\nstopping: every run saves what it has; Ctrl-C again ends at once")
-            ask_to_stop(folders(), PATIENCE)
+            save()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _tell("stopped: the same command goes on from there")
         threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal, too
@@ -214,11 +221,15 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def _train_all(jobs: Jobs, tracker: Tracker) -> dict[str, BaseException]:
+def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher) -> dict[str, BaseException]:
     """Submit every run and wait, a run that starts from another after that one; name -> error of the failed."""
     runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
     with runner as pool:
-        futures = _submit(jobs, pool, tracker)
+        futures: dict[str, Any] = {}
+        for name, job in jobs.items():
+            before = [futures[job.run.init_from]] if job.run.init_from in futures else None
+            given = {"job": job, "tracker": tracker, "launcher": launcher}
+            futures[name] = pool.submit(train_model, parameters=given, wait_for=before)
         wait(list(futures.values()))
     failed: dict[str, BaseException] = {}
     for name, job in jobs.items():
@@ -233,50 +244,24 @@ def _train_all(jobs: Jobs, tracker: Tracker) -> dict[str, BaseException]:
     return failed
 
 
-def _submit(jobs: Jobs, pool: Any, tracker: Tracker) -> dict[str, Any]:
-    """A future per run. Where they do not all fit at once, each stands in Ray's line before the next is submitted.
-
-    The widest go first: Ray gives what is free to any run that fits, so a wide one behind narrow ones would be last.
-    """
-    in_order = not launch.all_fit(jobs.values())
-    futures: dict[str, Any] = {}
-    for name in sorted(jobs, key=lambda name: (_steps_before(name, jobs), *launch.narrowness(jobs[name].resources))):
-        first = jobs[name].run.init_from
-        line = launch.in_line() if in_order else set()
-        futures[name] = pool.submit(
-            train_model,
-            parameters={"job": jobs[name], "tracker": tracker},
-            wait_for=[futures[first]] if first in jobs else None,
-        )
-        while in_order and first not in jobs and launch.in_line() <= line and not futures[name].wrapped_future.done():
-            time.sleep(0.1)
-    return futures
-
-
-def _steps_before(name: str, jobs: Jobs) -> int:
-    """How many of `jobs` end before this one begins."""
-    first = jobs[name].run.init_from
-    return 1 + _steps_before(first, jobs) if first in jobs else 0
-
-
 def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     """The sweep named in `words`, begun or found again, checked against data, tracking server and machine.
 
     Raises UserError for whatever stands in the way, before any trial starts. May be called again at no cost.
     """
     params = load()
-    plan = trials.plan(words, machine(params), open_data(DATA).hash)
-    trials.check_same(plan, new)
+    plan = sweeps.plan(words, machine(params), open_data(DATA).hash)
+    sweeps.check_same(plan, new)
     tracker = Tracker(params.tracking.uri, params.tracking.experiment)
-    if not trials.complete(plan):
-        from pipelines import sweep as search
+    if not sweeps.complete(plan):
+        from pipelines.sweeps import search
 
         mark_children()
         launch.start_ray()
         search.check(plan)
         if plan.sweep.confirm_seeds:
             launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, RUNS)])
-    trials.begin(plan)
+    sweeps.begin(plan)
     return plan, tracker
 
 
@@ -287,18 +272,19 @@ def sweep(words: list[str], new: bool = False) -> State:
     plan, tracker = prepare_sweep(words, new)
     data = open_data(DATA)
     tracker.close_abandoned()
+    launcher = Launcher()
     with (
         guarded(tracker.uri, tracker.name),
-        _stops_at_a_signal(lambda: [*launch.running, *plan.folder.glob("trials/*/*/")]),
-        launch.held(plan.folder, plan.name),
+        _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/"))),
+        held(plan.folder),
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):
         found = search_trials(plan)
         jobs = _confirming(plan, found)
-        failed = _train_listed(jobs, tracker)
+        failed = _train_all({job.folder.name: job for job in jobs}, tracker, launcher)
         if failed:
             raise next(iter(failed.values()))
-        result = trials.conclude(plan, found, [job.folder for job in jobs])
+        result = sweeps.conclude(plan, found, [job.folder for job in jobs])
         register_result(plan, found, result, tracker, run_id)
     create_table_artifact(
         report.trial_rows(found, plan.base.run.epochs), key="trials", description=report.sweep_note(result)
@@ -309,53 +295,32 @@ def sweep(words: list[str], new: bool = False) -> State:
 @task(task_run_name="search", cache_policy=NO_CACHE, persist_result=False)
 def search_trials(plan: Plan) -> list[Trial]:
     """Run the trials that are left; Ray and Optuna take seconds to import, so only here."""
-    from pipelines import sweep as search
+    from pipelines.sweeps import search
 
     found = search.search(plan)
-    if trials.best_of(found) is None:
+    if sweeps.best_of(found) is None:
         raise UserError(f"sweep {plan.name}: hours: over before any trial ended an epoch; raise it")
     return found
 
 
 def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
     """The best of the search and the base, each with seeds that the search did not use, on the base's resources."""
-    best, base = trials.best_of(found), plan.base
+    best, base = sweeps.best_of(found), plan.base
     assert best is not None
     jobs = []
-    for seed in trials.seeds(plan, best):
-        for name, run in ((trials.best_name(plan), plan.run(best.point)), (base.name, base.run)):
+    for seed in sweeps.seeds(plan, best):
+        for name, run in ((sweeps.best_name(plan), plan.run(best.point)), (base.name, base.run)):
             seeded = run.model_copy(update={"seed": seed})
             jobs.append(Job(name, seeded, base.resources, RUNS / run_id(name, seeded, plan.data_hash)))
     return jobs
 
 
-def _train_listed(jobs: list[Job], tracker: Tracker) -> dict[str, BaseException]:
-    """Train runs that do not depend on each other; run id -> error of the failed."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
-    with runner as pool:
-        futures = {
-            job.folder.name: pool.submit(train_model, parameters={"job": job, "tracker": tracker}) for job in jobs
-        }
-        wait(list(futures.values()))
-    return {
-        name: future.state.result(raise_on_failure=False)
-        for name, future in futures.items()
-        if not future.state.is_completed()
-    }
-
-
 @task(task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_result(plan: Plan, found: list[Trial], result: dict[str, Any], tracker: Tracker, run_id: str) -> None:
-    """Write result.json, trials.csv and the pictures, and bring them to MLflow."""
-    from pipelines import sweep as search
-    from pipelines import sweep_charts as charts
+    """Write result.json, sweeps.csv and the pictures, and bring them to MLflow."""
+    from pipelines.sweeps import search
 
     result["importance"] = search.importance(plan, found)
-    files = [
-        plan.folder / "sweep.json",
-        trials.write_table(plan, found),
-        charts.parallel(plan.space, found, plan.folder / "parallel.png"),
-        charts.effects(plan.space, found, result["importance"], plan.folder / "effects.png"),
-    ]
-    tracker.describe_sweep(run_id, report.sweep_note(result), trials.numbers(result), files)
-    trials.write_result(plan, result)
+    files = [plan.folder / "sweep.json", sweeps.write_table(plan, found), *search.draw(plan, found)]
+    tracker.describe_sweep(run_id, report.sweep_note(result), sweeps.numbers(result), files)
+    write_json(plan.folder / "result.json", result)  # last of all: with it the sweep is complete

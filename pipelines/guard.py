@@ -6,35 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-MARK = "FER_DRIVER"  # in the environment of everything that a driver starts: Ray's processes, Prefect's own server
-
-
-def process_id(pid: int) -> str:
-    """`pid:start time`, since a pid alone may be given to another process later; without the time it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return str(pid)
-    state, started = fields[0], fields[19]
-    return str(pid) if state == "Z" else f"{pid}:{started}"
-
-
-def alive(process: str) -> bool:
-    """Whether the process that had this `process_id` on this machine still runs."""
-    pid, _, started = process.partition(":")
-    return bool(started) and process_id(int(pid)) == process
-
-
-def mark_children() -> None:
-    """Let every process that this one starts from now on carry its mark."""
-    os.environ[MARK] = process_id(os.getpid())
+from pipelines.processes import MARK
 
 
 @contextmanager
 def guarded(uri: str, experiment: str) -> Iterator[None]:
-    """Watch over this process while the block runs; call `mark_children` before anything is started."""
+    """Watch over this process while the block runs; call `processes.mark_children` before anything is started."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.guard"],
         stdin=subprocess.PIPE,
@@ -58,7 +36,7 @@ def main() -> None:
     uri, experiment = sys.stdin.read().splitlines()  # ends when the driver is gone
     import psutil
 
-    from pipelines.tracking import Tracker
+    from pipelines.tracking import Tracker  # which takes seconds that a driver that lives needs for itself
 
     left = set()
     for process in psutil.process_iter():

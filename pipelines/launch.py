@@ -1,35 +1,36 @@
-"""What runs on Ray, on this machine or on the cluster that RAY_ADDRESS names: a training run, or many small works."""
+"""The only way to run a run: on Ray, on this machine or on the cluster that RAY_ADDRESS names."""
 
-import fcntl
 import logging
 import os
 import shutil
 import socket
-import traceback
+import sys
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
-import torch.distributed as dist
-from ray.train.torch import TorchConfig
-from ray.util import ActorPool
-from torch.distributed import Backend
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util import ActorPool, get_current_placement_group, remove_placement_group
 
-import fer
 from fer.device import share_heaps
-from fer.errors import UserError, disk_error
+from fer.errors import UserError
 from fer.resources import Resources
-from pipelines.controller import PeerLost, Trainer, died
+from fer.signals import Sigterm, ask_to_stop
 from pipelines.experiments import Job
+from pipelines.work import Ended, work
 
-TRACEBACK = "error.txt"  # in a run's folder
-running: set[Path] = set()  # folders of the runs that this process has given to Ray
+FREE_MEMORY = (
+    "the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
+    "resources.workers, or train fewer models at the same time"
+)
+GRAVITY = ("fault", "mistake", "diverged", "terminated", "stopped", "died")  # which of several ranks' ends counts
+ON_GPUS = "undefined"  # NCCL where torch sees a GPU, else Gloo; Ray's own choice is NCCL also where torch has none
+logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails reaches the caller as an exception
 
 
 def start_ray() -> None:
@@ -98,69 +99,173 @@ def _room(asked: Resources) -> int:
     return sum(min(int(machine.get(kind, 0) / count) for kind, count in share.items()) for machine in machines)
 
 
-def all_fit(jobs: Iterable[Job]) -> bool:
-    """Whether there is room for all of them at the same time; True where Ray was not started, as none trains."""
-    if not ray.is_initialized():
-        return True
-    have = ray.cluster_resources()
-    total: Counter[str] = Counter()
-    for job in jobs:
-        total.update(_needs(job.resources))
-    return all(need <= have.get(kind, 0) for kind, need in total.items())
+class Launcher:
+    """Gives runs to Ray and knows which of them are on the way; its methods may be called in several threads."""
+
+    def __init__(self) -> None:
+        self.running: set[Path] = set()  # folders
+        self.stopping = False
+
+    def stop(self, seconds: float, beside: Iterable[Path] = ()) -> None:
+        """Ask the runs, and those in `beside`, to save and end; wait so long for them. None is started again."""
+        self.stopping = True
+        ask_to_stop([*self.running, *beside], seconds)
+
+    def launch(self, job: Job, data_dir: Path) -> None:
+        """Train and evaluate a run into its folder; waits until Ray has resources for it.
+
+        A run whose process or machine dies is started again `resources.restarts` times, from its last checkpoint; one
+        that left after SIGTERM, its state saved, is started again and not counted. Raises UserError for what a user can
+        mend, RuntimeError for the rest.
+        """
+        deaths = 0
+        self.running.add(job.folder)
+        try:
+            while True:
+                ended = _start(job, data_dir.resolve())
+                for line in ended.warnings:
+                    sys.stderr.write(f"{job.name}: {line}\n")
+                if ended.kind == "done":
+                    return
+                if ended.kind in ("mistake", "diverged", "stopped") or (ended.kind == "terminated" and self.stopping):
+                    raise UserError(ended.message)
+                deaths += ended.kind == "died"
+                if ended.kind == "fault" or deaths > job.resources.restarts:
+                    raise RuntimeError(f"{job.name}: {ended.message}")
+        finally:
+            self.running.discard(job.folder)
 
 
-def narrowness(asked: Resources) -> tuple[float, float]:
-    """Sorts runs that need many GPUs, then many CPUs, before the others."""
-    needs = _needs(asked)
-    return -needs.get("GPU", 0), -needs["CPU"]
+def _start(job: Job, data_dir: Path) -> Ended:
+    """One try, from the run's last checkpoint if there is one."""
+    return _as_task(job, data_dir) if job.resources.workers == 1 else _as_group(job, data_dir)
 
 
-def in_line() -> set[str]:
-    """Ids of what the runs of this process have asked of Ray so far, given or not."""
-    job = ray.get_runtime_context().get_job_id()
-    return {group for group in ray.util.placement_group_table() if group.endswith(job)}
+def _as_task(job: Job, data_dir: Path) -> Ended:
+    """In a process of its own, whose main thread it has: so that it sees to signals itself."""
+    share = _per_worker(job.resources)
+    remote = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0), max_retries=0, max_calls=1)(_task)
+    try:
+        return ray.get(remote.remote(job, data_dir, os.getcwd()))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # `work` raises nothing: the project is not there, or another version of it
+    except ray.exceptions.RayError as error:
+        return _death(error)
 
 
-def launch(job: Job, data_dir: Path) -> None:
-    """Train and evaluate a run into its folder; waits until Ray has resources for it.
+def _task(job: Job, data_dir: Path, root: str) -> Ended:
+    _enter(root)
+    return work(job, data_dir)
 
-    A worker that dies is restarted `resources.restarts` times, from the run's last checkpoint; one that gets SIGTERM
-    saves first and is not counted. Raises UserError for what a user can mend, RuntimeError for the rest.
-    """
-    asked, storage = job.resources, job.folder / ".ray"
-    trainer = Trainer(
-        _work,  # type: ignore[arg-type]
-        train_loop_config={
-            "name": job.name,
-            "run": job.run.model_dump(),
-            "resources": asked.model_dump(),
-            "start": job.start,
-            "data_dir": str(data_dir.resolve()),
-            "folder": str(job.folder.resolve()),
-            "cwd": os.getcwd(),
-        },
+
+def _enter(root: str) -> None:
+    with suppress(FileNotFoundError):  # on another machine of a cluster
+        os.chdir(root)  # paths in settings are relative to the project, Ray starts workers elsewhere
+
+
+def _as_group(job: Job, data_dir: Path) -> Ended:
+    """In several processes, with Ray Train; what becomes of a failure is decided by `launch`."""
+    storage = job.folder.resolve() / ".ray"
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"job": job, "data_dir": data_dir, "root": os.getcwd()},
+        torch_config=_Group(backend=ON_GPUS if _uses_gpu(job.resources) else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=asked.workers,
-            use_gpu=_uses_gpu(asked),
-            resources_per_worker=_per_worker(asked),
+            num_workers=job.resources.workers,
+            use_gpu=_uses_gpu(job.resources),
+            resources_per_worker=_per_worker(job.resources),
         ),
-        backend_config=_group(asked),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=uuid.uuid4().hex,  # a name used before would silently bring its old state back
-            storage_path=str(storage.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=asked.restarts),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    (job.folder / TRACEBACK).unlink(missing_ok=True)  # of an earlier try
-    running.add(job.folder)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _reason(job.name, error) from None
+        return _of_group(error)
+    except ray.exceptions.RayError as error:  # of Ray Train's own processes
+        return _death(error)
     finally:
-        running.discard(job.folder)
         shutil.rmtree(storage, ignore_errors=True)
+    return Ended("done")
+
+
+class NotDone(Exception):
+    """Raised by a rank whose run did not come to its end, so that Ray Train ends the others."""
+
+    def __init__(self, ended: Ended):
+        super().__init__(ended)
+        self.ended = ended
+
+
+def _rank(config: dict[str, Any]) -> None:
+    """On every worker of a group."""
+    _enter(config["root"])
+    ended = work(config["job"], config["data_dir"], leaves=_leaves)
+    if ended.kind != "done":
+        raise NotDone(ended)
+
+
+def _leaves() -> bool:
+    """Whether Ray is about to take a machine of this group back; all ranks ask together."""
+    return ray.train.get_preemption_info() is not None
+
+
+class _Group(TorchConfig):
+    """Torch's own way to connect the ranks, and SIGTERM for each of them."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _GroupBackend
+
+    def torch(self) -> Backend:
+        return super().backend_cls()
+
+
+class _GroupBackend(Backend):
+    """A rank trains in a thread, which cannot see to signals: so its process does, before training starts."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        place = worker_group.execute_single(0, get_current_placement_group)
+        try:
+            worker_group.execute(_heed)
+            backend_config.torch().on_start(worker_group, backend_config)
+        except Exception:
+            remove_placement_group(place)  # Ray Train leaves it, and the next try would wait for it for ever
+            raise
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        backend_config.torch().on_training_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        backend_config.torch().on_shutdown(worker_group, backend_config)
+
+
+def _heed() -> None:
+    Sigterm()
+
+
+def _of_group(error: ray.train.TrainingFailedError) -> Ended:
+    """The gravest of the ranks' ends; died where none of them could tell of its own."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    told = [cause.ended for cause in failures if isinstance(cause, NotDone)]
+    if told:
+        return min(told, key=lambda ended: GRAVITY.index(ended.kind))
+    return _death(getattr(failures[0], "health_check_failure", failures[0]))
+
+
+def _death(error: BaseException) -> Ended:
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return Ended("died", FREE_MEMORY)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # of an error on a worker the last line is the error, of Ray's own the first one
+    told = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0] if lines else "no message"
+    return Ended("died", f"{type(error).__name__}: {told}")
 
 
 def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: str) -> Iterator[Any]:
@@ -204,71 +309,8 @@ class _Worker:
         return self.work(item)
 
 
-@contextmanager
-def held(folder: Path, name: str) -> Iterator[None]:
-    """One process at a time trains a run; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{name}: another process is training {folder.name}; wait for it or stop it") from None
-        yield
-
-
-def _work(config: dict[str, Any]) -> None:
-    """On every worker."""
-    from fer.evaluate import evaluate
-    from fer.run import Run
-    from fer.train import fit
-
-    with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(config["cwd"])  # paths in settings are relative to the project, Ray starts workers elsewhere
-    folder, resources = Path(config["folder"]), Resources.model_validate(config["resources"])
-    try:
-        run = Run.model_validate(config["run"])
-        fit(config["name"], run, resources, config["data_dir"], folder.parent, start=config["start"])
-        if ray.train.get_context().get_world_rank() == 0:
-            evaluate(folder, config["data_dir"], resources)
-    except UserError:
-        raise
-    except Exception as error:
-        known = disk_error(error, folder) if isinstance(error, OSError) else None
-        raise known or _final(error, folder) from error
-
-
-def _final(error: Exception, folder: Path) -> RuntimeError:
-    """An error of the program, with its last line in the project; the whole traceback is left in `folder`.
-
-    PeerLost where it is another worker's end that this one met.
-    """
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
-        return PeerLost(str(error))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRACEBACK).write_text("".join(traceback.format_exception(error)))
-    root = Path(fer.__file__).parents[1]
-    packages = [root / "fer", root / "pipelines"]
-    frames = traceback.extract_tb(error.__traceback__)
-    last = [frame for frame in frames if any(map(Path(frame.filename).is_relative_to, packages))][-1]
-    where = f"{Path(last.filename).relative_to(root)}:{last.lineno}, in {last.name}"
-    reason = (str(error).strip().splitlines() or ["no message"])[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
-    return RuntimeError(f"{type(error).__name__}: {reason} ({where}; all of it: {folder / TRACEBACK})")
-
-
 def _uses_gpu(asked: Resources) -> bool:
     return asked.device != "cpu" and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
-
-
-def _group(asked: Resources) -> TorchConfig | None:
-    """How the workers find each other: each takes what fits its machine, NCCL or Gloo; one alone needs nobody.
-
-    Ray's own choice is NCCL also where torch has no GPU.
-    """
-    if asked.workers == 1:
-        return None
-    return TorchConfig(backend=Backend.UNDEFINED if _uses_gpu(asked) else "gloo")
 
 
 def _per_worker(asked: Resources) -> dict[str, float]:
@@ -280,22 +322,3 @@ def _per_worker(asked: Resources) -> dict[str, float]:
 
 def _needs(asked: Resources) -> dict[str, float]:
     return {kind: asked.workers * count for kind, count in _per_worker(asked).items()}
-
-
-def _reason(name: str, error: ray.train.TrainingFailedError) -> Exception:
-    """The first worker's own error, or one that a user can mend, without Ray's wrapping."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    for cause in failures:
-        if isinstance(cause, UserError):
-            return UserError(str(cause))
-    own = [cause for cause in failures if not died(cause) and not isinstance(cause, PeerLost)]
-    cause = (own or failures)[0]
-    cause = getattr(cause, "health_check_failure", cause)
-    if isinstance(cause, ray.exceptions.OutOfMemoryError):
-        return RuntimeError(
-            f"{name}: the machine ran out of memory and Ray ended a worker; "
-            "lower batch_size, resources.eval_batch_size or resources.workers, or train fewer models at the same time"
-        )
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    kind = "" if own else f"{type(cause).__name__}: "
-    return RuntimeError(f"{name}: {kind}{lines[-1] if lines else error}")

@@ -1,15 +1,12 @@
 """Finished runs side by side: the same rows for the terminal and the Prefect artifact."""
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fer.evaluate import read_summary
 from fer.made_by import source_hash
-from pipelines.halving import expected_epochs, rungs_of
-from pipelines.sweep_settings import PROMOTING
-from pipelines.trials import RUNNING, Trial, best_of
+from fer.run_folder import read_summary
+from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
 # Test accuracy in % as the papers report it, each from its own training
 PUBLISHED = {
@@ -82,13 +79,6 @@ def note(summary: dict[str, Any]) -> str:
 
 def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
     """The test confusion matrix as a picture: counts, coloured by the share of each true class."""
-    return _drawing.submit(_draw_confusion, summary, path).result()
-
-
-_drawing = ThreadPoolExecutor(1)  # runs end in several threads; matplotlib is made for one, and opens its fonts in each
-
-
-def _draw_confusion(summary: dict[str, Any], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     names, confusion = summary["classes"], summary["test"]["confusion"]
@@ -114,6 +104,7 @@ def trial_rows(trials: list[Trial], epochs: int) -> list[dict[str, str]]:
     best = best_of(trials)
     first = best.number if best else 0
     ordered = sorted(trials, key=lambda trial: (trial.number == first, trial.rank), reverse=True)
+    keys = dict.fromkeys(key for trial in trials for key in trial.point)
     return [
         {
             "trial": str(trial.number),
@@ -121,36 +112,27 @@ def trial_rows(trials: list[Trial], epochs: int) -> list[dict[str, str]]:
             "epoch": f"{trial.epoch}/{epochs}",
             "val": _percent(trial.best),
             "min": f"{trial.seconds / 60:.1f}",
-            **{key: value if isinstance(value, str) else f"{value}" for key, value in trial.point.items()},
+            **{key: _shown(trial.point[key]) if key in trial.point else "" for key in keys},
         }
         for trial in ordered
     ]
 
 
-def progress(trials: list[Trial], about: dict[str, Any], spent: float, running: bool) -> str:
-    """How far a sweep is, the best so far, and the time that is left. `about`: sweep.json."""
-    budget, ended, best = about["budget"], [trial for trial in trials if trial.state != RUNNING], best_of(trials)
-    parts = [f"{len(ended)} of {budget['trials']} trials ended"]
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def progress(trials: list[Trial], about: dict[str, Any], running: bool) -> str:
+    """How far a sweep is and the best so far. `about`: sweep.json."""
+    ended, best = [trial for trial in trials if trial.state != RUNNING], best_of(trials)
+    parts = [f"{len(ended)} of {about['budget']['trials']} trials ended"]
     if best is not None:
         parts.append(f"best so far {_percent(best.best)} % (trial {best.number})")
-    epochs = sum(trial.epoch for trial in trials)
-    parts.append(f"{epochs} epochs, {spent / 60:.1f} min")
+    minutes = sum(trial.seconds for trial in trials) / 60
+    parts.append(f"{sum(trial.epoch for trial in trials)} epochs, {minutes:.1f} min of training")
     if not running:
         parts.append(f"no process works on it; `fer sweep {about['name']}` goes on")
-    elif len(ended) >= budget["trials"]:
-        parts.append("the search is over: best and base are trained with other seeds")
-    elif epochs:
-        left = spent / epochs * max(0, _epochs_of_all(about) - epochs)
-        limit = None if budget["hours"] is None else max(0.0, budget["hours"] * 3600 - spent)
-        parts.append(f"about {left / 60:.0f} min left" + (f", {limit / 60:.0f} at most" if limit is not None else ""))
     return "; ".join(parts)
-
-
-def _epochs_of_all(about: dict[str, Any]) -> int:
-    """With asha and halving most trials wait until the search ends, so it is epochs that tell how far it is."""
-    reduction, epochs = about["reduction"], about["epochs"]
-    rungs = rungs_of(about["grace_epochs"], reduction, epochs) if about["scheduler"] in PROMOTING else []
-    return expected_epochs(rungs, reduction, about["budget"]["trials"], epochs)
 
 
 def sweep_line(result: dict[str, Any]) -> str:
@@ -171,10 +153,10 @@ def sweep_note(result: dict[str, Any]) -> str:
     share = 100 * result["epochs"] / result["epochs_of_all"]
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     lines = [
-        f"{result['trials']} trials ({counts}) in {result['minutes']:.1f} min, {result['epochs']} of "
+        f"{result['trials']} trials ({counts}), {result['minutes']:.1f} min of training, {result['epochs']} of "
         f"{result['epochs_of_all']} epochs ({share:.0f} %).",
-        f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} as it is, "
-        f"trial 1: {_percent(first['val_accuracy'])} %{stopped}. Both with the seed of the search.",
+        f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} as it is: "
+        f"{_percent(first['val_accuracy'])} %{stopped}. Both with the seed of the search.",
     ]
     found = result["confirmed"]
     if found:
@@ -188,7 +170,7 @@ def sweep_note(result: dict[str, Any]) -> str:
     if result.get("importance"):
         ranked = ", ".join(f"{key} {100 * share:.0f} %" for key, share in result["importance"].items())
         lines.append(f"Importance for a trial's rank: {ranked}.")
-    lines.append("Settings: " + ", ".join(f"{key} {value}" for key, value in best["point"].items()) + ".")
+    lines.append("Settings: " + ", ".join(f"{key} {_shown(value)}" for key, value in best["point"].items()) + ".")
     return "\n\n".join(lines)
 
 

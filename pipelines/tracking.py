@@ -14,7 +14,8 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -32,16 +33,16 @@ from mlflow.types import Schema, TensorSpec
 
 import fer
 from fer.errors import UserError
-from fer.evaluate import SUMMARY, read_summary
 from fer.files import write_json
 from fer.formats import read_run
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin, packages
 from fer.run import Run
+from fer.run_folder import BEST, CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY, TRACKED, read_summary
 from pipelines.experiments import Job
-from pipelines.guard import alive, process_id
+from pipelines.processes import alive, process_id
 from pipelines.report import confusion_picture, note
-from pipelines.trials import FAILED, RUNNING, Plan, Trial, best_of, read_trials
+from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
 HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
@@ -65,19 +66,21 @@ class Tracker:
         # else the UI opens with tools for language models
         self.client.set_experiment_tag(self.experiment, "mlflow.experimentKind", "custom_model_development")
         self._registry = threading.Lock()
+        # runs end in several threads; matplotlib is made for one, and opens its fonts in each
+        self._drawing = ThreadPoolExecutor(1)
 
     @contextmanager
     def record(self, job: Job, data: dict[str, Any]) -> Iterator[None]:
         """Around a run: its MLflow run is RUNNING inside, FINISHED after, FAILED when the block raises."""
         run_id = self._open(job.folder.name, job.name, job.run, data)
-        feed = _Feed(self.client, run_id, job.folder / "metrics.jsonl")
+        follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)])
         try:
             yield
-            feed.close()
+            follower.close()
             self._finish(run_id, job.folder)
         except BaseException as error:
-            feed.close()
-            self._fail(run_id, error)
+            follower.close()
+            self._fail(run_id, error, job.folder / LOG)
             raise
 
     @contextmanager
@@ -85,14 +88,17 @@ class Tracker:
         """Around a sweep: its MLflow run, given by id, and below it one run for each trial, fed from their folders."""
         about = {"fer.sweep": plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
         run_id = self._open(plan.folder.name, plan.base.name, plan.base.run, data, about)
-        feed = _SweepFeed(self, run_id, plan, data)
+        trials = _Trials(self, run_id, plan, data)
+        follower = _Follower(self.client, trials.followed)
         try:
             yield run_id
-            if not feed.close():
+            trials.over = True
+            if not follower.close():
                 raise UserError(self._silent("trials"))
             self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
-            feed.close()
+            follower.close()
+            trials.leave()
             self._fail(run_id, error)
             raise
 
@@ -107,7 +113,7 @@ class Tracker:
     def recorded(self, folder: Path) -> bool:
         """Whether this experiment of this server already has the finished run in `folder`, as it was evaluated last."""
         try:
-            found, summary = (json.loads((folder / name).read_text()) for name in ("tracked.json", SUMMARY))
+            found, summary = (json.loads((folder / name).read_text()) for name in (TRACKED, SUMMARY))
             place = {key: found[key] for key in ("uri", "experiment")}
             return place == self._place() and found["finished"] == summary["finished"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or not whole: recording again does no harm
@@ -174,7 +180,7 @@ class Tracker:
         registered, number = self._log_results(run_id, folder, summary)
         self.client.set_terminated(run_id, "FINISHED")
         write_json(
-            folder / "tracked.json",
+            folder / TRACKED,
             {
                 **self._place(),
                 "mlflow_run": run_id,
@@ -190,12 +196,13 @@ class Tracker:
         points = [Metric(key, value, when, summary["epochs"]) for key, value in values.items()]
         self.client.log_batch(run_id, metrics=points)
         self.client.set_tag(run_id, "mlflow.note.content", note(summary))
-        picture = confusion_picture(summary, folder / "confusion_matrix.png")
+        picture = self._drawing.submit(confusion_picture, summary, folder / CONFUSION).result()
         for path in (
             picture,
-            *sorted(folder.glob("predictions_*.csv")),
-            folder / "summary.json",
-            folder / "config.json",
+            *sorted(folder.glob(PREDICTIONS.format(split="*"))),
+            folder / SUMMARY,
+            folder / CONFIG,
+            *folder.glob("log*.txt"),
         ):
             self.client.log_artifact(run_id, str(path))
         return self._register(run_id, folder, summary)
@@ -224,8 +231,10 @@ class Tracker:
         made = self.client.create_model_version(name, model.model_uri, run_id, tags=tags, model_id=model.model_id)
         return str(made.version)
 
-    def _fail(self, run_id: str, error: BaseException) -> None:
+    def _fail(self, run_id: str, error: BaseException, log: Path | None = None) -> None:
         try:
+            if log is not None and log.exists():
+                self.client.log_artifact(run_id, str(log))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.client.set_tag(run_id, "fer.error", reason[:500])
             self.client.set_terminated(run_id, "FAILED")
@@ -239,20 +248,22 @@ class Tracker:
         )
 
 
-class _Feed:
-    """Carries lines of metrics.jsonl to MLflow as they come; sending a line twice changes nothing."""
+class _Follower:
+    """Carries new lines of metrics.jsonl to MLflow, from a thread; sending a line twice changes nothing."""
 
-    def __init__(self, client: MlflowClient, run_id: str, path: Path):
-        self.client, self.run_id, self.path, self.sent = client, run_id, path, 0
+    def __init__(self, client: MlflowClient, followed: Callable[[], Iterable[tuple[str, Path]]]):
+        """`followed`: MLflow's run and the file of each run there is now; asked again and again."""
+        self.client, self.followed = client, followed
+        self.sent: dict[str, int] = {}  # MLflow's run -> lines of its file that are there
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Send what is left; a server that is gone is noticed by the caller's next call to it."""
+    def close(self) -> bool:
+        """Send what is left; False where the server does not answer."""
         self._stop.set()
         self._thread.join()
-        self._send()
+        return self._send()
 
     def _follow(self) -> None:
         pause = 1.0
@@ -260,88 +271,66 @@ class _Feed:
             pause = 1.0 if self._send() else min(2 * pause, 30.0)
 
     def _send(self) -> bool:
-        if not self.path.exists():
-            return True
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        for row in rows[self.sent :]:
-            try:
-                self.client.log_batch(self.run_id, metrics=_points(row))
-            except MlflowException:
-                return False
-            self.sent += 1
-        return True
-
-
-class _SweepFeed:
-    """Carries a sweep's trials to MLflow as they come, from one thread: trials themselves know no server."""
-
-    def __init__(self, tracker: Tracker, parent: str, plan: Plan, data: dict[str, Any]):
-        self.tracker, self.client, self.parent, self.plan, self.data = tracker, tracker.client, parent, plan, data
-        self.runs: dict[int, str] = {}  # number of a trial -> id of its MLflow run
-        self.sent: dict[int, int] = {}  # number of a trial -> its last epoch that is there
-        self.ended = self._ended_before()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def _ended_before(self) -> set[str]:
-        query = f"tags.`{PARENT}` = '{self.parent}' and attributes.status != 'RUNNING'"
-        found = self.client.search_runs([self.tracker.experiment], query)
-        return {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
-
-    def close(self) -> bool:
-        """Send what is left; False when the server does not answer."""
-        self._stop.set()
-        self._thread.join()
-        sent = self._send()
-        for run_id in self.runs.values():  # of trials that time did not let end
-            with suppress(MlflowException):
-                self.client.set_terminated(run_id, "KILLED")
-        return sent
-
-    def _follow(self) -> None:
-        pause = 2.0
-        while not self._stop.wait(pause):
-            pause = 2.0 if self._send() else min(2 * pause, 30.0)
-
-    def _send(self) -> bool:
-        trials = read_trials(self.plan.folder)
         try:
-            for trial in trials:
-                if self._name(trial) not in self.ended:
-                    self._send_trial(trial)
-                    if trial.state != RUNNING:
-                        self._send_end(trial, trials)
+            for run_id, path in self.followed():
+                lines = path.read_text().splitlines() if path.exists() else []
+                for line in lines[self.sent.get(run_id, 0) :]:
+                    self.client.log_batch(run_id, metrics=_points(json.loads(line)))
+                    self.sent[run_id] = self.sent.get(run_id, 0) + 1
         except MlflowException:
             return False
         return True
 
+
+class _Trials:
+    """The trials of a sweep as runs of MLflow, below the sweep's own; trials themselves know no server."""
+
+    def __init__(self, tracker: Tracker, parent: str, plan: Plan, data: dict[str, Any]):
+        self.tracker, self.client, self.parent, self.plan, self.data = tracker, tracker.client, parent, plan, data
+        self.runs: dict[str, str] = {}  # our name of a trial -> MLflow's run, while it is open
+        self.over = False  # the search is: what did not end was stopped
+        query = f"tags.`{PARENT}` = '{parent}' and attributes.status != 'RUNNING'"
+        found = self.client.search_runs([tracker.experiment], query)
+        self.ended = {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
+
+    def followed(self) -> Iterator[tuple[str, Path]]:
+        """MLflow's run and the file of each trial that has not ended; it is ended once its file was sent."""
+        trials = read_trials(self.plan.folder)
+        for trial in trials:
+            if self._name(trial) not in self.ended:
+                yield self._open(trial), trial.folder / METRICS
+                if trial.state in (DONE, FAILED) or self.over:
+                    self._end(trial, trials)
+
+    def leave(self) -> None:
+        """The search was cut: none of its trials runs any more."""
+        for run_id in self.runs.values():
+            with suppress(MlflowException):
+                self.client.set_terminated(run_id, "KILLED")
+
     def _name(self, trial: Trial) -> str:
         return f"{self.plan.folder.name}/{trial.folder.name}"
 
-    def _send_trial(self, trial: Trial) -> None:
-        if trial.number not in self.runs:
+    def _open(self, trial: Trial) -> str:
+        name = self._name(trial)
+        if name not in self.runs:
             run, about = self.plan.run(trial.point), {PARENT: self.parent}
-            run_id = self.tracker._open(self._name(trial), self.plan.base.name, run, self.data, about)
-            given = [Param(f"sweep/{key}", str(value)) for key, value in trial.point.items()]
-            if self.plan.sweep.scheduler != "pbt":  # whose points change
-                self.client.log_batch(run_id, params=given)
-            self.runs[trial.number] = run_id
-        for row in trial.rows:
-            if row["epoch"] > self.sent.get(trial.number, 0):
-                self.client.log_batch(self.runs[trial.number], metrics=_points(row))
-                self.sent[trial.number] = row["epoch"]
+            run_id = self.tracker._open(name, self.plan.base.name, run, self.data, about)
+            given = [Param(f"sweep/{key}"[:250], str(value)) for key, value in trial.point.items()]
+            self.client.log_batch(run_id, params=given)
+            self.runs[name] = run_id
+        return self.runs[name]
 
-    def _send_end(self, trial: Trial, trials: list[Trial]) -> None:
-        run_id = self.runs[trial.number]
+    def _end(self, trial: Trial, trials: list[Trial]) -> None:
+        name = self._name(trial)
+        run_id = self.runs.pop(name)
         self.client.set_tag(run_id, STATE, trial.state)
         if trial.error:
             self.client.set_tag(run_id, "fer.error", trial.error[:500])
         if trial.best is not None:
             self.client.log_metric(run_id, "best_val_accuracy", trial.best, step=trial.epoch)
         self.client.set_terminated(run_id, "FAILED" if trial.state == FAILED else "FINISHED")
-        del self.runs[trial.number]
-        self.ended.add(self._name(trial))
+        self.ended.add(name)
         best = best_of([other for other in trials if self._name(other) in self.ended])
         if best is not None and best.best is not None:
             self.client.log_metric(self.parent, "best_val_accuracy", best.best, step=len(self.ended))
@@ -385,7 +374,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     run = read_run(json.loads(path.read_text()), path)
     shape = (-1, *summary["data"]["image_shape"])
     beside = [name for name, needed in run.model.images_beside().items() if needed]
@@ -399,7 +388,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
         return mlflow.pyfunc.log_model(
             name=summary["name"],
             loader_module="fer.predict",
-            data_path=str(folder / "best"),
+            data_path=str(folder / BEST),
             code_paths=[str(Path(fer.__file__).parent)],
             signature=signature,
             pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in needs],

@@ -16,8 +16,8 @@ from PIL import Image
 from benchmarks import __main__ as bench
 from benchmarks import measure, pipeline, reference, training
 from benchmarks.measure import HEAD, Effort, Row, beside
+from fer.batches import Feed
 from fer.evaluate import metrics, predict_split
-from fer.feed import Feed
 from fer.models import build_model
 from fer.run import Run
 

@@ -2,14 +2,13 @@
 
 import gc
 import json
-import logging
 import os
 import signal
 import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,20 @@ import pytest
 import ray
 import torch
 from conftest import small_run
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.train import ControllerError, FailureConfig, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from test_flow import BIN, _workers, env, experiment, wait_for
 
-import fer.train
 from fer.data.dataset import open_data
 from fer.device import share_heaps
 from fer.errors import UserError
 from fer.resources import Resources
 from fer.run import Run, run_id
-from fer.stop import Stopped, ask_to_stop
+from fer.signals import ask_to_stop
 from fer.train import fit
-from pipelines import controller, launch
-from pipelines.controller import PeerLost
+from pipelines import launch
 from pipelines.experiments import Job
+from pipelines.launch import FREE_MEMORY, GRAVITY, Launcher, NotDone
+from pipelines.work import Ended
 
 pytestmark = pytest.mark.slow
 
@@ -132,8 +128,7 @@ def test_a_run_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_
     leaves = two_nodes.add_node(num_cpus=2)
     running = start(project, two_nodes, prefect, "x")
     wait_for(lambda: list((project / "data/runs").glob("*/progress.json")))  # its first step is done
-    for_ever, preemption = 2**63 - 1, 2
-    assert GcsClient(two_nodes.address).drain_node(leaves.node_id, preemption, "taken back", for_ever)[0]
+    drain(two_nodes, leaves.node_id)
     (folder,) = (project / "data/runs").iterdir()
     wait_for(lambda: saved_in_mid_epoch(folder))
     wait_for(lambda: not _workers(project))
@@ -141,6 +136,12 @@ def test_a_run_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0, errors
     assert recorded(project) == {"x": ("FINISHED", [1])}
+
+
+def drain(cluster: Cluster, node: str) -> None:
+    words = [BIN / "ray", "drain-node", "--address", cluster.address, "--node-id", node]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "x", "--deadline-remaining-seconds", "600"]
+    subprocess.run([*words, *why], env=env(RAY_AUTH_MODE="token"), check=True, capture_output=True)
 
 
 def saved_in_mid_epoch(folder: Path) -> bool:
@@ -160,24 +161,6 @@ def four_gpus(prefect: str) -> Iterator[None]:
         ray.init(address="local", num_cpus=8, num_gpus=GPUS, **quiet)
     yield
     ray.shutdown()
-
-
-@contextmanager
-def sampled() -> Iterator[list[list[float]]]:
-    """GPUs of each group of workers that Ray has placed, looked at twenty times a second."""
-    seen: list[list[float]] = []
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.wait(0.05):
-            groups = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
-            seen.append([sum(bundle.get("GPU", 0) for bundle in group["bundles"].values()) for group in groups])
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    yield seen
-    stop.set()
-    thread.join()
 
 
 def epochs(project: Path) -> dict[str, list[tuple[float, float]]]:
@@ -200,9 +183,7 @@ def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def test_six_runs_share_four_gpus_the_widest_first_and_one_whose_worker_dies_is_started_again(
-    project: Path, four_gpus: None
-):
+def test_six_runs_share_four_gpus_and_one_whose_worker_dies_is_started_again(project: Path, four_gpus: None):
     from pipelines import flow
 
     for seed, (name, (workers, gpus)) in enumerate(NEEDS.items()):
@@ -210,15 +191,14 @@ def test_six_runs_share_four_gpus_the_widest_first_and_one_whose_worker_dies_is_
         experiment(project, name, resources=needs, seed=seed, epochs=20)
     killed: list[int] = []
 
-    def kill_one_after_the_widest() -> None:
-        wait_for(lambda: any(name != "wide" and len(rows) >= 3 for name, rows in epochs(project).items()))
+    def kill_one() -> None:
+        wait_for(lambda: any(len(rows) >= 3 for rows in epochs(project).values()))
         killed.append(_workers(project)[-1])
         os.kill(killed[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one_after_the_widest, daemon=True)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    with sampled() as placed:
-        state = flow.train(list(NEEDS), return_state=True)
+    state = flow.train(list(NEEDS), return_state=True)
     killer.join(5)
     assert state.is_completed(), state.message
     assert len(killed) == 1
@@ -229,41 +209,21 @@ def test_six_runs_share_four_gpus_the_widest_first_and_one_whose_worker_dies_is_
     used = [sum(workers * gpus for name, (workers, gpus) in NEEDS.items()
                 for begin, end in done[name] if begin <= now < end) for now in moments]  # fmt: skip
     assert max(used) <= GPUS
-    assert max(sum(groups) for groups in placed) == GPUS
-    assert max(len(groups) for groups in placed) >= 2
-    assert done["wide"][-1][1] < min(begin for name, rows in done.items() if name != "wide" for begin, _ in rows)
+    beside = [sum(begin <= now < end for rows in done.values() for begin, end in rows) for now in moments]
+    assert max(beside) >= 2
     assert recorded(project) == {name: ("FINISHED", list(range(1, 21))) for name in NEEDS}
-    tries = _tries()  # it is Ray that started its workers again
-    assert list(tries.values()) == [1] * 6, tries
-    assert ray.available_resources()["GPU"] == GPUS
+    wait_for(lambda: ray.available_resources().get("GPU") == GPUS)
 
 
-def _tries() -> dict[str, int]:
-    """task run of the newest flow run -> how often it was started."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.sorting import FlowRunSort
-
-    with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
-        tasks = client.read_task_runs()
-    return {task.name: task.run_count for task in tasks if task.flow_run_id == newest.id}
-
-
-def test_a_worker_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus: None, monkeypatch, caplog):
-    """As when NCCL fails: Ray would keep what the workers had, and the next try would wait for ever.
-
-    It also logs the traceback, where the caller has the exception.
-    """
-    made = job(project, small_run(epochs=1), workers=2, gpus_per_worker=GPUS / 2)
+def test_a_group_that_cannot_start_leaves_no_gpu_taken(project: Path, four_gpus: None, monkeypatch):
+    """As when NCCL fails: Ray would keep what the workers had, and the next try would wait for ever."""
+    made = job(project, small_run(epochs=1), workers=2, gpus_per_worker=GPUS / 2, restarts=1)
     with monkeypatch.context() as patch:
-        patch.setattr(launch.Backend, "UNDEFINED", "nccl")
+        patch.setattr(launch, "ON_GPUS", "nccl")
         with pytest.raises(RuntimeError, match="x: .*NCCL"):
-            launch.launch(made, project / "data")
-    assert [record.name for record in caplog.records if record.levelno >= logging.ERROR] == []
-    launch.launch(made, project / "data")
+            Launcher().launch(made, project / "data")
+    Launcher().launch(made, project / "data")
     assert (made.folder / "summary.json").exists()
-    groups = ray.util.placement_group_table().values()
-    assert {group["state"] for group in groups} == {"REMOVED"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -272,7 +232,7 @@ def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_is_started_again(
 ):
     """It is no failure, so none has to be allowed."""
     made = job(project, small_run(**SLOW), device="cpu", workers=workers, restarts=0)
-    thread = threading.Thread(target=launch.launch, args=(made, project / "data"))
+    thread = threading.Thread(target=Launcher().launch, args=(made, project / "data"))
     thread.start()
     wait_for(lambda: (made.folder / "progress.json").exists())  # its first step is done
     os.kill(max(_workers(project)), signal.SIGTERM)
@@ -284,8 +244,8 @@ def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_is_started_again(
 
 def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project: Path, four_gpus: None, monkeypatch):
     """Only the first worker writes; the second would wait for it."""
-    starts, real = [], controller._WorkerGroup._start
-    monkeypatch.setattr(controller._WorkerGroup, "_start", lambda group: (starts.append(group), real(group))[1])
+    starts, real = [], launch._start
+    monkeypatch.setattr(launch, "_start", lambda *given: (starts.append(given), real(*given))[1])
     made = job(project, small_run(**SLOW), device="cpu", workers=2, restarts=3)
     made.folder.mkdir(parents=True)
     full = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(made.folder)]
@@ -294,7 +254,7 @@ def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(UserError, match="the disk is full: free some space and run the command again"):
-            launch.launch(made, project / "data")
+            Launcher().launch(made, project / "data")
     finally:
         subprocess.run(["umount", made.folder], check=True)
     assert len(starts) == 1
@@ -311,12 +271,12 @@ def test_a_run_is_its_worker_and_no_other_process(project: Path, four_gpus: None
     ask_to_stop([made.folder], 20)
     thread.join(20)
     assert not thread.is_alive()
-    assert [name.split(".")[0][:15] for name in started] == ["ray::RayTrainWo"]
+    assert [name.split(".")[0][:10] for name in started] == ["ray::_task"]
 
 
 def _launch_until_asked(made: Job, project: Path) -> None:
     with pytest.raises(UserError, match="stopped in epoch"):
-        launch.launch(made, project / "data")
+        Launcher().launch(made, project / "data")
 
 
 @pytest.mark.timeout(900)  # it starts dozens of processes
@@ -343,7 +303,7 @@ def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path
 
 
 LIMITS = {"driver files": 4, "ray files": 30, "driver threads": 4, "processes": 4, "driver MB": 48, "ray MB": 48}
-OF_ONE_RUN = ("ray::RayTrainW", "ray::Synchroniz")
+OF_ONE_RUN = ("ray::_task", "ray::RayTrainW", "ray::Synchroniz", "ray::TrainContr")
 
 
 def _use(before: set[int]) -> dict[str, float]:
@@ -370,19 +330,6 @@ def _children() -> list[dict[str, Any]]:
             if process.pid in mine and process.info["memory_info"]]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapped", [
-    lambda cause: WorkerGroupError("...", {0: WorkerHealthCheckFailedError("A worker health check failed.", cause)}),
-    ControllerError,
-], ids=["while it trains", "while it starts"])  # fmt: skip
-def test_a_worker_that_ray_ends_for_memory_names_the_remedy(wrapped: Any):
-    """Ray's own text is a page, whose last line tells how to switch it off."""
-    cause = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.\nRefer to")
-    assert str(launch._reason("x", wrapped(cause))) == (
-        "x: the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
-        "resources.workers, or train fewer models at the same time"
-    )
-
-
 def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monkeypatch: pytest.MonkeyPatch):
     machine = {"CPU": 4.0, "GPU": 2.0}
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
@@ -403,73 +350,66 @@ def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monk
     )
 
 
-DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
-OVERDUE = WorkerHealthCheckTimeoutError("A worker health check hangs.")
-PEER = PeerLost("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711")
-PROGRAM = RuntimeError("ZeroDivisionError: division by zero (fer/step.py:1, in step; all of it: error.txt)")
-MOVED = Stopped("stopped in epoch 2", terminated=True)
+@pytest.mark.parametrize(
+    ("ends", "restarts", "raised"),
+    [
+        (["done"], 0, None),
+        (["died", "died", "done"], 2, None),
+        (["died", "died", "died"], 2, RuntimeError),
+        (["died"], 0, RuntimeError),
+        (["terminated", "terminated", "terminated", "done"], 0, None),
+        (["terminated", "died", "terminated", "died"], 1, RuntimeError),
+        (["fault"], 2, RuntimeError),
+        (["mistake"], 2, UserError),
+        (["diverged"], 2, UserError),
+        (["stopped"], 2, UserError),
+        (["died", "mistake"], 2, UserError),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
+)
+def test_only_what_died_or_left_is_started_again(ends: list, restarts: int, raised: Any, monkeypatch, tmp_path: Path):
+    starts = iter(ends)
+    monkeypatch.setattr(launch, "_start", lambda *_: Ended(next(starts), "why"))
+    made = Job("x", small_run(), Resources(restarts=restarts), tmp_path)
+    launcher = Launcher()
+    if raised is None:
+        launcher.launch(made, tmp_path)
+    else:
+        with pytest.raises(raised, match="^x: why$" if raised is RuntimeError else "^why$"):
+            launcher.launch(made, tmp_path)
+    assert next(starts, None) is None
+    assert launcher.running == set()
+
+
+def test_a_run_that_leaves_while_the_command_ends_is_not_started_again(monkeypatch, tmp_path: Path):
+    """As where SIGTERM came to every process."""
+    launcher = Launcher()
+    monkeypatch.setattr(launch, "_start", lambda *_: (launcher.stop(0), Ended("terminated", "saved"))[1])
+    with pytest.raises(UserError, match="^saved$"):
+        launcher.launch(Job("x", small_run(), Resources(), tmp_path), tmp_path)
+
+
+def failed(*ranks: Any) -> ray.train.TrainingFailedError:
+    return ray.train.WorkerGroupError("...", dict(enumerate(ranks)))
+
+
+ENDED = {kind: NotDone(Ended(kind, kind)) for kind in GRAVITY}
+KILLED = ray.exceptions.ActorDiedError()
 
 
 @pytest.mark.parametrize(
-    ("failures", "restarts", "decisions"),
+    ("error", "kind", "message"),
     [
-        ([DEAD], 2, "RETRY RETRY RAISE RAISE"),
-        ([DEAD], 0, "RAISE RAISE"),
-        ([OVERDUE], 1, "RETRY RAISE"),
-        ([ray.exceptions.NodeDiedError("its machine is gone")], 1, "RETRY RAISE"),
-        ([DEAD, PEER], 1, "RETRY RAISE"),
-        ([PEER, DEAD], 1, "RETRY RAISE"),
-        ([PEER], 1, "RETRY RAISE"),  # the death itself is heard of later
-        ([PEER, PEER], 0, "RAISE"),
-        ([DEAD, PROGRAM], 1, "RETRY RAISE"),  # as is an error that no one knows for Gloo's
-        ([PROGRAM], 2, "RAISE RAISE"),
-        ([PROGRAM, PEER], 2, "RAISE RAISE"),
-        ([PEER, PROGRAM], 2, "RAISE RAISE"),
-        ([KeyError("x")], 2, "RAISE"),
-        ([UserError("the disk is full")], 2, "RAISE RAISE"),
-        ([UserError("the disk is full"), DEAD], 2, "RAISE"),
-        ([PEER, UserError("the disk is full")], 2, "RAISE"),
-        ([Stopped("stopped in epoch 2")], 2, "RAISE"),
-        ([MOVED], 0, "RETRY RETRY RETRY"),
-        ([MOVED, PEER], 0, "RETRY RETRY"),
-        ([MOVED, Stopped("stopped in epoch 2")], 0, "RETRY RETRY"),
+        (failed(ENDED["died"], ENDED["fault"]), "fault", "fault"),
+        (failed(ENDED["mistake"], ENDED["died"]), "mistake", "mistake"),
+        (failed(ENDED["stopped"], ENDED["terminated"]), "terminated", "terminated"),
+        (failed(KILLED, ENDED["terminated"]), "terminated", "terminated"),
+        (failed(KILLED, ENDED["died"]), "died", "died"),
+        (failed(KILLED, KILLED), "died", "ActorDiedError: The actor died unexpectedly before finishing this task."),
+        (failed(ray.exceptions.OutOfMemoryError("a page")), "died", FREE_MEMORY),
+        (ray.train.ControllerError(RuntimeError("no NCCL")), "died", "RuntimeError: no NCCL"),
     ],
-    ids=lambda value: "+".join(type(error).__name__ for error in value) if isinstance(value, list) else str(value),
+    ids=str,
 )
-def test_only_what_died_is_started_again(failures: list[Exception], restarts: int, decisions: str):
-    """`decisions`: on failures that come one after another."""
-    policy = controller._Retries(FailureConfig(max_failures=restarts))
-    error = WorkerGroupError("...", dict(enumerate(failures)))
-    assert [policy.make_decision(error).value for _ in decisions.split()] == decisions.split()
-
-
-def test_what_died_does_not_lessen_the_restarts_by_a_move_to_another_machine():
-    policy = controller._Retries(FailureConfig(max_failures=1))
-    found = [policy.make_decision(WorkerGroupError("...", {0: error})).value for error in (MOVED, MOVED, DEAD, DEAD)]
-    assert found == ["RETRY", "RETRY", "RETRY", "RAISE"]
-
-
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
-        (RuntimeError("Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error"), True),
-        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), True),
-        (torch.distributed.DistNetworkError("The client socket has failed to connect"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x2 and 3x1)"), False),
-        (ValueError("gloo"), False),
-    ],
-)
-def test_the_end_of_another_worker_is_told_from_an_error_of_the_program(
-    error: Exception, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fit(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(fer.train, "fit", fit)
-    config = {"name": "x", "run": small_run().model_dump(), "resources": Resources().model_dump(), "start": None}
-    config |= {"data_dir": "data", "folder": str(tmp_path), "cwd": os.getcwd()}
-    with pytest.raises(RuntimeError) as caught:
-        launch._work(config)
-    assert isinstance(caught.value, PeerLost) == lost
-    assert (tmp_path / "error.txt").exists() != lost
+def test_the_gravest_end_of_several_ranks_counts(error: Any, kind: str, message: str):
+    assert launch._of_group(error) == Ended(kind, message)  # type: ignore[arg-type]

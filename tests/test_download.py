@@ -112,13 +112,11 @@ def test_a_mistake_leaves_the_old_data_and_nothing_new(project: Path) -> None:
     assert [file.name for file in (project / "data").iterdir()] == ["raw"]
 
 
-def test_an_empty_folder_asks_for_kaggle_credentials(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(project))
+def test_an_empty_folder_says_how_to_fill_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
     (project / "faces").mkdir()
     with pytest.raises(
-        UserError, match=r"^faces: holds no data set and no Kaggle credentials are set: accept the rules"
+        UserError, match=r"^faces: holds no data set, and https://www.kaggle.com/competitions/.* by hand"
     ):
         download(params(dataset="ferplus", path="faces"))
     assert not (project / "data").exists()

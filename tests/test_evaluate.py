@@ -13,14 +13,15 @@ import torch
 from conftest import CLASSES, CPU, PEOPLE, ROOT, doe, emotion_encoder, make_data, small_run
 
 from fer import checkpoint
+from fer.batches import Feed
 from fer.data.dataset import open_data
 from fer.errors import UserError
-from fer.evaluate import evaluate, finished, metrics, outdated, predict_split, read_predictions, read_summary
-from fer.feed import Feed
+from fer.evaluate import evaluate, finished, metrics, outdated, predict_split, read_predictions
 from fer.losses import build_loss
 from fer.models import build_model
 from fer.resources import Resources
 from fer.run import FORMAT, Run
+from fer.run_folder import read_summary
 from fer.train import fit
 
 FORMAT_1 = sorted((ROOT / "tests" / "golden" / "format1" / "runs").iterdir())

@@ -9,10 +9,10 @@ import torch
 from conftest import CLASSES, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
 from torch import Tensor, nn
 
+from fer.batches import Feed
 from fer.data.dataset import Split, open_data
 from fer.data.pairs import Pairs
 from fer.errors import UserError
-from fer.feed import Feed
 from fer.models import build_model
 from fer.resources import Resources
 from fer.run import Run

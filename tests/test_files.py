@@ -144,13 +144,13 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, bad: ob
 def test_json_cut_while_it_is_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     write_json(path, 1)
-    real = Path.write_text
+    real = Path.write_bytes
 
-    def cut(self: Path, text: str) -> int:
-        real(self, text[:3])
+    def cut(self: Path, content: bytes) -> int:
+        real(self, content[:3])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", cut)
+    monkeypatch.setattr(Path, "write_bytes", cut)
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == 1

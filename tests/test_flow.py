@@ -4,6 +4,7 @@ import gc
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,15 +27,16 @@ import torch
 from conftest import ROOT, copy_settings, doe, emotion_encoder, small_run
 from safetensors.torch import load_file
 
+from fer.batches import batches
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.formats import read_run
 from fer.resources import Resources
 from fer.run import Run, run_id
-from fer.train import batches, fit
+from fer.train import fit
 from pipelines import cli
-from pipelines.launch import held
 from pipelines.params import read_yaml, yaml_of
+from pipelines.work import held
 
 pytestmark = pytest.mark.slow
 
@@ -275,19 +277,18 @@ def test_a_worker_that_is_killed_is_restarted_from_its_checkpoint(project: Path,
 
 @pytest.fixture
 def starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """starts() -> name and pid of each process that Ray has given a run of this process, in order."""
+    """starts() -> pid of each process that Ray has given a run of this process, in order."""
     from pipelines import launch
 
     noted = project / "starts.txt"
+    task, rank = launch._task, launch._rank
 
-    def work(config: dict[str, Any]) -> None:
-        from pipelines.launch import _work
-
+    def note() -> None:
         with open(noted, "a") as file:
-            file.write(f"{config['name']} {os.getpid()}\n")
-        _work(config)
+            file.write(f"{os.getpid()}\n")
 
-    monkeypatch.setattr(launch, "_work", work)
+    monkeypatch.setattr(launch, "_task", lambda *given: (note(), task(*given))[1])
+    monkeypatch.setattr(launch, "_rank", lambda config: (note(), rank(config))[1])
     return lambda: noted.read_text().splitlines() if noted.exists() else []
 
 
@@ -304,7 +305,7 @@ def test_a_worker_that_is_killed_is_started_again_as_often_as_restarts_says(
         for number in range(restarts + 1):
             wait_for(lambda: len(starts()) == number + 1 and epochs_done(project) >= len(seen) + 2)  # noqa: B023
             seen.extend(rows(project)[len(seen) :])
-            os.kill(int(starts()[-1].split()[1]), signal.SIGKILL)
+            os.kill(int(starts()[-1]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_each, daemon=True)
     killer.start()
@@ -327,7 +328,7 @@ def test_a_run_whose_second_worker_is_killed_is_started_again(project: Path, her
 
     def kill_one() -> None:
         wait_for(lambda: epochs_done(project) >= 3)
-        os.kill(int(starts()[1].split()[1]), signal.SIGKILL)
+        os.kill(int(starts()[1]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
@@ -336,7 +337,7 @@ def test_a_run_whose_second_worker_is_killed_is_started_again(project: Path, her
     assert done.returncode == 0, done.stderr
     assert len(starts()) == 4
     assert [row["epoch"] for row in rows(project)] == list(range(1, 31))
-    assert not list(project.glob("data/runs/*/error.txt"))
+    assert "Traceback" not in next(project.glob("data/runs/*/log.txt")).read_text()
 
 
 def break_training(
@@ -345,9 +346,9 @@ def break_training(
     """From now on experiment `name` fails when its second epoch asks for an order of the images."""
     from pipelines import launch
 
-    def work(config: dict[str, Any]) -> None:
-        from pipelines.launch import _work
+    task = launch._task
 
+    def broken(job: Any, *others: Any) -> Any:
         real = np.random.default_rng
 
         def default_rng(seed: Any = None) -> np.random.Generator:
@@ -355,13 +356,13 @@ def break_training(
                 raise kind(message)
             return real(seed)
 
-        if config["name"] == name:
+        if job.name == name:
             with open(tries, "a") as file:
                 file.write("1")
             np.random.default_rng = default_rng  # type: ignore[assignment]
-        _work(config)
+        return task(job, *others)
 
-    monkeypatch.setattr(launch, "_work", work)
+    monkeypatch.setattr(launch, "_task", broken)
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -392,12 +393,16 @@ def test_an_error_of_the_program_is_final_and_one_line_and_hides_no_other_run(
     (folder,) = (project / "data/runs").glob("broken-*")
     source, first = inspect.getsourcelines(batches)
     line = first + next(number for number, text in enumerate(source) if "default_rng(" in text)
-    where = f"fer/train.py:{line}, in batches; all of it: {folder / 'error.txt'}"
+    where = f"fer/batches.py:{line}, in batches; all of it: {folder.relative_to(project) / 'log.txt'}"
     assert errors(done) == [f"error: broken: {told} ({where})"]
-    text = (folder / "error.txt").read_text()
-    assert text.startswith("Traceback (most recent call last):\n")
-    assert f'fer/train.py", line {line}, in batches' in text
-    assert text.endswith(f"{kind.__name__}: {message}\n")
+    text = (folder / "log.txt").read_text()
+    assert "Traceback (most recent call last):\n" in text
+    assert f'fer/batches.py", line {line}, in batches' in text
+    stamped = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)$", text, re.MULTILINE)
+    assert len(stamped) == len(text.splitlines())
+    assert [line.partition(":")[0] for line in stamped if line.startswith("epoch ")] == ["epoch 1"]
+    told_in_full = f"{kind.__name__}: {message}".splitlines()
+    assert stamped[-len(told_in_full) :] == told_in_full
 
     assert summaries(project)["fine"]["run_id"] in done.stdout
     assert "broken-s1111" not in done.stdout.split("unleaked", 1)[1]  # below the head of the table
@@ -407,7 +412,6 @@ def test_an_error_of_the_program_is_final_and_one_line_and_hides_no_other_run(
     again = here("train", "broken", "fine")  # mended, it goes on
     assert again.returncode == 0, again.stderr
     assert set(mlflow_runs(project, fine=1).values()) == {"FINISHED"}
-    assert not (folder / "error.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -624,9 +628,8 @@ def test_a_run_that_is_finished_but_not_recorded_needs_no_ray(
     def no_ray(*_: object) -> None:
         raise AssertionError("nothing is to be trained")
 
-    for name in ("start_ray", "launch", "check_resources"):
+    for name in ("start_ray", "_start", "check_resources"):
         monkeypatch.setattr(launch, name, no_ray)
-    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
     done = here("train", "small")
     assert done.returncode == 0, done.stderr
     assert "Nothing to do" not in done.stdout
@@ -746,7 +749,7 @@ def _is_one_line(done: subprocess.CompletedProcess, message: str, project: Path)
 def test_a_run_that_another_process_trains_is_left_to_it(project: Path, here: Callable):
     run = experiment(project, "small")
     folder = project / "data/runs" / run_id("small", run, open_data(project / "data").hash)
-    with held(folder, "small"):
+    with held(folder):
         done = here("train", "small")
     assert done.returncode == 2
     assert errors(done) == [f"error: small: another process is training {folder.name}; wait for it or stop it"]

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines.sweep_settings import Sweep
 from ruamel.yaml import YAML
 
 from fer.data.augment import Augment
@@ -39,7 +40,6 @@ from pipelines.params import (
     read_yaml,
     yaml_of,
 )
-from pipelines.sweep_settings import Sweep
 
 SHIPPED = ROOT / "params.yaml"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import make_data, small_run
 
+from fer.batches import Pixels
 from fer.data.dataset import Split, open_data
 from fer.data.images import sha256
-from fer.data.pixels import Pixels
 from fer.resources import Resources
 from fer.train import fit
 

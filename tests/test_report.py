@@ -2,22 +2,19 @@
 
 import copy
 import json
-import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
 from conftest import CPU, ROOT, make_data, small_run
-from PIL import Image
 
-from fer.evaluate import evaluate, read_summary
+from fer.evaluate import evaluate
 from fer.made_by import source_hash
+from fer.run_folder import read_summary
 from fer.train import fit
 from pipelines import report
-from pipelines.report import COLUMNS, LEGEND, confusion_picture, finished, note, row
+from pipelines.report import COLUMNS, LEGEND, finished, note, row
 
 FORMAT_1 = ROOT / "tests" / "golden" / "format1" / "runs"
 
@@ -167,23 +164,3 @@ def test_the_best_on_val_comes_first(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "unfinished").mkdir()
     found = finished([*folders, tmp_path / "unfinished"])
     assert [summary["val"]["accuracy"] for summary in found] == [0.9, 0.5, 0.3, 0.1]
-
-
-def test_runs_that_end_at_the_same_time_draw_one_after_another(summary: dict[str, Any], tmp_path: Path) -> None:
-    """matplotlib opens its fonts in every thread that draws, and keeps them open."""
-    together, before = Barrier(4), len(fonts())
-
-    def draw(number: int) -> Path:
-        together.wait()
-        return confusion_picture(summary, tmp_path / f"{number}.png")
-
-    with ThreadPoolExecutor(4) as threads:
-        pictures = [Image.open(path).tobytes() for path in threads.map(draw, range(4))]
-    assert len(set(pictures)) == 1
-    assert len(fonts()) - before <= 2
-
-
-def fonts() -> list[str]:
-    """Font files that this process has open."""
-    files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
-    return [file for file in files if file.endswith(".ttf")]

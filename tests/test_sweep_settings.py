@@ -9,15 +9,18 @@ import pytest
 from conftest import ROOT, copy_settings
 
 from fer.errors import UserError
+from fer.files import write_json
 from fer.losses import Pdls
 from fer.run import Run
 from fer.schedule import Constant
-from pipelines import cli, experiments, sweep_settings, trials
+from pipelines import cli, experiments
 from pipelines.experiments import COMMAND_LINE, Experiment
 from pipelines.params import read_yaml, yaml_of
-from pipelines.space import Space
-from pipelines.sweep_settings import Sweep
-from pipelines.trials import DONE, PRUNED, Trial
+from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps import settings
+from pipelines.sweeps.folder import DONE, PRUNED, Trial
+from pipelines.sweeps.settings import Sweep
+from pipelines.sweeps.space import Space
 
 SHIPPED = sorted(path.stem for path in ROOT.glob("sweeps/*.yaml"))
 LR = {"optimizer.lr": {"log": [1e-4, 1e-2]}}
@@ -39,7 +42,7 @@ def write(name: str, text: str = "", **tree: Any) -> str:
 
 
 def load(*words: str, machine: dict[str, Any] | None = None) -> tuple[str, Sweep, Experiment, Space]:
-    return sweep_settings.load(list(words), machine or {})
+    return settings.load(list(words), machine or {})
 
 
 def mistakes(*words: str) -> list[str]:
@@ -64,7 +67,7 @@ def test_every_shipped_sweep_loads(name: str) -> None:
 
 
 def test_there_are_three() -> None:
-    assert SHIPPED == sweep_settings.known() == ["fpdls", "sample", "tiny"]
+    assert SHIPPED == settings.known() == ["fpdls", "sample", "tiny"]
 
 
 def test_a_name_and_a_file_are_the_same_and_a_file_may_lie_elsewhere() -> None:
@@ -102,7 +105,7 @@ def test_a_sweep_cannot_have_the_name_of_a_command(name: str) -> None:
         "rename the file"
     ]
     commands = [command.name for command in cli.sweeps.registered_commands]
-    assert set(commands) == set(sweep_settings.COMMANDS)
+    assert set(commands) == set(settings.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +139,6 @@ def test_a_file_that_is_no_sweep(text: str, message: str) -> None:
         ("max_failures=3", "max_failures: unknown key; known: "),
         ("base=vgg13_smll", "base: experiments/vgg13_smll.yaml: no such experiment, did you mean 'vgg13_small'?"),
         ("grace_epochs=21", "grace_epochs: 21, but the base has 20 epochs; lower it"),
-        ("grace_epochs=11",
-         "grace_epochs: 11, but no trial is stopped in the second half of the base's 20 epochs; lower it or set "
-         "scheduler to none"),
         ("space={}", "space: holds no key to search; name one at least"),
         ("search=grid", "search: grid needs choices alone, loss.alpha has a range; use tpe or random"),
         ("changes={epoch: 9}", "changes: epoch: unknown key, did you mean 'epochs'?"),
@@ -210,14 +210,10 @@ def test_a_space_must_hold_the_base_as_it_is_changed() -> None:
 # Rules of search and scheduler
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "halving"])
-def test_a_scheduler_that_promotes_wants_a_rung_in_the_first_half(scheduler: str) -> None:
-    assert load("tiny", f"scheduler={scheduler}", "grace_epochs=10")[1].grace_epochs == 10  # of 20
-    (line,) = mistakes("tiny", f"scheduler={scheduler}", "grace_epochs=11")
-    assert "no trial is stopped in the second half of the base's 20 epochs" in line
-    assert load("tiny", "scheduler=none", "grace_epochs=20")[1].grace_epochs == 20
-    assert "the base has 20 epochs" in mistakes("tiny", "scheduler=none", "grace_epochs=21")[0]
-    assert load("tiny", f"scheduler={scheduler}", "grace_epochs=11", "changes.epochs=22")[2].run.epochs == 22
+def test_grace_epochs_are_at_most_those_of_the_base() -> None:
+    assert load("tiny", "grace_epochs=20")[1].grace_epochs == 20
+    (line,) = mistakes("tiny", "grace_epochs=21")
+    assert line == "command line: grace_epochs: 21, but the base has 20 epochs; lower it"
 
 
 def test_grid_takes_choices_alone() -> None:
@@ -225,19 +221,6 @@ def test_grid_takes_choices_alone() -> None:
     assert mistakes("sample", "search=grid", "space.loss_=3")[0].startswith("sweeps/sample.yaml: space.loss_: give one")
     (line,) = mistakes("sample", "search=grid", "space.class_weights={float: [0.0, 1.0]}")
     assert line == "command line: search: grid needs choices alone, class_weights has a range; use tpe or random"
-
-
-def test_pbt_draws_at_random_and_changes_what_a_running_run_can_change() -> None:
-    assert mistakes("tiny", "scheduler=pbt", "search=random") == [
-        "sweeps/tiny.yaml: space.model.resizer.blocks: a running run cannot change it, as pbt needs; leave it out",
-        "sweeps/tiny.yaml: space.model.resizer.channels: a running run cannot change it, as pbt needs; leave it out",
-    ]
-    own = "space={loss: {choice: [focal_pdls, pdls]}, loss.alpha: {float: [0.5, 1.0]}}"
-    assert mistakes("tiny", "scheduler=pbt", own) == [
-        "sweeps/tiny.yaml: search: pbt draws its first trials at random; set it to random"
-    ]
-    _, sweep, _, space = load("tiny", "scheduler=pbt", "search=random", own, "grace_epochs=15")
-    assert (sweep.scheduler, list(space)) == ("pbt", ["loss", "loss.alpha"])
 
 
 # Layers
@@ -286,7 +269,7 @@ def test_the_command_line_is_laid_over_the_file() -> None:
     _, sweep, _, space = load("tiny", "trials=3", "hours=null", "space.loss.gamma={choice: [0.0, 2.0]}", "trials=5")
     assert (sweep.trials, sweep.hours, sweep.grace_epochs) == (5, None, 4)
     assert list(space) == ["loss.alpha", "loss.gamma", "model.resizer.blocks", "model.resizer.channels"]
-    assert (space["loss.gamma"].kind, space["loss.alpha"].kind) == ("choice", "float")
+    assert (space["loss.gamma"], space["loss.alpha"]) == ({"choice": [0.0, 2.0]}, {"float": [0.5, 1.0]})
     whole = load("tiny", "space={loss.alpha: {float: [0.5, 1.0]}}", "space.optimizer.lr={log: [1e-4, 1e-2]}")[3]
     assert list(whole) == ["loss.alpha", "optimizer.lr"]
 
@@ -302,12 +285,12 @@ def test_the_machine_is_below_everything() -> None:
 
 def finished(words: list[str], point: dict[str, Any]) -> tuple[Run, Path]:
     """The run of a point, and the folder of a sweep of which it is the result."""
-    plan = trials.plan(words, {}, "d" * 16)
-    trials.begin(plan)
+    plan = sweeps.plan(words, {}, "d" * 16)
+    sweeps.begin(plan)
     rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 1.0} for i in range(plan.base.run.epochs))
     best = Trial(2, {**plan.published, **point}, DONE, None, Path(), rows)
-    result = trials.conclude(plan, [Trial(1, plan.published, PRUNED, None, Path(), rows[:1]), best], [])
-    trials.write_result(plan, json.loads(json.dumps(result)))
+    result = sweeps.conclude(plan, [Trial(1, plan.published, PRUNED, None, Path(), rows[:1]), best], [])
+    write_json(plan.folder / "result.json", result)
     return plan.run(best.point), plan.folder
 
 
@@ -324,7 +307,7 @@ def fer(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (["tiny"], {"loss.alpha": 0.6, "loss.gamma": 1.5, "model.resizer.blocks": 3, "model.resizer.channels": 8}),
         (["tiny", "changes.epochs=9", "changes.optimizer=sgd"], {"loss.gamma": 0.0}),
         (["sample"], {"loss": "focal_pdls", "optimizer.lr": 4e-3}),
-        (["fpdls"], {"loss": "label_smoothing", "loss.alpha": 0.6, "loss.gamma": 3.0, "augment": 0.5,
+        (["fpdls"], {"loss": "label_smoothing", "loss.label_smoothing.alpha": 0.6, "augment": 0.5,
                      "model.resizer": '{"size": 256, "scale": null}', "model.stn": False}),
         (["sample", "space={model.batch_norm: {choice: [true, false]}, clip_grad_norm: {choice: [1.0, null]}}"],
          {"model.batch_norm": False, "clip_grad_norm": None}),
@@ -378,7 +361,7 @@ def test_apply_reads_a_sweep_of_format_1(monkeypatch: pytest.MonkeyPatch, capsys
         new = ("format", "epochs") if name == "sweep.json" else ("format",)
         (folder / name).write_text(json.dumps({key: value for key, value in content.items() if key not in new}))
     assert fer(monkeypatch, "sweep", "status", "sample") == 0
-    assert "2 trials (1 done, 1 pruned) in 0.0 min, 11 of 20 epochs" in capsys.readouterr().out
+    assert "2 trials (1 done, 1 pruned), 0.2 min of training, 11 of 20 epochs" in capsys.readouterr().out
     assert fer(monkeypatch, "sweep", "apply", "sample", "--as", "old") == 0
     found = experiments.load(["old"], {})["old"].run
     assert (found.optimizer.lr, found.epochs, found.model.name) == (4e-3, 10, "vgg13")

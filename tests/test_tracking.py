@@ -23,8 +23,8 @@ from fer.run import Run, run_id
 from fer.train import fit
 from pipelines import tracking
 from pipelines.experiments import Job
-from pipelines.guard import process_id
-from pipelines.tracking import Tracker, _Feed, final_metrics, flatten, tracking_uri
+from pipelines.processes import process_id
+from pipelines.tracking import Tracker, _Follower, final_metrics, flatten, tracking_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -232,7 +232,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from conftest import CPU, small_run
 from pipelines.experiments import Job
-from pipelines.guard import guarded, mark_children
+from pipelines.guard import guarded
+from pipelines.processes import mark_children
 from test_tracking import Tracker, facts
 tracker = Tracker({tracker.uri!r}, "test")
 data = Path({str(data)!r})
@@ -324,7 +325,7 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(data: Path, tmp
 def test_sending_rows_twice_changes_nothing(data: Path, tracker: Tracker):
     folder = train(data, tracker)
     run_id = only_run(tracker).info.run_id
-    _Feed(tracker.client, run_id, folder / "metrics.jsonl").close()
+    assert _Follower(tracker.client, lambda: [(run_id, folder / "metrics.jsonl")]).close()
     assert len(tracker.client.get_metric_history(run_id, "val_accuracy")) == 2
 
 

@@ -26,12 +26,13 @@ from conftest import CPU, PEOPLE, RESNET, doe, emotion_encoder, make_data, small
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fer import checkpoint, train
+from fer import batches as batches_of
+from fer import checkpoint, signals, train
+from fer.batches import Feed, batches, seed_of, trained_images
 from fer.data.dataset import DataSet, open_data
 from fer.data.images import sha256
 from fer.errors import UserError, disk_error
-from fer.evaluate import predict_split
-from fer.feed import Feed
+from fer.evaluate import evaluate, predict_split
 from fer.input import Input
 from fer.losses import build_loss
 from fer.models.network import Network
@@ -41,9 +42,9 @@ from fer.resources import Resources
 from fer.run import FORMAT, Run
 from fer.schedule import lr_at
 from fer.settings import Section
+from fer.signals import Agreement, Sigterm, Stopped, Wish, ask_to_stop
 from fer.step import Stepper
-from fer.stop import Stopped, ask_to_stop, heed_sigterm
-from fer.train import Agreement, NonFiniteLoss, Trainer, batches, fit, trained_images
+from fer.train import NonFiniteLoss, Trainer, fit
 
 HERE = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,7 +307,7 @@ def stop_where(patch: Any, stops: Any) -> None:
 
     def begin(trainer: Any, *arguments: Any) -> None:
         real(trainer, *arguments)
-        trainer.agree = lambda wish: stops(trainer)
+        trainer.wish = lambda: Wish.STOP if stops(trainer) else Wish.NONE
 
     patch.setattr(Trainer, "__init__", begin)
 
@@ -346,13 +347,13 @@ def test_stopped_in_an_epoch_and_resumed(
     )
     assert len(rows_of(tmp_path / name)) == epoch
     steps: list[tuple[int, int]] = []
-    real = Trainer._one_step
+    real = Trainer._rate
 
-    def one_step(trainer: Any, *others: Any) -> Any:
-        steps.append((trainer.epoch, trainer.step))
-        return real(trainer, *others)
+    def rate(trainer: Any, step: int) -> float:
+        steps.append((trainer.epoch, step))
+        return real(trainer, step)
 
-    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    monkeypatch.setattr(Trainer, "_rate", rate)
     torch.manual_seed(12345)  # what was drawn before is no matter
     folder = fit("x", run, resources_of(kind), bars, tmp_path)
     assert steps[0] == (epoch, step)  # no step is done again
@@ -382,9 +383,9 @@ def test_killed_while_it_stops(
     }[write]  # fmt: skip
     calls, real_stop, real = [-1000], Trainer._stop, getattr(owner, name)
 
-    def stop(trainer: Any, unchecked: Any) -> None:
+    def stop(*arguments: Any) -> None:
         calls[0] = 0
-        real_stop(trainer, unchecked)
+        real_stop(*arguments)
 
     def killed(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -430,7 +431,7 @@ import json, sys, torch
 from pathlib import Path
 from fer.resources import Resources
 from fer.run import Run
-from fer.stop import Stopped
+from fer.signals import Stopped
 from fer.train import fit
 torch.set_num_threads(1)
 try:
@@ -479,7 +480,7 @@ def test_a_run_in_a_thread_hears_of_sigterm_while_it_trains(bars: Path, tmp_path
             ended.append(stopped)
 
     try:
-        heed_sigterm()
+        Sigterm()
         thread = threading.Thread(target=train_it)
         thread.start()
         assert trained.wait(60)
@@ -495,7 +496,7 @@ def test_a_run_in_a_thread_hears_of_sigterm_while_it_trains(bars: Path, tmp_path
 
 # What writes while the second epoch, which is the best so far, is saved: best, then last, then metrics.jsonl
 WRITES = [
-    *[(Path, "write_bytes", call) for call in (1, 2, 3)],  # the weights of both, the training state
+    *[(Path, "write_bytes", call) for call in range(1, 7)],  # weights, training state, both checkpoint.json, rows
     *[(checkpoint, "write_json", call) for call in (1, 2)],
     *[(os, "replace", call) for call in (1, 2, 3)],  # the two checkpoint.json, metrics.jsonl
     *[(Path, "replace", call) for call in (1, 2, 3, 4)],  # two renames of each folder
@@ -538,6 +539,53 @@ def test_cut_while_the_second_epoch_is_saved(
     folder = fit("x", small_run(), CPU, bars, tmp_path, lambda row: seen.append(row["epoch"]))
     assert seen in ([2, 3], [3])  # the first epoch is not done again
     assert_equal_runs(folder, uncut["adamw"])
+
+
+def curve(patch: pytest.MonkeyPatch, *values: float) -> None:
+    """Val accuracies of the epochs, whatever the network finds."""
+    real = Trainer.train_epoch
+    given = iter(values)
+
+    def train_epoch(trainer: Any) -> dict[str, Any]:
+        row = real(trainer)
+        row["val_accuracy"] = next(given)
+        return row
+
+    patch.setattr(Trainer, "train_epoch", train_epoch)
+
+
+@pytest.mark.parametrize(
+    ("patience", "values", "epochs"),
+    [
+        (None, [0.5, 0.4, 0.4, 0.4, 0.4], 5),
+        (2, [0.5, 0.4, 0.4], 3),
+        (2, [0.5, 0.4, 0.6, 0.6, 0.5], 5),  # equal is not better
+        (1, [0.1, 0.2, 0.3, 0.2], 4),
+        (1, [0.3, 0.1], 2),
+        (9, [0.3, 0.1, 0.1, 0.1, 0.1], 5),
+    ],
+)
+def test_patience_ends_a_run_that_gets_no_better(
+    patience: int | None, values: list[float], epochs: int, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(epochs=5, patience=patience)
+    with monkeypatch.context() as patch:
+        curve(patch, *values)
+        folder = fit("x", run, CPU, bars, tmp_path)
+    assert len(rows_of(folder)) == epochs
+
+
+def test_a_run_that_ended_early_is_finished_and_not_gone_on_with(bars: Path, tmp_path: Path) -> None:
+    run = small_run(epochs=30, patience=1, optimizer={"lr": 1e-6})
+    folder = fit("x", run, CPU, bars, tmp_path)
+    rows = rows_of(folder)
+    values = [row["val_accuracy"] for row in rows]
+    assert len(rows) < 30
+    assert values[-1] <= max(values[:-1])
+    seen: list[dict] = []
+    assert fit("x", run, CPU, bars, tmp_path, seen.append) == folder
+    assert seen == []
+    assert evaluate(folder, bars, CPU)["epochs"] == len(rows)
 
 
 def test_a_finished_run_is_returned_as_it_is(bars: Path, tmp_path: Path, uncut: dict[str, Path]) -> None:
@@ -1129,22 +1177,22 @@ def test_a_batch_larger_than_the_data_is_one_step(bars: Path, tmp_path: Path) ->
 
 def test_augmentation_is_drawn_anew_in_each_step(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
-    real = train.Augmenter.draw
+    real = batches_of.Augmenter.draw
 
     def draw(augmenter: Any, batch_size: int, seed: int) -> Tensor:
         seeds.append(seed)
         return real(augmenter, batch_size, seed)
 
-    monkeypatch.setattr(train.Augmenter, "draw", draw)
+    monkeypatch.setattr(batches_of.Augmenter, "draw", draw)
     for seed in (1, 2):
         fit("x", small_run(seed=seed), CPU, bars, tmp_path)
     assert len(seeds) == len(set(seeds)) == 2 * 3 * 6
 
 
 def test_the_random_numbers_of_a_step_are_its_own() -> None:
-    seeds = {train._seed(*place) for place in itertools.product(range(3), range(4), range(4), range(3))}
+    seeds = {seed_of(*place) for place in itertools.product(range(3), range(4), range(4), range(3))}
     assert len(seeds) == 144
-    assert train._seed(1, 2, 0) == train._seed(1, 2, 0)
+    assert seed_of(1, 2, 0) == seed_of(1, 2, 0)
 
 
 # What cannot start
@@ -1237,14 +1285,15 @@ def agreed(
 
     def rank_of(rank: int) -> tuple[list[int], list[int]]:
         here.rank, here.clock, here.asked, stops = rank, 1000.0 * rank, [], []
-        agree = Agreement("group")
+        stop: Any = SimpleNamespace(wish=lambda: Wish.STOP if wishes(rank, here.step) else Wish.NONE)
+        agree = Agreement("group", stop)
         for here.step in range(steps):
-            if agree(wishes(rank, here.step)):
+            if agree():
                 stops.append(here.step)
             here.clock += seconds[rank]
         return here.asked, stops
 
-    patch.setattr(train, "time", SimpleNamespace(monotonic=lambda: here.clock))
+    patch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: here.clock))
     patch.setattr(dist, "all_reduce", all_reduce)
     with ThreadPoolExecutor(len(seconds)) as pool:
         first, *others = pool.map(rank_of, range(len(seconds)))
@@ -1334,9 +1383,9 @@ def _rank(
         stop_where(pytest.MonkeyPatch(), lambda trainer: (trainer.epoch, trainer.step) == stop)
     if asked == rank:
         looks = itertools.count()
-        train.StopSignal.asked = lambda signal: next(looks) > 0  # type: ignore[method-assign]
+        signals.StopSignal.wish = lambda stop: Wish(next(looks) > 0)  # type: ignore[method-assign]
     if dies == "in an epoch" and rank == 1:
-        train.draw_mixture = lambda *about: os._exit(1) if about[2] == train._seed(run.seed, 1, 3, 1) else None
+        batches_of.draw_mixture = lambda *about: os._exit(1) if about[2] == seed_of(run.seed, 1, 3, 1) else None
     if dies == "between epochs" and rank == 1:
         train.predict_split = lambda *about: os._exit(1) if rows else predict_split(*about)
     if dies == "while it saves" and rank == 0:

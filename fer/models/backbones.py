@@ -95,7 +95,11 @@ def _named(family: type[Backbone], name: str, **settings: Any) -> type[Backbone]
     fields: dict[str, Any] = {"name": (Literal[name], name)}  # type: ignore[valid-type]
     for key, value in settings.items():
         fields[key] = (hints[key], Field(value, description=family.model_fields[key].description))
-    return create_model(family.__name__, __base__=family, __doc__=family.__doc__, **fields)
+    kind = create_model(
+        f"{family.__name__}_{name}", __base__=family, __doc__=family.__doc__, __module__=__name__, **fields
+    )
+    globals()[kind.__name__] = kind  # where pickle looks for it
+    return kind
 
 
 def _vit(name: str, source: str, hidden_size: int, depth: int, num_heads: int) -> tuple[str, Row]:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 
 from fer.errors import UserError, disk_error
-from fer.files import new_folder as new_folder
 from pipelines.params import Params, load
 
 

@@ -5,13 +5,13 @@ import json
 import tempfile
 from pathlib import Path
 
-from fer.data import kaggle
 from fer.data.images import write_images
 from fer.data.labels import VOTE_COLUMNS
 from fer.data.sample import write_sample
 from fer.data.sources import Source, read_ferplus
+from fer.files import new_folder
 from pipelines.params import Data, Params
-from pipelines.stages import new_folder, run
+from pipelines.stages import fetch, run
 
 TARGET = Path("data/raw")
 
@@ -45,7 +45,7 @@ def _sample(data: Data) -> Source:
 
 def _ferplus(data: Data) -> Source:
     path = Path(data.path)
-    kaggle.complete(path, data.kaggle_competition, data.votes_url, data.votes_sha256)
+    fetch.complete(path, data.kaggle_competition, data.votes_url, data.votes_sha256)
     return read_ferplus(path, data.label_source)
 
 

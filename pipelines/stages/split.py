@@ -11,8 +11,9 @@ from fer.data.images import open_images, sha256
 from fer.data.labels import CLASSES
 from fer.data.split import Splits, count_classes, duplicates, make_splits, read_labels, write_table
 from fer.errors import UserError
+from fer.files import new_folder
 from pipelines.params import Params
-from pipelines.stages import new_folder, run
+from pipelines.stages import run
 
 RAW = Path("data/raw")
 UPSCALED = Path("data/upscaled")

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from fer.data.images import allocate_images, open_images, sha256, write_rows
 from fer.errors import UserError
-from fer.files import write_json
+from fer.files import new_folder, write_json
 from fer.super_resolution.methods import BATCH, METHODS, OUT_OF_MEMORY, Upscale, build_upscaler
 from fer.super_resolution.quality import down_then_up, grey
 from pipelines.params import Params, SuperResolution
-from pipelines.stages import new_folder, run
+from pipelines.stages import run
 
 RAW = Path("data/raw/images.npy")
 UPSCALED = Path("data/upscaled")

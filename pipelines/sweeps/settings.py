@@ -9,13 +9,12 @@ from pydantic import Field
 from fer.errors import UserError
 from fer.settings import Fraction, Positive, Section, check, nearest
 from pipelines import experiments
-from pipelines import space as spaces
 from pipelines.experiments import COMMAND_LINE, Experiment, Layers
 from pipelines.params import parse_value, read_yaml
+from pipelines.sweeps import space as spaces
 
 FOLDER = Path("sweeps")
 COMMANDS = ("run", "status", "apply")  # of `fer sweep`: no sweep can have their names
-PROMOTING = ("asha", "halving")  # schedulers that pause trials and let the better ones go on
 
 
 class Sweep(Section):
@@ -28,17 +27,17 @@ class Sweep(Section):
     seed: Annotated[int, Field(ge=0)] = 1111
     """Of the search; trials have that of the base."""
     search: Literal["tpe", "random", "grid"] = "tpe"
-    """grid: of choices; the base comes first."""
-    scheduler: Literal["asha", "halving", "pbt", "none"] = "asha"
-    """asha: only the better go on; halving: so, once all have started; pbt: the worse take over from the better."""
+    """grid: every point of a space of choices, whatever `trials` says."""
+    scheduler: Literal["asha", "hyperband", "none"] = "asha"
+    """asha: a trial ends at a rung where it is not among the best that came there; hyperband: once all are there."""
     grace_epochs: Positive = 1
-    """Epochs that every trial gets, at most half; pbt: epochs between two changes."""
+    """asha: epochs that every trial gets."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """One of so many goes on, at grace_epochs times 1, 3, 9, ... up to half the epochs."""
+    """One of so many goes on at each rung; with asha these are at grace_epochs times 1, 3, 9, ..."""
     trials: Positive = 16
     """How many settings are tried."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """No trial goes on after this time; null: no limit."""
+    """No trial goes on after this time of search, by the seconds of its epochs; null: no limit."""
     at_once: Positive | None = None
     """Trials at the same time; null: as many as there is room for."""
     cpus_per_trial: Positive = 1
@@ -50,7 +49,7 @@ class Sweep(Section):
     confirm_seeds: Annotated[int, Field(ge=0)] = 3
     """Best and base are trained with so many other seeds each; 0: not at all."""
     space: dict[str, Any]
-    """Key of the experiment -> {int | float | log | factor: [low, high]} or {choice: [...]} (pipelines/space.py)."""
+    """Key of the experiment -> {int | float | log | factor: [low, high]} or {choice: [...]} (docs/sweeps.md)."""
 
 
 def known() -> list[str]:
@@ -121,23 +120,13 @@ def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str
         found.append(f"{origins['base']}: base: {other}")
     if sweep.grace_epochs > run.epochs:
         found.append(f"{grace}, but the base has {run.epochs} epochs; lower it")
-    elif sweep.scheduler in PROMOTING and 2 * sweep.grace_epochs > run.epochs:
-        found.append(
-            f"{grace}, but no trial is stopped in the second half of the base's {run.epochs} epochs; "
-            "lower it or set scheduler to none"
-        )
     if not sweep.space:
         found.append(f"{origins['space']}: space: holds no key to search; name one at least")
     space = spaces.read(sweep.space, run, f"{file}: space", found)
-    ranges = [key for key, dimension in space.items() if dimension.kind != "choice"]
-    search = f"{origins['search']}: search"
+    ranges = [key for key, given in space.items() if spaces.ranges(given, key)]
     if sweep.search == "grid" and ranges:
-        found.append(f"{search}: grid needs choices alone, {ranges[0]} has a range; use tpe or random")
-    if sweep.scheduler == "pbt":
-        if sweep.search != "random":
-            found.append(f"{search}: pbt draws its first trials at random; set it to random")
-        fixed = [key for key in space if spaces.fixed_on_the_way(key)]
-        found += [f"{file}: space.{key}: a running run cannot change it, as pbt needs; leave it out" for key in fixed]
+        where = f"{origins['search']}: search"
+        found.append(f"{where}: grid needs choices alone, {ranges[0]} has a range; use tpe or random")
     if found:
         raise UserError("\n".join(found))
     return space

@@ -7,10 +7,11 @@ import pytest
 from conftest import copy_settings
 
 from fer.errors import UserError
-from fer.losses import FocalPdls, LabelSmoothing
-from fer.run import FORMAT
-from pipelines import experiments, report, trials
-from pipelines.trials import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
+from fer.losses import FocalPdls
+from pipelines import experiments, report
+from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps.folder import DONE, FAILED, LAYOUT, PRUNED, RUNNING, Plan, Trial
+from pipelines.work import held
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(*changes: str, data: str = "d" * 16) -> Plan:
-    return trials.plan(["tiny", *changes], {}, data)
+    return sweeps.plan(["tiny", *changes], {}, data)
 
 
 def trial(number: int, state: str, *accuracies: float) -> Trial:
@@ -61,51 +62,51 @@ def test_a_larger_budget_or_another_machine_is_the_same_sweep(same: str) -> None
 )  # fmt: skip
 def test_a_changed_sweep_is_refused_with_what_changed_unless_a_new_one_is_wished(change: str, named: str) -> None:
     before = plan()
-    trials.begin(before)
+    sweeps.begin(before)
     after = plan(change)
     with pytest.raises(UserError) as caught:
-        trials.check_same(after, new=False)
+        sweeps.check_same(after, new=False)
     assert str(caught.value) == (
         f"sweep tiny: {named} from the sweep in {before.folder}; "
         "change it back to go on with that one, or give --new to start another"
     )
-    trials.check_same(after, new=True)
-    trials.begin(after)
-    trials.check_same(before, new=False)  # both go on from now on
-    trials.check_same(after, new=False)
+    sweeps.check_same(after, new=True)
+    sweeps.begin(after)
+    sweeps.check_same(before, new=False)  # both go on from now on
+    sweeps.check_same(after, new=False)
 
 
-def test_a_sweep_of_another_format_is_not_gone_on_with() -> None:
+@pytest.mark.parametrize("missing", ["layout", "format"])
+def test_a_sweep_of_another_version_is_not_gone_on_with(missing: str) -> None:
     sweep = plan()
-    trials.begin(sweep)
+    sweeps.begin(sweep)
     about = json.loads((sweep.folder / "sweep.json").read_text())
+    assert about["layout"] == LAYOUT
     other = sweep.folder.rename(sweep.folder.with_name("tiny-00000000"))
-    del about["format"], about["epochs"]  # which format 1 has not, and its run is flat
+    del about[missing], about["epochs"]  # which format 1 has not, and its run is flat
     (other / "sweep.json").write_text(json.dumps({**about, "run": {"loss": "focal_pdls", "lr": 5e-4, "epochs": 20}}))
     with pytest.raises(UserError) as caught:
-        trials.check_same(sweep, new=False)
+        sweeps.check_same(sweep, new=False)
     assert str(caught.value) == (
-        f"sweep tiny: {other} was begun in format 1 and cannot go on in format {FORMAT}; give --new to start another"
+        f"sweep tiny: {other} was begun by another version of this program; give --new to start another"
     )
-    trials.begin(sweep)
-    assert [trials.read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [
-        20,
-        20,
-    ]  # for `fer sweep status`
+    sweeps.begin(sweep)
+    assert [sweeps.read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [20, 20]
+    assert sweeps.read_trials(other) == []  # for `fer sweep status`
 
 
 def test_a_changed_base_makes_another_sweep() -> None:
-    trials.begin(plan())
+    sweeps.begin(plan())
     path = experiments.path_of("swin_nr_fpdls_tiny")
     path.write_text(path.read_text().replace("loss: focal_pdls", "loss: {name: focal_pdls, gamma: 3.0}"))
     with pytest.raises(UserError, match="sweep tiny: swin_nr_fpdls_tiny.loss.gamma differs from the sweep in "):
-        trials.check_same(plan(), new=False)
+        sweeps.check_same(plan(), new=False)
 
 
 def test_other_data_make_another_sweep() -> None:
-    trials.begin(plan())
+    sweeps.begin(plan())
     with pytest.raises(UserError, match="sweep tiny: the data differs from the sweep in "):
-        trials.check_same(plan(data="e" * 16), new=False)
+        sweeps.check_same(plan(data="e" * 16), new=False)
 
 
 def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
@@ -119,41 +120,54 @@ def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
     assert found.run({**found.published, "loss.alpha": 0.5}).loss == FocalPdls(alpha=0.5, gamma=2.0)
 
 
-def test_the_state_of_a_trial_and_what_it_wrote_are_read_back() -> None:
-    sweep = plan()
-    trials.begin(sweep)
-    made = trials.add_trial(sweep.folder, 1, sweep.published)
-    assert trials.read_trials(sweep.folder) == [made]
-    assert (made.state, made.epoch, made.best) == (RUNNING, 0, None)
-    run = made.folder / sweep.id_of(made.point)
-    run.mkdir()
-    (run / "point.json").write_text(json.dumps({"point": sweep.published, "from": None}))
+def test_the_state_of_a_trial_is_that_of_its_folder() -> None:
+    sweep = plan("changes.epochs=5")
+    sweeps.begin(sweep)
+    other = {**sweep.published, "loss.alpha": 0.5}
+    first, second = (sweep.job(point).folder for point in (sweep.published, other))
+    sweeps.begin_trial(second, other)
+    sweeps.begin_trial(first, sweep.published)
     rows = [{"epoch": 1, "val_accuracy": 0.5, "seconds": 1.5}, {"epoch": 2, "val_accuracy": 0.4, "seconds": 2.5}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (found,) = trials.read_trials(sweep.folder)
-    assert (found.epoch, found.best, found.seconds) == (2, 0.5, 4.0)
-    trials.set_state(found, FAILED, "no luck")
-    (found,) = trials.read_trials(sweep.folder)
-    assert (found.state, found.error, found.point, found.epoch) == (FAILED, "no luck", sweep.published, 2)
+
+    def write(count: int) -> None:
+        text = "".join(json.dumps({**rows[i % 2], "epoch": i + 1}) + "\n" for i in range(count))
+        (second / "metrics.jsonl").write_text(text)
+
+    assert [(trial.number, trial.point) for trial in sweeps.read_trials(sweep.folder)] == [
+        (1, sweep.published), (2, other)
+    ]  # fmt: skip
+    with held(second):
+        assert sweeps.read_trials(sweep.folder)[1].state == RUNNING
+    write(2)
+    _, found = sweeps.read_trials(sweep.folder)
+    assert (found.state, found.epoch, found.best, found.seconds) == (PRUNED, 2, 0.5, 4.0)
+    write(5)
+    sweeps.end_trial(second)
+    assert sweeps.read_trials(sweep.folder)[1].state == DONE
+    sweeps.end_trial(second, "no luck")
+    _, found = sweeps.read_trials(sweep.folder)
+    assert (found.state, found.error, found.point, found.epoch) == (FAILED, "no luck", other, 5)
+    sweeps.begin_trial(second, other)  # again: it is known
+    assert sweeps.read_trials(sweep.folder)[1] == found
 
 
 def test_the_best_is_of_the_trials_that_ended_whole() -> None:
     short, whole, failed = trial(1, PRUNED, 0.9), trial(2, DONE, 0.5, 0.8, 0.7), trial(3, FAILED, 0.99, 0.99, 0.99)
-    assert trials.best_of([short, whole, failed]) is whole
-    assert trials.best_of([trial(4, DONE, 0.8, 0.1, 0.1), whole]).number == 2  # a tie: the earlier one
-    assert trials.best_of([short, trial(5, RUNNING, 0.3, 0.3)]).number == 5  # that came further
-    assert trials.best_of([failed, trial(6, RUNNING)]) is None
+    assert sweeps.best_of([short, whole, failed]) is whole
+    assert sweeps.best_of([trial(4, DONE, 0.8, 0.1, 0.1), whole]).number == 2  # a tie: the earlier one
+    assert sweeps.best_of([short, trial(5, RUNNING, 0.3, 0.3)]).number == 5  # that came further
+    assert sweeps.best_of([failed, trial(6, RUNNING)]) is None
 
 
 def test_pairs_of_seeds_are_compared() -> None:
-    found = trials.compared([0.80, 0.84, 0.85], [0.78, 0.80, 0.82])
+    found = sweeps.compared([0.80, 0.84, 0.85], [0.78, 0.80, 0.82])
     assert found["best"]["mean"] == pytest.approx(0.83)
     assert found["best"]["sd"] == pytest.approx(0.0264575)  # sqrt((.03^2 + .01^2 + .02^2) / 2)
     assert found["base"]["mean"] == pytest.approx(0.80)
     assert found["difference"]["values"] == pytest.approx([0.02, 0.04, 0.03])
     assert found["difference"]["mean"] == pytest.approx(0.03)
     assert found["difference"]["sd"] == pytest.approx(0.01)
-    assert trials.compared([0.5], [0.4])["difference"]["sd"] == 0.0
+    assert sweeps.compared([0.5], [0.4])["difference"]["sd"] == 0.0
 
 
 def test_seeds_of_the_confirmation_are_not_that_of_the_search_and_the_base_is_not_confirmed() -> None:
@@ -161,44 +175,17 @@ def test_seeds_of_the_confirmation_are_not_that_of_the_search_and_the_base_is_no
     first = Trial(1, sweep.published, DONE, None, Path())
     other = Trial(2, {**sweep.published, "loss.alpha": 0.5}, DONE, None, Path())
     assert sweep.base.run.seed == 1111
-    assert trials.seeds(sweep, other) == [1112, 1113, 1114]
-    assert trials.seeds(sweep, first) == []
+    assert sweeps.seeds(sweep, other) == [1112, 1113, 1114]
+    assert sweeps.seeds(sweep, first) == []
 
 
-def test_trials_that_differ_in_a_key_without_meaning_are_one_run() -> None:
-    sweep = plan("space={loss: {choice: [focal_pdls, label_smoothing]}, loss.gamma: {float: [0.0, 4.0]}}")
-    smooth = {"loss": "label_smoothing", "loss.gamma": 3.0}
-    assert sweep.run(smooth).loss == LabelSmoothing()
-    assert sweep.id_of(smooth) == sweep.id_of({**smooth, "loss.gamma": 1.0}) != sweep.id_of(sweep.published)
-
-
-def test_progress_tells_what_is_left() -> None:
-    """6 trials, of which 2 go on after epoch 1: 6 * 1 + 2 * 4 epochs, and 4 took 2 minutes."""
-    about = {"name": "tiny", "budget": {"trials": 6, "hours": 1.0, "confirm_seeds": 3}, "epochs": 5}
-    about |= {"scheduler": "asha", "grace_epochs": 1, "reduction": 3}
+def test_progress_tells_how_far_it_is() -> None:
+    about = {"name": "tiny", "budget": {"trials": 6}}
     found = [trial(1, DONE, 0.5, 0.6), trial(2, PRUNED, 0.4), trial(3, RUNNING, 0.9)]
-    line = report.progress(found, about, 120.0, running=True)
-    assert line == (
-        "2 of 6 trials ended; best so far 60.00 % (trial 1); 4 epochs, 2.0 min; about 5 min left, 58 at most"
-    )
-    whole = report.progress(found, about | {"scheduler": "none"}, 120.0, running=True)
-    assert "about 13 min left" in whole  # 30 epochs
-    assert report.progress(found, about, 120.0, running=False).endswith(
-        "no process works on it; `fer sweep tiny` goes on"
-    )
-    ended = [trial(number, DONE, 0.5) for number in range(1, 7)]
-    assert report.progress(ended, about, 120.0, running=True).endswith("best and base are trained with other seeds")
-
-
-def test_progress_is_told_from_what_the_sweep_writes_of_itself() -> None:
-    """12 trials: 12 * 4 epochs to the rung at 4, then 4 * 16; 4 of them took a minute."""
-    sweep = plan()
-    trials.begin(sweep)
-    about = json.loads((sweep.folder / "sweep.json").read_text())
-    line = report.progress([trial(1, RUNNING, 0.1, 0.2, 0.3, 0.4)], about, 60.0, running=True)
-    assert line == "0 of 12 trials ended; best so far 40.00 % (trial 1); 4 epochs, 1.0 min; " + (
-        "about 27 min left, 59 at most"
-    )
+    line = "2 of 6 trials ended; best so far 60.00 % (trial 1); 4 epochs, 0.4 min of training"
+    assert report.progress(found, about, running=True) == line
+    idle = "; no process works on it; `fer sweep tiny` goes on"
+    assert report.progress(found, about, running=False) == line + idle
 
 
 def test_trials_are_listed_with_the_best_first() -> None:
@@ -214,12 +201,12 @@ def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:
     point = {**sweep.published, "loss.alpha": 0.5}
     rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 6.0} for i in range(sweep.base.run.epochs))
     first = Trial(1, sweep.published, PRUNED, None, Path(), rows[:2])
-    result = trials.conclude(sweep, [first, Trial(2, point, DONE, None, Path(), rows)], [])
+    result = sweeps.conclude(sweep, [first, Trial(2, point, DONE, None, Path(), rows)], [])
     note = report.sweep_note({**result, "importance": {"loss.alpha": 0.75}})
-    assert "2 trials (1 done, 1 pruned) in 0.0 min, 22 of 40 epochs (55 %)." in note
-    assert "trial 1: 50.00 % when it was stopped after epoch 2." in note
+    assert "2 trials (1 done, 1 pruned), 2.2 min of training, 22 of 40 epochs (55 %)." in note
+    assert "swin_nr_fpdls_tiny as it is: 50.00 % when it was stopped after epoch 2." in note
     assert "Importance for a trial's rank: loss.alpha 75 %." in note
     assert report.sweep_line(result) == f"sweep {sweep.folder.name}, trial 2: val 50.00 %, not confirmed"
     base = experiments.load(["swin_nr_fpdls_tiny"], {})["swin_nr_fpdls_tiny"].run
-    assert trials.best_run(sweep.folder, result) == base.model_copy(update={"loss": FocalPdls(alpha=0.5, gamma=2.0)})
+    assert sweeps.best_run(sweep.folder, result) == base.model_copy(update={"loss": FocalPdls(alpha=0.5, gamma=2.0)})
     assert (result["base"], result["best_name"]) == ("swin_nr_fpdls_tiny", "tiny_best")

@@ -1,14 +1,14 @@
-"""A sweep on disk, the one truth about it: sweep.json, and for each trial a folder with trial.json and its runs.
+"""A sweep on disk, the one truth about it: sweep.json, and a run's folder for each trial.
 
-data/sweeps/<name>-<8 hex of base, space, search and data>/trials/<number>/<run id>/; `fer.train` fills the last.
+data/sweeps/<name>-<8 hex of base, space, search and data>/runs/<run id>/: what `fer.train` writes, and trial.json.
 """
 
 import csv
-import fcntl
 import hashlib
 import json
 import shutil
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ from fer.files import write_json
 from fer.formats import format_of, read_run
 from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
+from fer.run_folder import BEST, LAST, METRICS, read_rows, read_summary
 from fer.settings import differing
-from pipelines import space as spaces
-from pipelines import sweep_settings
-from pipelines.experiments import Experiment
-from pipelines.space import Point, Space
-from pipelines.sweep_settings import Sweep
+from pipelines.experiments import Experiment, Job
+from pipelines.sweeps import settings
+from pipelines.sweeps import space as spaces
+from pipelines.sweeps.settings import Sweep
+from pipelines.sweeps.space import Known, Params, Space
+from pipelines.work import is_held
 
 SWEEPS = Path("data/sweeps")
-RUNNING, DONE, PRUNED, FAILED = "running", "done", "pruned", "failed"  # of a trial; running: or to be run again
+LAYOUT = 3  # of what stands here: 1 and 2 had trials/<number>/ and other schedulers
+RUNNING, DONE, PRUNED, FAILED = "running", "done", "pruned", "failed"  # of a trial; pruned: it was stopped, or cut
 # what makes it another sweep; the budget may grow and the machine may change
 SAME = ("base", "seed", "search", "scheduler", "grace_epochs", "reduction", "space")
 
@@ -44,18 +47,24 @@ class Plan:
     folder: Path
     root: Path  # of the project
 
-    def run(self, point: Point) -> Run:
-        run, faults = spaces.changed(self.base.run, self.space, point)
+    @property
+    def published(self) -> Params:
+        """The point that is the base."""
+        return spaces.params_of(self.base.run, self.space)
+
+    def run(self, params: Params) -> Run:
+        run, faults = spaces.changed(self.base.run, self.space, Known(params))
         if run is None:
-            raise ValueError(f"{point}: {faults[0]}")
+            raise UserError(f"sweep {self.name}: space: {params} cannot work: {faults[0]}")
         return run
 
-    def id_of(self, point: Point) -> str:
-        return run_id(self.base.name, self.run(point), self.data_hash)
+    def id_of(self, params: Params) -> str:
+        return run_id(self.base.name, self.run(params), self.data_hash)
 
-    @property
-    def published(self) -> Point:
-        return spaces.published(self.base.run, self.space)
+    def job(self, params: Params) -> Job:
+        """A trial as a run of its own, in the sweep's folder."""
+        folder = self.root / self.folder / "runs" / self.id_of(params)
+        return Job(self.base.name, self.run(params), self.resources, folder)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Trial:
     """One trial: what it was given, and how far it came."""
 
     number: int  # the first is 1, the base
-    point: Point
+    point: Params
     state: str
     error: str | None
     folder: Path
@@ -84,12 +93,12 @@ class Trial:
     @property
     def rank(self) -> tuple[bool, int, float]:
         """Order of merit: those that came further first, as those that were stopped were worse."""
-        return self.state in (DONE, PRUNED, RUNNING), self.epoch, self.best or 0.0
+        return self.state != FAILED, self.epoch, self.best or 0.0
 
 
 def plan(words: list[str], machine: dict[str, Any], data_hash: str) -> Plan:
     """The sweep named in `words`, with the changes there. Raises UserError when there is none, or it cannot work."""
-    name, sweep, base, space = sweep_settings.load(words, machine)
+    name, sweep, base, space = settings.load(words, machine)
     device = base.resources.device if sweep.gpus_per_trial else "cpu"
     of_trial = {"workers": 1, "cpus_per_worker": sweep.cpus_per_trial, "gpus_per_worker": 1.0, "device": device}
     resources = Resources.model_validate(base.resources.model_dump() | of_trial)
@@ -100,6 +109,7 @@ def plan(words: list[str], machine: dict[str, Any], data_hash: str) -> Plan:
 def _about(name: str, sweep: Sweep, run: Run, data_hash: str) -> dict[str, Any]:
     """What stands in sweep.json and decides the sweep's id."""
     return {
+        "layout": LAYOUT,
         "format": FORMAT,
         "name": name,
         **{key: value for key, value in sweep.model_dump().items() if key in SAME},
@@ -121,9 +131,10 @@ def check_same(plan: Plan, new: bool) -> None:
 
 def begin(plan: Plan) -> None:
     """Make the folder and sweep.json, with the budget as it is now."""
-    (plan.folder / "trials").mkdir(parents=True, exist_ok=True)
+    (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
     about = _about(plan.name, plan.sweep, plan.base.run, plan.data_hash)
-    write_json(plan.folder / "sweep.json", {**about, "epochs": plan.base.run.epochs, "budget": _budget(plan)})
+    beside = {"epochs": plan.base.run.epochs, "first": plan.id_of(plan.published), "budget": _budget(plan)}
+    write_json(plan.folder / "sweep.json", {**about, **beside})
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -144,9 +155,8 @@ def _budget(plan: Plan) -> dict[str, Any]:
 
 def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     before, prefix = read_about(other), f"sweep {plan.name}"
-    if format_of(before) != FORMAT:
-        begun = f"{other} was begun in format {format_of(before)} and cannot go on in format {FORMAT}"
-        return f"{prefix}: {begun}; give --new to start another"
+    if before.get("layout") != LAYOUT or format_of(before) != FORMAT:
+        return f"{prefix}: {other} was begun by another version of this program; give --new to start another"
     names = []
     for key in about:
         if about[key] != before.get(key):
@@ -184,62 +194,52 @@ def folders(name: str | None = None) -> list[Path]:
 
 
 def _touched(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in [folder / "sweep.json", *folder.glob("clock.json")])
+    return max(path.stat().st_mtime for path in [folder / "sweep.json", *folder.glob(f"runs/*/{METRICS}")])
 
 
-def add_trial(folder: Path, number: int, point: Point) -> Trial:
-    """A new trial, to be run."""
-    target = folder / "trials" / f"{number:03d}"
-    target.mkdir(parents=True, exist_ok=True)
-    _write(target, number, point, RUNNING, None)
-    return read_trial(target)
+def begin_trial(folder: Path, params: Params) -> None:
+    """Note what the run in `folder` was given, and when; nothing changes where that stands there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "trial.json").exists():
+        write_json(folder / "trial.json", {"point": params, "began": time.time(), "done": False, "error": None})
 
 
-def set_state(trial: Trial, state: str, error: str | None = None) -> Trial:
-    """The trial as it is now, in that state."""
-    _write(trial.folder, trial.number, trial.point, state, error)
-    return read_trial(trial.folder)
+def end_trial(folder: Path, error: str | None = None) -> None:
+    """Note that a trial has come to its end, or why it cannot."""
+    ended = {"done": error is None, "error": error}
+    write_json(folder / "trial.json", {**json.loads((folder / "trial.json").read_text()), **ended})
 
 
-def drop_weights(trial: Trial) -> None:
-    """An ended trial is there for its numbers: dozens of checkpoints would fill the disk."""
-    for name in ("last", "best"):
-        for path in trial.folder.glob(f"*/{name}"):
+def read_error(folder: Path) -> str | None:
+    """Why a trial cannot be gone on with."""
+    return json.loads((folder / "trial.json").read_text())["error"]
+
+
+def drop_weights(folder: Path) -> None:
+    """Trials are there for their numbers: dozens of checkpoints would fill the disk."""
+    for name in (LAST, BEST):
+        for path in folder.glob(f"runs/*/{name}"):
             shutil.rmtree(path)
 
 
-def _write(folder: Path, number: int, point: Point, state: str, error: str | None) -> None:
-    write_json(folder / "trial.json", {"number": number, "point": point, "state": state, "error": error})
-
-
 def read_trials(folder: Path) -> list[Trial]:
-    """All trials in order, each with what it has written so far."""
-    return [read_trial(path.parent) for path in sorted((folder / "trials").glob("*/trial.json"))]
+    """All trials, the base and then in the order in which they began, each with what it has written so far."""
+    sweep, found = read_about(folder), []
+    for path in folder.glob("runs/*/trial.json"):
+        found.append((json.loads(path.read_text()), path.parent, tuple(read_rows(path.parent))))
+    found.sort(key=lambda one: (one[1].name != sweep.get("first"), one[0]["began"], one[1].name))
+    return [
+        Trial(number, about["point"], _state(about, run), about["error"], run, rows)
+        for number, (about, run, rows) in enumerate(found, 1)
+    ]
 
 
-def read_trial(folder: Path) -> Trial:
-    about = json.loads((folder / "trial.json").read_text())
-    # the run that it works on: its only one, or the last that pbt made of it
-    runs = sorted(folder.glob("*/point.json"), key=lambda path: path.stat().st_mtime_ns)
-    now = read_point(runs[-1].parent) if runs else None
-    rows = tuple(read_rows(runs[-1].parent)) if runs else ()
-    return Trial(about["number"], now["point"] if now else about["point"], about["state"], about["error"], folder, rows)
-
-
-def read_point(run_folder: Path) -> dict[str, Any] | None:
-    """point.json: the point that is trained there, and whose checkpoint it started from; None when it is not there."""
-    try:
-        return json.loads((run_folder / "point.json").read_text())
-    except FileNotFoundError:
-        return None
-
-
-def read_rows(run_folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none before the first epoch's end."""
-    try:
-        return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    except FileNotFoundError:
-        return []
+def _state(about: dict[str, Any], run: Path) -> str:
+    if about["error"]:
+        return FAILED
+    if about["done"]:
+        return DONE
+    return RUNNING if is_held(run) else PRUNED
 
 
 def best_of(trials: list[Trial]) -> Trial | None:
@@ -251,24 +251,9 @@ def best_of(trials: list[Trial]) -> Trial | None:
     return max(fit, key=lambda trial: trial.rank, default=None)
 
 
-def spent(folder: Path) -> float:
-    """Seconds that the search took so far, over all starts."""
-    try:
-        return json.loads((folder / "clock.json").read_text())["seconds"]
-    except FileNotFoundError:
-        return 0.0
-
-
-def running(folder: Path) -> bool:
-    """Whether a process on this machine works on the sweep."""
-    try:
-        with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def spent(trials: list[Trial], at_once: int) -> float:
+    """Seconds of search so far: those of all epochs, of which so many ran beside each other."""
+    return sum(trial.seconds for trial in trials) / at_once
 
 
 def result(folder: Path) -> dict[str, Any] | None:
@@ -303,15 +288,16 @@ def best_name(plan: Plan) -> str:
 
 def seeds(plan: Plan, best: Trial) -> list[int]:
     """Seeds that the search did not use; none where the base itself is the best."""
-    own = plan.id_of(best.point) == plan.id_of(plan.published)
-    return [] if own else [plan.base.run.seed + 1 + i for i in range(plan.sweep.confirm_seeds)]
+    return [] if best.number == 1 else [plan.base.run.seed + 1 + i for i in range(plan.sweep.confirm_seeds)]
 
 
 def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str, Any]:
     """result.json. `confirmed`: folders of the finished runs of best and base, in turns, a pair for each seed."""
     best = best_of(trials)
     assert best is not None
-    values = [json.loads((folder / "summary.json").read_text())["val"]["accuracy"] for folder in confirmed]
+    summaries = [summary for folder in confirmed if (summary := read_summary(folder)) is not None]
+    values = [summary["val"]["accuracy"] for summary in summaries]
+    first = trials[0]
     return {
         "format": FORMAT,
         "sweep": plan.folder.name,
@@ -319,11 +305,11 @@ def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str
         "best_name": best_name(plan),
         "budget": _budget(plan),
         "trials": len(trials),
-        "states": {state: sum(trial.state == state for trial in trials) for state in (DONE, PRUNED, FAILED, RUNNING)},
+        "states": {state: sum(trial.state == state for trial in trials) for state in (DONE, PRUNED, FAILED)},
         "epochs": sum(trial.epoch for trial in trials),
         "epochs_of_all": len(trials) * plan.base.run.epochs,
-        "minutes": spent(plan.folder) / 60,
-        "first": {"val_accuracy": trials[0].best, "epoch": trials[0].epoch, "epochs": plan.base.run.epochs},
+        "minutes": sum(trial.seconds for trial in trials) / 60,
+        "first": {"val_accuracy": first.best, "epoch": first.epoch, "epochs": plan.base.run.epochs},
         "best": {"number": best.number, "val_accuracy": best.best, "epoch": best.epoch, "point": best.point},
         "run": plan.run(best.point).model_dump(),
         "seeds": seeds(plan, best) if values else [],
@@ -332,20 +318,15 @@ def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str
     }
 
 
-def write_result(plan: Plan, result: dict[str, Any]) -> Path:
-    """Last of all: with it the sweep is complete."""
-    write_json(plan.folder / "result.json", result)
-    return plan.folder / "result.json"
-
-
 def write_table(plan: Plan, trials: list[Trial]) -> Path:
     """trials.csv, a line for each trial."""
     path = plan.folder / "trials.csv"
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["trial", "state", "epochs", "val_accuracy", "minutes", *plan.space])
+        keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
+        table.writerow(["trial", "state", "epochs", "val_accuracy", "minutes", *keys])
         for trial in trials:
-            values = [trial.point[key] for key in plan.space]
+            values = [trial.point.get(key) for key in keys]
             table.writerow([trial.number, trial.state, trial.epoch, trial.best, round(trial.seconds / 60, 2), *values])
     return path
 

@@ -2,16 +2,18 @@
 
 from typing import Any
 
+import optuna
 import pytest
 from conftest import ROOT
 
-from fer.losses import CompensatedFocalPdls, CrossEntropy, FocalPdls, LabelSmoothing, Pdls
-from fer.models.classifier import Bilinear, Neural
+from fer.losses import CrossEntropy, FocalPdls, LabelSmoothing, Pdls
 from fer.optimizer import Sgd
-from fer.run import Run, run_id
-from fer.schedule import Constant
-from pipelines import experiments, sweep_settings
-from pipelines import space as spaces
+from fer.run import Run
+from fer.schedule import Cosine
+from pipelines import experiments
+from pipelines.sweeps import settings
+from pipelines.sweeps import space as spaces
+from pipelines.sweeps.space import Known
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +38,8 @@ def mistakes(given: dict[str, Any], run: Run | None = None) -> list[str]:
     return found
 
 
-def changed(dimensions: spaces.Space, point: spaces.Point, run: Run | None = None) -> Run:
-    found, faults = spaces.changed(run or base(), dimensions, point)
+def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = None) -> Run:
+    found, faults = spaces.changed(run or base(), dimensions, Known(point))
     assert faults == []
     assert found is not None
     return found
@@ -82,7 +84,7 @@ def changed(dimensions: spaces.Space, point: spaces.Point, run: Run | None = Non
         ("loss", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', did you"),
         ("loss.name", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', di"),
         ("loss", {"choice": ["focal_pdls", {"name": "pdls", "gamma": 2.0}]},
-         """'{"name": "pdls", "gamma": 2.0}' cannot work: loss.gamma: unknown key of 'pdls'; known: alpha"""),
+         "'pdls' cannot work: loss.gamma: unknown key of 'pdls'; known: alpha"),
         ("model.stn", {"choice": [True, "no"]}, "'no' cannot work: model.stn: should be a valid boolean, got 'no'"),
         ("model.stn", {"choice": [True, 1]}, "1 stands in the choices twice"),
         ("loss", {"choice": ["focal_pdls", {"name": "focal_pdls"}]}, "'focal_pdls' stands in the choices twice"),
@@ -103,7 +105,7 @@ def test_a_mistake_is_one_line_that_names_the_key(key: str, given: object, messa
 def test_a_name_that_comes_with_another_value_than_the_bases_is_not_the_base() -> None:
     """`loss: focal_pdls` is the base's loss whatever its alpha; with an alpha of its own it is another one."""
     run = base("swin_nr_fpdls_tiny", "loss.alpha=0.6")
-    assert spaces.published(run, space({"loss": {"choice": ["focal_pdls", "pdls"]}}, run)) == {"loss": "focal_pdls"}
+    assert spaces.params_of(run, space({"loss": {"choice": ["focal_pdls", "pdls"]}}, run)) == {"loss": "focal_pdls"}
     (line,) = mistakes({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, run)
     assert line.startswith("space.loss: does not hold the base's {'name': 'focal_pdls', 'alpha': 0.6, ")
 
@@ -133,79 +135,88 @@ def test_a_point_changes_what_it_names_and_nothing_else() -> None:
 
 def test_values_that_do_not_fit_together_are_told() -> None:
     run = base("swin_nr_fpdls_tiny", "schedule={name: constant, warmup_epochs: 1}")
-    warmup = {"choice": [1.0, 20.0]}
-    dimensions = space({"schedule": {"choice": ["constant", "cosine"]}, "schedule.warmup_epochs": warmup}, run)
-    found = changed(dimensions, {"schedule": "constant", "schedule.warmup_epochs": 20.0}, run)
-    assert found.schedule == Constant(warmup_epochs=20.0)
-    nothing, faults = spaces.changed(run, dimensions, {"schedule": "cosine", "schedule.warmup_epochs": 20.0})
+    given = {"schedule": {"choice": ["constant", {"name": "cosine", "warmup_epochs": {"float": [0.0, 19.0]}}]}}
+    dimensions = space(given, run)
+    found = changed(dimensions, {"schedule": "cosine", "schedule.cosine.warmup_epochs": 3.0}, run)
+    assert found.schedule == Cosine(warmup_epochs=3.0)
+    nothing, faults = spaces.changed(base(), {"schedule.warmup_epochs": {"choice": [1.0, 20.0]}},
+                                     Known({"schedule.warmup_epochs": 20.0}))  # fmt: skip
     assert nothing is None
     assert [str(fault) for fault in faults] == ["schedule.warmup_epochs: 20 leaves nothing of epochs 20"]
 
 
 def test_the_point_of_the_base_gives_the_base_back() -> None:
-    assert sweep_settings.known() == ["fpdls", "sample", "tiny"]
-    for name in sweep_settings.known():
-        _, sweep, experiment, dimensions = sweep_settings.load([name], {})
-        point = spaces.published(experiment.run, dimensions)
-        assert list(point) == list(sweep.space), name
+    assert settings.known() == ["fpdls", "sample", "tiny"]
+    for name in settings.known():
+        _, sweep, experiment, dimensions = settings.load([name], {})
+        point = spaces.params_of(experiment.run, dimensions)
+        assert [key for key in point if key in sweep.space] == list(sweep.space), name
         assert changed(dimensions, point, experiment.run) == experiment.run
 
 
-# Sections that are chosen by name, and keys that only some of them have
+# Sections that are chosen by name, with ranges of their own
 
-LOSSES = {"choice": ["focal_pdls", "compensated_focal_pdls", "pdls", "label_smoothing", "cross_entropy"]}
-KEYS = {"loss": LOSSES, "loss.alpha": {"float": [0.5, 1.0]}, "loss.gamma": {"float": [0.0, 4.0]}}
+ALPHA, GAMMA = {"float": [0.5, 1.0]}, {"float": [0.0, 4.0]}
+LOSSES = {
+    "choice": [
+        {"name": "focal_pdls", "alpha": ALPHA, "gamma": GAMMA},
+        {"name": "pdls", "alpha": ALPHA},
+        "label_smoothing",
+        "cross_entropy",
+    ]
+}
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"),
+    ("params", "expected"),
     [
-        ("focal_pdls", FocalPdls(alpha=0.6, gamma=3.0)),
-        ("compensated_focal_pdls", CompensatedFocalPdls(alpha=0.6)),
-        ("pdls", Pdls(alpha=0.6)),
-        ("label_smoothing", LabelSmoothing(alpha=0.6)),
-        ("cross_entropy", CrossEntropy()),
+        ({"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.6, "loss.focal_pdls.gamma": 3.0},
+         FocalPdls(alpha=0.6, gamma=3.0)),
+        ({"loss": "pdls", "loss.pdls.alpha": 0.6}, Pdls(alpha=0.6)),
+        ({"loss": "label_smoothing"}, LabelSmoothing()),
+        ({"loss": "cross_entropy"}, CrossEntropy()),
     ],
-)
-@pytest.mark.parametrize("key", ["loss", "loss.name"])
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]], ids=["name first", "name last"])
-def test_a_key_that_the_chosen_section_lacks_is_left_out_and_the_others_are_set(loss, expected, key, order) -> None:
-    dimensions = space({key: LOSSES, "loss.alpha": KEYS["loss.alpha"], "loss.gamma": KEYS["loss.gamma"]})
-    point = [(key, loss), ("loss.alpha", 0.6), ("loss.gamma", 3.0)]
-    found = changed(dimensions, dict(point[i] for i in order))
+    ids=lambda value: value.get("loss") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_choice_draws_what_it_has_and_nothing_else(params: dict, expected: Any) -> None:
+    study = optuna.create_study()
+    study.enqueue_trial(params)
+    drawn = study.ask()
+    found, faults = spaces.changed(base(), space({"loss": LOSSES}), drawn)
+    assert faults == []
     assert found == base().model_copy(update={"loss": expected})
+    assert drawn.params == params
 
 
-def test_points_that_differ_in_a_key_without_meaning_have_one_run_id() -> None:
-    dimensions = space(KEYS)
-
-    def id_of(loss: str, alpha: float, gamma: float) -> str:
-        run = changed(dimensions, {"loss": loss, "loss.alpha": alpha, "loss.gamma": gamma})
-        return run_id("x", run, "data")
-
-    assert id_of("label_smoothing", 0.6, 1.0) == id_of("label_smoothing", 0.6, 3.0)
-    assert id_of("label_smoothing", 0.6, 1.0) != id_of("label_smoothing", 0.7, 1.0)
-    assert id_of("focal_pdls", 0.6, 1.0) != id_of("focal_pdls", 0.6, 3.0)
-    assert id_of("cross_entropy", 0.6, 1.0) == id_of("cross_entropy", 0.7, 3.0)
+def test_the_base_is_a_point_of_its_own_section() -> None:
+    params = {"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.8, "loss.focal_pdls.gamma": 2.0}
+    assert spaces.params_of(base(), space({"loss": LOSSES})) == params
 
 
-def test_keys_without_meaning_lie_deeper_too() -> None:
-    """`model.resizer.blocks` is of the neural resizer alone."""
-    given = {"model.resizer": {"choice": ["neural", "bilinear"]}, "model.resizer.blocks": {"int": [1, 3]},
-             "model.resizer.size": {"choice": [24, 48]}}  # fmt: skip
-    dimensions = space(given)
-    point = {"model.resizer": "bilinear", "model.resizer.blocks": 3, "model.resizer.size": 24}
-    assert changed(dimensions, point).model.resizer == Bilinear(size=24)
-    neural = changed(dimensions, point | {"model.resizer": "neural"}).model.resizer
-    assert neural == Neural(size=24, blocks=3)
+def test_ranges_in_a_table_without_a_name_go_by_its_number() -> None:
+    given = [{"blocks": 2, "channels": {"int": [8, 16]}}, {"blocks": 1}]
+    dimensions = space({"model.resizer": {"choice": given}})
+    first = '{"blocks": 2, "channels": {"int": [8, 16]}}'
+    assert spaces.params_of(base(), dimensions) == {"model.resizer": '{"blocks": 1}'}
+    found = changed(dimensions, {"model.resizer": first, "model.resizer.1.channels": 12})
+    assert (found.model.resizer.blocks, found.model.resizer.channels) == (2, 12)
+
+
+def test_both_ends_of_a_range_in_a_choice_are_tried() -> None:
+    (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"float": [0.5, 2]}}]}})
+    assert line.startswith("space.loss: 'pdls' cannot work: loss.alpha: should be less than or equal to 1, got 2")
+    (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"float": [1, 1]}}]}})
+    assert line == "space.loss: the range [1, 1] is empty; low must be below high"
+    (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"factor": [0, 1]}}]}})
+    assert line == "space.loss: a factor cannot stand inside a choice"
 
 
 def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_the_bases_keys() -> None:
     run = base("vgg13_small")
     assert run.optimizer.weight_decay == 0.01
     dimensions = space({"optimizer": {"choice": ["adamw", {"name": "sgd", "lr": 0.1}]}}, run)
-    sgd = '{"name": "sgd", "lr": 0.1}'
-    assert dimensions["optimizer"].labels == ["adamw", sgd]
+    sgd = "sgd"
+    assert spaces._labels(dimensions["optimizer"]["choice"]) == ["adamw", sgd]
     assert changed(dimensions, {"optimizer": "adamw"}, run) == run
     assert changed(dimensions, {"optimizer": sgd}, run).optimizer == Sgd(lr=0.1)
     assert Sgd(lr=0.1).weight_decay != 0.01
@@ -216,7 +227,7 @@ def test_a_table_among_the_choices_is_laid_over_the_base() -> None:
     given = [{"size": 224, "scale": 0.584}, {"size": 256, "scale": None}]
     dimensions = space({"model.resizer": {"choice": given}, "model.resizer.blocks": {"int": [1, 3]}}, run)
     first, second = '{"size": 224, "scale": 0.584}', '{"size": 256, "scale": null}'
-    assert spaces.published(run, dimensions) == {"model.resizer": first, "model.resizer.blocks": 1}
+    assert spaces.params_of(run, dimensions) == {"model.resizer": first, "model.resizer.blocks": 1}
     found = changed(dimensions, {"model.resizer": second, "model.resizer.blocks": 2}, run).model
     resizer = run.model.resizer.model_copy(update={"size": 256, "scale": None, "blocks": 2})
     assert found == run.model.model_copy(update={"resizer": resizer})
@@ -224,7 +235,6 @@ def test_a_table_among_the_choices_is_laid_over_the_base() -> None:
 
 def test_a_list_among_the_choices_is_a_value() -> None:
     dimensions = space({"model.head": {"choice": [[64], [128, 64]]}})
-    assert dimensions["model.head"].labels == ["[64]", "[128, 64]"]
     assert changed(dimensions, {"model.head": "[128, 64]"}).model.head == [128, 64]
 
 
@@ -234,7 +244,7 @@ def test_a_list_among_the_choices_is_a_value() -> None:
         ({"loss": {"choice": ["focal_pdls", "pdls"]}}, {"loss.name": {"choice": ["focal_pdls", "pdls"]}}, "loss.name"),
         ({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, {"loss.alpha": {"float": [0, 1]}},
          "loss.alpha"),
-        ({"augment": {"factor": [0, 1]}}, {"augment.rotation": {"float": [0, 20]}}, "augment"),
+        ({"augment": {"factor": [0, 1]}}, {"augment.rotation": {"float": [0, 20]}}, "augment.rotation"),
         ({"model.resizer": {"choice": [{"blocks": 1}, {"blocks": 2}]}}, {"model.resizer.blocks": {"int": [1, 3]}},
          "model.resizer.blocks"),
     ],
@@ -248,33 +258,18 @@ def test_dimensions_that_set_the_same_value(one: dict, other: dict, path: str) -
     assert line.endswith(f" is set by {second} too; leave one of them out")
 
 
-def test_a_section_by_name_and_its_keys_do_not_overlap() -> None:
-    assert mistakes(KEYS) == []
-    assert mistakes({"loss.name": LOSSES, "loss.alpha": KEYS["loss.alpha"]}) == []
+def test_keys_beside_each_other_do_not_overlap() -> None:
     assert mistakes({"augment.rotation": {"float": [0, 20]}, "augment.scale": {"float": [0, 0.2]}}) == []
 
 
 def test_a_grid_has_every_point_once() -> None:
-    _, _, _, dimensions = sweep_settings.load(["sample"], {})
+    _, _, _, dimensions = settings.load(["sample"], {})
     points = list(spaces.grid(dimensions))
     assert len(points) == 4 * 2 * 2
     assert len({tuple(point.values()) for point in points}) == 16
 
 
 def test_values_are_rounded_to_four_digits_within_the_range() -> None:
-    dimensions = space({"optimizer.lr": {"log": [1.23444e-5, 1e-2]}, "batch_size": {"int": [16, 64]}})
-    assert dimensions["optimizer.lr"].round(0.00123456) == 0.001235
-    assert dimensions["optimizer.lr"].round(1.23444e-5) == 1.23444e-5  # 1.234e-5 is below the range
-    assert dimensions["batch_size"].round(17) == 17
-
-
-@pytest.mark.parametrize(
-    ("key", "fixed"),
-    [
-        ("model.resizer.blocks", True), ("model.stn", True), ("input.image_size", True), ("ema_decay", True),
-        ("optimizer", True), ("optimizer.name", True), ("optimizer.lr", False), ("loss", False), ("loss.alpha", False),
-        ("augment", False), ("batch_size", False),
-    ],
-)  # fmt: skip
-def test_what_a_running_run_cannot_change(key: str, fixed: bool) -> None:
-    assert spaces.fixed_on_the_way(key) == fixed
+    dimensions = space({"optimizer.lr": {"log": [1.23444e-5, 1e-2]}})
+    assert changed(dimensions, {"optimizer.lr": 0.00123456}).optimizer.lr == 0.001235
+    assert changed(dimensions, {"optimizer.lr": 1.23444e-5}).optimizer.lr == 1.23444e-5  # 1.234e-5 is below the range

@@ -1,0 +1,258 @@
+"""The only user of Ray Tune and Optuna: runs the trials of a sweep, several at once, by the two's own parts.
+
+What is known stands in the folders of the trials. Each start is a new search that is told all of them first: a trial
+tells its rows and is done, or goes on from its last epoch. So nothing of Tune's own state is kept, and a larger budget,
+another machine and another version of Ray are the same case as a process that was killed.
+"""
+
+import logging
+import math
+import os
+import shutil
+import uuid
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.trial import FixedTrial, create_trial
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from fer.errors import UserError
+from fer.run import resource_faults
+from fer.run_folder import LAST, read_rows
+from pipelines.sweeps import folder as disk
+from pipelines.sweeps.folder import FAILED, Plan, Trial, read_trials
+from pipelines.sweeps.space import Params, changed, grid
+from pipelines.work import work
+
+METRIC, TIME = "best", "epoch"
+WORST = 0.0  # of a trial that fails
+logging.getLogger("ray.tune").setLevel(logging.ERROR)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def check(plan: Plan) -> None:
+    """Raises UserError where the started Ray has no room for a trial, or the space no points that work."""
+    have, sweep, prefix = ray.cluster_resources(), plan.sweep, f"sweep {plan.name}"
+    for kind, need in (("cpu", sweep.cpus_per_trial), ("gpu", sweep.gpus_per_trial)):
+        if need > have.get(kind.upper(), 0):
+            remedy = "set it to 0 to use CPUs" if kind == "gpu" else "lower it"
+            there = f"there are {have.get(kind.upper(), 0):g}"
+            raise UserError(f"{prefix}: {kind}s_per_trial: {need:g} {kind.upper()}s, {there}; {remedy}")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
+    found = [fault for _ in range(50) if (fault := _fault(plan, study.ask()))]
+    if found:
+        raise UserError(f"{prefix}: space: {len(found)} of 50 points drawn from it cannot work, as {found[0]}")
+
+
+def _fault(plan: Plan, drawn: optuna.Trial) -> str | None:
+    """Why a run cannot have this point, whose values may each be well; confirmed, it has the base's resources."""
+    run, found = changed(plan.base.run, plan.space, drawn)
+    if run is not None:
+        found = resource_faults(run, plan.resources) or resource_faults(run, plan.base.resources)
+    return f"{found[0]} ({drawn.params})" if found else None
+
+
+def search(plan: Plan) -> list[Trial]:
+    """Run trials until the budget is used up; what was done before counts. Returns all trials.
+
+    Raises UserError for what stops every trial, RuntimeError when each of them failed.
+    """
+    before = sorted(read_trials(plan.folder), key=lambda trial: trial.rank, reverse=True)
+    points = [plan.published] + (list(grid(plan.space)) if plan.sweep.search == "grid" else [])
+    known = {trial.folder.name: trial.point for trial in before}  # the best first, with whom the others compare
+    for params in points:
+        known.setdefault(plan.id_of(params), params)
+    wanted = len(known) if plan.sweep.search == "grid" else max(plan.sweep.trials, len(known))
+    seconds = _seconds_left(plan, before)
+    whole = len(before) == wanted and not list(plan.folder.glob(f"runs/*/{LAST}"))
+    if seconds > 0 and not whole:
+        _run(plan, list(known.values()), wanted, None if seconds == math.inf else seconds)
+        disk.drop_weights(plan.folder)
+    after = read_trials(plan.folder)
+    if after and all(trial.state == FAILED for trial in after):
+        raise RuntimeError(f"sweep {plan.name}: all {len(after)} trials failed; the first: {after[0].error}")
+    return after
+
+
+def _seconds_left(plan: Plan, before: list[Trial]) -> float:
+    hours = plan.sweep.hours
+    return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, _at_once(plan)))
+
+
+def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) -> None:
+    """One search by Tune for so many trials, which begins with the points that are known."""
+    sweep, storage = plan.sweep, (plan.folder / ".tune").resolve()
+    shutil.rmtree(storage, ignore_errors=True)  # of a start that was killed; nothing in it is read
+    mistake = _Mistake()
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trial, plan=plan), {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial}
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(
+                _Draw(plan), metric=METRIC, mode="max", points_to_evaluate=known, sampler=_sampler(plan, len(known))
+            ),
+            scheduler=_scheduler(plan),
+            metric=METRIC,
+            mode="max",
+            num_samples=wanted,
+            max_concurrent_trials=_at_once(plan),
+            reuse_actors=True,
+            time_budget_s=seconds,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(storage),
+            failure_config=tune.FailureConfig(max_failures=sweep.restarts),
+            stop=mistake,
+            verbose=0,
+        ),
+    )
+    try:
+        found = tuner.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if mistake.told:
+        raise UserError(mistake.told)
+    for index in range(len(found)):
+        result = found[index]
+        if result.error is not None and result.config is not None:
+            disk.end_trial(plan.job(result.config).folder, "its process died more often than `restarts` allows")
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Optuna's define-by-run function: draws what the space has, and no key that a choice leaves out."""
+
+    plan: Plan
+
+    def __call__(self, drawn: optuna.Trial) -> None:
+        changed(self.plan.base.run, self.plan.space, drawn)
+
+
+def _at_once(plan: Plan) -> int:
+    """As many trials as are wished, or as there is room for."""
+    have, sweep = ray.cluster_resources(), plan.sweep
+    room = have["CPU"] // sweep.cpus_per_trial
+    if sweep.gpus_per_trial:
+        room = min(room, int(have["GPU"]) * int(1 / sweep.gpus_per_trial + 1e-9))
+    return int(min(room, sweep.at_once or room))
+
+
+def _sampler(plan: Plan, told: int) -> optuna.samplers.BaseSampler:
+    """Seeded by how many trials are known, too: else it would ask for its first points again."""
+    seed = plan.sweep.seed + told
+    if plan.sweep.search != "tpe":
+        return optuna.samplers.RandomSampler(seed=seed)
+    start = min(10, max(4, plan.sweep.trials // 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group: for keys of a choice alone
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=start
+        )
+
+
+def _scheduler(plan: Plan) -> TrialScheduler:
+    sweep, epochs = plan.sweep, plan.base.run.epochs
+    if sweep.scheduler == "asha":
+        return ASHAScheduler(TIME, max_t=epochs, grace_period=sweep.grace_epochs, reduction_factor=sweep.reduction)
+    if sweep.scheduler == "hyperband":
+        return HyperBandScheduler(TIME, max_t=epochs, reduction_factor=sweep.reduction)
+    return FIFOScheduler()
+
+
+class _Mistake(tune.Stopper):
+    """Ends the search when a trial met what would stop every other."""
+
+    def __init__(self) -> None:
+        self.told: str | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self.told = self.told or result.get("mistake")
+        return False
+
+    def stop_all(self) -> bool:
+        return self.told is not None
+
+
+def _trial(config: dict[str, Any], plan: Plan) -> None:
+    """On a worker: tell the rows that are on disk, then train on from there.
+
+    Divergence and an error of the code are values, the worst; the death of the process alone is tried again.
+    """
+    with suppress(FileNotFoundError):  # on another machine of a cluster
+        os.chdir(plan.root)  # paths in settings are relative to the project, Ray starts workers elsewhere
+    job = plan.job(config)
+    disk.begin_trial(job.folder, config)
+    best = 0.0
+
+    def tell(row: dict[str, Any]) -> None:
+        nonlocal best
+        best = max(best, row["val_accuracy"])
+        tune.report({TIME: row["epoch"], METRIC: best})
+
+    rows, error = read_rows(job.folder), disk.read_error(job.folder)
+    for row in rows:
+        tell(row)
+    if error is None and (not rows or (job.folder / LAST).exists()):
+        ended = work(job, plan.root / "data", evaluated=False, on_epoch=tell, patience=math.inf)
+        if ended.kind == "mistake":
+            tune.report({TIME: len(rows) + 1, METRIC: WORST, "mistake": ended.message})
+        if ended.kind in ("stopped", "terminated", "died"):
+            raise RuntimeError(ended.message)
+        if ended.kind == "done":
+            disk.end_trial(job.folder)
+        if ended.kind in ("diverged", "fault"):
+            error = ended.message
+            disk.end_trial(job.folder, error)
+    if error is not None:
+        tune.report({TIME: plan.base.run.epochs, METRIC: WORST})
+
+
+def _study(plan: Plan, values: list[tuple[Trial, float]]) -> optuna.Study:
+    """Trials as they are on disk, each with a value."""
+    study = optuna.create_study(direction="maximize")
+    for trial, value in values:
+        drawn = FixedTrial(trial.point)
+        changed(plan.base.run, plan.space, drawn)
+        study.add_trial(create_trial(params=drawn.params, distributions=drawn.distributions, value=value))
+    return study
+
+
+def importance(plan: Plan, trials: list[Trial]) -> dict[str, float]:
+    """Share of each key in what decides a trial's rank (fANOVA), the largest first; {} where trials are too few.
+
+    By rank, since the accuracies of trials that ended at different epochs do not compare.
+    """
+    places = sorted({trial.rank for trial in trials})
+    if len(trials) < 5 or len(places) == 1:
+        return {}
+    study = _study(plan, [(trial, float(places.index(trial.rank))) for trial in trials])
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=plan.sweep.seed)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def draw(plan: Plan, trials: list[Trial]) -> list[Path]:
+    """Optuna's pictures of the trials, by best val accuracy: a line for each across all keys, and each key alone."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    study, pictures = _study(plan, [(trial, trial.best) for trial in trials if trial.best is not None]), []
+    plots = optuna.visualization.matplotlib
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for name, plot in (("parallel", plots.plot_parallel_coordinate), ("slices", plots.plot_slice)):
+            plot(study)
+            pictures.append(plan.folder / f"{name}.png")
+            plt.gcf().set_size_inches(3 + 2 * len(plan.space), 5)
+            plt.savefig(pictures[-1], dpi=110, bbox_inches="tight")
+            plt.close("all")
+    return pictures

@@ -1,0 +1,315 @@
+"""The space of a sweep: which keys of a run vary, within what, and the run that a drawn point of it gives.
+
+A range is a table of one key: {int | float | log: [low, high]}, {factor: [low, high]}, of the base's number or of all
+numbers of its table, or {choice: [...]}. A choice may hold tables, and these again ranges, so that what a loss has
+stands with it: {choice: [{name: focal_pdls, gamma: {float: [0, 4]}}, label_smoothing]}.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from fer.run import Run
+from fer.settings import Fault, check, nearest
+from pipelines.experiments import NAME, Layers
+
+RANGES = ("int", "float", "log", "factor")
+KINDS = (*RANGES, "choice")
+HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]}, {factor: [low, high]}, {choice: [...]}"
+NEVER = ("init_from", "seed", "epochs")  # not what a search is for
+Space = dict[str, Any]  # key of the run -> a range
+Params = dict[str, Any]  # name of a range -> its number, or the label of a choice; what Optuna knows of a trial
+
+
+class Draw(Protocol):
+    """What gives the value of each range: a trial of Optuna, or known values (`Known`)."""
+
+    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+
+
+class Known:
+    """Gives the values of a known point, one end of each range where it has none."""
+
+    def __init__(self, params: Params, high: bool = False):
+        self.params, self.high = params, high
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return self.params.get(name, high if self.high else low)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self.params.get(name, high if self.high else low)
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        return self.params.get(name, choices[-1 if self.high else 0])
+
+
+def changed(base: Run, space: Space, draw: Draw) -> tuple[Run | None, list[Fault]]:
+    """The base run with a drawn point's values, or None and why they do not fit together."""
+    whole = base.model_dump()
+    layers = Layers(Run, whole)
+    for key, given in space.items():
+        value = _drawn(given, key, draw, _find(whole, key))
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        layers.lay(value, "")
+    return check(Run, layers.tree)
+
+
+def _drawn(given: Any, name: str, draw: Draw, base: Any = None) -> Any:
+    kind, values = _range(given)
+    if kind is None:
+        table = isinstance(given, dict)
+        return {key: _drawn(value, f"{name}.{key}", draw) for key, value in given.items()} if table else given
+    if kind == "choice":
+        labels = _labels(values)
+        place = labels.index(draw.suggest_categorical(name, labels))
+        return _drawn(values[place], _below(name, labels, place), draw)
+    if kind == "int":
+        return draw.suggest_int(name, *values)
+    value = _rounded(draw.suggest_float(name, *values, log=kind == "log"), *values)
+    return _times(base, value) if kind == "factor" else value
+
+
+def _range(given: Any) -> tuple[str | None, Any]:
+    """Kind and values of a range; None where it is a plain value or a table of keys."""
+    if isinstance(given, dict) and len(given) == 1:
+        ((kind, values),) = given.items()
+        if kind in KINDS:
+            return kind, values
+    return None, given
+
+
+def _labels(values: list[Any]) -> list[Any]:
+    """The choices as plain values: a section by its name where no other has it, another table or list as its JSON."""
+    names = [value.get("name") for value in values if isinstance(value, dict)]
+
+    def label(value: Any) -> Any:
+        name = value.get("name") if isinstance(value, dict) else None
+        if name is not None and (len(value) == 1 or names.count(name) == 1):
+            return name
+        return json.dumps(value) if isinstance(value, dict | list) else value
+
+    return [label(value) for value in values]
+
+
+def _below(name: str, labels: list[Any], place: int) -> str:
+    """Of the ranges in a choice: `loss.focal.gamma`; a choice that has no name goes by its number."""
+    label = labels[place]
+    return f"{name}.{label}" if isinstance(label, str) and NAME.fullmatch(label) else f"{name}.{place + 1}"
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    """Four digits are enough, and can be read; within the range."""
+    return min(max(float(f"{value:.4g}"), low), high)
+
+
+def params_of(base: Run, space: Space) -> Params:
+    """The point that leaves the base as it is; KeyError names a key of the space that has none."""
+    whole = base.model_dump()
+    params: Params = {}
+    for key, given in space.items():
+        found = _params(given, key, _find(whole, key))
+        if found is None:
+            raise KeyError(key)
+        params |= found
+    return params
+
+
+def _params(given: Any, name: str, value: Any) -> Params | None:
+    """The params below `name` that give `value`; None where none do."""
+    kind, values = _range(given)
+    if kind == "factor":
+        return {name: 1.0} if values[0] <= 1 <= values[1] else None
+    if kind in RANGES:
+        return {name: value} if _is_number(value) and values[0] <= value <= values[1] else None
+    if kind == "choice":
+        labels = _labels(values)
+        for place, choice in enumerate(values):
+            below = _params(choice, _below(name, labels, place), value)
+            if below is not None:
+                return {name: labels[place], **below}
+        return None
+    if not isinstance(given, dict):
+        return {} if given == value else None
+    if not isinstance(value, dict) or not given.keys() <= value.keys():
+        return None
+    found = [_params(inner, f"{name}.{key}", value[key]) for key, inner in given.items()]
+    return None if None in found else {name: value for one in found for name, value in one.items()}  # type: ignore
+
+
+def grid(space: Space) -> Iterator[Params]:
+    """Every point of a space of choices without ranges in them."""
+    for labels in itertools.product(*(_labels(given["choice"]) for given in space.values())):
+        yield dict(zip(space, labels))
+
+
+def ranges(given: Any, name: str) -> list[str]:
+    """Names of the ranges in it that are no choices."""
+    kind, values = _range(given)
+    if kind in RANGES:
+        return [name]
+    inner = values if kind == "choice" else list(given.values()) if isinstance(given, dict) else []
+    return [found for value in inner for found in ranges(value, name)]
+
+
+def read(given: dict[str, Any], base: Run, prefix: str, found: list[str]) -> Space:
+    """The space of a sweep's file; what is wrong with it goes to `found`, a line for each key."""
+    space: Space = {}
+    whole = base.model_dump()
+    for key, value in given.items():
+        where = f"{prefix}.{key}"
+        line = _form_fault(value) or _key_fault(whole, str(key), value)
+        if line:
+            found.append(f"{where}: {line}")
+            continue
+        one = {key: _sections(value) if isinstance(_find(whole, key), dict) else value}
+        lines = _value_faults(base, one)
+        found += [f"{where}: {line}" for line in lines[:1]]
+        if not lines:
+            space |= one
+    found += _base_faults(space, base, prefix) + _overlaps(space, prefix)
+    return space
+
+
+def _sections(given: dict[str, Any]) -> dict[str, Any]:
+    """A name among the choices of a section is short for a table of it alone."""
+    kind, values = _range(given)
+    if kind != "choice":
+        return given
+    return {kind: [{"name": value} if isinstance(value, str) else value for value in values]}
+
+
+def _form_fault(given: Any) -> str | None:
+    """What is wrong with a range, or with one inside its choices."""
+    if not isinstance(given, dict) or len(given) != 1:
+        return HOW
+    ((kind, values),) = given.items()
+    if kind not in KINDS:
+        return f"no kind of range '{kind}'; {HOW}"
+    if not isinstance(values, list):
+        return f"{kind} needs a list, got {values!r}"
+    if kind == "choice":
+        if len(values) < 2:
+            return f"choice needs two values at least, got {values}"
+        inner = [part for value in values if isinstance(value, dict) for part in value.values()]
+        faults = [_form_fault(part) for part in inner if _range(part)[0] is not None]
+        faults += ["a factor cannot stand inside a choice" for part in inner if _range(part)[0] == "factor"]
+        return next(filter(None, faults), None)
+    if len(values) != 2 or not all(_is_number(value) for value in values):
+        return f"{kind} needs two numbers, [low, high], got {values}"
+    low, high = values
+    if low >= high:
+        return f"the range [{low}, {high}] is empty; low must be below high"
+    if kind == "log" and low <= 0:
+        return f"a log range must begin above 0, got {low}"
+    if kind == "factor" and low < 0:
+        return f"a factor must not be negative, got {low}"
+    if kind == "int" and not all(isinstance(value, int) for value in values):
+        return f"int needs whole numbers, got {values}"
+    return None
+
+
+def _key_fault(tree: dict[str, Any], key: str, given: dict[str, Any]) -> str | None:
+    """Whether the key is there, may be searched, and has the type of the range."""
+    at: Any = tree
+    for part in key.split("."):
+        if not isinstance(at, dict):
+            return "unknown key; a value has no keys below it"
+        if part not in at:
+            return f"unknown key{nearest(part, [str(name) for name in at])}"
+        at = at[part]
+    if key in ("model", "model.name") or key.split(".")[0] in NEVER:
+        return "this key cannot be searched; set it in the base"
+    (kind,) = given
+    if kind == "int" and (not isinstance(at, int) or isinstance(at, bool)):
+        return f"an int range, but the base has {at!r}; use {_kinds_for(at)}"
+    if kind in ("float", "log") and not isinstance(at, float):
+        return f"a {kind} range, but the base has {at!r}; use {_kinds_for(at)}"
+    if kind == "factor" and not _floats(at):
+        return f"a factor needs a fraction or a table of them, the base has {at!r}; use {_kinds_for(at)}"
+    return None
+
+
+def _kinds_for(value: Any) -> str:
+    if isinstance(value, float):
+        return "float or log"
+    return "int" if _is_number(value) else "choice"
+
+
+def _value_faults(base: Run, one: Space) -> list[str]:
+    """Each choice, and both ends of each range, set in the base alone."""
+    ((key, given),) = one.items()
+    kind, values = _range(given)
+    if kind != "choice":
+        ends = [(values[0], Known({})), (values[1], Known({}, high=True))]
+    else:
+        labels = _labels(values)
+        twice = [label for i, label in enumerate(labels) if label in labels[:i]]
+        if twice:
+            return [f"{twice[0]!r} stands in the choices twice"]
+        ends = [(label, Known({key: label}, high)) for label in labels for high in (False, True)]
+    return [f"{value!r} cannot work: {fault}" for value, draw in ends for fault in changed(base, one, draw)[1]]
+
+
+def _base_faults(space: Space, base: Run, prefix: str) -> list[str]:
+    """The first trial is the base, so the space must hold it."""
+    lines = []
+    for key, given in space.items():
+        try:
+            params_of(base, {key: given})
+        except KeyError:
+            value = 1 if "factor" in given else _find(base.model_dump(), key)
+            remedy = "add it to the choices" if "choice" in given else "widen the range or use choice"
+            lines.append(f"{prefix}.{key}: does not hold the base's {value!r}, which is the first trial; {remedy}")
+    return lines
+
+
+def _overlaps(space: Space, prefix: str) -> list[str]:
+    """No value may be set by two keys of the space."""
+    lines = []
+    for one, other in itertools.combinations(space, 2):
+        pairs = itertools.product(_set_by(one, space), _set_by(other, space))
+        both = [max(pair, key=len) for pair in pairs if _within(*pair)]
+        if both:
+            lines.append(f"{prefix}.{other}: {min(both)} is set by {one} too; leave one of them out")
+    return lines
+
+
+def _within(path: str, other: str) -> bool:
+    return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
+
+
+def _set_by(key: str, space: Space) -> set[str]:
+    """Dotted keys that a range sets; the whole of a section where it chooses among names."""
+
+    def ends(value: Any, path: str) -> set[str]:
+        if not isinstance(value, dict) or "name" in value or _range(value)[0] is not None:
+            return {path}
+        return set().union(*(ends(item, f"{path}.{name}") for name, item in value.items()))
+
+    kind, values = _range(space[key])
+    return set().union(*(ends(value, key) for value in values)) if kind == "choice" else {key}
+
+
+def _find(tree: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _times(value: Any, factor: float) -> Any:
+    """Every number times `factor`, but for `flip`: a mirror image is not a stronger change."""
+    if isinstance(value, dict):
+        return {key: item if key == "flip" else _times(item, factor) for key, item in value.items()}
+    return value if factor == 1 else float(f"{value * factor:.4g}")
+
+
+def _floats(value: Any) -> bool:
+    return all(map(_floats, value.values())) if isinstance(value, dict) else isinstance(value, float)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

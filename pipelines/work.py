@@ -1,0 +1,198 @@
+"""One run, carried out in the process that calls: locked, logged, trained, evaluated; how it ended is a value."""
+
+import fcntl
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+import fer
+from fer.errors import UserError, disk_error
+from fer.evaluate import evaluate
+from fer.run_folder import LOG
+from fer.signals import Stopped
+from fer.train import NonFiniteLoss, fit
+from pipelines.experiments import Job
+
+LOCK = ".lock"  # in the folder of a run or a sweep
+ROOT = Path(fer.__file__).parents[1]
+PATIENCE = 20.0  # seconds; the process of an earlier try may have to end yet
+Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    done; stopped: as the user asked, the state is saved; terminated: so, after SIGTERM or on a machine that is taken
+    back; mistake: a user can mend it; diverged: its loss is infinite or not a number; fault: an error in the code;
+    died: a process or a machine is gone. `message` is one line, empty for done. `warnings`: those that code of the
+    project gave on the way.
+    """
+
+    kind: Kind
+    message: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def work(
+    job: Job,
+    data_dir: Path,
+    evaluated: bool = True,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    leaves: Callable[[], bool] | None = None,
+    patience: float = PATIENCE,
+) -> Ended:
+    """Train a run, or go on with it, and evaluate it where `evaluated`; the only place that does.
+
+    In a torch.distributed group every rank calls this: the first one holds the lock and evaluates. `on_epoch` and
+    `leaves` are those of `fer.train.fit`; `patience`: seconds to wait for another process that works on the run.
+    Nothing but the end of the process is raised.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    warned: list[str] = []
+
+    def each_epoch(row: dict[str, Any]) -> None:
+        _tell(row)
+        on_epoch(row)
+
+    try:
+        log = job.folder / (LOG if rank == 0 else f"log-{rank}.txt")
+        with held(job.folder, patience, rank), logged(log), _warnings_kept(warned):
+            try:
+                fit(job.name, job.run, job.resources, data_dir, job.folder.parent, each_epoch, job.start, leaves)
+                if evaluated and rank == 0:
+                    evaluate(job.folder, data_dir, job.resources)
+            except UserError as error:
+                sys.stderr.write(f"{error}\n")
+                raise
+            except Exception:
+                traceback.print_exc()
+                raise
+    except Exception as error:  # noqa: BLE001  told to whoever waits for the run; the traceback stands in its log
+        return replace(_of_error(error, job.folder), warnings=tuple(warned))
+    return Ended("done", warnings=tuple(warned))
+
+
+@contextmanager
+def _warnings_kept(kept: list[str]) -> Iterator[None]:
+    """Warnings go to stderr as they do, and those of the project's code to `kept`, too."""
+    with warnings.catch_warnings():
+
+        def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+            if _is_ours(filename) and str(message) not in kept:
+                kept.append(str(message))
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _tell(row: dict[str, Any]) -> None:
+    """A line of the log for each epoch."""
+    shown = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    sys.stdout.write(f"epoch {row['epoch']}: " + ", ".join(f"{key} {row[key]:.4g}" for key in shown) + "\n")
+
+
+def _of_error(error: Exception, folder: Path) -> Ended:
+    if isinstance(error, Stopped):
+        return Ended("terminated" if error.terminated else "stopped", str(error))
+    if isinstance(error, UserError):
+        return Ended("diverged" if isinstance(error, NonFiniteLoss) else "mistake", str(error))
+    known = disk_error(error, folder) if isinstance(error, OSError) else None
+    if known is not None:
+        return Ended("mistake", str(known))
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
+        return Ended("died", f"another worker of the run is gone ({_first_line(error)})")
+    reason = _first_line(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
+    return Ended("fault", f"{type(error).__name__}: {reason} ({_where(error)}; all of it: {folder / LOG})")
+
+
+def _where(error: BaseException) -> str:
+    """The last frame of an error inside the project: `fer/train.py:123, in fit`."""
+    last = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame.filename)][-1]
+    return f"{Path(last.filename).relative_to(ROOT)}:{last.lineno}, in {last.name}"
+
+
+def _is_ours(filename: str) -> bool:
+    return any(Path(filename).is_relative_to(ROOT / package) for package in ("fer", "pipelines"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+@contextmanager
+def held(folder: Path, patience: float = 0.0, rank: int = 0) -> Iterator[None]:
+    """One process at a time works on a run or a sweep; the lock goes with the process, however it ends.
+
+    Raises UserError where another one has it for `patience` seconds. Of several ranks only the first takes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank:
+        yield
+        return
+    until = time.monotonic() + patience
+    with open(folder / LOCK, "w") as lock:
+        while not _taken(lock):
+            if time.monotonic() >= until:
+                raise UserError(f"{folder}: another process is working on it; wait for it or stop it")
+            time.sleep(0.1)
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process on this machine works on the run or the sweep in `folder`."""
+    try:
+        with open(folder / LOCK) as lock:
+            return not _taken(lock)
+    except FileNotFoundError:
+        return False
+
+
+def _taken(lock: Any) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Inside the block, what this process and its children write to stdout and stderr is added to `path`.
+
+    Each line begins with the time. What libraries write below Python is caught, too, so the file descriptors move.
+    """
+    read, write = os.pipe()
+    before = [os.dup(1), os.dup(2)]
+    copying = threading.Thread(target=_copy, args=(read, path), daemon=True)
+    copying.start()
+    try:
+        os.dup2(write, 1), os.dup2(write, 2)
+        with open(write, "w", buffering=1) as out, redirect_stdout(out), redirect_stderr(out):
+            yield
+    finally:
+        for number, old in zip((1, 2), before):
+            os.dup2(old, number)
+            os.close(old)
+        copying.join(5)  # a child that outlives the block may hold the pipe open
+
+
+def _copy(read: int, path: Path) -> None:
+    with open(read, errors="replace") as lines, open(path, "a", buffering=1) as log:
+        for line in lines:
+            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")

@@ -1,0 +1,165 @@
+"""One run in the process that calls: how it ended is a value, what it wrote is in its log, and it is alone."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, small_run
+
+from fer.data.dataset import open_data
+from fer.errors import UserError
+from fer.run import run_id
+from fer.signals import Stopped, ask_to_stop
+from fer.train import NonFiniteLoss
+from pipelines import work as works
+from pipelines.experiments import Job
+from pipelines.work import LOG, Ended, held, is_held, logged, work
+
+
+def job(data: Path, **changes: Any) -> Job:
+    run = small_run(**changes)
+    return Job("small", run, CPU, data / "runs" / run_id("small", run, open_data(data).hash))
+
+
+def test_a_run_is_trained_evaluated_and_logged(data: Path) -> None:
+    made, rows = job(data), []
+    assert work(made, data, on_epoch=rows.append) == Ended("done")
+    assert (made.folder / "summary.json").exists()
+    lines = (made.folder / LOG).read_text().splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (epoch \d): .*", r"\1", line) for line in lines] == [
+        "epoch 1", "epoch 2", "epoch 3"
+    ]  # fmt: skip
+    assert f"val_accuracy {rows[-1]['val_accuracy']:.4g}" in lines[-1]
+    assert work(made, data, on_epoch=rows.append) == Ended("done")  # again: nothing is done
+    assert len(rows) == 3
+
+
+def test_a_trial_is_not_evaluated(data: Path) -> None:
+    made = job(data, epochs=1)
+    assert work(made, data, evaluated=False) == Ended("done")
+    assert not (made.folder / "summary.json").exists()
+    assert not list(made.folder.glob("predictions*"))
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (UserError("no weights"), "mistake", "no weights"),
+        (FULL, "mistake", "cannot write x: the disk is full: free some space and run the command again"),
+        (NonFiniteLoss("loss is nan"), "diverged", "loss is nan"),
+        (Stopped("saved"), "stopped", "saved"),
+        (Stopped("saved", terminated=True), "terminated", "saved"),
+        (KeyError("x"), "fault", r"KeyError: 'x' \(pipelines/work.py:\d+, in work; all of it: .*/log.txt\)"),
+        (ValueError(), "fault", r"ValueError: no message \(pipelines/work.py.*"),
+        (OSError(errno.EIO, "broken"), "fault", r"OSError: \[Errno 5\] broken \(pipelines/work.py.*"),
+        (torch.OutOfMemoryError("no room"), "fault", r"OutOfMemoryError: no room; lower batch_size or .*"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "died", "another worker .*"),
+        (RuntimeError("Gloo connectFullMesh failed with [../gloo] no error"), "died", "another worker of the run .*"),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "died", "another worker .*"),
+        (torch.distributed.DistNetworkError("The client socket has failed to connect"), "died", "another worker .*"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x2 and 3x1)"), "fault", "RuntimeError: mat1 .*"),
+        (ValueError("gloo"), "fault", "ValueError: gloo .*"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+def test_how_it_ended_is_a_value(
+    error: Exception, kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(works, "fit", fit)
+    made = Job("x", small_run(), CPU, tmp_path / "runs/x")
+    ended = work(made, tmp_path)
+    assert ended.kind == kind
+    assert re.fullmatch(message, ended.message) or ended.message == message
+    log = (made.folder / LOG).read_text()
+    assert ("Traceback" in log) == (kind in ("fault", "died") or error is FULL)
+
+
+def test_warnings_of_the_projects_code_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(*_: object, **__: object) -> None:
+        warnings.simplefilter("always")
+        for path in (works.__file__, "/elsewhere/torch.py", works.__file__):
+            warnings.warn_explicit("mind the step", UserWarning, path, 7)
+        raise UserError("no weights")
+
+    monkeypatch.setattr(works, "fit", fit)
+    made = Job("x", small_run(), CPU, tmp_path / "runs/x")
+    assert work(made, tmp_path) == Ended("mistake", "no weights", ("mind the step",))
+    assert (made.folder / LOG).read_text().count("UserWarning: mind the step") == 3
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_run_that_is_asked_to_stop_says_so_and_goes_on(data: Path, threaded: bool) -> None:
+    made = job(data, epochs=400)
+    ends: list[Ended] = []
+    asking = threading.Thread(target=lambda: (_until(made.folder / "training"), ask_to_stop([made.folder], 20)))
+    asking.start()
+    running = threading.Thread(target=lambda: ends.append(work(made, data)))
+    if threaded:
+        running.start()
+        running.join()
+    else:
+        running.run()
+    asking.join()
+    assert ends[0].kind == "stopped"
+    assert "stopped in epoch" in ends[0].message
+    assert ends[0].message in (made.folder / LOG).read_text()
+
+
+def _until(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    time.sleep(1.2)  # it looks once a second
+
+
+def test_what_is_written_below_python_and_by_children_is_logged_with_the_time(tmp_path: Path, capfd: Any) -> None:
+    with logged(tmp_path / LOG):
+        sys.stdout.write("from Python\n")
+        os.write(2, b"from C\n")
+        subprocess.run(["echo", "from a child"], check=True)
+    sys.stdout.write("after\n")
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    text = [line[20:] for line in lines]
+    assert set(text) == {"from Python", "from C", "from a child"}
+    assert "from C" not in capfd.readouterr().err
+    with logged(tmp_path / LOG):  # a second start adds to it
+        os.write(1, b"again\n")
+    assert (tmp_path / LOG).read_text().splitlines()[: len(lines)] == lines
+
+
+def test_one_process_at_a_time_works_on_a_folder(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with held(tmp_path / "x"):
+        assert is_held(tmp_path / "x")
+        with pytest.raises(UserError, match="x: another process is working on it; wait for it or stop it"):
+            held(tmp_path / "x").__enter__()
+        with held(tmp_path / "x", rank=1):  # another rank of the same run
+            pass
+    assert not is_held(tmp_path / "x")
+
+
+def test_a_run_waits_for_the_process_of_an_earlier_try(tmp_path: Path) -> None:
+    code = f"import sys, time; sys.path.insert(0, '.')\nfrom pipelines.work import held\nfrom pathlib import Path\n\
+with held(Path({str(tmp_path)!r})):\n    print('mine', flush=True)\n    time.sleep(1)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert is_held(tmp_path)
+        with held(tmp_path, patience=20):
+            assert is_held(tmp_path)
+        assert not is_held(tmp_path)
