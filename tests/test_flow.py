@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -401,7 +402,7 @@ def test_an_error_of_the_program_is_final_and_one_line_and_hides_no_other_run(
     stamped = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)$", text, re.MULTILINE)
     assert len(stamped) == len(text.splitlines())
     assert [line.partition(":")[0] for line in stamped if line.startswith("epoch ")] == ["epoch 1"]
-    told_in_full = f"{kind.__name__}: {message}".splitlines()
+    told_in_full = "".join(traceback.format_exception_only(kind(message))).splitlines()
     assert stamped[-len(told_in_full) :] == told_in_full
 
     assert summaries(project)["fine"]["run_id"] in done.stdout
