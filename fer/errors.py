@@ -5,7 +5,14 @@ import os
 
 
 class UserError(Exception):
-    """One line that names the key or file at fault and the remedy; commands print it and exit with status 2."""
+    """Names the key or file at fault and the remedy, in a line for each fault; commands print it, exit status 2."""
+
+    def __init__(self, *lines: str):
+        super().__init__(*lines)
+        self.lines = tuple(line for text in lines for line in text.splitlines())
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 DISK_FAULTS = {

@@ -22,8 +22,6 @@ class Resources(Section):
     """Parts into which a worker cuts its share of a batch, where memory is short."""
     sync_batch_norm: bool = False
     """Batch norm over the images of all workers, on GPUs."""
-    compile: bool = False
-    """torch.compile of the training step."""
     data_share: Fraction = 0.5
     """Share of the free GPU memory that a split's images may take; larger splits are read ahead."""
     readers: Annotated[int, Field(ge=0)] = 2

@@ -1,6 +1,5 @@
 """One training step: forward and backward over the parts of a batch, then the update of weights and averages."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ class Part:
 class Stepper:
     """The network in training, its optimizer, and averaged weights where the run has them."""
 
-    def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1, compiled: bool = False):
+    def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1):
         self.run, self.model, self.device = run, model, device
         self.optimizer = build_optimizer(run.optimizer, model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
@@ -41,7 +40,6 @@ class Stepper:
         self.network: Any = model
         if world > 1:
             self.network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-        self.compiled: Any = torch.compile(self.network) if compiled else None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -88,24 +86,12 @@ class Stepper:
         for number, part in enumerate(parts, 1):
             with self._without_exchange(number < len(parts)):
                 with autocast(self.run.precision, self.device):
-                    found = self._forward(part.inputs, seed)
+                    found = self.network(**part.inputs)
                 value = _mixed_loss(loss, found, part, mixture) * part.weight
                 self.scaler.scale(value).backward()
             logits.append(found.detach())
             total += value.detach()
         return torch.cat(logits), total
-
-    def _forward(self, inputs: dict[str, Tensor], seed: int) -> Tensor:
-        if self.compiled is None:
-            return self.network(**inputs)
-        try:
-            return self.compiled(**inputs)
-        except _COMPILER_FAULTS as error:
-            self.compiled = None
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"resources.compile: failed, goes on without ({reason})", file=sys.stderr)  # noqa: T201
-            torch.manual_seed(seed)
-            return self.network(**inputs)
 
     def _without_exchange(self, more: bool) -> AbstractContextManager:
         """Workers add up their gradients once a step, with the last part."""
@@ -147,9 +133,6 @@ class Stepper:
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
-
-
-_COMPILER_FAULTS = (torch._dynamo.exc.TorchDynamoException,)
 
 
 def _mixed_loss(loss: Loss, logits: Tensor, part: Part, mixture: Mixture | None) -> Tensor:

@@ -113,7 +113,7 @@ class Trainer:
         counts = torch.bincount(train.labels, minlength=len(data.classes))
         about_loss = run.loss, run.class_weights, data.prior().to(device), counts.to(device)
         self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
-        self.stepper = Stepper(run, model, device, self.world, resources.compile)
+        self.stepper = Stepper(run, model, device, self.world)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None
         self.wish = Agreement(self.control, stop) if self.world > 1 else stop.wish
         self.steps = self.batches.steps

@@ -235,7 +235,7 @@ def models(words: Words = None) -> None:
         style="dim",
     )
     if missing:
-        raise UserError("\n".join(missing))
+        raise UserError(*missing)
 
 
 @app.command()
@@ -483,11 +483,13 @@ def _failures(state: Any) -> dict[str, BaseException]:
 
 def _first_failure(failed: dict[str, BaseException]) -> BaseException:
     """One error that tells of all: the user's if all are the user's, else one of the program."""
-    told = [(name, line) for name, error in failed.items() for line in str(error).splitlines()]
-    lines = "\n".join(line if name == "flow" or line.startswith(name) else f"{name}: {line}" for name, line in told)
-    if all(isinstance(error, UserError) for error in failed.values()):
-        return UserError(lines)
-    return RuntimeError(lines)
+    lines = [
+        line if name == "flow" else f"{name}: {line}"
+        for name, error in failed.items()
+        for line in (error.lines if isinstance(error, UserError) else [str(error)])
+    ]
+    kind = UserError if all(isinstance(error, UserError) for error in failed.values()) else RuntimeError
+    return kind("\n".join(lines))
 
 
 def _find(run: str) -> Path:
@@ -537,6 +539,7 @@ def main() -> None:
 
 
 def _fail(error: BaseException, status: int) -> None:
+    """The only place where a command says what went wrong."""
     for line in str(error).splitlines():
         sys.stderr.write(f"error: {line}\n")
     sys.exit(status)

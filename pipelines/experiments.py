@@ -88,7 +88,7 @@ def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
     for name in files:
         _add(found, faults, name, files, changes, machine, ())
     if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+        raise UserError(*dict.fromkeys(faults))
     return found
 
 
@@ -110,7 +110,7 @@ def _add(
         experiment = read(files[name] if name in files else path_of(name), own, machine)
     except UserError as error:
         waits = f"{after[-1]}: init_from: " if name not in files else ""
-        faults += [waits + line for line in str(error).splitlines()]
+        faults += [waits + line for line in error.lines]
         return
     first = experiment.run.init_from
     if first is not None:
@@ -152,7 +152,7 @@ def read(
         run = Run.model_construct(**{key: getattr(recipe, key) for key in Run.model_fields})
         faults = resource_faults(run, recipe.resources)
     if faults:
-        raise UserError("\n".join(placed(fault, layers.origins, path) for fault in faults))
+        raise UserError(*(placed(fault, layers.origins, path) for fault in faults))
     assert recipe is not None
     return Experiment(path.stem, path, head(path), run, recipe.resources, layers.origins, layers.dropped)
 

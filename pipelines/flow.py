@@ -145,7 +145,7 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher) -> None:
     if summary is not None and (again := outdated(summary, data)):
         _tell(f"{job.folder.name}: {again}")
     if is_held(job.folder):
-        raise UserError(f"{job.name}: another process is training {job.folder.name}; wait for it or stop it")
+        raise UserError(f"another process is training {job.folder.name}; wait for it or stop it")
     try:
         with tracker.record(job, {**data.summary, "hash": data.hash}):
             if not ready:
@@ -236,7 +236,7 @@ def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher) -> dict[str, Ba
         first = job.run.init_from
         if first in failed:
             kind = UserError if isinstance(failed[first], UserError) else RuntimeError
-            failed[name] = kind(f"{name}: not started, as {first}, from which it starts, failed")
+            failed[name] = kind(f"not started, as {first}, from which it starts, failed")
         elif not futures[name].state.is_completed():
             failed[name] = futures[name].state.result(raise_on_failure=False)
         if name in failed:
@@ -283,7 +283,8 @@ def sweep(words: list[str], new: bool = False) -> State:
         jobs = _confirming(plan, found)
         failed = _train_all({job.folder.name: job for job in jobs}, tracker, launcher)
         if failed:
-            raise next(iter(failed.values()))
+            name, error = next(iter(failed.items()))
+            raise (UserError if isinstance(error, UserError) else RuntimeError)(f"{name}: {error}") from error
         result = sweeps.conclude(plan, found, [job.folder for job in jobs])
         register_result(plan, found, result, tracker, run_id)
     create_table_artifact(

@@ -89,7 +89,7 @@ def check_resources(jobs: Iterable[Job]) -> None:
                 f"room for {room} of {asked.workers} worker(s); lower cpus_per_worker or gpus_per_worker"
             )
     if lines:
-        raise UserError("\n".join(lines))
+        raise UserError(*lines)
 
 
 def _room(asked: Resources) -> int:
@@ -131,7 +131,7 @@ class Launcher:
                     raise UserError(ended.message)
                 deaths += ended.kind == "died"
                 if ended.kind == "fault" or deaths > job.resources.restarts:
-                    raise RuntimeError(f"{job.name}: {ended.message}")
+                    raise RuntimeError(ended.message)
         finally:
             self.running.discard(job.folder)
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from fer.errors import UserError
 from fer.resources import Resources
@@ -37,7 +38,6 @@ class SuperResolution(Section):
     weights: str
     hub_id: str | None
     precision: Literal["fp32", "bf16", "fp16"]
-    grey_tolerance: Annotated[int, Field(ge=0, le=255)]
     device: Literal["auto", "cpu", "cuda"]
     workers: Positive
 
@@ -89,7 +89,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     moved = [Fault(key, message) for key, message in MOVED.items() if key in tree]
     params, faults = check(Params, {key: value for key, value in tree.items() if key not in MOVED})
     if moved or params is None:
-        raise UserError("\n".join(f"{path}: {fault}" for fault in [*moved, *faults]))
+        raise UserError(*(f"{path}: {fault}" for fault in [*moved, *faults]))
     return params
 
 
@@ -133,6 +133,8 @@ def yaml_of(tree: dict[str, Any]) -> str:
 
 
 def _compact(value: Any) -> Any:
+    if isinstance(value, str):  # a plain one that begins with ? would be read as a key
+        return DoubleQuotedScalarString(value) if value.startswith("?") else value
     if isinstance(value, list):
         short = CommentedSeq(map(_compact, value))
         short.fa.set_flow_style()

@@ -1,4 +1,4 @@
-"""One step: parts add up to the batch, mixed losses, sharpness-aware steps by hand, the compiler, known losses."""
+"""One step: parts add up to the batch, mixed losses, sharpness-aware steps by hand, known losses."""
 
 import json
 from pathlib import Path
@@ -160,9 +160,7 @@ def batch_of(run: Run, step: int, parts: int, kind: torch.dtype) -> list[Part]:
     ]
 
 
-def curve(
-    steps: int, parts: int = 1, compiled: bool = False, kind: torch.dtype = torch.float64, **keys: Any
-) -> list[float]:
+def curve(steps: int, parts: int = 1, kind: torch.dtype = torch.float64, **keys: Any) -> list[float]:
     """The losses of the first steps from the same beginning.
 
     In fp64, as training blows up what rounding does, and processors round differently.
@@ -171,7 +169,7 @@ def curve(
     torch.manual_seed(0)
     torch.set_default_dtype(kind)
     try:
-        stepper = Stepper(run, build_model(run.model, run.input, 8), CPU, compiled=compiled)
+        stepper = Stepper(run, build_model(run.model, run.input, 8), CPU)
         prior = 0.7 * torch.eye(8) + 0.3 / 8
     finally:
         torch.set_default_dtype(torch.float32)
@@ -215,27 +213,3 @@ def test_half_precision_begins_like_fp32_and_learns() -> None:
     assert half[:3] == pytest.approx(whole[:3], rel=2e-2)  # bf16 has 8 bits; later steps blow up what they leave out
     assert half != whole
     assert sum(half[-3:]) < 0.8 * sum(half[:3])
-
-
-# The compiler
-
-
-@pytest.mark.slow
-def test_a_compiled_step_is_the_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    keys: dict[str, Any] = {"model": UNNORMED}
-    assert curve(4, **keys, compiled=True) == pytest.approx(curve(4, **keys), rel=1e-4)
-    assert capsys.readouterr().err == ""
-
-
-def test_without_a_compiler_the_step_is_taken_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
-    found = curve(3, compiled=True)
-    torch._dynamo.reset()
-    assert found == curve(3)
-    message = capsys.readouterr().err
-    assert message.startswith("resources.compile: failed, goes on without (")
-    assert message.count("\n") == 1

@@ -12,13 +12,13 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from test_flow import BIN, env, server, wait_for  # noqa: F401
+from test_flow import BIN, env, here, ray_here, server, wait_for  # noqa: F401
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.losses import LOSSES
 from fer.train import fit
-from pipelines import experiments, launch
+from pipelines import experiments
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import search
@@ -96,7 +96,7 @@ def epochs_of(folder: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
+def test_a_sweep_from_search_to_model(project: Path, server: str, here, ray_here):
     own = ["changes.optimizer.lr=5e-4", "confirm_seeds=2"]
     own += ["scheduler=none"]  # so that the best does not hang on which trial was faster
     done = sweep(project, server, *own)
@@ -127,24 +127,24 @@ def test_a_sweep_from_search_to_model(project: Path, server: str):  # noqa: F811
     assert artifacts == {"sweep.json", "trials.csv", "parallel.png", "slices.png"}
     assert (project / "mlruns").glob("*/*/artifacts/log.txt"), "of the confirming runs"
 
-    again = sweep(project, server, *own)
+    again = here("sweep", "sample", *SMALL, *own)
     assert "Nothing to do: " in again.stdout, again.stderr
-    changed = sweep(project, server, *own, "seed=1")
+    changed = here("sweep", "sample", *SMALL, *own, "seed=1")
     assert (changed.returncode, changed.stderr) == (
         2,
         f"error: sweep sample: seed differs from the sweep in data/sweeps/{folder.name}; "
         "change it back to go on with that one, or give --new to start another\n",
     )
-    shown = subprocess.run([BIN / "fer", "sweep", "status"], cwd=project, env=env(), capture_output=True, text=True)
+    shown = here("sweep", "status")
     assert all(f" {trial.number} " in shown.stdout for trial in found)
     assert "With 2 other seeds: best " in shown.stdout
-    subprocess.run([BIN / "fer", "sweep", "apply", "sample", "--as", "better"], cwd=project, env=env(), check=True)
+    assert here("sweep", "apply", "sample", "--as", "better").returncode == 0
     keys = {"lr": best.point["optimizer.lr"], "weight_decay": best.point["optimizer.weight_decay"]}
     base = plan(*own).base.run
     changes = {"optimizer": base.optimizer.model_copy(update=keys), "loss": LOSSES[best.point["loss"]]()}
     assert experiments.load(["better"], {})["better"].run == base.model_copy(update=changes)
 
-    more = sweep(project, server, *own, "trials=9")  # a larger budget: the same sweep goes on
+    more = here("sweep", "sample", *SMALL, *own, "trials=9")  # a larger budget: the same sweep goes on
     assert more.returncode == 0, more.stderr
     assert sweeps.folders("sample") == [folder]
     after = sweeps.read_trials(folder)
@@ -190,7 +190,7 @@ def _trains(process: psutil.Process, project: Path) -> bool:
     ids=["driver", "head", "interrupted", "trials"],
 )
 @pytest.mark.soak
-def test_killed_at_any_moment_it_goes_on_and_no_epoch_is_trained_twice(project: Path, server: str, victim, moments):  # noqa: F811
+def test_killed_at_any_moment_it_goes_on_and_no_epoch_is_trained_twice(project: Path, server: str, victim, moments):
     """`moments`: epochs of all trials that are done when it is cut."""
     folder = plan().folder
     for epochs in moments:
@@ -204,7 +204,7 @@ def test_killed_at_any_moment_it_goes_on_and_no_epoch_is_trained_twice(project: 
     check_books(project, folder)
 
 
-def test_a_killed_search_goes_on_from_its_epochs(project: Path, server: str):  # noqa: F811
+def test_a_killed_search_goes_on_from_its_epochs(project: Path, server: str):
     folder = plan().folder
     process = start(project, server)
     wait_for(lambda: epochs_of(folder) >= 8)
@@ -297,15 +297,8 @@ def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch,
     assert search._at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == trials_at_once
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    launch.start_ray()
-    yield
-    launch.ray.shutdown()
-
-
 @pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband"])
-def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, cluster, scheduler: str):
+def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, ray_here, scheduler: str):
     diverging = ["space={optimizer.lr: {choice: [2e-3, 1e30]}, loss: {choice: [cross_entropy, focal_pdls]}}"]
     diverging += [f"scheduler={scheduler}", "search=grid", "reduction=2"]
     sweep = plan(*diverging)
@@ -321,7 +314,7 @@ def test_a_trial_that_diverges_fails_alone_and_is_the_worst(project: Path, clust
     assert search.search(sweep) == found  # nothing is left to do
 
 
-def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster):
+def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, ray_here):
     sweep = plan()
     sweeps.begin(sweep)
     (project / "data/upscaled/images.npy").unlink()
@@ -329,7 +322,7 @@ def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, cluster
         search.search(sweep)
 
 
-def test_an_error_of_the_code_fails_a_trial_and_is_not_tried_again(project: Path, cluster):
+def test_an_error_of_the_code_fails_a_trial_and_is_not_tried_again(project: Path, ray_here):
     """The base's checkpoint, after its first epoch, is of no use; the other trial goes on."""
     sweep = plan("trials=2", "scheduler=none", "search=grid", "space={loss: {choice: [cross_entropy, focal_pdls]}}")
     sweeps.begin(sweep)
@@ -349,7 +342,7 @@ def interrupt(row: dict) -> None:
     raise KeyboardInterrupt
 
 
-def test_time_that_is_over_cuts_trials(project: Path, cluster):
+def test_time_that_is_over_cuts_trials(project: Path, ray_here):
     sweep = plan("changes.epochs=2000", "grace_epochs=1000", "trials=2", "hours=0.002")
     sweeps.begin(sweep)
     found = search.search(sweep)
@@ -373,8 +366,10 @@ def test_time_that_is_over_cuts_trials(project: Path, cluster):
         (["apply", "sample"], "sweep sample: no finished sweep of that name; run `fer sweep sample`"),
     ],
 )  # fmt: skip
-def test_a_users_mistake_is_one_line_and_status_2_and_starts_nothing(project: Path, words: list[str], message: str):
-    done = subprocess.run([BIN / "fer", "sweep", *words], cwd=project, env=env(), capture_output=True, text=True)
+def test_a_users_mistake_is_one_line_and_status_2_and_starts_nothing(
+    project: Path, here, ray_here, words: list[str], message: str
+):
+    done = here("sweep", *words)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith(f"error: {message}")
     assert not (project / "data/sweeps").exists()

@@ -15,7 +15,7 @@ import pytest
 
 from fer.errors import UserError
 from pipelines import ui
-from pipelines.guard import process_id
+from pipelines.processes import process_id
 from pipelines.ui import serve
 
 ROOT = Path(__file__).resolve().parents[1]

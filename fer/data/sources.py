@@ -62,7 +62,7 @@ def read_ferplus(path: Path, label_source: str) -> Source:
     if found is None:
         raise UserError(
             f"{path}: holds nothing of FER+: looked for the folders {', '.join(FOLDERS)}, for "
-            f"{', '.join(KAGGLE_FILES)}, and for a .zip with one of these files: "
+            f"{', '.join(KAGGLE_FILES)}, and for a .zip with one of the csv files: "
             f"put one of them with {VOTES_CSV} there or correct data.path"
         )
     if not found.is_dir():
@@ -88,7 +88,7 @@ def find_ferplus(path: Path) -> Path | None:
         if any((root / folder).is_dir() for folder in FOLDERS):
             return root
         files = (root / name for name in KAGGLE_FILES if (root / name).is_file())
-        zips = (file for file in sorted(root.glob("*.zip")) if _zip_member(file, KAGGLE_FILES))
+        zips = (file for file in sorted(root.glob("*.zip")) if _zip_member(file, IMAGE_CSVS))
         if file := next(chain(files, zips), None):
             return file
     return None
@@ -116,10 +116,10 @@ def _votes_file(found: Path, path: Path) -> Path:
 def _read_kaggle(found: Path, votes_file: Path) -> Source:
     """One image per row of a Kaggle csv; the rows of fer2013new.csv pair with them by position."""
     table = _votes_rows(votes_file)
-    member = _zip_member(found, KAGGLE_FILES) if found.suffix == ".zip" else None
+    member = _zip_member(found, IMAGE_CSVS) if found.suffix == ".zip" else None
     if found.suffix == ".zip" and member is None:
-        raise UserError(f"{found}: holds none of {', '.join(KAGGLE_FILES)}: download the competition's files again")
-    with _opened(found, KAGGLE_FILES) as stream:
+        raise UserError(f"{found}: holds none of {', '.join(IMAGE_CSVS)}: download the competition's files again")
+    with _opened(found, IMAGE_CSVS) as stream:
         images = _pixel_rows(stream, found, table["usage"].tolist(), votes_file)
     form = f"{found.name}/{PurePosixPath(member).name}" if member else found.name
     return _source(images, table, form, "fer2013new", found)
@@ -319,15 +319,13 @@ def _opened(file: Path, names: tuple[str, ...]) -> Iterator[IO[bytes]]:
     """The bytes of a csv, or of the csv in a .tar.gz, or of the member of a .zip named in `names`; all as a stream."""
     try:
         with ExitStack() as stack:
-            stream: IO[bytes] = stack.enter_context(file.open("rb"))
-            name = file.name
-            if name.endswith(".zip"):
-                archive = stack.enter_context(zipfile.ZipFile(stream))
-                name = _member(archive, names) or ""
-                stream = stack.enter_context(_open_member(archive, name, file))
-            if name.endswith(TARBALLS):
-                stream = _tar_entry(stack.enter_context(tarfile.open(fileobj=stream, mode="r|gz")), file)
-            yield stream
+            if file.name.endswith(".zip"):
+                archive = stack.enter_context(zipfile.ZipFile(file))
+                yield stack.enter_context(_open_member(archive, _member(archive, names) or "", file))
+            elif file.name.endswith(TARBALLS):
+                yield _tar_entry(stack.enter_context(tarfile.open(file, mode="r|gz")), file)
+            else:
+                yield stack.enter_context(file.open("rb"))
     except _DAMAGED as error:
         raise _unreadable(file, error) from None
 

@@ -1,13 +1,10 @@
 """Super-resolution without weights. The bytes are those of Pillow's `Image.resize`, image by image."""
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
-
-Upscale = Callable[[np.ndarray, int], np.ndarray]
 
 
 def none(images: np.ndarray, scale: int) -> np.ndarray:
@@ -42,6 +39,3 @@ def _resize(images: np.ndarray, scale: int, kernel: Image.Resampling) -> np.ndar
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(fill, [range(first, count, workers) for first in range(workers)]))
     return out
-
-
-METHODS: dict[str, Upscale] = {"none": none, "bicubic": bicubic, "lanczos": lanczos}

@@ -21,6 +21,6 @@ def run(stage: Callable[[Params], None]) -> None:
 
 
 def _fail(error: UserError) -> int:
-    for line in str(error).splitlines():
+    for line in error.lines:
         sys.stderr.write(f"error: {line}\n")
     return 2

@@ -36,6 +36,7 @@ CODE = (
     "fer/weights.py",
 )
 SHARD = 256  # images
+GREY = 4  # of 255: an image whose three colours differ by no more is stored grey
 PROBED = 4  # images that tell whether a network keeps grey images grey
 JUDGED = 256  # images for the quality of a method
 
@@ -46,7 +47,7 @@ def upscale(params: Params) -> None:
     images = open_images(RAW, "download")
     worker = Worker(config, str(RAW.resolve()))
     worker.load()  # a mistake comes up before anything is written
-    worker.stored_grey = _keeps_grey(worker, images, config.grey_tolerance)
+    worker.stored_grey = _keeps_grey(worker, images)
     count, height, width, *channels = images.shape
     colour = [] if worker.stored_grey else channels or [3] * (METHODS[config.method].load is not None)
     shape = (count, height * config.scale, width * config.scale, *colour)
@@ -161,7 +162,7 @@ def _finished(worker: Worker, shards: list[int], workers: int) -> Iterator[int]:
     yield from spread(worker, shards, min(workers, len(shards)), worker.config.device)
 
 
-def _keeps_grey(worker: Worker, images: np.ndarray, tolerance: int) -> bool:
+def _keeps_grey(worker: Worker, images: np.ndarray) -> bool:
     """Whether the results are stored grey: the images are, and so are 99 % of the pixels that the method makes."""
     if images.ndim == 4:
         return False
@@ -173,12 +174,12 @@ def _keeps_grey(worker: Worker, images: np.ndarray, tolerance: int) -> bool:
     except torch.OutOfMemoryError:
         raise UserError(OUT_OF_MEMORY) from None
     spread = larger.max(-1) - larger.min(-1)
-    return bool(np.percentile(spread, 99) <= tolerance)
+    return bool(np.percentile(spread, 99) <= GREY)
 
 
 def _fingerprint(config: SuperResolution, shape: tuple[int, ...]) -> str:
     digest = hashlib.sha256()
-    kept = config.model_dump(include={"method", "scale", "hub_id", "precision", "grey_tolerance"})
+    kept = config.model_dump(include={"method", "scale", "hub_id", "precision"})
     digest.update(json.dumps([kept, sha256(RAW), _weights_digest(config), SHARD, shape]).encode())
     for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())

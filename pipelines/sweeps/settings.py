@@ -88,7 +88,7 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
             layers.lay(_tree_of(change, layers.tree), COMMAND_LINE)
     sweep, faults = check(Sweep, layers.tree)
     if sweep is None:
-        raise UserError("\n".join(experiments.placed(fault, layers.origins, path) for fault in faults))
+        raise UserError(*(experiments.placed(fault, layers.origins, path) for fault in faults))
     origins = {key: layers.origins.get(key, str(path)) for key in Sweep.model_fields}
     over = sweep.changes, f"{origins['changes']}: changes"
     try:
@@ -96,9 +96,8 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
         base = experiments.read(experiments.path_of(sweep.base), keys, machine, over)
     except UserError as error:
         told = (over[1], COMMAND_LINE)  # where it stands is said
-        lines = str(error).splitlines()
-        lines = [line if line.startswith(told) else f"{origins['base']}: base: {line}" for line in lines]
-        raise UserError("\n".join(lines)) from None
+        lines = [line if line.startswith(told) else f"{origins['base']}: base: {line}" for line in error.lines]
+        raise UserError(*lines) from None
     return path.stem, sweep, base, _space(sweep, base, origins, str(path))
 
 
@@ -128,5 +127,5 @@ def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str
         where = f"{origins['search']}: search"
         found.append(f"{where}: grid needs choices alone, {ranges[0]} has a range; use tpe or random")
     if found:
-        raise UserError("\n".join(found))
+        raise UserError(*found)
     return space
