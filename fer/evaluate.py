@@ -65,7 +65,7 @@ def outdated(summary: dict[str, Any], data: DataSet) -> str | None:
 
 
 def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Resources) -> dict[str, Any]:
-    last = finished(folder)
+    last = last_epoch(folder)
     run = read_run(meta, folder / BEST / checkpoint.META)
     device = pick_device(resources.device)
     model = build_model(run.model, run.input, len(data.classes), pretrained=False).to(device)
@@ -110,7 +110,7 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
     return {"leak_hash": data.leak_hash, **columns}
 
 
-def finished(folder: Path) -> dict[str, Any]:
+def last_epoch(folder: Path) -> dict[str, Any]:
     """checkpoint.json of the run's last epoch. Raises UserError when there are more to come."""
     last = checkpoint.load_meta(folder / LAST)
     run = read_run(last, folder / LAST / checkpoint.META)

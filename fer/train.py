@@ -18,7 +18,7 @@ from fer.batches import Feed, TrainBatches, seed_of
 from fer.data.dataset import DataSet, open_data
 from fer.device import pick_device, use_cpu
 from fer.errors import UserError
-from fer.evaluate import finished, predict_split
+from fer.evaluate import last_epoch, predict_split
 from fer.files import recover, write_json
 from fer.formats import format_of, read_run
 from fer.losses import build_loss
@@ -262,7 +262,7 @@ def _build(run: Run, folder: Path, num_labels: int, fresh: bool, start: str | No
         checkpoint.load_weights(folder / LAST, model)
     elif start is not None:
         first = folder.parent / start
-        finished(first)
+        last_epoch(first)
         faults = chain_faults(run, read_run(checkpoint.load_meta(first / BEST), first / BEST / checkpoint.META))
         if faults:
             raise UserError(str(faults[0]))

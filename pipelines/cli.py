@@ -69,7 +69,7 @@ def train(
 
     jobs, tracker = flow.prepare(words)
     folders, failed = [job.folder for job in jobs.values()], {}
-    if all(flow.finished(job, tracker) for job in jobs.values()):
+    if all(flow.recorded(job, tracker) for job in jobs.values()):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
         _warn_of_random_weights({name: job.run for name, job in jobs.items()})
@@ -77,7 +77,7 @@ def train(
             state = flow.train(words, return_state=True)
         failed = _failures(state)
     ended = [job.folder for name, job in jobs.items() if name not in failed]
-    if "flow" not in failed and (found := report.finished(ended)):
+    if "flow" not in failed and (found := report.summaries(ended)):
         _print_table(found)
         _print_champions(tracker)
     if failed:
@@ -184,7 +184,7 @@ def compare() -> None:
     from fer.run import FORMAT
     from pipelines import report
 
-    summaries = report.finished(RUNS.glob("*"))
+    summaries = report.summaries(RUNS.glob("*"))
     if not summaries:
         raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
     by_data: dict[str, list[dict[str, Any]]] = {}

@@ -90,7 +90,7 @@ def done(folder: Path, data: DataSet) -> bool:
     return summary is not None and outdated(summary, data) is None
 
 
-def finished(job: Job, tracker: Tracker) -> bool:
+def recorded(job: Job, tracker: Tracker) -> bool:
     """Whether nothing is left to do for a run."""
     return done(job.folder, open_data(DATA)) and tracker.recorded(job.folder)
 
@@ -169,7 +169,7 @@ def train(words: list[str]) -> State:
     launcher = Launcher()
     with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: launcher.stop(PATIENCE)):
         failed = _train_all(jobs, tracker, launcher)
-    finished = report.finished([job.folder for name, job in jobs.items() if name not in failed])
+    finished = report.summaries([job.folder for name, job in jobs.items() if name not in failed])
     create_table_artifact(
         [report.row(summary) for summary in finished],
         key="results",

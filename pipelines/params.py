@@ -53,7 +53,7 @@ class SuperResolution(Section):
         return self
 
 
-class Split(Section):
+class Splitting(Section):
     label_mode: Literal["majority", "probability", "cross_entropy", "multi_target"]
     drop_leaked_train: bool
     prior_min_votes: Positive
@@ -77,7 +77,7 @@ MOVED = {  # sections of earlier versions
 class Params(Section):
     data: Data
     super_resolution: SuperResolution
-    split: Split
+    split: Splitting
     resources: Resources = Resources()
     """Where runs compute on this machine, unless an experiment says otherwise."""
     tracking: Tracking

@@ -29,7 +29,7 @@ LEGEND = (
 )
 
 
-def finished(folders: Iterable[Path]) -> list[dict[str, Any]]:
+def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """summary.json of every finished run among `folders`, best val accuracy first."""
     found = [summary for folder in folders if (summary := read_summary(folder)) is not None]
     return sorted(found, key=lambda summary: -summary["val"]["accuracy"])

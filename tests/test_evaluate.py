@@ -16,7 +16,7 @@ from fer import checkpoint
 from fer.batches import Feed
 from fer.data.dataset import open_data
 from fer.errors import UserError
-from fer.evaluate import evaluate, finished, metrics, outdated, predict_split, read_predictions
+from fer.evaluate import evaluate, last_epoch, metrics, outdated, predict_split, read_predictions
 from fer.losses import build_loss
 from fer.models import build_model
 from fer.resources import Resources
@@ -349,13 +349,13 @@ def test_an_unfinished_run_is_refused(bars: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit("x", small_run(), CPU, bars, tmp_path, stop)
     (folder,) = tmp_path.iterdir()
-    for refuse in (lambda: evaluate(folder, bars, CPU), lambda: finished(folder)):
+    for refuse in (lambda: evaluate(folder, bars, CPU), lambda: last_epoch(folder)):
         with pytest.raises(UserError) as caught:
             refuse()
         assert str(caught.value) == f"{folder}: 2 of 3 epochs are done; go on with `fer train x`"
     assert not (folder / "predictions_test.csv").exists()
     fit("x", small_run(), CPU, bars, tmp_path)
-    assert finished(folder)["epoch"] == 3
+    assert last_epoch(folder)["epoch"] == 3
 
 
 def test_a_run_that_never_began_is_refused(bars: Path, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_evaluation_is_the_same_every_time(kind: str, bars: Path, tmp_path: Path
         found.append([(folder / f"predictions_{split}.csv").read_bytes() for split in ("val", "test")])
         (folder / "summary.json").unlink()
     assert found[0] == found[1]
-    assert summary["val"]["accuracy"] == max(row["val_accuracy"] for row in finished(folder)["history"])
+    assert summary["val"]["accuracy"] == max(row["val_accuracy"] for row in last_epoch(folder)["history"])
     # 128 features of each encoder, 16 hidden units, 8 classes
     head = (2 * 128 + 1) * 16 + (16 + 1) * 8
     if kind != "emotion_encoder":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fer.errors import UserError
-from pipelines.stages.fetch import complete, fetch_votes
+from pipelines.stages.fetch import fetch_votes, fill
 
 VOTES = b"Usage,Image name,neutral\n" * 1000
 SHA256 = hashlib.sha256(VOTES).hexdigest()
@@ -100,7 +100,7 @@ def refused(function: Callable[..., None], *arguments: object) -> str:
 
 def test_an_empty_folder_is_filled_and_then_left_alone(folder: Path, url: str, server, kagglehub: list[str]) -> None:
     for _ in range(2):
-        complete(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+        fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
         assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
     assert (folder / "fer2013.tar.gz").read_text() == "content of fer2013.tar.gz"
     assert (folder / "fer2013new.csv").read_bytes() == VOTES
@@ -110,10 +110,10 @@ def test_an_empty_folder_is_filled_and_then_left_alone(folder: Path, url: str, s
 
 def test_only_what_is_missing_is_fetched(folder: Path, url: str, server, kagglehub: list[str]) -> None:
     (folder / "fer2013.csv").write_text("own images")
-    complete(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+    fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
     assert names(folder) == [".gitkeep", "README.md", "fer2013.csv", "fer2013new.csv"]
     (folder / "fer2013.csv").unlink()
-    complete(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+    fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
     assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
     assert (kagglehub, server.asked) == ([COMPETITION], ["/votes.csv"])
 
@@ -123,13 +123,13 @@ def test_a_folder_with_something_else_is_left_alone(content: str, folder: Path, 
     (folder / content).parent.mkdir(exist_ok=True)
     (folder / content).write_text("")
     before = names(folder)
-    complete(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    fill(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert (names(folder), kagglehub) == (before, [])
 
 
 def test_a_path_that_is_no_folder_is_left_alone(folder: Path, kagglehub: list[str]) -> None:
-    complete(folder / "README.md", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
-    complete(folder / "nowhere", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    fill(folder / "README.md", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    fill(folder / "nowhere", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert (names(folder), kagglehub) == ([".gitkeep", "README.md"], [])
 
 
@@ -144,7 +144,7 @@ def told(folder: Path, reason: str) -> str:
 
 def test_no_kagglehub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)
-    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert message == told(folder, "ModuleNotFoundError")
 
 
@@ -174,7 +174,7 @@ def test_a_download_that_fails(
         raise error
 
     install(monkeypatch, competition_download)
-    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert message == told(folder, reason)
     assert names(folder) == [".gitkeep", "README.md"]
 
@@ -184,7 +184,7 @@ def test_a_full_disk(folder: Path, kagglehub: list[str], monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device", "/cache/x")
 
     install(monkeypatch, competition_download)
-    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert message == "cannot write /cache/x: the disk is full: free some space and run the command again"
 
 
@@ -198,14 +198,14 @@ def test_a_copy_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr("shutil.copyfile", copyfile)
     with pytest.raises(OSError, match="No space left"):
-        complete(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+        fill(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert names(folder) == [".gitkeep", "README.md"]
 
 
 def test_a_competition_without_the_images(folder: Path, kagglehub: list[str], tmp_path: Path) -> None:
     for name in ("fer2013.tar.gz", "icml_face_data.csv"):
         (tmp_path / "cache" / name).unlink()
-    message = refused(complete, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
     assert message == told(folder, "it holds none of fer2013.csv, fer2013.tar.gz, icml_face_data.csv")
     assert names(folder) == [".gitkeep", "README.md"]
 

@@ -14,7 +14,7 @@ from fer.made_by import source_hash
 from fer.run_folder import read_summary
 from fer.train import fit
 from pipelines import report
-from pipelines.report import COLUMNS, LEGEND, finished, note, row
+from pipelines.report import COLUMNS, LEGEND, note, row, summaries
 
 FORMAT_1 = ROOT / "tests" / "golden" / "format1" / "runs"
 
@@ -80,7 +80,7 @@ def test_the_columns_without_leaked_images(trained: Path, tmp_path: Path) -> Non
         "unleaked": [cells for cells in predictions if not cells[4]],
     }
     assert [len(rows) for rows in kept.values()] == [40, 36, 35]
-    (found,) = finished([folder])
+    (found,) = summaries([folder])
     for column, rows in kept.items():
         right = sum(label == prediction for _, _, label, prediction, *_ in rows)
         assert row(found)[column] == percent(right, len(rows))
@@ -121,7 +121,7 @@ def test_a_run_of_other_code_is_marked(summary: dict[str, Any], monkeypatch: pyt
 def test_runs_of_format_1_stand_in_the_table(trained: Path, summary: dict[str, Any]) -> None:
     """Numbers by hand from their summary.json; they knew of copies in train alone, and not what made them."""
     runs = [trained, *FORMAT_1.iterdir(), FORMAT_1 / "nowhere"]
-    rows = {found["run_id"]: row(found) for found in finished(runs)}
+    rows = {found["run_id"]: row(found) for found in summaries(runs)}
     assert rows.pop(summary["run_id"]) == row(summary)
     assert rows == {
         "bars_doe-s1111-b0d2ed13": {
@@ -162,5 +162,5 @@ def test_the_best_on_val_comes_first(trained: Path, tmp_path: Path) -> None:
         found["val"]["accuracy"], found["test"]["accuracy"] = accuracy, 1 - accuracy  # test orders nothing
         (folders[-1] / "summary.json").write_text(json.dumps(found))
     (tmp_path / "unfinished").mkdir()
-    found = finished([*folders, tmp_path / "unfinished"])
+    found = summaries([*folders, tmp_path / "unfinished"])
     assert [summary["val"]["accuracy"] for summary in found] == [0.9, 0.5, 0.3, 0.1]

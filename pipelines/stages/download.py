@@ -45,7 +45,7 @@ def _sample(data: Data) -> Source:
 
 def _ferplus(data: Data) -> Source:
     path = Path(data.path)
-    fetch.complete(path, data.kaggle_competition, data.votes_url, data.votes_sha256)
+    fetch.fill(path, data.kaggle_competition, data.votes_url, data.votes_sha256)
     return read_ferplus(path, data.label_source)
 
 

@@ -14,7 +14,7 @@ from fer.files import write_bytes
 TIMEOUT = 30  # seconds without an answer
 
 
-def complete(folder: Path, competition: str, votes_url: str, votes_sha256: str) -> None:
+def fill(folder: Path, competition: str, votes_url: str, votes_sha256: str) -> None:
     """Download into `folder` what FER+ lacks there: images and votes when it is empty, votes beside Kaggle's images.
 
     Empty means nothing but README.md, hidden files and fer2013new.csv. Anything else is left alone, as is a path that

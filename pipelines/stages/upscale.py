@@ -52,7 +52,7 @@ def upscale(params: Params) -> None:
     colour = [] if worker.stored_grey else channels or [3] * (METHODS[config.method].load is not None)
     shape = (count, height * config.scale, width * config.scale, *colour)
     with new_folder(UPSCALED, resumable=True) as folder:
-        progress = Progress(folder, _fingerprint(config, shape), shape)
+        progress = Shards(folder, _fingerprint(config, shape), shape)
         worker.out = str(folder.resolve() / "images.npy")
         while True:
             worker.batch = progress.batch
@@ -67,7 +67,7 @@ def upscale(params: Params) -> None:
         progress.path.unlink()
 
 
-def _work_off(worker: "Worker", progress: "Progress", workers: int) -> None:
+def _work_off(worker: "Worker", progress: "Shards", workers: int) -> None:
     """Every shard that is not done, in this process or in several."""
     count = progress.shape[0]
     shards = [first for first in range(0, count, SHARD) if first not in progress.done]
@@ -105,7 +105,7 @@ class Worker:
 
 
 @dataclass
-class Progress:
+class Shards:
     """Which shards are in the output, and how many images a network saw at once.
 
     Begun anew where settings, weights, input or code are not those it began with.
