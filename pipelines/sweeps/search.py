@@ -192,14 +192,15 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
         os.chdir(plan.root)  # paths in settings are relative to the project, Ray starts workers elsewhere
     job = plan.job(config)
     disk.begin_trial(job.folder, config)
-    best = 0.0
+    rows, error = read_rows(job.folder), disk.read_error(job.folder)
+    told: list[dict[str, Any]] = []
 
     def tell(row: dict[str, Any]) -> None:
-        nonlocal best
-        best = max(best, row["val_accuracy"])
-        tune.report({TIME: row["epoch"], METRIC: best})
+        told.append(row)
+        if error is None and job.run.is_over(told):
+            disk.end_trial(job.folder)  # before Tune, which lets no trial go on after its last epoch, hears of it
+        tune.report({TIME: row["epoch"], METRIC: max(row["val_accuracy"] for row in told)})
 
-    rows, error = read_rows(job.folder), disk.read_error(job.folder)
     for row in rows:
         tell(row)
     if error is None and (not rows or (job.folder / LAST).exists()):
@@ -208,8 +209,6 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
             tune.report({TIME: len(rows) + 1, METRIC: WORST, "mistake": ended.message})
         if ended.kind in ("stopped", "terminated", "died"):
             raise RuntimeError(ended.message)
-        if ended.kind == "done":
-            disk.end_trial(job.folder)
         if ended.kind in ("diverged", "fault"):
             error = ended.message
             disk.end_trial(job.folder, error)
