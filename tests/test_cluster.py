@@ -18,7 +18,7 @@ import ray
 import torch
 from conftest import small_run
 from ray.cluster_utils import Cluster
-from test_flow import BIN, _workers, env, experiment, wait_for
+from test_flow import BIN, _workers, env, experiment, server, wait_for  # noqa: F401
 
 from fer.data.dataset import open_data
 from fer.device import share_heaps
@@ -50,13 +50,12 @@ def job(project: Path, run: Run, **resources: Any) -> Job:
 
 
 @pytest.fixture(scope="module")
-def prefect() -> Iterator[str]:
-    """Prefect's own server, started once; its address."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
+def prefect(server: str) -> Iterator[str]:
+    """The address of a Prefect server, which the flows of this process use, too."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield str(PREFECT_API_URL.value())
+    with temporary_settings({PREFECT_API_URL: server}):
+        yield server
 
 
 @pytest.fixture
@@ -122,20 +121,35 @@ def test_two_nodes_a_cancelled_flow_leaves_nothing_and_a_dead_node_costs_no_run(
 
 
 @pytest.mark.soak
-def test_a_run_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_nodes: Cluster, prefect: str):
-    """As `ray start --block` has it drained at SIGTERM; the run waits for another one that has the CPUs."""
-    experiment(project, "x", resources={"cpus_per_worker": 2}, **SLOW)
-    leaves = two_nodes.add_node(num_cpus=2)
+def test_a_group_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, two_nodes: Cluster, prefect: str):
+    """As before a machine is taken back; the run waits for another one that has the CPUs."""
+    experiment(project, "x", resources={"workers": 2, "cpus_per_worker": 2}, **SLOW)
+    leaves = two_nodes.add_node(num_cpus=4)
     running = start(project, two_nodes, prefect, "x")
     wait_for(lambda: list((project / "data/runs").glob("*/progress.json")))  # its first step is done
     drain(two_nodes, leaves.node_id)
     (folder,) = (project / "data/runs").iterdir()
     wait_for(lambda: saved_in_mid_epoch(folder))
     wait_for(lambda: not _workers(project))
-    two_nodes.add_node(num_cpus=2)
+    two_nodes.add_node(num_cpus=4)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0, errors
     assert recorded(project) == {"x": ("FINISHED", [1])}
+
+
+@pytest.mark.soak
+def test_a_run_of_one_worker_goes_on_when_its_machine_was_drained(project: Path, two_nodes: Cluster, prefect: str):
+    """Ray tells it nothing before the machine is gone."""
+    experiment(project, "x", resources={"cpus_per_worker": 2}, epochs=40)
+    leaves = two_nodes.add_node(num_cpus=2)
+    running = start(project, two_nodes, prefect, "x")
+    wait_for(lambda: any(len(rows) >= 3 for rows in epochs(project).values()))
+    drain(two_nodes, leaves.node_id)
+    two_nodes.remove_node(leaves, allow_graceful=False)
+    two_nodes.add_node(num_cpus=2)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    assert recorded(project) == {"x": ("FINISHED", list(range(1, 41)))}
 
 
 def drain(cluster: Cluster, node: str) -> None:
