@@ -132,15 +132,20 @@ def path_of(word: str) -> Path:
 
 
 def read(
-    path: Path, changes: list[str], machine: dict[str, Any], over: tuple[dict[str, Any], str] = ({}, "")
+    path: Path, changes: list[str], machine: dict[str, Any], over: tuple[dict[str, Any], str] = ({}, ""), asks: str = ""
 ) -> Experiment:
     """The experiment of a file. `over`: a layer between file and changes, and what it is called.
 
-    Raises UserError with every fault, one a line, each with where it stands.
+    Raises UserError with every fault, one a line, each with where it stands; `asks`, who asks for the experiment, comes
+    before those that stand in its files.
     """
     layers = Layers(Recipe)
     layers.lay({"resources": machine}, MACHINE)
-    for file, tree in reversed(list(_with_bases(path))):
+    try:
+        files = list(_with_bases(path))
+    except UserError as error:
+        raise UserError(*(asks + line for line in error.lines)) from None
+    for file, tree in reversed(files):
         layers.lay({key: value for key, value in tree.items() if key != "base"}, str(file))
     layers.lay(*over)
     for change in sorted(changes, key=_depth):
@@ -152,7 +157,11 @@ def read(
         run = Run.model_construct(**{key: getattr(recipe, key) for key in Run.model_fields})
         faults = resource_faults(run, recipe.resources)
     if faults:
-        raise UserError(*(placed(fault, layers.origins, path) for fault in faults))
+        known = (over[1], COMMAND_LINE)
+        sources = [source_of(fault, layers.origins, path) for fault in faults]
+        raise UserError(
+            *(f"{'' if source in known else asks}{source}: {fault}" for source, fault in zip(sources, faults))
+        )
     assert recipe is not None
     return Experiment(path.stem, path, head(path), run, recipe.resources, layers.origins, layers.dropped)
 
@@ -301,10 +310,15 @@ class Layers:
 
 def placed(fault: Fault, origins: Mapping[str, str], path: Path) -> str:
     """A fault behind the file, or the command line, in which its key stands."""
+    return f"{source_of(fault, origins, path)}: {fault}"
+
+
+def source_of(fault: Fault, origins: Mapping[str, str], path: Path) -> str:
+    """The file, or the command line, in which the key of a fault stands."""
     parts = fault.path.split(".")
     for count in range(len(parts), 0, -1):
         start = ".".join(parts[:count])
         sources = [source for place, source in origins.items() if place == start or place.startswith(f"{start}.")]
         if sources:
-            return f"{sources[-1]}: {fault}"
-    return f"{path}: {fault}"
+            return sources[-1]
+    return str(path)

@@ -91,13 +91,13 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
         raise UserError(*(experiments.placed(fault, layers.origins, path) for fault in faults))
     origins = {key: layers.origins.get(key, str(path)) for key in Sweep.model_fields}
     over = sweep.changes, f"{origins['changes']}: changes"
+    asks = f"{origins['base']}: base: "
     try:
-        keys = [change.removeprefix("changes.") for change in below]
-        base = experiments.read(experiments.path_of(sweep.base), keys, machine, over)
+        file = experiments.path_of(sweep.base)
     except UserError as error:
-        told = (over[1], COMMAND_LINE)  # where it stands is said
-        lines = [line if line.startswith(told) else f"{origins['base']}: base: {line}" for line in error.lines]
-        raise UserError(*lines) from None
+        raise UserError(*(asks + line for line in error.lines)) from None
+    keys = [change.removeprefix("changes.") for change in below]
+    base = experiments.read(file, keys, machine, over, asks)
     return path.stem, sweep, base, _space(sweep, base, origins, str(path))
 
 
