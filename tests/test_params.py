@@ -30,7 +30,7 @@ from pipelines.params import (
     Data,
     Params,
     Sample,
-    Split,
+    Splitting,
     SuperResolution,
     Tracking,
     load,
@@ -374,7 +374,20 @@ TABLES = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": 
 TABLES |= {"pairing": PAIRINGS, "backbone": {name: row.kind for name, row in BACKBONES.items()}}
 KINDS: dict[str, type[Section]] = {
     kind.__name__: kind
-    for kind in (Params, Data, Sample, SuperResolution, Split, Tracking, Run, Recipe, Resources, Input, Augment, Sweep)
+    for kind in (
+        Params,
+        Data,
+        Sample,
+        SuperResolution,
+        Splitting,
+        Tracking,
+        Run,
+        Recipe,
+        Resources,
+        Input,
+        Augment,
+        Sweep,
+    )
 }
 KINDS |= {f"{key} {name}": kind for key, table in TABLES.items() for name, kind in table.items()}
 

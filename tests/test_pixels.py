@@ -1,6 +1,7 @@
 """The images of a split come in the order that is asked for, from memory or read ahead by other processes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from fer.resources import Resources
 from fer.train import fit
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _readers_of_a_clean_process() -> Iterator[None]:
+    """Another test may have run a flow in this process; what is forked of it then ends with status 1."""
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    torch.multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(params=[(), (3,)], ids=["grey", "colour"])

@@ -445,7 +445,7 @@ except Stopped as stopped:
 @pytest.mark.slow
 def test_terminated_at_any_time_it_saves_and_goes_on(bars: Path, tmp_path: Path) -> None:
     """SIGTERM to the process at several moments of a longer run, until one process ends it."""
-    run = small_run(epochs=12, batch_size=4)
+    run = small_run(epochs=30, batch_size=4)
     whole = fit("x", run, CPU, bars, tmp_path / "whole")
     words = [sys.executable, "-c", TERMINATED, run.model_dump_json(), str(bars), str(tmp_path / "cut")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
