@@ -66,8 +66,7 @@ class Tracker:
         # else the UI opens with tools for language models
         self.client.set_experiment_tag(self.experiment, "mlflow.experimentKind", "custom_model_development")
         self._registry = threading.Lock()
-        # runs end in several threads; matplotlib is made for one, and opens its fonts in each
-        self._drawing = ThreadPoolExecutor(1)
+        self._drawing = threading.Lock()  # runs end in several threads; matplotlib is made for one
 
     @contextmanager
     def record(self, job: Job, data: dict[str, Any]) -> Iterator[None]:
@@ -196,7 +195,8 @@ class Tracker:
         points = [Metric(key, value, when, summary["epochs"]) for key, value in values.items()]
         self.client.log_batch(run_id, metrics=points)
         self.client.set_tag(run_id, "mlflow.note.content", note(summary))
-        picture = self._drawing.submit(confusion_picture, summary, folder / CONFUSION).result()
+        with self._drawing, ThreadPoolExecutor(1) as drawing:  # it keeps fonts open as long as its thread lives
+            picture = drawing.submit(confusion_picture, summary, folder / CONFUSION).result()
         for path in (
             picture,
             *sorted(folder.glob(PREDICTIONS.format(split="*"))),
