@@ -389,7 +389,7 @@ class _Board:
 
 
 def _trials_table(folder: Path) -> Table:
-    """Trials, best first; below them how far the sweep is, and the time that is left."""
+    """Trials, best first; below them how far the sweep is."""
     from pipelines import report
     from pipelines.sweeps import folder as sweep_folder
     from pipelines.work import is_held

@@ -276,7 +276,7 @@ def sweep(words: list[str], new: bool = False) -> State:
     with (
         guarded(tracker.uri, tracker.name),
         _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/"))),
-        held(plan.folder),
+        held(plan.folder, patience=1.0),  # `fer sweep status` looks at the lock, too
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):
         found = search_trials(plan)
@@ -318,7 +318,7 @@ def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
 
 @task(task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_result(plan: Plan, found: list[Trial], result: dict[str, Any], tracker: Tracker, run_id: str) -> None:
-    """Write result.json, sweeps.csv and the pictures, and bring them to MLflow."""
+    """Write result.json, trials.csv and the pictures, and bring them to MLflow."""
     from pipelines.sweeps import search
 
     result["importance"] = search.importance(plan, found)

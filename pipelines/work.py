@@ -158,14 +158,14 @@ def is_held(folder: Path) -> bool:
     """Whether a process on this machine works on the run or the sweep in `folder`."""
     try:
         with open(folder / LOCK) as lock:
-            return not _taken(lock)
+            return not _taken(lock, fcntl.LOCK_SH)  # those who only look do not see each other
     except FileNotFoundError:
         return False
 
 
-def _taken(lock: Any) -> bool:
+def _taken(lock: Any, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -1,6 +1,7 @@
 """One run in the process that calls: how it ended is a value, what it wrote is in its log, and it is alone."""
 
 import errno
+import fcntl
 import os
 import re
 import subprocess
@@ -148,9 +149,14 @@ def test_one_process_at_a_time_works_on_a_folder(tmp_path: Path) -> None:
         assert is_held(tmp_path / "x")
         with pytest.raises(UserError, match="x: another process is working on it; wait for it or stop it"):
             held(tmp_path / "x").__enter__()
+        with open(tmp_path / "x" / ".lock") as looked_at:
+            assert not works._taken(looked_at, fcntl.LOCK_SH)
         with held(tmp_path / "x", rank=1):  # another rank of the same run
             pass
     assert not is_held(tmp_path / "x")
+    with open(tmp_path / "x" / ".lock") as looked_at:
+        assert works._taken(looked_at, fcntl.LOCK_SH)  # by another one who only looks
+        assert not is_held(tmp_path / "x")
 
 
 def test_a_run_waits_for_the_process_of_an_earlier_try(tmp_path: Path) -> None:
