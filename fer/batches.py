@@ -49,7 +49,9 @@ class TrainBatches:
         run, here = self.run, (self.run.seed, epoch, step)
         share = sum(len(index) for index, _ in parts)
         draws = self.augment.draw(share * self.world, seed_of(*here))
-        mixture = draw_mixture(run.augment, run.input.image_size, seed_of(*here, 1))
+        mixture = None
+        if epoch < run.epochs - run.augment.unmixed_epochs:
+            mixture = draw_mixture(run.augment, run.input.image_size, seed_of(*here, 1))
         fed = []
         for (index, part), (_, raw) in zip(parts, pixels):
             change = self.augment.changes(draws[part], run.input.image_size)

@@ -3,10 +3,10 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from fer.settings import NonNegative, Section, by_name
+from fer.settings import Fault, NonNegative, Section, Unfit, by_name
 
 Rate = Annotated[float, Field(gt=0)]
 DECAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -57,11 +57,19 @@ class Sgd(Optimizer):
     """Peak learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Share of the last update that is added to the next."""
+    nesterov: bool = False
+    """Nesterov momentum: the gradient counts as if the next update by momentum had been made."""
     weight_decay: NonNegative = 0.0
     """Factor of the weights that is added to their gradient."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> "Sgd":
+        if self.nesterov and not self.momentum:
+            raise Unfit([Fault("nesterov", "needs momentum above 0")])
+        return self
+
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
 
 
 OPTIMIZERS = by_name(AdamW, Adam, Sgd)

@@ -13,7 +13,7 @@ from fer.models import MODELS
 from fer.models.network import ModelKind
 from fer.optimizer import OPTIMIZERS, AdamW, Optimizer
 from fer.resources import Resources
-from fer.schedule import SCHEDULES, Cosine, Schedule
+from fer.schedule import SCHEDULES, Cosine, Linear, Schedule
 from fer.settings import Fault, Fraction, OneOf, Positive, Section, Unfit, differing
 
 # Of everything that a run leaves on disk, and part of its id. It changes with the default or the meaning of a setting;
@@ -65,7 +65,7 @@ class Run(Section):
         if self.sam_rho and self.precision == "fp16":
             found.append(Fault("sam_rho", "needs precision fp32 or bf16, as fp16 scales its gradients"))
         warmup = self.schedule.warmup_epochs
-        if isinstance(self.schedule, Cosine) and warmup >= self.epochs:
+        if isinstance(self.schedule, Cosine | Linear) and warmup >= self.epochs:
             found.append(Fault("schedule.warmup_epochs", f"{warmup:g} leaves nothing of epochs {self.epochs}"))
         if self.init_from is not None:
             backbone = self.model.backbones().get("backbone")

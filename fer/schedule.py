@@ -32,6 +32,18 @@ class Cosine(Schedule):
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Linear(Schedule):
+    """A straight line down to the end of the run; with a long warm-up it is a triangular one-cycle schedule."""
+
+    name: Literal["linear"] = "linear"
+    min_lr_ratio: Fraction = 0.0
+    """Rate at the end of the run, as a share of optimizer.lr."""
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        progress = min(1.0, (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs))
+        return 1 - (1 - self.min_lr_ratio) * progress
+
+
 class Step(Schedule):
     """The rate jumps at the start of certain epochs."""
 
@@ -68,7 +80,7 @@ class Constant(Schedule):
         return 1.0
 
 
-SCHEDULES = by_name(Cosine, Step, Constant)
+SCHEDULES = by_name(Cosine, Linear, Step, Constant)
 
 
 def lr_at(schedule: Schedule, lr: float, epoch: float, epochs: int) -> float:

@@ -9,7 +9,7 @@ import torch
 from conftest import CLASSES, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
 from torch import Tensor, nn
 
-from fer.batches import Feed
+from fer.batches import Feed, TrainBatches
 from fer.data.dataset import Split, open_data
 from fer.data.pairs import Pairs
 from fer.errors import UserError
@@ -106,7 +106,7 @@ def test_with_augmentation_the_encoder_sees_every_batch(data: Path) -> None:
     assert seen == [40]
 
 
-@pytest.mark.parametrize("key", NO_AUGMENT)
+@pytest.mark.parametrize("key", [key for key in NO_AUGMENT if key != "unmixed_epochs"])
 def test_any_augmentation_counts(key: str, data: Path) -> None:
     run = small_run(**emotion_encoder(augment=NO_AUGMENT | {key: 0.1}))
     model = network(run)
@@ -279,3 +279,10 @@ def test_subjects_are_needed_where_they_are_compared(tmp_path: Path) -> None:
     for name in ("train", "val"):
         with pytest.raises(UserError, match=r"^model\.pairing: same_subject needs data that name subjects; "):
             feed_of(network(run), run, open_data(make_data(tmp_path / name)).split(name))
+
+
+def test_the_last_epochs_are_not_mixed(data: Path) -> None:
+    run = small_run(augment={"mixup": 0.4, "unmixed_epochs": 1}, epochs=3)
+    batches = TrainBatches(feed_of(network(run), run, open_data(data).split("train")), run, 1, 0, 1)
+    mixed = [{mixture is not None for _, mixture in batches.epoch(epoch)} for epoch in range(3)]
+    assert mixed == [{True}, {True}, {False}]

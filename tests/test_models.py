@@ -72,13 +72,15 @@ SMALL: dict[str, dict[str, Any]] = {
         "emotion_encoder", 32, backbone=MOBILENET, identity=RESNET | {"caffe": True}, hidden=[16]
     ) | {"input": COLOUR},
     "vgg13": keys("vgg13", 16, **VGG),
+    "small resnet": keys("small_resnet", 16, width=8),
+    "small resnet without squeeze": keys("small_resnet", 16, width=8, reduction=0, dropout=0.1),
     "vgg13 without batch norm": keys("vgg13", 16, **VGG | {"batch_norm": False, "width": 0.25}),
 }  # fmt: skip
 with chdir(ROOT):
     SHIPPED = {name: experiment.run for name, experiment in experiments.load(experiments.known(), {}).items()}
 # those for a CPU; a frozen encoder without weights, such as that of step two, gives all images one embedding
 TINY = [name for name, run in SHIPPED.items() if ("tiny" in name or "small" in name) and not run.init_from]
-LEARNING = ["vit", "swin", "stn, neural resizer, head", "ViT-SE", "DoE", "emotion encoder", "vgg13"]
+LEARNING = ["vit", "swin", "stn, neural resizer, head", "ViT-SE", "DoE", "emotion encoder", "vgg13", "small resnet"]
 
 
 def run_of(name: str) -> Run:

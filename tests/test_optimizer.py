@@ -19,7 +19,7 @@ CONVOLUTION = nn.modules.conv._ConvNd
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "weight_decay": 0.05},
     "adam": {"lr": 1e-3, "weight_decay": 0.0},
-    "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0},
+    "sgd": {"lr": 0.01, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0},
 }
 
 
@@ -184,7 +184,7 @@ def test_each_optimizer_has_its_own_settings(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_builds_with_its_settings(name: str) -> None:
-    changes = {"lr": 0.02, "weight_decay": 0.3} | ({"momentum": 0.7} if name == "sgd" else {})
+    changes = {"lr": 0.02, "weight_decay": 0.3} | ({"momentum": 0.7, "nesterov": True} if name == "sgd" else {})
     assert changes.keys() == SETTINGS[name].keys()
     for settings in (SETTINGS[name], changes):
         built = build_optimizer(of(name, **settings), nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
@@ -195,7 +195,8 @@ def test_each_optimizer_builds_with_its_settings(name: str) -> None:
             assert group["lr"] == settings["lr"]
             assert group["fused"]
             if name == "sgd":
-                assert (group["momentum"], group["nesterov"], group["dampening"]) == (settings["momentum"], False, 0)
+                assert (group["momentum"], group["dampening"]) == (settings["momentum"], 0)
+                assert group["nesterov"] == settings["nesterov"]
             else:
                 assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
 
@@ -214,7 +215,7 @@ def test_momentum_is_of_sgd_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("key", ["betas", "nesterov", "warmup_epochs", "wieght_decay"])
+@pytest.mark.parametrize("key", ["betas", "warmup_epochs", "wieght_decay"])
 def test_keys_that_no_optimizer_has(name: str, key: str) -> None:
     start = f"optimizer.{key}: unknown key of '{name}'"
     close = key == "wieght_decay"
@@ -230,6 +231,7 @@ def test_keys_that_no_optimizer_has(name: str, key: str) -> None:
         ({"name": "adamw", "lr": "0.1"}, "optimizer.lr: should be a valid number, got '0.1'"),
         ({"name": "adam", "weight_decay": -1.0},
          "optimizer.weight_decay: should be greater than or equal to 0, got -1.0"),
+        ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "optimizer.nesterov: needs momentum above 0"),
         ({"name": "sgd", "momentum": 1.0}, "optimizer.momentum: should be less than 1, got 1.0"),
     ],
 )  # fmt: skip

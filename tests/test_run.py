@@ -216,15 +216,19 @@ INNER: list[tuple[str, dict[str, Any]]] = [
     ("optimizer", {"weight_decay": 0.02}),
     ("optimizer", {"name": "sgd"}),
     ("optimizer", {"name": "sgd", "momentum": 0.8}),
+    ("optimizer", {"name": "sgd", "nesterov": True}),
     ("schedule", {"warmup_epochs": 1}),
     ("schedule", {"min_lr_ratio": 0.5}),
+    ("schedule", {"name": "linear"}),
+    ("schedule", {"name": "linear", "min_lr_ratio": 0.5}),
     ("schedule", {"name": "step", "step_epochs": [2], "step_factors": [0.75]}),
     ("schedule", {"name": "step", "step_epochs": [1], "step_factors": [0.75]}),
     ("schedule", {"name": "step", "step_epochs": [2], "step_factors": [0.5]}),
     *(("loss", {"name": name}) for name in LOSSES if name != "cross_entropy"),
     ("loss", {"name": "focal_pdls", "alpha": 0.7}),
     ("loss", {"name": "focal_pdls", "gamma": 1.0}),
-    *(("augment", {key: 0.125}) for key in Augment.model_fields),
+    *(("augment", {key: 0.125}) for key in Augment.model_fields if key != "unmixed_epochs"),
+    ("augment", {"unmixed_epochs": 2}),
 ]
 
 

@@ -13,6 +13,7 @@ from fer.settings import check
 LR = 0.1
 COSINE = {"name": "cosine", "warmup_epochs": 2, "min_lr_ratio": 0.01}
 STEP = {"name": "step", "warmup_epochs": 0, "step_epochs": [10, 20], "step_factors": [0.5, 0.1]}
+LINEAR = {"name": "linear", "warmup_epochs": 2, "min_lr_ratio": 0.1}
 CONSTANT = {"name": "constant", "warmup_epochs": 0}
 
 
@@ -35,6 +36,11 @@ def schedule(settings: dict[str, Any], **changes: Any) -> Schedule:
 )
 def test_warm_up_then_cosine(epoch: float, rate: float) -> None:
     assert lr_at(schedule(COSINE), LR, epoch, 10) == pytest.approx(rate, abs=1e-15)
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(1, 0.05), (2, 0.1), (4, 0.0775), (6, 0.055), (10, 0.01), (12, 0.01)])
+def test_warm_up_then_a_straight_line(epoch: float, rate: float) -> None:
+    assert lr_at(schedule(LINEAR), LR, epoch, 10) == pytest.approx(rate, abs=1e-15)
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 0.1), (9.99, 0.1), (10, 0.05), (19.99, 0.05), (20, 0.01), (30, 0.01)])
@@ -88,7 +94,7 @@ def test_the_whole_course_is_the_formula(settings: dict[str, Any], warmup: float
 
 
 def test_every_schedule_is_checked() -> None:
-    assert {settings["name"] for settings in (COSINE, STEP, CONSTANT)} == set(SCHEDULES)
+    assert {settings["name"] for settings in (COSINE, LINEAR, STEP, CONSTANT)} == set(SCHEDULES)
 
 
 @pytest.mark.parametrize(("settings", "epochs"), [(COSINE, 10), (STEP | {"warmup_epochs": 3}, 30)])

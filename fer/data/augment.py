@@ -39,10 +39,12 @@ class Augment(Section):
     """a of Beta(a, a), from which the share of the other image is drawn, e.g. 0.2; 0: off."""
     cutmix: NonNegative = 0.0
     """a of Beta(a, a), from which the other image's share of the area is drawn, e.g. 1.0; beside mixup: by chance."""
+    unmixed_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the end of training without mixup and cutmix."""
 
     @property
     def changes_images(self) -> bool:
-        return any(self.model_dump().values())
+        return any(self.model_dump(exclude={"unmixed_epochs"}).values())
 
 
 class Augmenter:

@@ -10,11 +10,12 @@ from fer.models.classifier import Classifier
 from fer.models.efficientnet_lite import Lite
 from fer.models.embedding_difference import DifferenceOfEmbeddings, EmotionEncoder
 from fer.models.network import RANDOM, ModelKind, Network
+from fer.models.small_resnet import SmallResnet
 from fer.models.vgg13 import Vgg13
 from fer.models.vit_se import VitSe
 from fer.settings import by_name
 
-MODELS = by_name(Classifier, VitSe, DifferenceOfEmbeddings, EmotionEncoder, Vgg13)
+MODELS = by_name(Classifier, VitSe, DifferenceOfEmbeddings, EmotionEncoder, Vgg13, SmallResnet)
 
 
 def build_model(model: ModelKind, settings: Input, num_labels: int, pretrained: bool = True) -> Network:

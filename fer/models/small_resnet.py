@@ -1,0 +1,93 @@
+"""A residual network for small faces: the best accuracy for the compute of a CPU among the forms that we tried."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fer.input import Input
+from fer.models.network import ModelKind, Network
+from fer.settings import Fault, Fraction, Positive
+
+
+class SmallResnet(ModelKind):
+    """Residual blocks (He et al. 2016, arXiv 1512.03385) with squeeze and excitation (Hu et al. 2018, 1709.01507).
+
+    Each stage halves the side and, from the second on, doubles the channels.
+    """
+
+    name: Literal["small_resnet"] = "small_resnet"
+    width: Positive = 48
+    """Channels of the stem and of the first stage; multiples of 16 are fastest."""
+    blocks: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 2]
+    """Residual blocks of each stage."""
+    reduction: Annotated[int, Field(ge=0)] = 4
+    """Channels of a block for each hidden unit of its squeeze-and-excitation; 0: without it."""
+    dropout: Fraction = 0.0
+    """Before the last layer."""
+
+    def build(self, settings: Input, num_labels: int, pretrained: bool) -> "SmallResnetNetwork":
+        return SmallResnetNetwork(self, settings, num_labels)
+
+    def faults(self, settings: Input) -> list[Fault]:
+        halvings = len(self.blocks)
+        if settings.image_size < 2**halvings:
+            small = f"{settings.image_size} is too small: {halvings} stages halve it, so {2**halvings} at least"
+            return [Fault("input.image_size", small)]
+        if self.reduction > self.width:
+            return [Fault("model.reduction", f"{self.reduction} leaves no hidden unit of {self.width} channels")]
+        return []
+
+
+class SmallResnetNetwork(Network):
+    """[B, channels, image_size, image_size] -> logits [B, num_labels].
+
+    With the default settings, grey 48x48 input and 8 classes: 1.57 million parameters, 0.22 GFLOP per image.
+    """
+
+    def __init__(self, model: SmallResnet, settings: Input, num_labels: int):
+        super().__init__()
+        channels = model.width
+        layers: list[nn.Module] = [_conv(settings.channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+        for stage, blocks in enumerate(model.blocks):
+            out = model.width * 2**stage
+            for block in range(blocks):
+                layers.append(_Block(channels, out, stride=1 if block else 2, reduction=model.reduction))
+                channels = out
+        self.features = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(model.dropout)
+        self.classifier = nn.Linear(channels, num_labels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, channels, image_size, image_size] -> logits [B, num_labels]."""
+        return self.classifier(self.dropout(self.features(pixel_values).mean((2, 3))))
+
+
+def _conv(channels: int, out: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions, squeeze-and-excitation, and a skip connection (1x1 where the shape changes)."""
+
+    def __init__(self, channels: int, out: int, stride: int, reduction: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            _conv(channels, out, stride), nn.BatchNorm2d(out), nn.ReLU(),
+            _conv(out, out, 1), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        hidden = out // reduction if reduction else 0
+        self.gate = nn.Sequential(nn.Linear(out, hidden), nn.ReLU(), nn.Linear(hidden, out)) if hidden else None
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or channels != out:
+            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.body(x)
+        if self.gate is not None:
+            found = found * torch.sigmoid(self.gate(found.mean((2, 3))))[..., None, None]
+        return torch.relu(found + self.skip(x))
