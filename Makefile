@@ -1,4 +1,5 @@
-PYTHON ?= python3.11
+# the newest one that runs; `make PYTHON=/path/to/python3.12 install` takes another
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11,$(if $(shell $(name) -c "import venv; print(1)" 2>/dev/null),$(name))))
 VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -12,6 +13,7 @@ help:  ## List the targets
 install: $(READY)  ## Create .venv with every package at its pinned version
 
 $(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,lite,dev]'
 	@touch $@

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from fer import checkpoint
@@ -67,10 +68,11 @@ class _Served:
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
 
-    def predict(self, model_input: dict[str, np.ndarray]) -> np.ndarray:
-        """{"images": uint8 [B, H, W] or [B, H, W, 3], perhaps "neutral" of that shape} -> float32 [B, C]."""
+    def predict(self, model_input: dict[str, np.ndarray]) -> pd.DataFrame:
+        """{"images": uint8 [B, H, W] or [B, H, W, 3], perhaps "neutral" of that shape} -> a column for each class."""
         beside = {name: given for name, given in model_input.items() if name != "images"}
-        return self.predictor.probabilities(model_input["images"], **beside)
+        found = self.predictor.probabilities(model_input["images"], **beside)
+        return pd.DataFrame(found, columns=self.predictor.classes)
 
 
 def _load_pyfunc(path: str) -> _Served:

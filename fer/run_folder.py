@@ -15,7 +15,6 @@ PROGRESS = "progress.json"  # the step it is at
 LOG = "log.txt"  # what its process wrote; log-<rank>.txt of further ranks
 SUMMARY = "summary.json"  # its numbers, written last: with it the run is finished
 PREDICTIONS = "predictions_{split}.csv"
-TRACKED = "tracked.json"  # where it is recorded
 CONFUSION = "confusion_matrix.png"
 
 

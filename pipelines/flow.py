@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
@@ -20,6 +21,7 @@ from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
 
 from fer import checkpoint
 from fer.data.dataset import DataSet, open_data
@@ -29,18 +31,20 @@ from fer.files import write_json
 from fer.formats import format_of, read_run
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import LAST, read_summary
-from pipelines import experiments, launch, report
+from pipelines import experiments, flow_page, launch, report
 from pipelines.experiments import Experiment, Job
 from pipelines.guard import guarded
 from pipelines.launch import Launcher
 from pipelines.params import load, machine
 from pipelines.processes import mark_children
 from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps import settings as sweep_settings
 from pipelines.sweeps.folder import Plan, Trial
-from pipelines.tracking import Tracker
+from pipelines.tracking import SWEEP, Tracker
 from pipelines.work import held, is_held
 
 DATA, RUNS = Path("data"), Path("data/runs")
+FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run
 PATIENCE = 20  # seconds for the runs to save when they are asked to stop; Slurm kills after 30
 
 
@@ -67,6 +71,7 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
     for job in jobs.values():
         _check_not_begun_in_another_format(job)
     unfinished = any(name in open_jobs for name in jobs)
+    flow_page.check_server()
     with _server_wakes(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment)
         if unfinished:
@@ -135,8 +140,8 @@ def _server_wakes(wanted: bool) -> Iterator[None]:
         yield
 
 
-@task(task_run_name="train-{job.name}", cache_policy=NO_CACHE, persist_result=False)
-def train_model(job: Job, tracker: Tracker, launcher: Launcher) -> None:
+@task(task_run_name="train-{job.name}-s{job.run.seed}", cache_policy=NO_CACHE, persist_result=False)
+def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> None:
     """Bring one run to its end: trained, evaluated, in MLflow. What is done already is not done again."""
     data = open_data(DATA)
     ready, summary = done(job.folder, data), read_summary(job.folder)
@@ -146,8 +151,9 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher) -> None:
         _tell(f"{job.folder.name}: {again}")
     if is_held(job.folder):
         raise UserError(f"another process is training {job.folder.name}; wait for it or stop it")
+    page = partial(flow_page.Progress, job.folder.name, job.run.epochs)
     try:
-        with tracker.record(job, {**data.summary, "hash": data.hash}):
+        with tracker.record(job, {**data.summary, "hash": data.hash}, {FLOW_RUN: str(flow_run.id), **tags}, page):
             if not ready:
                 launcher.launch(job, DATA)
     except OSError as error:
@@ -158,17 +164,24 @@ def _run_name() -> str:
     return ", ".join(flow_run.parameters["words"])
 
 
+def _words(kind: str, known: list[str], *example: str) -> Any:
+    """What Prefect's form for a run says of the parameter `words`."""
+    text = f"{kind} to run, and settings to change, as KEY=VALUE. {kind}: {', '.join(known)}."
+    return Field(description=text, examples=[list(example)])
+
+
 @flow(name="train", flow_run_name=_run_name, validate_parameters=False)
-def train(words: list[str]) -> State:
-    """Train the experiments named in `words`, with the changes `key=value` in it; compare and register them."""
+def train(words: Annotated[list[str], _words("Experiments", experiments.known(), "vgg13_small", "epochs=20")]) -> State:
+    """Train experiments, evaluate and compare them, record them in MLflow and register the best."""
     mark_children()
     if not experiments.split(words)[0]:
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
     jobs, tracker = prepare(words)
-    tracker.close_abandoned()
+    flow_page.introduce({*(job.name for job in jobs.values()), *experiments.split(words)[1]})
+    close_abandoned(tracker)
     launcher = Launcher()
-    with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: launcher.stop(PATIENCE)):
-        failed = _train_all(jobs, tracker, launcher)
+    with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: launcher.stop(PATIENCE), tracker):
+        failed = _train_all(jobs, tracker, launcher, {})
     finished = report.summaries([job.folder for name, job in jobs.items() if name not in failed])
     create_table_artifact(
         [report.row(summary) for summary in finished],
@@ -181,7 +194,7 @@ def train(words: list[str]) -> State:
 
 
 @contextmanager
-def _stops_at_a_signal(save: Callable[[], None]) -> Iterator[None]:
+def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[None]:
     """Ctrl-C and SIGTERM: `save` lets the runs save what they have, the flow run is cancelled, and the process ends.
 
     The guard then ends the workers and closes the runs. Without it Prefect waits for the tasks, and these for Ray,
@@ -203,6 +216,7 @@ def _stops_at_a_signal(save: Callable[[], None]) -> Iterator[None]:
         _tell("stopped: the same command goes on from there")
         threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal, too
         try:
+            tracker.leave()
             with get_client(sync_client=True) as client:
                 client.set_flow_run_state(run_id, Cancelled(message=signal.Signals(signum).name), force=True)
         finally:
@@ -221,14 +235,20 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher) -> dict[str, BaseException]:
+def close_abandoned(tracker: Tracker) -> None:
+    """Close what a killed process of this host has left open in MLflow and Prefect."""
+    tracker.close_abandoned()
+    flow_page.close_abandoned()
+
+
+def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> dict[str, BaseException]:
     """Submit every run and wait, a run that starts from another after that one; name -> error of the failed."""
     runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
     with runner as pool:
         futures: dict[str, Any] = {}
         for name, job in jobs.items():
             before = [futures[job.run.init_from]] if job.run.init_from in futures else None
-            given = {"job": job, "tracker": tracker, "launcher": launcher}
+            given = {"job": job, "tracker": tracker, "launcher": launcher, "tags": tags}
             futures[name] = pool.submit(train_model, parameters=given, wait_for=before)
         wait(list(futures.values()))
     failed: dict[str, BaseException] = {}
@@ -252,6 +272,7 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     params = load()
     plan = sweeps.plan(words, machine(params), open_data(DATA).hash)
     sweeps.check_same(plan, new)
+    flow_page.check_server()
     tracker = Tracker(params.tracking.uri, params.tracking.experiment)
     if not sweeps.complete(plan):
         from pipelines.sweeps import search
@@ -266,22 +287,26 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
 
 
 @flow(name="sweep", flow_run_name=_run_name, validate_parameters=False)
-def sweep(words: list[str], new: bool = False) -> State:
-    """Search for better settings of one experiment, confirm them with other seeds beside its own, register."""
+def sweep(
+    words: Annotated[list[str], _words("Sweeps", sweep_settings.known(), "tiny", "budget.trials=20")],
+    new: Annotated[bool, Field(description="Begin another sweep where settings differ from the one begun.")] = False,
+) -> State:
+    """Search for better settings of an experiment and confirm them with other seeds; record all in MLflow."""
     mark_children()
     plan, tracker = prepare_sweep(words, new)
     data = open_data(DATA)
-    tracker.close_abandoned()
+    flow_page.introduce({plan.name, plan.base.name, *experiments.split(words)[1]})
+    close_abandoned(tracker)
     launcher = Launcher()
     with (
         guarded(tracker.uri, tracker.name),
-        _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/"))),
+        _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/")), tracker),
         held(plan.folder, patience=1.0),  # `fer sweep status` looks at the lock, too
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):
         found = search_trials(plan)
         jobs = _confirming(plan, found)
-        failed = _train_all({job.folder.name: job for job in jobs}, tracker, launcher)
+        failed = _train_all({job.folder.name: job for job in jobs}, tracker, launcher, {SWEEP: plan.name})
         if failed:
             name, error = next(iter(failed.items()))
             raise (UserError if isinstance(error, UserError) else RuntimeError)(f"{name}: {error}") from error

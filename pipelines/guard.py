@@ -1,4 +1,4 @@
-"""A small process that outlives a driver however it dies: ends what the driver started, closes its MLflow runs."""
+"""A small process that outlives a driver however it dies: ends what that started, closes its runs everywhere."""
 
 import os
 import signal
@@ -36,7 +36,8 @@ def main() -> None:
     uri, experiment = sys.stdin.read().splitlines()  # ends when the driver is gone
     import psutil
 
-    from pipelines.tracking import Tracker  # which takes seconds that a driver that lives needs for itself
+    from pipelines import flow  # which takes seconds that a driver that lives needs for itself
+    from pipelines.tracking import Tracker
 
     left = set()
     for process in psutil.process_iter():
@@ -49,7 +50,7 @@ def main() -> None:
     for process in left - {psutil.Process()}:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    Tracker(uri, experiment).close_abandoned()
+    flow.close_abandoned(Tracker(uri, experiment))
 
 
 if __name__ == "__main__":

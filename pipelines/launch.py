@@ -20,7 +20,7 @@ from ray.util import ActorPool, get_current_placement_group, remove_placement_gr
 from fer.device import share_heaps
 from fer.errors import UserError
 from fer.resources import Resources
-from fer.signals import Sigterm, ask_to_stop
+from fer.signals import Sigterm, Stopped, ask_to_stop
 from pipelines.experiments import Job
 from pipelines.work import Ended, work
 
@@ -127,7 +127,9 @@ class Launcher:
                     sys.stderr.write(f"{job.name}: {line}\n")
                 if ended.kind == "done":
                     return
-                if ended.kind in ("mistake", "diverged", "stopped") or (ended.kind == "terminated" and self.stopping):
+                if ended.kind == "stopped" or (ended.kind == "terminated" and self.stopping):
+                    raise Stopped(ended.message)
+                if ended.kind in ("mistake", "diverged"):
                     raise UserError(ended.message)
                 deaths += ended.kind == "died"
                 if ended.kind == "fault" or deaths > job.resources.restarts:

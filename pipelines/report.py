@@ -72,9 +72,18 @@ def note(summary: dict[str, Any]) -> str:
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
         f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that do not stand in train or val; "
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
-        f"Data: {data['dataset']} ({labels}), hash {summary['data_hash']}. "
-        f"`final/` metrics are of the best epoch, the others are curves."
+        f"Data: {data['dataset']} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
+        f"`final/` metrics are of the best epoch, the others are curves. "
+        f"Code: commit {summary.get('trained_by', {}).get('commit', 'unknown')}."
     )
+
+
+def _images(data: dict[str, Any]) -> str:
+    """`96x96 images, upscaled by lanczos x2`."""
+    side = "x".join(map(str, data["image_shape"][:2]))
+    made = data.get("super_resolution", {})
+    known = made.get("method", "none") != "none"
+    return f"{side} images" + (f", upscaled by {made['method']} x{made['scale']}" if known else "")
 
 
 def confusion_picture(summary: dict[str, Any], path: Path) -> Path:

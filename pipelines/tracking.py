@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
@@ -25,29 +25,50 @@ from urllib.parse import urlsplit
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.data.schema import TensorDatasetSchema
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 import fer
 from fer.errors import UserError
-from fer.files import write_json
 from fer.formats import read_run
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin, packages
 from fer.run import Run
-from fer.run_folder import BEST, CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY, TRACKED, read_summary
+from fer.run_folder import BEST, CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY, read_summary
+from fer.settings import differing
+from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.processes import alive, process_id
 from pipelines.report import confusion_picture, note
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
+FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
+ERROR = "fer.error"  # tag: why the run is not finished
+SWEEP = "fer.sweep"  # tag: the sweep that a run belongs to
 HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
 STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a sweep's trial: how it ended, and the sweep's own run
 NOT_METRICS = ("epoch", "time")
+RENAMED = {"lr": "train/lr", "seconds": "train/seconds"}  # metrics.jsonl -> MLflow, where accuracies come first
+UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
+BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
+COMPARED = (  # settings that every run has as params; of the others those that differ from the defaults
+    "model.name", "seed", "epochs", "batch_size", "input.image_size", "loss.name", "optimizer.name", "optimizer.lr",
+    "optimizer.weight_decay", "schedule.name", "precision",
+)  # fmt: skip
+DATA_PARAMS = {  # summary.json of the splits -> params
+    "dataset": "data.dataset",
+    "label_source": "data.label_source",
+    "label_mode": "split.label_mode",
+    "prior_min_votes": "split.prior_min_votes",
+    "train_share": "split.train_share",
+    "seed": "split.seed",
+    "dropped_leaked_train": "split.dropped_leaked_train",
+}
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -61,31 +82,91 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient(self.uri)
-        # once and before any thread: two first uses at a time break the store
-        self.experiment = mlflow.set_experiment(experiment).experiment_id
-        # else the UI opens with tools for language models
-        self.client.set_experiment_tag(self.experiment, "mlflow.experimentKind", "custom_model_development")
+        with self._one_line():
+            self.experiment = self._choose(experiment)
+        self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
         self._registry = threading.Lock()
         self._drawing = threading.Lock()  # runs end in several threads; matplotlib is made for one
 
+    def _choose(self, experiment: str) -> str:
+        """The id of the experiment, made where there is none."""
+        found = self.client.get_experiment_by_name(experiment)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"tracking.experiment: '{experiment}' was deleted; bring it back with "
+                f"`mlflow experiments restore --experiment-id {found.experiment_id}` or name another one"
+            )
+        # once and before any thread: two first uses at a time break the store
+        chosen = mlflow.set_experiment(experiment).experiment_id
+        # else the UI opens with tools for language models
+        self.client.set_experiment_tag(chosen, "mlflow.experimentKind", "custom_model_development")
+        return chosen
+
     @contextmanager
-    def record(self, job: Job, data: dict[str, Any]) -> Iterator[None]:
-        """Around a run: its MLflow run is RUNNING inside, FINISHED after, FAILED when the block raises."""
-        run_id = self._open(job.folder.name, job.name, job.run, data)
-        follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)])
+    def _one_line(self) -> Iterator[None]:
+        """What MLflow raises inside becomes a UserError of one line."""
         try:
             yield
+        except MlflowException as error:
+            raise UserError(f"tracking.uri: {without_password(self.uri)}: {_first_line(error)}") from error
+
+    @contextmanager
+    def record(
+        self,
+        job: Job,
+        data: dict[str, Any],
+        tags: Mapping[str, str] | None = None,
+        page: Callable[[str], Callable[[dict[str, Any]], None]] | None = None,
+    ) -> Iterator[None]:
+        """Around a run: its MLflow run is RUNNING inside and FINISHED after.
+
+        When the block raises, it is KILLED if a person stopped the run, else FAILED. `page` is given the address of the
+        run in MLflow and returns what is to be called with every new row of metrics.jsonl.
+        """
+        with self._one_line():
+            run_id = self._open(job.folder.name, job.name, job.run, data, tags)
+        on_row = page(self._address(run_id)) if page else lambda row: None
+        follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)], on_row)
+        try:
+            with self._system_metrics(run_id):
+                yield
             follower.close()
             self._finish(run_id, job.folder)
         except BaseException as error:
             follower.close()
             self._fail(run_id, error, job.folder / LOG)
             raise
+        finally:
+            self._runs.pop(job.folder.name, None)
+
+    @contextmanager
+    def _system_metrics(self, run_id: str) -> Iterator[None]:
+        """Load and memory of this machine, while the block runs; a cluster's runs compute elsewhere."""
+        if os.environ.get("RAY_ADDRESS"):
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"mlflow\.system_metrics.*")  # no GPU here, for instance
+            mlflow.start_run(run_id=run_id, log_system_metrics=True)
+        try:
+            yield
+        finally:
+            mlflow.end_run("RUNNING")
+
+    def _address(self, run_id: str) -> str:
+        """Of a run's page; that of `fer ui` where the store is a data base."""
+        server = without_password(self.uri) if self.uri.startswith("http") else UI
+        return f"{server.rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
+
+    def leave(self) -> None:
+        """The process is about to end because a person stopped it: its runs are KILLED."""
+        for run_id in list(self._runs.values()):
+            self._fail(run_id, Stopped("stopped; the same command resumes it"))
 
     @contextmanager
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
         """Around a sweep: its MLflow run, given by id, and below it one run for each trial, fed from their folders."""
-        about = {"fer.sweep": plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
+        about = {SWEEP: plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
         run_id = self._open(plan.folder.name, plan.base.name, plan.base.run, data, about)
         trials = _Trials(self, run_id, plan, data)
         follower = _Follower(self.client, trials.followed)
@@ -100,6 +181,8 @@ class Tracker:
             trials.leave()
             self._fail(run_id, error)
             raise
+        finally:
+            self._runs.pop(plan.folder.name, None)
 
     def describe_sweep(self, run_id: str, text: str, numbers: dict[str, float], files: list[Path]) -> None:
         """What a sweep found: a note as Markdown, metrics and artifacts of its run."""
@@ -111,15 +194,15 @@ class Tracker:
 
     def recorded(self, folder: Path) -> bool:
         """Whether this experiment of this server already has the finished run in `folder`, as it was evaluated last."""
-        try:
-            found, summary = (json.loads((folder / name).read_text()) for name in (TRACKED, SUMMARY))
-            place = {key: found[key] for key in ("uri", "experiment")}
-            return place == self._place() and found["finished"] == summary["finished"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or not whole: recording again does no harm
-            return False
+        summary = read_summary(folder)
+        with self._one_line():
+            found = self._find(folder.name)
+        return summary is not None and found is not None and found.data.tags.get(FINISHED) == str(summary["finished"])
 
-    def _place(self) -> dict[str, str]:
-        return {"uri": without_password(self.uri), "experiment": self.name}
+    def _find(self, ours: str) -> Any:
+        """MLflow's run of our run id; None where there is none."""
+        query = f"tags.`{RUN_ID}` = '{ours}'"
+        return next(iter(self.client.search_runs([self.experiment], query, ViewType.ACTIVE_ONLY, 1)), None)
 
     def close_abandoned(self) -> list[str]:
         """Set runs FAILED whose process on this host is gone (killed, or the machine restarted); their run ids."""
@@ -127,7 +210,7 @@ class Tracker:
         query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
         for found in self.client.search_runs([self.experiment], query):
             if not alive(found.data.tags.get(PROCESS, "")):
-                self.client.set_tag(found.info.run_id, "fer.error", "the process was killed; the same command goes on")
+                self.client.set_tag(found.info.run_id, ERROR, "the process was killed; the same command resumes it")
                 self.client.set_terminated(found.info.run_id, "FAILED")
                 closed.append(found.data.tags[RUN_ID])
         return closed
@@ -141,58 +224,51 @@ class Tracker:
                 found[model.name] = {**champion.tags, "version": str(champion.version)}
         return found
 
-    def _open(self, ours: str, name: str, run: Run, data: dict[str, Any], about: dict[str, str] | None = None) -> str:
+    def _open(
+        self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str] | None = None
+    ) -> str:
         """The MLflow run of our run id, RUNNING; made with the tags `about` where there is none yet."""
-        found = self.client.search_runs([self.experiment], f"tags.`{RUN_ID}` = '{ours}'", max_results=1)
+        found = self._find(ours)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
-            run_id = found[0].info.run_id
-            for key, value in tags.items():
+            run_id = self._runs[ours] = found.info.run_id
+            for key, value in {**tags, **(about or {})}.items():
                 self.client.set_tag(run_id, key, value)
             self.client.update_run(run_id, status="RUNNING")
-            if "fer.error" in found[0].data.tags:
-                self.client.delete_tag(run_id, "fer.error")
-            if not found[0].data.params:  # killed before they were written
+            for key in (ERROR, FINISHED):
+                if key in found.data.tags:
+                    self.client.delete_tag(run_id, key)
+            if not found.data.params:  # killed before they were written
                 self._describe(run_id, name, run, data)
             return run_id
-        tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
+        tags |= {RUN_ID: ours, "experiment": name, "dataset": data["dataset"], "data_hash": data["hash"]}
         tags |= {"starts_from": ", ".join(origin(run.model, run.init_from))}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
         tags |= {"mlflow.source.type": "JOB", **(about or {})}
-        run_id = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
+        run_id = self._runs[ours] = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
         self._describe(run_id, name, run, data)
         return run_id
 
     def _describe(self, run_id: str, name: str, run: Run, data: dict[str, Any]) -> None:
-        params = [Param(key, str(value)) for key, value in flatten(run.model_dump()).items()]
-        source = json.dumps({key: data[key] for key in ("dataset", "label_source", "label_mode") if key in data})
-        dataset = Dataset(data["dataset"], data["hash"], source_type="dvc", source=source)
+        inputs = _inputs(data)
         try:
-            self.client.log_inputs(run_id, [DatasetInput(dataset)])
-        except MlflowException:  # another run made the same entry at this moment; now it is there
-            self.client.log_inputs(run_id, [DatasetInput(dataset)])
-        self.client.log_batch(run_id, params=[Param("name", name), *params])
+            self.client.log_inputs(run_id, inputs)
+        except MlflowException:  # another run made the same entries at this moment; now they are there
+            self.client.log_inputs(run_id, inputs)
+        values = {"experiment": name, **data_params(data), **run_params(run)}
+        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
 
     def _finish(self, run_id: str, folder: Path) -> None:
         summary = read_summary(folder)
         assert summary is not None, f"{folder} is not finished"
-        registered, number = self._log_results(run_id, folder, summary)
+        self._log_results(run_id, folder, summary)
+        self.client.set_tag(run_id, FINISHED, str(summary["finished"]))
         self.client.set_terminated(run_id, "FINISHED")
-        write_json(
-            folder / TRACKED,
-            {
-                **self._place(),
-                "mlflow_run": run_id,
-                "registered": registered,
-                "version": number,
-                "finished": summary["finished"],
-            },
-        )
 
-    def _log_results(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
+    def _log_results(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
         when = int(summary["finished"] * 1000)
-        values = final_metrics(summary)
-        points = [Metric(key, value, when, summary["epochs"]) for key, value in values.items()]
+        # all at step 0: MLflow draws those as bars, one for each run
+        points = [Metric(key, value, when, 0) for key, value in final_metrics(summary).items()]
         self.client.log_batch(run_id, metrics=points)
         self.client.set_tag(run_id, "mlflow.note.content", note(summary))
         with self._drawing, ThreadPoolExecutor(1) as drawing:  # it keeps fonts open as long as its thread lives
@@ -205,9 +281,9 @@ class Tracker:
             *folder.glob("log*.txt"),
         ):
             self.client.log_artifact(run_id, str(path))
-        return self._register(run_id, folder, summary)
+        self._register(run_id, folder, summary)
 
-    def _register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
+    def _register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
         """A version of `fer-<dataset>` for this run, made once, and the alias when its val accuracy is the best."""
         name, accuracy = f"fer-{summary['data']['dataset']}", summary["val"]["accuracy"]
         with self._registry:
@@ -216,19 +292,21 @@ class Tracker:
                 number = found[0].version
             else:
                 tags = {"val_accuracy": f"{accuracy:.6f}", RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
-                number = self._new_version(name, run_id, _log_model(run_id, folder, summary), tags)
+                model = _log_model(run_id, folder, summary)
+                number = self._new_version(name, run_id, model, tags, note(summary))
             champion = self.client.get_registered_model(name).aliases.get("champion")
             if champion is None or accuracy > float(self.client.get_model_version(name, champion).tags["val_accuracy"]):
                 self.client.set_registered_model_alias(name, "champion", str(number))
-        return name, int(number)
 
-    def _new_version(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str]) -> str:
+    def _new_version(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> str:
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        made = self.client.create_model_version(name, model.model_uri, run_id, tags=tags, model_id=model.model_id)
+        made = self.client.create_model_version(
+            name, model.model_uri, run_id, tags=tags, description=text, model_id=model.model_id
+        )
         return str(made.version)
 
     def _fail(self, run_id: str, error: BaseException, log: Path | None = None) -> None:
@@ -236,24 +314,29 @@ class Tracker:
             if log is not None and log.exists():
                 self.client.log_artifact(run_id, str(log))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.client.set_tag(run_id, "fer.error", reason[:500])
-            self.client.set_terminated(run_id, "FAILED")
+            self.client.set_tag(run_id, ERROR, reason[:500])
+            self.client.set_terminated(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
         except MlflowException:
             raise UserError(self._silent("runs")) from error
 
     def _silent(self, what: str) -> str:
         return (
-            f"tracking.uri: {without_password(self.uri)} does not answer any more; {what} are safe on disk, "
-            "start the server and run the command again"
+            f"tracking.uri: {without_password(self.uri)} no longer answers; the {what} are safe on disk: "
+            "start the server and run the same command again"
         )
 
 
 class _Follower:
     """Carries new lines of metrics.jsonl to MLflow, from a thread; sending a line twice changes nothing."""
 
-    def __init__(self, client: MlflowClient, followed: Callable[[], Iterable[tuple[str, Path]]]):
+    def __init__(
+        self,
+        client: MlflowClient,
+        followed: Callable[[], Iterable[tuple[str, Path]]],
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ):
         """`followed`: MLflow's run and the file of each run there is now; asked again and again."""
-        self.client, self.followed = client, followed
+        self.client, self.followed, self.on_row = client, followed, on_row
         self.sent: dict[str, int] = {}  # MLflow's run -> lines of its file that are there
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -277,6 +360,7 @@ class _Follower:
                 for line in lines[self.sent.get(run_id, 0) :]:
                     self.client.log_batch(run_id, metrics=_points(json.loads(line)))
                     self.sent[run_id] = self.sent.get(run_id, 0) + 1
+                    self.on_row(json.loads(line))
         except MlflowException:
             return False
         return True
@@ -315,7 +399,7 @@ class _Trials:
         name = self._name(trial)
         if name not in self.runs:
             run, about = self.plan.run(trial.point), {PARENT: self.parent}
-            run_id = self.tracker._open(name, self.plan.base.name, run, self.data, about)
+            run_id = self.tracker._open(name, self.plan.base.name, run, self.data, {**about, SWEEP: self.plan.name})
             given = [Param(f"sweep/{key}"[:250], str(value)) for key, value in trial.point.items()]
             self.client.log_batch(run_id, params=given)
             self.runs[name] = run_id
@@ -326,20 +410,55 @@ class _Trials:
         run_id = self.runs.pop(name)
         self.client.set_tag(run_id, STATE, trial.state)
         if trial.error:
-            self.client.set_tag(run_id, "fer.error", trial.error[:500])
+            self.client.set_tag(run_id, ERROR, trial.error[:500])
         if trial.best is not None:
-            self.client.log_metric(run_id, "best_val_accuracy", trial.best, step=trial.epoch)
+            self.client.log_metric(run_id, BEST_VAL, trial.best)
         self.client.set_terminated(run_id, "FAILED" if trial.state == FAILED else "FINISHED")
         self.ended.add(name)
         best = best_of([other for other in trials if self._name(other) in self.ended])
         if best is not None and best.best is not None:
-            self.client.log_metric(self.parent, "best_val_accuracy", best.best, step=len(self.ended))
+            self.client.log_metric(self.parent, BEST_VAL, best.best, step=len(self.ended))
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
 
 
 def _points(row: dict[str, Any]) -> list[Metric]:
     when = int(row["time"] * 1000)
-    return [Metric(key, value, when, row["epoch"]) for key, value in row.items() if key not in NOT_METRICS]
+    values = {RENAMED.get(key, key): value for key, value in row.items() if key not in NOT_METRICS}
+    return [Metric(key, value, when, row["epoch"]) for key, value in values.items()]
+
+
+def run_params(run: Run) -> dict[str, Any]:
+    """The settings that are compared, and those that differ from the defaults; key -> value."""
+    every = flatten(run.model_dump())
+    return {key: every[key] for key in COMPARED} | flatten(differing(run))
+
+
+def data_params(data: dict[str, Any]) -> dict[str, Any]:
+    """How the data were made, as `data` (summary.json of the splits) tells; key -> value."""
+    found = {name: data[key] for key, name in DATA_PARAMS.items() if key in data}
+    return found | flatten(data.get("super_resolution", {}), "super_resolution.")
+
+
+def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
+    """A data set for each split, with schema and counts, for MLflow's dataset tab."""
+    shape = (-1, *data["image_shape"])
+    schema = TensorDatasetSchema(
+        Schema([TensorSpec(np.dtype("uint8"), shape, "images")]),
+        Schema([TensorSpec(np.dtype("int64"), (-1,), "labels")]),
+    )
+    found = []
+    for split in ("train", "val", "test"):
+        profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
+        dataset = Dataset(
+            name=data["dataset"],
+            digest=f"{data['hash']}-{split}",
+            source_type="dvc",
+            source=json.dumps(data_params(data)),
+            schema=json.dumps(schema.to_dict()),
+            profile=json.dumps(profile),
+        )
+        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
+    return found
 
 
 def tracking_uri(configured: str) -> str:
@@ -354,6 +473,7 @@ def tracking_uri(configured: str) -> str:
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of a finished run; `final/` keeps them apart from the curves in the UI."""
     values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
+    values[BEST_VAL] = summary["val"]["accuracy"]
     for split in ("val", "test", "test_unleaked", "test_without_train"):
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
             if key in summary.get(split, {}):
@@ -380,7 +500,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     beside = [name for name, needed in run.model.images_beside().items() if needed]
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("uint8"), shape, name) for name in ["images", *beside]]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(summary["classes"])))]),
+        outputs=Schema([ColSpec(DataType.float, name) for name in summary["classes"]]),
     )
     needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run.model))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():

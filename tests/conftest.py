@@ -81,11 +81,13 @@ def make_data(
     (folder / "splits").mkdir()
     np.save(folder / "upscaled" / "images.npy", images)
     first = leaked = 0
+    in_class: dict[str, dict[str, int]] = {}
     for split, count in counts.items():
         rows = np.arange(first, first + count)
         table = pd.DataFrame({"row": rows, "name": [f"{row}.png" for row in rows], "label": labels[rows]})
         table[CLASSES] = 0.8 * np.eye(len(CLASSES))[labels[rows]] + 0.2 / len(CLASSES)
         table["subject"] = "" if subjects is None else [subjects[row] for row in rows]
+        in_class[split] = {name: int((labels[rows] == label).sum()) for label, name in enumerate(CLASSES)}
         copies = (split == "test") & (rows % 10 == 0)
         table["duplicate_of"] = np.where(copies, "0.png", "")
         table["duplicate_in"] = np.where(copies, "train", "")
@@ -98,6 +100,8 @@ def make_data(
         "class_prior": prior.tolist(),
         "dataset": "bars",
         "label_mode": "majority",
+        "counts": in_class,
+        "totals": counts,
         "images": total,
         "image_shape": [side, side],
         "images_sha256": sha256(folder / "upscaled" / "images.npy"),

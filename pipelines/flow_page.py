@@ -1,0 +1,100 @@
+"""What a flow run shows on its page in Prefect, and how flow runs are closed whose process is gone."""
+
+import os
+import re
+import socket
+from collections.abc import Iterable
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger
+from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import PrefectException
+from prefect.runtime import flow_run
+from prefect.states import Crashed
+
+from fer.errors import UserError
+from pipelines.processes import alive, process_id
+
+FLOWS = ["train", "sweep"]
+HOST, PROCESS = "fer.host", "fer.process"  # labels of a flow run: who carries it out
+OPEN = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+
+
+def check_server() -> None:
+    """Raises UserError where PREFECT_API_URL names a server that does not answer."""
+    address = os.environ.get("PREFECT_API_URL")
+    if not address:
+        return
+    try:
+        httpx.get(f"{address.rstrip('/')}/health", timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"PREFECT_API_URL: no Prefect server answers at {address} ({reason}); "
+            "start it (`fer ui`, `prefect server start`), or unset the variable"
+        ) from None
+
+
+def introduce(tags: Iterable[str]) -> None:
+    """Tag the flow run under way, and note which process carries it out."""
+    with get_client(sync_client=True) as client:
+        known = client.read_flow_run(UUID(flow_run.id)).tags
+        client.update_flow_run(UUID(flow_run.id), tags=sorted({*known, *tags}))
+        client.update_flow_run_labels(UUID(flow_run.id), {HOST: socket.gethostname(), PROCESS: process_id(os.getpid())})
+
+
+def close_abandoned() -> None:
+    """Set flow runs of this host, and their tasks, CRASHED whose process was killed."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=FLOWS)),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN))),
+        )
+        for run in found:
+            if run.labels.get(HOST) != socket.gethostname() or alive(str(run.labels.get(PROCESS, ""))):
+                continue
+            state = Crashed(message="the process was killed; the same command resumes its runs")
+            tasks = client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
+                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
+            )
+            for task in tasks:
+                client.set_task_run_state(task.id, state, force=True)
+            client.set_flow_run_state(run.id, state, force=True)
+
+
+class Progress:
+    """A run on the page: a link to MLflow, a bar, and a line of the log for each epoch."""
+
+    def __init__(self, run_id: str, epochs: int, link: str):
+        self.run_id, self.epochs = run_id, epochs
+        self.logger = get_run_logger()
+        key = re.sub("[^a-z0-9]+", "-", run_id.lower())
+        create_link_artifact(link, link_text=f"{run_id} in MLflow", key=f"mlflow-{key}")
+        self.bar: Any = create_progress_artifact(0.0, key=f"progress-{key}", description=run_id)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """`row`: of metrics.jsonl."""
+        self.logger.info(
+            "%s: epoch %d of %d: train loss %.4f, val loss %.4f, val accuracy %.2f %%",
+            self.run_id, row["epoch"], self.epochs, row["train_loss"], row["val_loss"], 100 * row["val_accuracy"],
+        )  # fmt: skip
+        try:
+            update_progress_artifact(self.bar, 100 * row["epoch"] / self.epochs)
+        except (httpx.HTTPError, PrefectException) as error:  # the page is not worth a run
+            self.logger.warning("%s: no progress bar: %s", self.run_id, error)
