@@ -18,31 +18,31 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,lite,dev]'
 	@touch $@
 
-demo: $(READY)  ## Sample data, two models trained at the same time, the best registered as champion
+demo: $(READY)  ## Draw sample data, train two models in parallel, register the better one as champion
 	dvc repro --quiet
 	fer train vgg13_small swin_nr_fpdls_tiny
 
-test: $(READY)  ## Every test but the soaks, in two processes; the real FER+ too where FERPLUS_DIR names it
+test: $(READY)  ## Run all tests but the soak tests, in two processes; on the real FER+ too if FERPLUS_DIR is set
 	python -m pytest -n 2 --dist loadfile -m "not soak"
 
-test-soak: $(READY)  ## Many runs, processes killed again and again: minutes each
+test-soak: $(READY)  ## Run the soak tests: many runs, processes killed again and again; minutes each
 	python -m pytest -m soak
 
-test-fast: $(READY)  ## Tests without servers, Ray and real data
+test-fast: $(READY)  ## Run the tests that need no servers, no Ray and no real data
 	python -m pytest -m "not slow and not soak"
 
-bench: $(READY)  ## Speed of the parts, each beside a plain reference
+bench: $(READY)  ## Measure the speed of each part next to a plain reference
 	python -m benchmarks
 
-lint: $(READY)  ## Style, imports and types
+lint: $(READY)  ## Check style, imports and types
 	ruff check .
 	ruff format --check .
 	mypy
 
-format: $(READY)  ## Put the code into the project's format
+format: $(READY)  ## Format the code
 	ruff check --fix .
 	ruff format .
 
-clean:  ## Remove what was made, but for the installation: data, runs, sweeps, logs, MLflow and Prefect stores
+clean:  ## Remove all outputs but the installation: data, runs, sweeps, logs, MLflow and Prefect databases
 	rm -rf data/raw data/upscaled data/splits data/runs data/sweeps data/logs data/*.partial data/images.verified.json \
 	  data/upscale_gallery.png dvc_plots mlflow.db mlruns mlartifacts .prefect
