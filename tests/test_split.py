@@ -400,7 +400,7 @@ LABEL_FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
 def test_stage_refuses_a_bad_table(stage_input: pd.DataFrame, fault: str) -> None:
     change, message = LABEL_FAULTS[fault]
     change(pd.read_csv(LABELS, dtype=str, keep_default_na=False)).to_csv(LABELS, index=False)
-    with pytest.raises(UserError, match=f"^{re.escape(f'{LABELS}: {message}')}.*`dvc repro --force") as caught:
+    with pytest.raises(UserError, match=f"^{re.escape(f'{LABELS}: {message}')}") as caught:
         split(params())
     assert "\n" not in str(caught.value)
     assert not Path("data/splits").exists()
