@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from fer.super_resolution.dic import PUBLISHED, Dic
-from fer.super_resolution.methods import BATCH, METHODS, NetworkUpscaler
+from fer.super_resolution.methods import BATCH, METHODS
+from fer.super_resolution.networks import NetworkUpscaler
 
 Case = tuple[str, Callable[[], int], str, Callable[[], int]]
 

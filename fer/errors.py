@@ -1,11 +1,11 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions of the project: UserError for what a user can fix, OutOfMemory for a batch that is too large."""
 
 import errno
 import os
 
 
 class UserError(Exception):
-    """Names the key or file at fault and the remedy, in a line for each fault; commands print it, exit status 2."""
+    """One line per fault, with the key or file and the remedy. Commands print the lines and exit with status 2."""
 
     def __init__(self, *lines: str):
         super().__init__(*lines)
@@ -13,6 +13,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
+
+
+class OutOfMemory(Exception):
+    """A batch does not fit into the GPU's memory; a smaller one may."""
 
 
 DISK_FAULTS = {
@@ -26,7 +30,7 @@ DISK_FAULTS = {
 
 
 def disk_error(error: OSError, where: str | os.PathLike) -> UserError | None:
-    """The user's version of a full, read-only or forbidden disk; None when `error` is something else."""
+    """The UserError for a full, read-only or forbidden disk; None for any other `error`."""
     if error.errno not in DISK_FAULTS:
         return None
     return UserError(f"cannot write {error.filename or where}: {DISK_FAULTS[error.errno]} and run the command again")

@@ -244,11 +244,10 @@ def upscale_gallery(
 ) -> None:
     """Draw the same faces enlarged by every super-resolution method whose weights are there, one row each."""
     import numpy as np
-    import torch
 
     from fer.data.charts import contact_sheet
     from fer.data.images import open_images
-    from fer.super_resolution.methods import METHODS, OUT_OF_MEMORY, build_upscaler
+    from fer.super_resolution.methods import METHODS, build_upscaler
     from pipelines.params import load
 
     config = load().super_resolution
@@ -265,8 +264,6 @@ def upscale_gallery(
                 rows[f"{name} x{scale}"] = upscale(chosen, 1)
         except UserError as error:
             left_out.append(f"{name} left out: {error}")
-        except torch.OutOfMemoryError:
-            left_out.append(f"{name} left out: {OUT_OF_MEMORY}")
     path = Path("data/upscale_gallery.png")
     contact_sheet(rows, side=4 * images.shape[1]).save(path)
     console.print(f"[bold]{path}[/]: {', '.join(rows)}")

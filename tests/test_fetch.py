@@ -19,6 +19,7 @@ SHA256 = hashlib.sha256(VOTES).hexdigest()
 COMPETITION = "faces-challenge"
 PAGE = "https://www.kaggle.com/competitions/faces-challenge"
 SECRET = "f1a2b3c4d5"
+NOWHERE = "http://127.0.0.1:9/votes.csv"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -118,19 +119,14 @@ def test_only_what_is_missing_is_fetched(folder: Path, url: str, server, kaggleh
     assert (kagglehub, server.asked) == ([COMPETITION], ["/votes.csv"])
 
 
-@pytest.mark.parametrize("content", ["notes.txt", "FER2013Train/label.csv", "data/x.csv"])
+@pytest.mark.parametrize("content", ["notes.txt", "FER2013Train/label.csv"])
 def test_a_folder_with_something_else_is_left_alone(content: str, folder: Path, kagglehub: list[str]) -> None:
     (folder / content).parent.mkdir(exist_ok=True)
     (folder / content).write_text("")
     before = names(folder)
-    fill(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    for path in (folder, folder / "README.md", folder / "nowhere"):
+        fill(path, COMPETITION, NOWHERE, SHA256)
     assert (names(folder), kagglehub) == (before, [])
-
-
-def test_a_path_that_is_no_folder_is_left_alone(folder: Path, kagglehub: list[str]) -> None:
-    fill(folder / "README.md", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
-    fill(folder / "nowhere", COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
-    assert (names(folder), kagglehub) == ([".gitkeep", "README.md"], [])
 
 
 def told(folder: Path, reason: str) -> str:
@@ -140,16 +136,6 @@ def told(folder: Path, reason: str) -> str:
         "command again, or put fer2013.csv or fer2013.tar.gz or icml_face_data.csv and fer2013new.csv into "
         f"{folder} by hand"
     )
-
-
-def test_no_kagglehub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kagglehub", None)
-    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
-    assert message == told(folder, "ModuleNotFoundError")
-
-
-class UnauthenticatedError(Exception):
-    pass
 
 
 class HTTPError(OSError):  # requests' is one too
@@ -162,30 +148,22 @@ class HTTPError(OSError):  # requests' is one too
     ("error", "reason"),
     [
         (HTTPError(403), "HTTPError 403"),
-        (UnauthenticatedError(), "UnauthenticatedError"),
         (ConnectionError(SECRET), "ConnectionError"),
+        (ModuleNotFoundError("No module named 'kagglehub'"), "ModuleNotFoundError"),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), None),
     ],
-    ids=str,
+    ids=repr,
 )
 def test_a_download_that_fails(
-    error: Exception, reason: str, folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, reason: str | None, folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def competition_download(handle: str) -> str:
         raise error
 
     install(monkeypatch, competition_download)
-    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
-    assert message == told(folder, reason)
+    full = "cannot write /cache/x: the disk is full: free some space and run the command again"
+    assert refused(fill, folder, COMPETITION, NOWHERE, SHA256) == (told(folder, reason) if reason else full)
     assert names(folder) == [".gitkeep", "README.md"]
-
-
-def test_a_full_disk(folder: Path, kagglehub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def competition_download(handle: str) -> str:
-        raise OSError(errno.ENOSPC, "No space left on device", "/cache/x")
-
-    install(monkeypatch, competition_download)
-    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
-    assert message == "cannot write /cache/x: the disk is full: free some space and run the command again"
 
 
 def test_a_copy_that_breaks_off_leaves_nothing(
@@ -198,43 +176,35 @@ def test_a_copy_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr("shutil.copyfile", copyfile)
     with pytest.raises(OSError, match="No space left"):
-        fill(folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+        fill(folder, COMPETITION, NOWHERE, SHA256)
     assert names(folder) == [".gitkeep", "README.md"]
 
 
 def test_a_competition_without_the_images(folder: Path, kagglehub: list[str], tmp_path: Path) -> None:
     for name in ("fer2013.tar.gz", "icml_face_data.csv"):
         (tmp_path / "cache" / name).unlink()
-    message = refused(fill, folder, COMPETITION, "http://127.0.0.1:9/votes.csv", SHA256)
+    message = refused(fill, folder, COMPETITION, NOWHERE, SHA256)
     assert message == told(folder, "it holds none of fer2013.csv, fer2013.tar.gz, icml_face_data.csv")
     assert names(folder) == [".gitkeep", "README.md"]
 
 
-def test_votes_of_another_sha256(folder: Path, url: str) -> None:
-    target = folder / "fer2013new.csv"
-    assert refused(fetch_votes, target, f"{url}/votes.csv", "0" * 64) == (
-        f"data.votes_url: {url}/votes.csv has sha256 {SHA256} instead of {'0' * 64}, nothing was kept: correct "
-        "data.votes_url or data.votes_sha256 or put fer2013new.csv of the microsoft/FERPlus repository at "
-        f"{target}"
-    )
-    assert names(folder) == [".gitkeep", "README.md"]
-
-
 @pytest.mark.parametrize(
-    ("page", "reason"),
+    ("page", "sha256", "fault"),
     [
-        ("{url}/missing.csv", "HTTP Error 404: Not Found"),
-        ("{url}/cut.csv", "IncompleteRead(100 bytes read, 24900 more expected)"),
-        ("http://127.0.0.1:9/votes.csv", "<urlopen error [Errno 111] Connection refused>"),
-        ("http://[", "Invalid IPv6 URL"),
+        ("{url}/votes.csv", "0" * 64, f"has sha256 {SHA256} instead of {'0' * 64}, nothing was kept: correct "
+         "data.votes_url or data.votes_sha256"),
+        ("{url}/missing.csv", SHA256, "cannot be fetched (HTTP Error 404: Not Found): check the connection"),
+        ("{url}/cut.csv", SHA256,
+         "cannot be fetched (IncompleteRead(100 bytes read, 24900 more expected)): check the connection"),
+        (NOWHERE, SHA256,
+         "cannot be fetched (<urlopen error [Errno 111] Connection refused>): check the connection"),
+        ("http://[", SHA256, "cannot be fetched (Invalid IPv6 URL): check the connection"),
     ],
-)
-def test_votes_that_do_not_come(page: str, reason: str, folder: Path, url: str) -> None:
+)  # fmt: skip
+def test_votes_that_do_not_come(page: str, sha256: str, fault: str, folder: Path, url: str) -> None:
     page, target = page.format(url=url), folder / "fer2013new.csv"
-    assert refused(fetch_votes, target, page, SHA256) == (
-        f"data.votes_url: {page} cannot be fetched ({reason}): check the connection "
-        f"or put fer2013new.csv of the microsoft/FERPlus repository at {target}"
-    )
+    by_hand = f"or put fer2013new.csv of the microsoft/FERPlus repository at {target}"
+    assert refused(fetch_votes, target, page, sha256) == f"data.votes_url: {page} {fault} {by_hand}"
     assert names(folder) == [".gitkeep", "README.md"]
 
 

@@ -1,12 +1,14 @@
-"""What a network sees of an image: every kind of image and network, by hand. test_augment.py has more of it."""
+"""What a network sees of an image: every kind of image and network, by hand; parts and threads change nothing."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fer.input import Input, luma, model_input
+from fer.input import Input, luma, model_input, to_float
 
 MEANS, STDS = [0.5, 0.4, 0.3], [0.5, 0.25, 0.1]
 COLOUR = [[51, 102, 204], [255, 0, 0], [0, 255, 0], [0, 0, 255]]  # four pixels, of which a 2x2 image is made
@@ -56,20 +58,71 @@ def test_grey_for_either_network(channels: Any) -> None:
     )
 
 
-def test_luma_weighs_the_colours() -> None:
-    images = torch.tensor(COLOUR).T.reshape(1, 3, 2, 2) / 255
-    torch.testing.assert_close(luma(images), torch.tensor(GREYS).reshape(1, 1, 2, 2))
-    same = torch.rand(2, 1, 4, 4, generator=torch.manual_seed(0))
-    torch.testing.assert_close(luma(same.repeat(1, 3, 1, 1)), same)  # the weights add up to one
+def test_resizing_is_an_average_with_antialias() -> None:
+    pixels = torch.tensor([[[0, 0, 255, 255]] * 4], dtype=torch.uint8)
+    # triangle filter of width 4 around pixel 1/2: weights 3/8 3/8 1/8 of 7/8 within the image
+    torch.testing.assert_close(to_float(pixels, 2)[0, 0], torch.tensor([[1 / 7, 6 / 7]] * 2))
 
 
-def test_a_resized_image_is_grey_as_before() -> None:
-    """Whether colour goes before the size changes or after is no matter."""
+def test_a_resized_image_is_grey_as_before_and_does_not_depend_on_its_batch() -> None:
+    """Whether colour goes before the size changes or after does not matter."""
     pixels = torch.randint(256, (3, 12, 12, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
     one = Input(image_size=8, channels=1, mean=[0.0], std=[1.0])
     colour = model_input(pixels, Input(image_size=8, mean=[0.0], std=[1.0]))
     torch.testing.assert_close(model_input(pixels, one), luma(colour), atol=1e-6, rtol=0)
     assert 0 <= colour.min() < colour.max() <= 1
+    assert all(torch.equal(to_float(pixels[i : i + 1], 64)[0], to_float(pixels, 64)[i]) for i in range(3))
+
+
+# Parts and threads
+
+
+@pytest.mark.parametrize(
+    ("side", "colour", "parts"), [(48, False, [9]), (200, False, [6, 3]), (200, True, [2, 2, 2, 2, 1])]
+)
+def test_images_are_changed_a_few_at_a_time(side: int, colour: bool, parts: list[int]) -> None:
+    """As many as stay in the cache; `rows` tells which they are."""
+    shape = (9, side, side, 3) if colour else (9, side, side)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
+    added = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)
+    sizes: list[int] = []
+
+    def change(images: Tensor, rows: slice) -> Tensor:
+        sizes.append(len(images))
+        return images + added[rows]
+
+    found = model_input(pixels, Input(image_size=side, mean=[0.4], std=[0.2]), change)
+    expected = ((to_float(pixels, side) + added - 0.4) / 0.2).expand(9, 3, side, side)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert sizes == parts
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_share_the_images_and_change_no_bit(inference: bool) -> None:
+    """Torch keeps the number of threads it was told to use, in this thread and in a new one."""
+    pixels = torch.randint(256, (7, 200, 200), dtype=torch.uint8, generator=torch.manual_seed(0))
+    settings = Input(image_size=200, channels=3, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
+    seen: list[tuple[int, int, int]] = []
+
+    def change(images: Tensor, rows: slice) -> Tensor:
+        seen.append((threading.get_ident(), torch.get_num_threads(), rows.start))
+        return images.sin_()
+
+    alone = model_input(pixels, settings, change)
+    seen.clear()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(inference):
+            found = model_input(pixels, settings, change)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found, alone)
+    assert sorted(first for _, _, first in seen) == [0, 3, 6]
+    assert {threads for _, threads, _ in seen} == {1}
+    assert threading.get_ident() not in {thread for thread, _, _ in seen}
 
 
 @pytest.mark.parametrize("threads", [1, 3])

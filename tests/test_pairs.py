@@ -14,7 +14,6 @@ CLASSES = ["anger", "neutral", "fear"]  # neutral is not class 0
 ANGER, NEUTRAL, FEAR = range(3)
 LABELS = [NEUTRAL, ANGER, NEUTRAL, FEAR, NEUTRAL, NEUTRAL, ANGER, NEUTRAL]
 SUBJECTS = ["b", "b", "a", "a", "b", "a", "a", "b"]
-OWN = {"a": [2, 5], "b": [0, 4, 7]}  # neutral faces of each
 
 
 def split_of(labels: list[int], subjects: list[str] | None = None, name: str = "train") -> Split:
@@ -36,14 +35,6 @@ def refused(split: Split, same_subject: bool, classes: list[str] = CLASSES) -> s
     with pytest.raises(UserError) as caught:
         Pairs(split, classes, same_subject)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("same_subject", [False, True])
-def test_a_partner_is_neutral_and_never_the_image_itself(same_subject: bool) -> None:
-    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, same_subject)
-    for found in [pairs.fixed(), *(pairs.drawn(1, epoch) for epoch in range(50))]:
-        assert {LABELS[partner] for partner in found} == {NEUTRAL}
-        assert (found != np.arange(8)).all()
 
 
 def test_random_partners_are_uniform_over_the_other_neutral_faces() -> None:
@@ -82,81 +73,53 @@ def test_partners_come_from_seed_and_epoch(same_subject: bool) -> None:
     assert one.drawn(1, 2).dtype == np.int64
 
 
-def test_same_subject_stays_with_the_person_and_takes_all_its_faces() -> None:
-    pairs = Pairs(split_of(LABELS, SUBJECTS), CLASSES, True)
-    seen: list[set[int]] = [set() for _ in LABELS]
-    for epoch in range(60):  # a face of three is missed by all of them once in 10^10 times
-        for image, partner in enumerate(pairs.drawn(1, epoch)):
-            seen[image].add(int(partner))
-    for image, subject in enumerate(SUBJECTS):
-        assert seen[image] == set(OWN[subject]) - {image}
-
-
 def test_fixed_partners_are_the_first_that_are_not_the_image() -> None:
     split = split_of(LABELS, SUBJECTS)
     assert Pairs(split, CLASSES, False).fixed().tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
     assert Pairs(split, CLASSES, True).fixed().tolist() == [4, 0, 5, 2, 0, 2, 2, 0]
 
 
-def test_references_are_different_neutral_faces_of_one_choice() -> None:
-    labels = [NEUTRAL, ANGER, FEAR, NEUTRAL] * 10
+def test_references_are_different_neutral_faces_each_as_likely() -> None:
+    labels = [NEUTRAL] * 10 + [FEAR] * 5
     pairs = Pairs(split_of(labels), CLASSES, False)
-    chosen = pairs.references(7, seed=5)
-    assert len(set(chosen.tolist())) == 7
-    assert {labels[position] for position in chosen} == {NEUTRAL}
-    assert pairs.references(7, seed=5).tolist() == chosen.tolist()
-    assert len({tuple(pairs.references(7, seed)) for seed in range(5)}) == 5
-    assert sorted(pairs.references(20, seed=5)) == [i for i, label in enumerate(labels) if label == NEUTRAL]
-
-
-def test_every_neutral_face_may_become_a_reference() -> None:
-    pairs = Pairs(split_of([NEUTRAL] * 10 + [FEAR] * 5), CLASSES, False)
     counts = np.zeros(15)
     for seed in range(2000):
-        counts[pairs.references(3, seed)] += 1
+        counts[pairs.references(3, seed)] += 1  # a face that came twice would count once
+    assert counts[10:].sum() == 0
     np.testing.assert_allclose(counts[:10] / 2000, 0.3, atol=5 * np.sqrt(0.3 * 0.7 / 2000), rtol=0)
+    assert pairs.references(3, 5).tolist() == pairs.references(3, 5).tolist()
+    assert sorted(pairs.references(10, seed=5)) == list(range(10))
 
 
 # What the data do not hold
 
 
-@pytest.mark.parametrize("same_subject", [False, True])
-def test_data_without_a_neutral_class(same_subject: bool) -> None:
-    assert refused(split_of(LABELS, SUBJECTS), same_subject, ["anger", "Neutral", "fear"]) == (
-        "model.pairing: the data have no class 'neutral', with which this model compares"
-    )
-
-
-@pytest.mark.parametrize("held", [0, 1])
-@pytest.mark.parametrize("same_subject", [False, True])
-def test_fewer_than_two_neutral_faces(same_subject: bool, held: int) -> None:
-    labels = [ANGER, FEAR] + [NEUTRAL] * held
-    assert refused(split_of(labels, ["a"] * len(labels), "val"), same_subject) == (
-        f"model.pairing: val has {held} neutral faces; two are needed"
-    )
-    if not same_subject:
-        Pairs(split_of([*labels, NEUTRAL, NEUTRAL]), CLASSES, same_subject)
-
-
-@pytest.mark.parametrize("subjects", [[""] * 8, [*SUBJECTS[:7], ""]])
-def test_same_subject_without_the_name_of_every_subject(subjects: list[str]) -> None:
-    message = "model.pairing: same_subject needs data that name subjects; take random_neutral or prototype"
-    assert refused(split_of(LABELS, subjects), True) == message
-    Pairs(split_of(LABELS, subjects), CLASSES, False)
+NO_SUBJECTS = "same_subject needs data that name subjects; take random_neutral or prototype"
+ALONE = (
+    "subject c has no neutral face beside the image itself; leave the subject out or take random_neutral or prototype"
+)
 
 
 @pytest.mark.parametrize(
-    ("labels", "subjects"),
+    ("labels", "subjects", "same_subject", "message"),
     [
-        ([*LABELS, ANGER], [*SUBJECTS, "c"]),  # no neutral face at all
-        ([*LABELS, NEUTRAL], [*SUBJECTS, "c"]),  # one, which is itself to be told
-        ([NEUTRAL, ANGER, *LABELS], ["c", "c", *SUBJECTS]),
+        ([ANGER, FEAR], "aa", False, "train has 0 neutral faces; two are needed"),
+        ([ANGER, FEAR, NEUTRAL], "aaa", True, "train has 1 neutral faces; two are needed"),
+        (LABELS, ["", *SUBJECTS[1:]], True, NO_SUBJECTS),
+        ([*LABELS, ANGER], [*SUBJECTS, "c"], True, ALONE),  # no neutral face at all
+        ([*LABELS, NEUTRAL], [*SUBJECTS, "c"], True, ALONE),  # one, which is itself to be told
     ],
 )
-def test_a_subject_without_another_neutral_face(labels: list[int], subjects: list[str]) -> None:
-    assert refused(split_of(labels, subjects), True) == (
-        "model.pairing: subject c has no neutral face beside the image itself; "
-        "leave the subject out or take random_neutral or prototype"
+def test_data_that_do_not_hold_the_pairs(
+    labels: list[int], subjects: list[str], same_subject: bool, message: str
+) -> None:
+    assert refused(split_of(labels, list(subjects)), same_subject) == f"model.pairing: {message}"
+    Pairs(split_of([*LABELS, *labels], [""] * (8 + len(labels))), CLASSES, False)
+
+
+def test_data_without_a_neutral_class() -> None:
+    assert refused(split_of(LABELS), False, ["anger", "Neutral", "fear"]) == (
+        "model.pairing: the data have no class 'neutral', with which this model compares"
     )
 
 
@@ -170,7 +133,7 @@ def test_more_references_than_neutral_faces() -> None:
 # Any data
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(max_examples=50, deadline=None)  # a busy machine is no fault
 @given(
     st.lists(st.tuples(st.sampled_from([NEUTRAL, NEUTRAL, ANGER]), st.sampled_from("abc")), min_size=1, max_size=30),
     st.booleans(),

@@ -1,11 +1,11 @@
 """The drawn faces: the same bytes every time, every class everywhere, voters like the published ones, learnable."""
 
 import hashlib
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fer.data.labels import CLASSES, LABEL_MODES, VOTE_COLUMNS, class_prior, label_distribution
 from fer.data.sample import CONFUSION, EXPRESSIONS, FEATURES, FREQUENCIES, draw_face, write_sample
@@ -31,13 +31,6 @@ def test_the_tables_fit_the_classes() -> None:
     np.testing.assert_allclose(np.sum(CONFUSION, axis=1), 1, atol=0.005)
 
 
-def test_size_and_usage(sample: Source) -> None:
-    assert sample.images.shape == (2000, 48, 48)
-    assert sample.table["usage"].value_counts().to_dict() == {"train": 1200, "val": 400, "test": 400}
-    assert sample.table["name"].is_unique
-    assert set(votes_of(sample).sum(axis=1)) == {10}
-
-
 def test_equal_seeds_make_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
     digests = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -50,22 +43,26 @@ def test_equal_seeds_make_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
     assert digests[0][1] != digests[2][1]
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("mode", LABEL_MODES)
-def test_the_smallest_sample_has_every_class_in_every_split(seed: int, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_the_smallest_sample_has_every_class_in_every_split(seed: int, tmp_path: Path) -> None:
     write_sample(tmp_path, 80, 40, 40, seed)
     source = read_ferplus(tmp_path, "auto")
     votes = votes_of(source)
-    keep, label, _ = label_distribution(votes, mode)
-    for usage in ("train", "val", "test"):
-        clear = keep & (source.table["usage"] == usage).to_numpy() & (votes.max(axis=1) >= 6)
-        assert (np.bincount(label[clear], minlength=8) >= 2).all()
+    for mode in LABEL_MODES:
+        keep, label, _ = label_distribution(votes, mode)
+        for usage in ("train", "val", "test"):
+            clear = keep & (source.table["usage"] == usage).to_numpy() & (votes.max(axis=1) >= 6)
+            assert (np.bincount(label[clear], minlength=8) >= 2).all()
     training = source.table[source.table["usage"] == "train"]
     class_prior(training[list(VOTE_COLUMNS)].to_numpy(), training["name"].to_numpy(), 5)  # raises for an empty class
 
 
 def test_classes_are_imbalanced_and_voters_disagree_like_ferplus(sample: Source) -> None:
     votes = votes_of(sample)
+    assert sample.images.shape == (2000, 48, 48)
+    assert sample.table["usage"].value_counts().to_dict() == {"train": 1200, "val": 400, "test": 400}
+    assert sample.table["name"].is_unique
+    assert set(votes.sum(axis=1)) == {10}
     keep, label, _ = label_distribution(votes, "majority")
     counts = np.bincount(label[keep], minlength=8) / keep.sum()
     np.testing.assert_allclose(counts, FREQUENCIES, atol=0.04)
@@ -93,17 +90,8 @@ def test_faces_of_one_expression_differ() -> None:
         assert np.abs(faces[:10] - faces[10:]).mean(axis=(1, 2)).min() > 5
 
 
-def test_drawing_is_quick() -> None:
-    rng = np.random.default_rng(0)
-    start = time.process_time()
-    for index in range(200):
-        draw_face(rng, CLASSES[index % 8])
-    assert (time.process_time() - start) / 200 < 2.5e-3  # 3,200 images in 8 s
-
-
 def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
-    """Eight passes over 1,200 images: far above the largest class, below perfect."""
-    torch = pytest.importorskip("torch")
+    """Four passes over 1,200 images: far above the largest class, below perfect."""
     torch.manual_seed(0)
     keep, label, _ = label_distribution(votes_of(sample), "majority")
     usage = sample.table["usage"].to_numpy()
@@ -117,7 +105,7 @@ def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
     ]
     model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 36, 8))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for _ in range(8):
+    for _ in range(4):
         for batch in train[torch.randperm(len(train))].split(32):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(pixels[batch]), labels[batch]).backward()
@@ -127,4 +115,4 @@ def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
         accuracy = (model(pixels[val]).argmax(1) == labels[val]).float().mean().item()
     largest = np.bincount(label[keep & (usage == "val")]).max() / len(val)
     assert largest < 0.4
-    assert 0.6 < accuracy < 0.97
+    assert 0.5 < accuracy < 0.97

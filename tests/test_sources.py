@@ -2,14 +2,12 @@
 
 import csv
 import io
-import itertools
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -106,13 +104,12 @@ FORMS: dict[str, dict[str, bytes | str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("given_as", ["folder", "file", "parent folder"])
-def test_kaggle_forms(form: str, given_as: str, tmp_path: Path) -> None:
+def test_kaggle_forms_as_a_file_a_folder_or_in_one(form: str, tmp_path: Path) -> None:
     put(tmp_path / "fer", FORMS[form])
-    paths = {"folder": tmp_path / "fer", "file": tmp_path / "fer" / form.split("/")[0], "parent folder": tmp_path}
-    source = read_ferplus(paths[given_as], "auto")
-    assert source.facts == {"dataset": "ferplus", "form": form, "label_source": "fer2013new"}
-    assert_is_the_small_set(source)
+    for path in (tmp_path / "fer" / form.split("/")[0], tmp_path / "fer", tmp_path):
+        source = read_ferplus(path, "auto")
+        assert source.facts == {"dataset": "ferplus", "form": form, "label_source": "fer2013new"}
+        assert_is_the_small_set(source)
 
 
 def test_windows_line_ends_a_byte_order_mark_quotes_and_another_order_change_nothing(tmp_path: Path) -> None:
@@ -123,7 +120,7 @@ def test_windows_line_ends_a_byte_order_mark_quotes_and_another_order_change_not
 
 
 def test_votes_may_lie_beside_the_folder_of_the_images(tmp_path: Path) -> None:
-    """As it is when fer2013.tar.gz was unpacked by hand."""
+    """As after unpacking fer2013.tar.gz by hand."""
     put(tmp_path, {"fer2013/fer2013.csv": images_csv(), "fer2013new.csv": votes_csv()})
     assert_is_the_small_set(read_ferplus(tmp_path, "auto"))
 
@@ -179,27 +176,26 @@ def test_an_unknown_label_source_is_a_fault_of_the_code(tmp_path: Path) -> None:
         read_ferplus(tmp_path, "both")
 
 
-def edit(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
-    return lambda root: (root / file).write_text(change((root / file).read_text())) and None
+Edit = Callable[[Path], object]
 
 
-def replace(file: str, old: str, new: str, count: int = 1) -> Callable[[Path], None]:
+def edit(file: str, change: Callable[[str], str]) -> Edit:
+    return lambda root: (root / file).write_text(change((root / file).read_text()))
+
+
+def replace(file: str, old: str, new: str) -> Edit:
     def change(text: str) -> str:
         assert old in text
-        return text.replace(old, new, count)
+        return text.replace(old, new, 1)
 
     return edit(file, change)
 
 
-def write(file: str, content: bytes | str) -> Callable[[Path], None]:
-    return lambda root: put(root, {file: content}) and None
+def remove(*files: str) -> Edit:
+    return lambda root: [(root / file).unlink() for file in files]
 
 
-def remove(*files: str) -> Callable[[Path], None]:
-    return lambda root: [(root / file).unlink() for file in files] and None
-
-
-def set_line(file: str, number: int, line: str) -> Callable[[Path], None]:
+def set_line(file: str, number: int, line: str) -> Edit:
     def change(text: str) -> str:
         lines = text.splitlines()
         lines[number - 1 : number] = [line] if line else []
@@ -208,25 +204,28 @@ def set_line(file: str, number: int, line: str) -> Callable[[Path], None]:
     return edit(file, change)
 
 
-def only(content: dict[str, bytes | str]) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        remove("fer2013.csv")(root)
-        put(root, content)
-
-    return change
+def instead(file: str, content: bytes) -> Edit:
+    """In the place of fer2013.csv."""
+    return lambda root: [(root / "fer2013.csv").unlink(), (root / file).write_bytes(content)]
 
 
-def picture(save: Callable[[Path], None]) -> Callable[[Path], None]:
-    return lambda root: save(root / "FER2013Valid" / "d.png")
+def picture(image: Image.Image) -> Edit:
+    return lambda root: image.save(root / "FER2013Valid" / "d.png")
 
 
 PIXELS = " ".join(map(str, IMAGES[1].ravel()))
-AGAIN = "the file is cut or edited; download it again"
+ROWS = images_csv().splitlines(keepends=True)
 HALF_TAR = tar_gz(images_csv())[:9000]
 DAMAGED_ZIP = zipped({"fer2013.csv": images_csv()}, zipfile.ZIP_STORED).replace(b"emotion,", b"emotioN,")
-ROWS = images_csv().splitlines(keepends=True)
+CUT = "the file is cut or edited; download it again"
+NUMBERS = "pixels must be whole numbers divided by blanks: download the file again"
+USAGE = "unknown Usage '{}': must be Training, PublicTest, PrivateTest"
+VOTES_RULE = "votes: must be a whole number, 0 or more"
+NO_COLUMNS = " line 1: lacks the columns pixels, Usage: use fer2013.csv or icml_face_data.csv as Kaggle ships it"
+NO_USAGE = ": training, validation and test images are all needed"
 
-KAGGLE_MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
+# what is done to the files, and the message; {images} and {votes} are the two csv files
+KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
     "nothing there": (
         remove("fer2013.csv", "fer2013new.csv"),
         "{root}: holds nothing of FER+: looked for the folders FER2013Train, FER2013Valid, FER2013Test, for "
@@ -235,184 +234,137 @@ KAGGLE_MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no votes": (
         remove("fer2013new.csv"),
-        "{root}/fer2013new.csv: not found: download it from the microsoft/FERPlus repository to this place",
+        "{votes}: not found: download it from the microsoft/FERPlus repository to this place",
     ),
     "file cut between rows": (
         edit("fer2013.csv", lambda text: "".join(ROWS[:5])),
-        "{root}/fer2013.csv: ends after 4 rows but {root}/fer2013new.csv has 6: the file is cut; download it again",
+        "{images}: ends after 4 rows but {votes} has 6: the file is cut; download it again",
     ),
     "file cut in a row": (
         edit("fer2013.csv", lambda text: "".join(ROWS[:6]) + ROWS[6][:5000]),
-        "{root}/fer2013.csv line 7: has 2 columns instead of 3: " + AGAIN,
+        "{images} line 7: has 2 columns instead of 3: " + CUT,
     ),
     "file cut in the last word": (
-        edit("fer2013.csv", lambda text: text[:-5]),
-        "{root}/fer2013.csv line 7: unknown Usage 'Private': must be Training, PublicTest, PrivateTest",
+        edit("fer2013.csv", lambda text: text[:-5]), "{images} line 7: " + USAGE.format("Private"),
     ),
-    "empty file": (
-        write("fer2013.csv", ""),
-        "{root}/fer2013.csv line 1: lacks the columns pixels, Usage: "
-        "use fer2013.csv or icml_face_data.csv as Kaggle ships it",
-    ),
-    "no header": (
-        set_line("fer2013.csv", 1, ""),
-        "{root}/fer2013.csv line 1: lacks the columns pixels, Usage: "
-        "use fer2013.csv or icml_face_data.csv as Kaggle ships it",
-    ),
+    "empty file": (edit("fer2013.csv", lambda text: ""), "{images}" + NO_COLUMNS),
+    "no header": (set_line("fer2013.csv", 1, ""), "{images}" + NO_COLUMNS),
     "a pixel too few": (
         set_line("fer2013.csv", 3, f"0,{PIXELS.rsplit(' ', 1)[0]},Training"),
-        "{root}/fer2013.csv line 3: has 2303 pixels instead of 2304: " + AGAIN,
+        "{images} line 3: has 2303 pixels instead of 2304: " + CUT,
     ),
-    "no pixels": (
-        set_line("fer2013.csv", 3, "0,,Training"),
-        "{root}/fer2013.csv line 3: has 0 pixels instead of 2304: " + AGAIN,
-    ),
+    "no pixels": (set_line("fer2013.csv", 3, "0,,Training"), "{images} line 3: has 0 pixels instead of 2304: " + CUT),
     "a pixel that is no number": (
-        set_line("fer2013.csv", 3, f"0,{PIXELS}x,Training"),
-        "{root}/fer2013.csv line 3: pixels must be whole numbers divided by blanks: download the file again",
+        set_line("fer2013.csv", 3, f"0,{PIXELS}x,Training"), "{images} line 3: " + NUMBERS,
     ),
-    "a broken pixel": (
-        set_line("fer2013.csv", 3, f"0,1.5 {PIXELS},Training"),
-        "{root}/fer2013.csv line 3: pixels must be whole numbers divided by blanks: download the file again",
-    ),
+    "a broken pixel": (set_line("fer2013.csv", 3, f"0,1.5 {PIXELS},Training"), "{images} line 3: " + NUMBERS),
     "a pixel above 255": (
         set_line("fer2013.csv", 3, f"0,256 {PIXELS.split(' ', 1)[1]},Training"),
-        "{root}/fer2013.csv line 3: a pixel is outside 0..255: download the file again",
+        "{images} line 3: a pixel is outside 0..255: download the file again",
     ),
     "a pixel below 0": (
         set_line("fer2013.csv", 3, f"0,-1 {PIXELS.split(' ', 1)[1]},Training"),
-        "{root}/fer2013.csv line 3: a pixel is outside 0..255: download the file again",
+        "{images} line 3: a pixel is outside 0..255: download the file again",
     ),
     "more images than votes": (
         set_line("fer2013new.csv", 7, ""),
-        "{root}/fer2013.csv line 7: has no partner, {root}/fer2013new.csv ends after 5 rows: "
-        "use two files that belong together",
+        "{images} line 7: has no partner, {votes} ends after 5 rows: use two files that belong together",
     ),
     "another order": (
-        lambda root: put(root, {"fer2013.csv": images_csv(usages=USAGES[::-1])}) and None,
-        "{root}/fer2013.csv line 2: Usage is PrivateTest but Training in the same row of {root}/fer2013new.csv: "
+        edit("fer2013.csv", lambda text: images_csv(usages=USAGES[::-1])),
+        "{images} line 2: Usage is PrivateTest but Training in the same row of {votes}: "
         "rows pair by position, so both files must be in their published order",
     ),
     "unknown usage": (
-        replace("fer2013.csv", "PublicTest", "Public"),
-        "{root}/fer2013.csv line 4: unknown Usage 'Public': must be Training, PublicTest, PrivateTest",
+        replace("fer2013.csv", "PublicTest", "Public"), "{images} line 4: " + USAGE.format("Public"),
     ),
     "unknown usage of votes": (
-        replace("fer2013new.csv", "PublicTest", "Public"),
-        "{root}/fer2013new.csv line 4: unknown Usage 'Public': must be Training, PublicTest, PrivateTest",
-    ),
-    "votes without a header": (
-        set_line("fer2013new.csv", 1, ""),
-        "{root}/fer2013new.csv line 1: lacks the columns Usage, Image name, neutral, happiness, surprise, sadness, "
-        "anger, disgust, fear, contempt, unknown, NF: download fer2013new.csv again",
+        replace("fer2013new.csv", "PublicTest", "Public"), "{votes} line 4: " + USAGE.format("Public"),
     ),
     "votes lack a column": (
         edit("fer2013new.csv", lambda text: "\n".join(line.rsplit(",", 1)[0] for line in text.splitlines())),
-        "{root}/fer2013new.csv line 1: lacks the columns NF: download fer2013new.csv again",
+        "{votes} line 1: lacks the columns NF: download fer2013new.csv again",
     ),
     "votes cut in a row": (
-        edit("fer2013new.csv", lambda text: text[:-10]),
-        "{root}/fer2013new.csv line 7: has 9 columns instead of 12: " + AGAIN,
+        edit("fer2013new.csv", lambda text: text[:-10]), "{votes} line 7: has 9 columns instead of 12: " + CUT,
     ),
     "votes that are no number": (
-        replace("fer2013new.csv", "c.png,20", "c.png,many"),
-        "{root}/fer2013new.csv line 4: neutral has 'many' votes: must be a whole number, 0 or more",
+        replace("fer2013new.csv", "c.png,20", "c.png,many"), "{votes} line 4: neutral has 'many' " + VOTES_RULE,
     ),
     "negative votes": (
-        replace("fer2013new.csv", ",29\n", ",-1\n"),
-        "{root}/fer2013new.csv line 4: NF has '-1' votes: must be a whole number, 0 or more",
+        replace("fer2013new.csv", ",29\n", ",-1\n"), "{votes} line 4: NF has '-1' " + VOTES_RULE,
     ),
     "no votes in a cell": (
-        replace("fer2013new.csv", "c.png,20", "c.png,"),
-        "{root}/fer2013new.csv line 4: neutral has '' votes: must be a whole number, 0 or more",
+        replace("fer2013new.csv", "c.png,20", "c.png,"), "{votes} line 4: neutral has '' " + VOTES_RULE,
     ),
     "a split without images": (
-        lambda root: put(root, {"fer2013.csv": "".join(ROWS[:5]), "fer2013new.csv": votes_csv(USAGES[:4])}) and None,
-        "{root}/fer2013.csv: holds no image of PrivateTest: training, validation and test images are all needed",
+        lambda root: put(root, {"fer2013.csv": "".join(ROWS[:5]), "fer2013new.csv": votes_csv(USAGES[:4])}),
+        "{images}: holds no image of PrivateTest" + NO_USAGE,
     ),
     "a cut tar.gz": (
-        only({"fer2013.tar.gz": HALF_TAR}),
+        instead("fer2013.tar.gz", HALF_TAR),
         "{root}/fer2013.tar.gz: is cut or damaged (unexpected end of data): download it again",
     ),
     "a tar.gz that is none": (
-        only({"fer2013.tar.gz": b"<html>sign in</html>"}),
+        instead("fer2013.tar.gz", b"<html>sign in</html>"),
         "{root}/fer2013.tar.gz: is cut or damaged (not a gzip file): download it again",
     ),
     "a tar.gz without the csv": (
-        only({"fer2013.tar.gz": tar_gz("x", "fer2013/other.csv")}),
+        instead("fer2013.tar.gz", tar_gz("x", "fer2013/other.csv")),
         "{root}/fer2013.tar.gz: holds neither fer2013.csv nor icml_face_data.csv: download fer2013.tar.gz again",
     ),
     "a zip that is none": (
-        only({"kaggle.zip": b"<html>sign in</html>"}),
+        instead("kaggle.zip", b"<html>sign in</html>"),
         "{root}/kaggle.zip: is cut or damaged (File is not a zip file): download it again",
     ),
     "a damaged zip": (
-        only({"kaggle.zip": DAMAGED_ZIP}),
+        instead("kaggle.zip", DAMAGED_ZIP),
         "{root}/kaggle.zip: is cut or damaged (Bad CRC-32 for file 'fer2013.csv'): download it again",
     ),
 }  # fmt: skip
 
-SECOND_LINE = 'b.png,"(0, 0, 48, 48)",' + ",".join(["1"] * 10)
-FOLDER_MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
+LABELS, LINE = "FER2013Train/label.csv", 'b.png,"(0, 0, 48, 48)",' + ",".join(["1"] * 10)
+FOLDER_MISTAKES: dict[str, tuple[Edit, str]] = {
     "no label.csv": (
         remove("FER2013Valid/label.csv"),
         "{root}/FER2013Valid/label.csv: not found: restore it from microsoft/FERPlus, "
         "or set data.label_source to fer2013new",
     ),
     "empty label.csv": (
-        write("FER2013Valid/label.csv", ""),
-        "{root}: holds no image of PublicTest: training, validation and test images are all needed",
+        edit("FER2013Valid/label.csv", lambda text: ""), "{root}: holds no image of PublicTest" + NO_USAGE,
     ),
     "label.csv lacks a column": (
-        set_line("FER2013Train/label.csv", 2, SECOND_LINE[:-2]),
-        "{root}/FER2013Train/label.csv line 2: has 11 columns instead of 12: " + AGAIN,
+        set_line(LABELS, 2, LINE[:-2]), "{labels} line 2: has 11 columns instead of 12: " + CUT,
     ),
-    "label.csv with a header": (
-        edit("FER2013Train/label.csv", lambda text: ",".join(["name", "box", *VOTE_COLUMNS]) + "\n" + text),
-        "{root}/FER2013Train/label.csv line 1: the box is box instead of (0, 0, 48, 48): "
-        "crop and resize the picture to the face",
+    "another box": (
+        set_line(LABELS, 2, LINE.replace("48)", "47)")),
+        "{labels} line 2: the box is (0, 0, 48, 47) instead of (0, 0, 48, 48): crop and resize the picture to the face",
     ),
-    "votes that are no number": (
-        set_line("FER2013Train/label.csv", 2, SECOND_LINE[:-1] + "1.5"),
-        "{root}/FER2013Train/label.csv line 2: NF has '1.5' votes: must be a whole number, 0 or more",
-    ),
-    "negative votes": (
-        set_line("FER2013Train/label.csv", 2, SECOND_LINE[:-1] + "-2"),
-        "{root}/FER2013Train/label.csv line 2: NF has '-2' votes: must be a whole number, 0 or more",
-    ),
+    "broken votes": (set_line(LABELS, 2, LINE[:-1] + "1.5"), "{labels} line 2: NF has '1.5' " + VOTES_RULE),
     "two lines that differ": (
-        edit("FER2013Train/label.csv", lambda text: text + SECOND_LINE + "\n"),
-        "{root}/FER2013Train/label.csv line 3: b.png has other votes than in line 2: "
-        "keep the right one of the two lines",
+        edit(LABELS, lambda text: text + LINE + "\n"),
+        "{labels} line 3: b.png has other votes than in line 2: keep the right one of the two lines",
     ),
     "a name that leaves the folder": (
-        set_line("FER2013Train/label.csv", 2, "../" + SECOND_LINE),
-        "{root}/FER2013Train/label.csv line 2: '../b.png' must be a plain file name: remove its folder part",
+        set_line(LABELS, 2, "../" + LINE),
+        "{labels} line 2: '../b.png' must be a plain file name: remove its folder part",
     ),
     "not csv": (
-        set_line("FER2013Train/label.csv", 2, '"' + "x" * 200_000),
-        "{root}/FER2013Train/label.csv line 2: is not valid CSV (field larger than field limit (131072)): "
-        "download it again",
+        set_line(LABELS, 2, '"' + "x" * 200_000),
+        "{labels} line 2: is not valid CSV (field larger than field limit (131072)): download it again",
     ),
     "a missing picture": (
-        remove("FER2013Valid/d.png"),
-        "{root}/FER2013Valid/d.png: not found, but label.csv names it: restore the picture",
-    ),
-    "a picture that is none": (
-        write("FER2013Valid/d.png", "<html>"),
-        "{root}/FER2013Valid/d.png: is not a readable PNG picture: replace it by the original",
+        remove("FER2013Valid/d.png"), "{picture}: not found, but label.csv names it: restore the picture",
     ),
     "a cut picture": (
-        lambda root: put(root, {"FER2013Valid/d.png": (root / "FER2013Valid/d.png").read_bytes()[:500]}) and None,
-        "{root}/FER2013Valid/d.png: is not a readable PNG picture: replace it by the original",
+        lambda root: put(root, {"FER2013Valid/d.png": (root / "FER2013Valid/d.png").read_bytes()[:500]}),
+        "{picture}: is not a readable PNG picture: replace it by the original",
     ),
     "a picture of another size": (
-        picture(lambda file: Image.new("L", (96, 48)).save(file)),
-        "{root}/FER2013Valid/d.png: is 96x48 pixels instead of 48x48: replace it by the original",
+        picture(Image.new("L", (96, 48))), "{picture}: is 96x48 pixels instead of 48x48: replace it by the original",
     ),
     "a picture of 16 bits": (
-        picture(lambda file: Image.new("I;16", (48, 48)).save(file)),
-        "{root}/FER2013Valid/d.png: has 16 bits a pixel instead of 8: replace it by the original",
+        picture(Image.new("I;16", (48, 48))), "{picture}: has 16 bits a pixel instead of 8: replace it by the original",
     ),
 }  # fmt: skip
 
@@ -423,20 +375,16 @@ def assert_refused(path: Path, label_source: str, message: str) -> None:
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("mistake", KAGGLE_MISTAKES)
-def test_mistakes_with_kaggle_rows(mistake: str, tmp_path: Path) -> None:
-    make, message = KAGGLE_MISTAKES[mistake]
-    make(kaggle_files(tmp_path))
+@pytest.mark.parametrize("mistake", [*KAGGLE_MISTAKES, *FOLDER_MISTAKES])
+def test_mistakes_in_the_files(mistake: str, tmp_path: Path) -> None:
+    kaggle = mistake in KAGGLE_MISTAKES
+    make, message = (KAGGLE_MISTAKES if kaggle else FOLDER_MISTAKES)[mistake]
+    make((kaggle_files if kaggle else official_folders)(tmp_path))
     before = sorted(tmp_path.rglob("*"))
-    assert_refused(tmp_path, "auto", message.replace("{root}", str(tmp_path)))
+    names = {"images": "fer2013.csv", "votes": "fer2013new.csv", "labels": LABELS, "picture": "FER2013Valid/d.png"}
+    paths = {key: str(tmp_path / name) for key, name in names.items()}
+    assert_refused(tmp_path, "auto", message.format(root=tmp_path, **paths))
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("mistake", FOLDER_MISTAKES)
-def test_mistakes_with_folders(mistake: str, tmp_path: Path) -> None:
-    make, message = FOLDER_MISTAKES[mistake]
-    make(official_folders(tmp_path))
-    assert_refused(tmp_path, "auto", message.replace("{root}", str(tmp_path)))
 
 
 def test_mistakes_with_the_path_and_the_label_source(tmp_path: Path) -> None:
@@ -483,38 +431,16 @@ def test_real_folders(ferplus_folder: Path) -> None:
     assert [sum(counts) for counts in majority_counts(by_row).values()] == [25_060, 3_199, 3_153]
 
 
-@pytest.mark.slow
-def test_real_kaggle_rows(ferplus_folder: Path, tmp_path: Path) -> None:
-    """fer2013.csv made from the real pictures; rows without a name (not a face) are blank."""
-    folders = read_ferplus(ferplus_folder, "fer2013new")
-    votes = pd.read_csv(ferplus_folder / "fer2013new.csv", keep_default_na=False)
-    decimals = [str(value) for value in range(256)]
-    pictures = iter(folders.images)
-    with (tmp_path / "fer2013.csv").open("w") as file:
-        file.write("emotion,pixels,Usage\n")
-        for usage, name in zip(votes["Usage"], votes["Image name"]):
-            image = next(pictures) if name else np.zeros((48, 48), np.uint8)
-            file.write(f"0,{' '.join([decimals[value] for value in image.ravel().tolist()])},{usage}\n")
-    (tmp_path / "fer2013new.csv").write_bytes((ferplus_folder / "fer2013new.csv").read_bytes())
-    source = read_ferplus(tmp_path, "auto")
-    assert len(source.images) == 35_887
-    named = (source.table["name"] != "").to_numpy()
-    np.testing.assert_array_equal(source.images[named], folders.images)
-    assert majority_counts(source) == majority_counts(folders)
-    assert sum(majority_counts(source)["train"]) == 25_060
-
-
 def test_no_damaged_byte_of_a_picture_ends_in_a_traceback(tmp_path: Path) -> None:
     official_folders(tmp_path)
     file = tmp_path / "FER2013Valid" / "d.png"
     whole = file.read_bytes()
     messages = []
-    positions = [*range(70), *range(70, len(whole), 97), *range(len(whole) - 20, len(whole))]
-    for position, flip in itertools.product(positions, (0x01, 0x5A)):
-        file.write_bytes(whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :])
+    for position in [*range(70), *range(70, len(whole), 97), *range(len(whole) - 20, len(whole))]:
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 0x5A]) + whole[position + 1 :])
         try:
             read_ferplus(tmp_path, "auto")
         except UserError as error:
             messages.append(str(error))
-    assert len(messages) > 50
+    assert len(messages) > 25
     assert all(message.startswith(f"{file}: ") for message in messages)

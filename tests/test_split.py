@@ -1,5 +1,8 @@
+"""Stage split: labels, duplicates, the share of train, what is written for training and for people, bad input."""
+
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fer.data.charts import contact_sheet
 from fer.data.dataset import open_data
 from fer.data.labels import CLASSES, VOTE_COLUMNS
 from fer.data.sources import read_ferplus
@@ -168,46 +170,32 @@ def test_train_share_is_that_of_each_class_and_one_image_at_least(share: float, 
     assert found == dict.fromkeys(CLASSES, 1) | dict(zip(["neutral", "happiness", "contempt"], counts))
 
 
-def test_train_share_keeps_lines_and_their_order_and_all_of_val_and_test() -> None:
-    whole, part = majority(large_set()), majority(large_set(), share=0.5)
-    rows = train_rows(part)
-    assert rows == sorted(rows)
-    train = whole.tables["train"]
-    assert part.tables["train"].to_csv(index=False) == train[train["row"].isin(rows)].to_csv(index=False)
-    for name in ("val", "test"):
-        assert part.tables[name].to_csv(index=False) == whole.tables[name].to_csv(index=False)
-    np.testing.assert_array_equal(part.class_prior, whole.class_prior)
-    assert part.dropped == 0
-
-
-def test_a_smaller_share_is_part_of_a_larger_one() -> None:
-    shares = [set(train_rows(majority(large_set(), share=share, seed=3))) for share in (0.1, 0.2, 0.55, 1.0)]
-    assert shares[0] < shares[1] < shares[2] < shares[3]
-
-
-def test_the_seed_alone_chooses_the_images() -> None:
-    np.random.seed(1)
-    one = train_rows(majority(large_set(), share=0.3, seed=5))
-    np.random.seed(2)
-    assert train_rows(majority(large_set(), share=0.3, seed=5)) == one
-    others = [train_rows(majority(large_set(), share=0.3, seed=seed)) for seed in range(3)]
-    assert len({tuple(rows) for rows in (one, *others)}) == 4
-
-
-def test_train_share_draws_from_the_whole_class() -> None:
+def test_train_share_keeps_the_order_and_all_of_val_test_and_prior() -> None:
+    """A smaller share is part of a larger one; the whole share is all of train."""
     rows = large_set()
-    kept = pd.Series([line for seed in range(80) for line in train_rows(majority(rows, share=0.25, seed=seed))])
+    splits = [majority(rows, share=share, seed=3) for share in (0.1, 0.2, 0.55, 1.0)]
+    kept = [train_rows(part) for part in splits]
+    assert set(kept[0]) < set(kept[1]) < set(kept[2])
+    assert kept[3] == rows.loc[rows["usage"] == "train", "row"].tolist()
+    whole = splits[3]
+    for part, own in zip(splits, kept):
+        train = whole.tables["train"]
+        assert part.tables["train"].to_csv(index=False) == train[train["row"].isin(own)].to_csv(index=False)
+        for name in ("val", "test"):
+            assert part.tables[name].to_csv(index=False) == whole.tables[name].to_csv(index=False)
+        np.testing.assert_array_equal(part.class_prior, whole.class_prior)
+
+
+def test_the_seed_alone_chooses_the_images_from_the_whole_class() -> None:
+    rows = large_set()
+    drawn = {seed: train_rows(majority(rows, share=0.25, seed=seed)) for seed in range(40)}
+    np.random.seed(2)
+    assert train_rows(majority(rows, share=0.25, seed=5)) == drawn[5]
+    kept = pd.Series([line for lines in drawn.values() for line in lines])
     neutral = rows.query("usage == 'train' and neutral > 0")["row"]
     times = kept.value_counts().reindex(neutral, fill_value=0)
-    assert times.sum() == 80 * 10
-    assert times.between(5, 38).all()  # 80 * 10 / 41 = 20 expected, standard deviation 3.8
-
-
-def test_the_whole_share_is_all_of_train_whatever_the_seed() -> None:
-    rows = large_set()
-    texts = {majority(rows, seed=seed).tables["train"].to_csv(index=False) for seed in range(5)}
-    assert len(texts) == 1
-    assert train_rows(majority(rows)) == rows.loc[rows["usage"] == "train", "row"].tolist()
+    assert times.sum() == 40 * 10
+    assert times.between(1, 23).all()  # 40 * 10 / 41 = 10 expected, standard deviation 2.7
 
 
 def test_only_kept_training_images_are_duplicates() -> None:
@@ -224,15 +212,6 @@ def test_only_kept_training_images_are_duplicates() -> None:
     assert firsts > {"copy 0"}  # by some seeds it is left out, and the first of the kept ones stands in for it
 
 
-def test_an_image_that_was_left_out_is_no_leak() -> None:
-    rows = small_set(*(row("train", f"fear {i}", fear=9) for i in range(9)), row("test", "fear 3", name="t", fear=9))
-    for seed in range(8):
-        splits = majority(rows, share=0.5, seed=seed)
-        in_train = "fear 3" in splits.tables["train"]["name"].tolist()
-        assert marked(splits, "test") == ({"t": "fear 3"} if in_train else {})
-        assert duplicates(splits.tables)["test_in_train"] == in_train
-
-
 def test_train_share_is_of_what_the_leaked_images_leave() -> None:
     leaked = [row(usage, f"leak {i}", fear=9) for i in range(10) for usage in ("train", "val")]
     kept = [row("train", f"kept {i}", fear=9) for i in range(9)]
@@ -243,7 +222,7 @@ def test_train_share_is_of_what_the_leaked_images_leave() -> None:
     assert not any(name.startswith("leak") for name in names)
 
 
-def test_class_without_a_training_image_is_named() -> None:
+def test_a_class_or_split_without_an_image_is_named() -> None:
     rows = small_set()
     rows.loc[rows["name"].isin(["train-disgust", "train-contempt"]), "usage"] = "test"
     with pytest.raises(UserError) as caught:
@@ -252,17 +231,12 @@ def test_class_without_a_training_image_is_named() -> None:
         "no training image of class disgust, contempt (split.label_mode majority): add images of it to the train part"
         " of data.path or choose another split.label_mode"
     )
-
-
-@pytest.mark.parametrize("empty", ["train", "val", "test"])
-def test_empty_split_is_named(empty: str) -> None:
-    rows = small_set()
-    rows.loc[rows["usage"] == empty, list(VOTE_COLUMNS)] = 0
+    rows.loc[rows["usage"] == "val", list(VOTE_COLUMNS)] = 0
     with pytest.raises(UserError) as caught:
         majority(rows)
     assert str(caught.value) == (
-        f"split {empty} is empty: no image of it in data/raw/labels.csv has a usable label;"
-        f" add images to the {empty} part of data.path"
+        "split val is empty: no image of it in data/raw/labels.csv has a usable label;"
+        " add images to the val part of data.path"
     )
 
 
@@ -289,32 +263,25 @@ def params(**changes: Any) -> Params:
     return found.model_copy(update={"split": found.split.model_copy(update=changes)})
 
 
-def test_stage_writes_splits_summary_and_plots(stage_input: pd.DataFrame) -> None:
+def written() -> dict[str, bytes]:
+    paths = (path for path in Path("data/splits").rglob("*") if path.is_file())
+    return {str(path.relative_to("data/splits")): path.read_bytes() for path in sorted(paths)}
+
+
+def test_stage_writes_splits_summary_and_plots_to_the_byte(stage_input: pd.DataFrame) -> None:
     split(params())
-    files = sorted(str(path.relative_to("data/splits")) for path in Path("data/splits").rglob("*") if path.is_file())
-    assert files == [
-        "plots/class_balance.csv",
-        "plots/class_balance.png",
-        "plots/contact_sheet.png",
-        "summary.json",
-        "test.csv",
-        "train.csv",
-        "val.csv",
-    ]
-    lines = Path("data/splits/test.csv").read_text().splitlines()
+    found = written()
+    plots = [f"plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
+    assert list(found) == [*plots, "summary.json", "test.csv", "train.csv", "val.csv"]
+    lines = found["test.csv"].decode().splitlines()
     assert lines[0] == (
         "row,name,label,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,"
         "subject,duplicate_of,duplicate_in"
     )
     assert lines[-1] == "24,NA,6,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,,train-fear,train"
-    assert Path("data/splits/train.csv").read_text().splitlines()[1].endswith(",007,,")
-
-
-def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
-    split(params())
-    text = Path("data/splits/summary.json").read_text()
-    summary = json.loads(text)
-    assert text == json.dumps(summary, indent=2, sort_keys=True) + "\n"
+    assert found["train.csv"].decode().splitlines()[1].endswith(",007,,")
+    summary = json.loads(found["summary.json"])
+    assert found["summary.json"].decode() == json.dumps(summary, indent=2, sort_keys=True) + "\n"
     digest = hashlib.sha256(Path("data/upscaled/images.npy").read_bytes()).hexdigest()
     ones = dict.fromkeys(CLASSES, 1)
     assert summary == {
@@ -336,6 +303,8 @@ def test_stage_sums_up(stage_input: pd.DataFrame) -> None:
         "image_shape": [6, 6],
         "images_sha256": digest,
     }
+    split(params())
+    assert written() == found
 
 
 def test_training_reads_what_the_stage_wrote(stage_input: pd.DataFrame) -> None:
@@ -352,28 +321,34 @@ def test_training_reads_what_the_stage_wrote(stage_input: pd.DataFrame) -> None:
     assert data.prior().tolist() == np.eye(8).tolist()
 
 
-def test_stage_takes_share_and_seed_from_the_settings(stage_input: pd.DataFrame) -> None:
-    rows = stage_input
-    rows.loc[8:15, ["usage", *VOTE_COLUMNS]] = ["train", *votes(neutral=10).values()]  # what was val: 9 of neutral now
-    rows.loc[16:19, "usage"] = "val"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label_mode": "probability"},
+        {"drop_leaked_train": True},
+        {"prior_min_votes": 8},
+        {"train_share": 0.5},
+        {"train_share": 0.5, "seed": 2},
+    ],
+)
+def test_every_setting_reaches_the_splits(stage_input: pd.DataFrame, changes: dict[str, Any]) -> None:
+    more = [row("train", f"more {i}", fear=7 + i % 2, sadness=3) for i in range(6)]
+    more += [row("train", "unclear", fear=5, sadness=5), row("val", "more 1", fear=9)]
+    rows = small_set(*more, row("train", "weak", neutral=6, anger=3))
     rows.to_csv(LABELS, index=False)
-    found = {}
-    for seed in (1, 2):
-        split(params(train_share=0.5, seed=seed))
+    np.save("data/upscaled/images.npy", np.zeros((len(rows), 6, 6), np.uint8))
+    found = []
+    for settings in (params(), params(**changes)):
+        split(settings)
+        own = settings.split
+        expected = make_splits(
+            rows, own.label_mode, own.drop_leaked_train, own.prior_min_votes, own.train_share, own.seed
+        )
+        assert pd.read_csv("data/splits/train.csv")["row"].tolist() == train_rows(expected)
         summary = json.loads(Path("data/splits/summary.json").read_text())
-        assert (summary["train_share"], summary["seed"]) == (0.5, seed)
-        assert summary["counts"]["train"] == dict.fromkeys(CLASSES, 1) | {"neutral": 4}  # round(9 / 2), half to even
-        assert summary["raw_rows"]["train"] == 16
-        found[seed] = pd.read_csv("data/splits/train.csv")["row"].tolist()
-        assert found[seed] == train_rows(majority(rows, share=0.5, seed=seed))
-    assert found[1] != found[2]
-
-
-def test_stage_is_deterministic(stage_input: pd.DataFrame) -> None:
-    split(params())
-    first = {path: path.read_bytes() for path in Path("data/splits").rglob("*") if path.is_file()}
-    split(params())
-    assert first == {path: path.read_bytes() for path in Path("data/splits").rglob("*") if path.is_file()}
+        np.testing.assert_array_equal(summary["class_prior"], expected.class_prior)
+        found.append((train_rows(expected), summary["class_prior"]))
+    assert found[0] != found[1]
 
 
 def test_class_balance_is_a_table_and_bars_of_that_length(stage_input: pd.DataFrame) -> None:
@@ -400,17 +375,6 @@ def test_contact_sheet_shows_training_images(stage_input: pd.DataFrame, shape: t
     assert (faces == 0).all(axis=2).sum() == 7 * 72 * 72
 
 
-def test_contact_sheet_has_a_row_per_class_and_a_column_per_image() -> None:
-    values = {"fear": [10, 20, 30], "anger": [40]}
-    faces = {name: np.stack([np.full((6, 6), value, np.uint8) for value in row]) for name, row in values.items()}
-    sheet = np.asarray(contact_sheet(faces, side=8))
-    top, left, step = 16, 16 + 110, 8 + 4
-    for line, row in enumerate(values.values()):
-        for column, value in enumerate(row):
-            cell = sheet[top + step * line :, left + step * column :][:8, :8]
-            assert (cell == value).all()
-
-
 def test_real_faces_are_never_drawn(stage_input: pd.DataFrame) -> None:
     source = Path("data/raw/source.json")
     source.write_text(source.read_text().replace("sample", "ferplus"))
@@ -421,115 +385,71 @@ def test_real_faces_are_never_drawn(stage_input: pd.DataFrame) -> None:
     ]
 
 
-def edit_labels(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    change(pd.read_csv(LABELS, dtype=str, keep_default_na=False)).to_csv(LABELS, index=False)
-
-
-LABEL_FAULTS = {
-    "missing": (
-        lambda: Path(LABELS).unlink(),
-        "not found; run `dvc repro download` to make it or `dvc pull` to fetch it",
-    ),
-    "empty": (lambda: Path(LABELS).write_text(""), f"not a table of votes (No columns to parse from file); {AGAIN}"),
-    "column": (
-        lambda: edit_labels(lambda rows: rows.drop(columns=["sha1", "NF"])),
-        f"column sha1, NF is missing; {AGAIN}",
-    ),
-    "fewer": (
-        lambda: edit_labels(lambda rows: rows[:-1]),
-        f"its 24 rows do not match the 25 images, one row each; {AGAIN}",
-    ),
-    "order": (
-        lambda: edit_labels(lambda rows: rows[::-1]),
-        f"its 25 rows do not match the 25 images, one row each; {AGAIN}",
-    ),
-    "usage": (
-        lambda: edit_labels(lambda rows: rows.replace("val", "valid")),
-        f"usage 'valid' is none of train, val, test; {AGAIN}",
-    ),
-    "negative": (lambda: edit_labels(lambda rows: rows.assign(fear="-1")), f"holds negative votes; {AGAIN}"),
+LABEL_FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "column": (lambda rows: rows.drop(columns=["sha1", "NF"]), f"column sha1, NF is missing; {AGAIN}"),
+    "fewer": (lambda rows: rows[:-1], f"its 24 rows do not match the 25 images, one row each; {AGAIN}"),
+    "order": (lambda rows: rows[::-1], f"its 25 rows do not match the 25 images, one row each; {AGAIN}"),
+    "usage": (lambda rows: rows.replace("val", "valid"), f"usage 'valid' is none of train, val, test; {AGAIN}"),
+    "negative": (lambda rows: rows.assign(fear="-1"), f"holds negative votes; {AGAIN}"),
+    "not whole": (lambda rows: rows.assign(fear="1.5"), "not a table of votes ("),
+    "no number": (lambda rows: rows.assign(fear="many"), "not a table of votes ("),
 }
 
 
 @pytest.mark.parametrize("fault", LABEL_FAULTS)
 def test_stage_refuses_a_bad_table(stage_input: pd.DataFrame, fault: str) -> None:
-    damage, message = LABEL_FAULTS[fault]
-    damage()
-    with pytest.raises(UserError) as caught:
+    change, message = LABEL_FAULTS[fault]
+    change(pd.read_csv(LABELS, dtype=str, keep_default_na=False)).to_csv(LABELS, index=False)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{LABELS}: {message}')}") as caught:
         split(params())
-    assert str(caught.value) == f"{LABELS}: {message}"
+    assert "\n" not in str(caught.value)
     assert not Path("data/splits").exists()
 
 
-@pytest.mark.parametrize("votes_text", ["many", "", "1.5"])
-def test_stage_refuses_votes_that_are_no_whole_numbers(stage_input: pd.DataFrame, votes_text: str) -> None:
-    edit_labels(lambda rows: rows.assign(fear=votes_text))
-    with pytest.raises(UserError) as caught:
-        split(params())
-    assert str(caught.value).startswith(f"{LABELS}: not a table of votes (")
-    assert "\n" not in str(caught.value)
+MISSING = "not found; run `dvc repro download` to make it or `dvc pull` to fetch it"
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        (None, "not found; run `dvc repro download` to make it or `dvc pull` to fetch it"),
-        ("{", f"not valid JSON; {AGAIN}"),
-        ('{"dataset": "sample"}', f"dataset or label_source is missing; {AGAIN}"),
+        ("labels.csv", None, MISSING),
+        ("labels.csv", "", f"not a table of votes (No columns to parse from file); {AGAIN}"),
+        ("source.json", None, MISSING),
+        ("source.json", "{", f"not valid JSON; {AGAIN}"),
+        ("source.json", '{"dataset": "sample"}', f"dataset or label_source is missing; {AGAIN}"),
     ],
 )
-def test_stage_refuses_a_bad_source(stage_input: pd.DataFrame, text: str | None, message: str) -> None:
-    path = Path("data/raw/source.json")
-    path.unlink()
-    if text is not None:
-        path.write_text(text)
+def test_stage_refuses_a_bad_file(stage_input: pd.DataFrame, name: str, text: str | None, message: str) -> None:
+    path = Path("data/raw", name)
+    path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError) as caught:
         split(params())
-    assert str(caught.value) == f"data/raw/source.json: {message}"
+    assert str(caught.value) == f"{path}: {message}"
 
 
-# The real data set: numbers of the official trainer's label.csv and of the published class prior.
+# The real data set: numbers of the official trainer's label.csv.
 
 COUNTS = {
     "train": [8733, 7284, 3136, 3022, 2098, 116, 536, 120],
     "val": [1180, 862, 411, 348, 289, 25, 60, 16],
     "test": [1083, 892, 394, 382, 269, 16, 86, 15],
 }
-PUBLISHED_PRIOR_NEUTRAL = [0.777334, 0.03261, 0.017447, 0.114091, 0.026224, 0.007145, 0.004379, 0.020772]
-
-
-def real_rows(folder: Path, label_source: str) -> pd.DataFrame:
-    source = read_ferplus(folder, label_source)
-    digests = [hashlib.sha1(image.tobytes()).hexdigest() for image in source.images]
-    return source.table.assign(row=range(len(source.table)), sha1=digests)
 
 
 @pytest.mark.slow
-def test_ferplus_counts_and_duplicates(ferplus_folder: Path) -> None:
-    rows = real_rows(ferplus_folder, "label_csv")
-    splits = majority(rows)
-    assert {name: list(count_classes(part).values()) for name, part in splits.tables.items()} == COUNTS
+def test_ferplus_counts_duplicates_and_share(ferplus_folder: Path) -> None:
+    source = read_ferplus(ferplus_folder, "label_csv")
+    digests = [hashlib.sha1(image.tobytes()).hexdigest() for image in source.images]
+    rows = source.table.assign(row=range(len(source.table)), sha1=digests)
+    whole, fifth, tenth = (majority(rows, share=share, seed=1) for share in (1.0, 0.2, 0.1))
+    assert {name: list(count_classes(part).values()) for name, part in whole.tables.items()} == COUNTS
     found = {"val_in_train": 231, "test_in_train": 232, "test_in_val": 22, "within_train": 985}
-    assert duplicates(splits.tables) == found
+    assert duplicates(whole.tables) == found
     dropped = majority(rows, drop=True)
     found = {"val_in_train": 0, "test_in_train": 0, "test_in_val": 35, "within_train": 871}
     assert duplicates(dropped.tables) == found
     assert dropped.dropped == 25045 - len(dropped.tables["train"]) == 549
-
-
-@pytest.mark.slow
-def test_ferplus_prior_is_the_published_one(ferplus_folder: Path) -> None:
-    splits = majority(real_rows(ferplus_folder, "fer2013new"))
-    np.testing.assert_allclose(splits.class_prior[0], PUBLISHED_PRIOR_NEUTRAL, atol=5e-7)
-    np.testing.assert_allclose(splits.class_prior.sum(axis=1), 1)
-
-
-@pytest.mark.slow
-def test_ferplus_share(ferplus_folder: Path) -> None:
-    rows = real_rows(ferplus_folder, "label_csv")
-    whole, tenth, fifth = (majority(rows, share=share, seed=1) for share in (1.0, 0.1, 0.2))
     assert list(count_classes(tenth.tables["train"]).values()) == [873, 728, 314, 302, 210, 12, 54, 12]
     assert list(count_classes(tenth.tables["test"]).values()) == COUNTS["test"]
-    assert set(train_rows(tenth)) < set(train_rows(fifth)) < set(train_rows(whole))
     leaks = [duplicates(splits.tables)["test_in_train"] for splits in (tenth, fifth, whole)]
     assert 0 < leaks[0] < leaks[1] < leaks[2] == 232

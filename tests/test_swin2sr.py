@@ -1,6 +1,8 @@
 """Swin2SR: shapes, transformers' own numbers on whole windows, and every network that is not the one asked for."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +52,12 @@ def faces(*shape: int) -> Tensor:
 # Numbers
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 48, 48), (2, 3, 13, 17), (1, 3, 16, 16), (1, 3, 3, 9)])
-@pytest.mark.parametrize("scale", [2, 4])
-@torch.inference_mode()
-def test_shapes_and_range(scale: int, shape: tuple[int, ...], folders: dict[int, str]) -> None:
-    model = load_swin2sr(folders[scale], scale, KEY)
-    assert not any(module.training for module in model.modules())
-    out = model(faces(*shape))
-    assert out.shape == (shape[0], 3, scale * shape[2], scale * shape[3])
-    assert out.min() >= 0
-    assert out.max() <= 1
-    assert out.std() > 0.1
-
-
 @pytest.mark.parametrize("scale", [2, 4])
 @torch.inference_mode()
 def test_numbers_are_those_of_transformers_on_whole_windows(scale: int, folders: dict[int, str]) -> None:
+    """Other sizes are filled up to whole windows by reflection, and cropped."""
     model, network = load_swin2sr(folders[scale], scale, KEY), tiny(upscale=scale)
+    assert not any(module.training for module in model.modules())
     square = faces(2, 3, 16, 24)
     expected = network(pixel_values=square).reconstruction
     assert (expected < 0).any()
@@ -76,14 +67,7 @@ def test_numbers_are_those_of_transformers_on_whole_windows(scale: int, folders:
     rows, columns = [*range(13), 11, 10, 9], [*range(17), *range(15, 8, -1)]
     expected = network(pixel_values=images[:, :, rows][:, :, :, columns]).reconstruction
     assert torch.equal(model(images), expected[:, :, : 13 * scale, : 17 * scale].clamp(0, 1))
-
-
-@torch.inference_mode()
-def test_a_batch_is_its_images_and_colours_have_an_order(folders: dict[int, str]) -> None:
-    model, images = load_swin2sr(folders[2], 2, KEY).double(), faces(3, 3, 16, 16).double()
-    singles = torch.cat([model(image[None]) for image in images])
-    torch.testing.assert_close(model(images), singles, rtol=0, atol=1e-9)
-    assert (model(images.flip(1)).flip(1) - singles).abs().max() > 0.1
+    assert model(faces(1, 3, 3, 9)).shape == (1, 3, 3 * scale, 9 * scale)
 
 
 @torch.inference_mode()
@@ -139,21 +123,15 @@ def test_another_scale(folders: dict[int, str], tmp_path: Path) -> None:
     assert refused(folders[2], 4) == (
         f"'{folders[2]}' makes images 2 times as large, here scale is 4; set scale to 2 or name another network"
     )
-    assert refused(folders[4], 8).startswith(f"'{folders[4]}' makes images 4 times as large, here scale is 8; ")
     tiny(upscale=2, upsampler="").save_pretrained(tmp_path)  # for clearer images of the same size
     assert refused(tmp_path).startswith(f"'{tmp_path}' makes images 1 times as large, here scale is 2; ")
 
 
-@pytest.mark.parametrize("channels", [(1, 1), (4, 3), (3, 1)])
-def test_other_channels(channels: tuple[int, int], folder: Path) -> None:
-    reconfigured(folder, num_channels=channels[0], num_channels_out=channels[1])
-    assert refused(folder) == (
-        f"'{folder}' makes images of {channels[1]} channels out of {channels[0]}, here both must be 3; "
-        "name a network for colour images"
-    )
-
-
 def test_another_kind_of_network(folder: Path) -> None:
+    reconfigured(folder, num_channels=3, num_channels_out=1)
+    assert refused(folder) == (
+        f"'{folder}' makes images of 1 channels out of 3, here both must be 3; name a network for colour images"
+    )
     reconfigured(folder, model_type="swin")
     assert refused(folder) == (
         f"'{folder}' is a network of type swin, not swin2sr; name one such as caidas/swin2SR-classical-sr-x2-64"
@@ -174,31 +152,24 @@ def test_tensors_that_do_not_fit(folder: Path) -> None:
         f"'{folder}' does not fit its config.json: tensor {second} has shape [4], the network needs [3] "
         f"(1 tensors in all); {ending}"
     )
-    save_file(whole, path)
-    assert "is missing (19 tensors in all)" in refused(reconfigured(folder, depths=[3]))
 
 
-@pytest.mark.parametrize(
-    "damage", ["no folder", "no tensors", "html", "cut", "pickle", "no config", "no json", "bad value"]
-)
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no tensors": lambda folder: (folder / "model.safetensors").unlink(),
+    "html": lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html><html>not found</html>"),
+    "cut": lambda folder: os.truncate(folder / "model.safetensors", 2000),
+    "pickle": lambda folder: [
+        (folder / "model.safetensors").unlink(), torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    ],
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no json": lambda folder: (folder / "config.json").write_text("<html>"),
+    "bad value": lambda folder: reconfigured(folder, upscale="two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_folder_that_cannot_be_loaded(damage: str, folder: Path) -> None:
-    tensors = folder / "model.safetensors"
-    if damage == "no folder":
-        folder = folder / "none"
-    elif damage in ("no tensors", "pickle"):
-        tensors.unlink()
-    elif damage == "html":
-        tensors.write_text("<!DOCTYPE html><html>not found</html>")
-    elif damage == "cut":
-        tensors.write_bytes(tensors.read_bytes()[:2000])
-    elif damage == "no config":
-        (folder / "config.json").unlink()
-    elif damage == "no json":
-        (folder / "config.json").write_text("<html>")
-    elif damage == "bad value":
-        reconfigured(folder, upscale="two")
-    if damage == "pickle":
-        torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    DAMAGE[damage](folder)
     message = refused(folder)
     assert message.startswith(f"cannot load '{folder}': ")
     assert message.endswith(
@@ -211,7 +182,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
-    assert refused(PUBLISHED[4], 4) == (
-        "cannot load 'caidas/swin2SR-classical-sr-x4-64': We couldn't connect to 'https://huggingface.co' to load the "
+    assert refused("some/network", 4) == (
+        "cannot load 'some/network': We couldn't connect to 'https://huggingface.co' to load the "
         "files. Give a hub id that can be reached or a local folder with config.json and model.safetensors"
     )

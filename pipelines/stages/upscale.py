@@ -1,6 +1,7 @@
 """Stage upscale: data/raw/images.npy -> data/upscaled/images.npy, same order, larger by `super_resolution.scale`.
 
-The images are divided into shards, each written when it is done; a stage that was killed goes on with the next one.
+The images are processed in shards, and each shard is written when it is done. A stage that was killed resumes with the
+next one.
 """
 
 import hashlib
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from fer.data.images import allocate_images, open_images, sha256, write_rows
-from fer.errors import UserError
+from fer.errors import OutOfMemory
 from fer.files import new_folder, write_json
-from fer.super_resolution.methods import BATCH, METHODS, OUT_OF_MEMORY, Upscale, build_upscaler
+from fer.super_resolution.interpolation import bicubic
+from fer.super_resolution.methods import BATCH, METHODS, Upscale, build_upscaler
 from fer.super_resolution.quality import down_then_up, grey
 from pipelines.params import Params, SuperResolution
 from pipelines.stages import run
@@ -27,7 +28,7 @@ from pipelines.stages import run
 RAW = Path("data/raw/images.npy")
 UPSCALED = Path("data/upscaled")
 ROOT = Path(__file__).resolve().parents[2]
-# what the images' bytes depend on, as in dvc.yaml
+# the code that decides the bytes of the images, as in dvc.yaml
 CODE = (
     "pipelines/stages/upscale.py",
     "fer/super_resolution/*.py",
@@ -36,39 +37,41 @@ CODE = (
     "fer/weights.py",
 )
 SHARD = 256  # images
-GREY = 4  # of 255: an image whose three colours differ by no more is stored grey
-PROBED = 4  # images that tell whether a network keeps grey images grey
-JUDGED = 256  # images for the quality of a method
+GREY = 4  # of 255: a pixel whose channels differ by at most this counts as grey
+PROBED = 4  # images that decide whether a network keeps grey images grey
+JUDGED = 256  # images on which the quality of a method is measured
 
 
 def upscale(params: Params) -> None:
-    """Upscale all images, shard by shard, in this process or in several."""
+    """Write all images, larger, to data/upscaled, with what was done and how well in upscale.json.
+
+    Raises UserError for images, weights or a device that cannot be used; data/upscaled then stays as it was.
+    """
     config = params.super_resolution
     images = open_images(RAW, "download")
     worker = Worker(config, str(RAW.resolve()))
-    worker.load()  # a mistake comes up before anything is written
+    worker.load()  # so that a mistake is reported before anything is written
     worker.stored_grey = _keeps_grey(worker, images)
     count, height, width, *channels = images.shape
-    colour = [] if worker.stored_grey else channels or [3] * (METHODS[config.method].load is not None)
+    colour = [] if worker.stored_grey else channels or [3] * _is_network(config)
     shape = (count, height * config.scale, width * config.scale, *colour)
     with new_folder(UPSCALED, resumable=True) as folder:
-        progress = Shards(folder, _fingerprint(config, shape), shape)
+        progress = Shards(folder, fingerprint(config, shape), shape)
         worker.out = str(folder.resolve() / "images.npy")
         while True:
             worker.batch = progress.batch
-            torch.cuda.empty_cache()
             try:
-                _work_off(worker, progress, config.workers)
+                _process(worker, progress, config.workers)
                 facts = _facts(config, images, worker)
                 break
-            except torch.OutOfMemoryError:
+            except OutOfMemory:
                 progress.halve()
         write_json(folder / "upscale.json", facts)
         progress.path.unlink()
 
 
-def _work_off(worker: "Worker", progress: "Shards", workers: int) -> None:
-    """Every shard that is not done, in this process or in several."""
+def _process(worker: "Worker", progress: "Shards", workers: int) -> None:
+    """Every shard that is not done yet, in this process or in several."""
     count = progress.shape[0]
     shards = [first for first in range(0, count, SHARD) if first not in progress.done]
     with tqdm(total=count, desc="upscale", unit="image", disable=None) as bar:
@@ -79,23 +82,25 @@ def _work_off(worker: "Worker", progress: "Shards", workers: int) -> None:
 
 
 class Worker:
-    """Upscales shards of the raw images into the output file; goes to other processes without its network."""
+    """Upscales shards of the raw images into the output file. Pickled without its network, which each process loads."""
 
     def __init__(self, config: SuperResolution, raw: str):
         self.config, self.raw, self.out, self.stored_grey, self.batch = config, raw, "", False, BATCH
         self._upscaler: Upscale | None = None
 
     def load(self) -> Upscale:
+        """The method, loaded at the first call. Raises UserError as `build_upscaler` does."""
         if self._upscaler is None:
             c = self.config
             self._upscaler = build_upscaler(c.method, c.scale, c.weights, c.hub_id, c.precision, c.device)
         return self._upscaler
 
     def method(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W] or [N, H, W, 3] -> uint8, `scale` times as large."""
         return self.load()(images, self.batch)
 
     def __call__(self, first: int) -> int:
-        """Upscale the images from row `first` on; gives `first`."""
+        """Upscale and write the shard that begins with image `first`; returns `first`."""
         larger = self.method(np.load(self.raw, mmap_mode="r")[first : first + SHARD])
         write_rows(Path(self.out), first, grey(larger) if self.stored_grey else larger)
         return first
@@ -106,9 +111,9 @@ class Worker:
 
 @dataclass
 class Shards:
-    """Which shards are in the output, and how many images a network saw at once.
+    """Which shards are written, and the batch size they were made with: progress.json in the output folder.
 
-    Begun anew where settings, weights, input or code are not those it began with.
+    Starts over where settings, weights, input or code differ from those recorded there.
     """
 
     folder: Path
@@ -121,31 +126,30 @@ class Shards:
         self.batch = BATCH
         try:
             begun = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):  # cut by a power failure
+        except (FileNotFoundError, ValueError):  # ValueError: truncated by a power failure
             begun = {}
         if begun.get("fingerprint") == self.fingerprint:
             self.done = set(begun["done"])
-            self.batch = begun["batch"] if self.done else BATCH  # where nothing is done, there may be room now
+            self.batch = begun["batch"] if self.done else BATCH  # with nothing done, try the full batch again
             return
-        self._begin()
+        self._start_over()
 
     def halve(self) -> None:
-        """Begin anew, as batches of two sizes in one output would make its bytes a matter of chance."""
-        if self.batch == 1:
-            raise UserError(OUT_OF_MEMORY)
+        """Start over with half the batch: two batch sizes in one output would leave its bytes to chance."""
         self.batch //= 2
-        print(f"out of memory: all over again with {self.batch} images at once", file=sys.stderr)  # noqa: T201
-        self._begin()
+        print(f"out of memory: starting over with {self.batch} images per batch", file=sys.stderr)  # noqa: T201
+        self._start_over()
 
-    def _begin(self) -> None:
+    def _start_over(self) -> None:
         self.done = set()
-        self.path.unlink(missing_ok=True)  # first: what is left of the rest must not pass for whole
+        self.path.unlink(missing_ok=True)  # first, so that a half-deleted folder never looks valid
         shutil.rmtree(self.folder)
         self.folder.mkdir()
         allocate_images(self.folder / "images.npy", self.shape)
         self._write()
 
     def add(self, first: int) -> None:
+        """Record that the shard that begins with image `first` is written."""
         self.done.add(first)
         self._write()
 
@@ -157,27 +161,29 @@ def _finished(worker: Worker, shards: list[int], workers: int) -> Iterator[int]:
     if workers == 1 or len(shards) < 2:
         yield from map(worker, shards)
         return
-    from pipelines.launch import spread  # Ray, which a machine with one GPU needs not have
+    from pipelines.launch import spread  # Ray, which one process does not need
 
     yield from spread(worker, shards, min(workers, len(shards)), worker.config.device)
 
 
+def _is_network(config: SuperResolution) -> bool:
+    return METHODS[config.method].interpolate is None
+
+
 def _keeps_grey(worker: Worker, images: np.ndarray) -> bool:
-    """Whether the results are stored grey: the images are, and so are 99 % of the pixels that the method makes."""
+    """Whether the output is stored in grey: the input is grey, and so are 99 % of the pixels that the method makes."""
     if images.ndim == 4:
         return False
-    if METHODS[worker.config.method].load is None:
+    if not _is_network(worker.config):
         return True
     chosen = np.unique(np.linspace(0, len(images) - 1, PROBED).astype(int))
-    try:
-        larger = worker.load()(images[chosen], 1).astype(np.int16)
-    except torch.OutOfMemoryError:
-        raise UserError(OUT_OF_MEMORY) from None
+    larger = worker.load()(images[chosen], 1).astype(np.int16)
     spread = larger.max(-1) - larger.min(-1)
     return bool(np.percentile(spread, 99) <= GREY)
 
 
-def _fingerprint(config: SuperResolution, shape: tuple[int, ...]) -> str:
+def fingerprint(config: SuperResolution, shape: tuple[int, ...]) -> str:
+    """SHA-256 of all that decides the output: settings, raw images, weights, shard size, output shape and CODE."""
     digest = hashlib.sha256()
     kept = config.model_dump(include={"method", "scale", "hub_id", "precision"})
     digest.update(json.dumps([kept, sha256(RAW), _weights_digest(config), SHARD, shape]).encode())
@@ -187,8 +193,8 @@ def _fingerprint(config: SuperResolution, shape: tuple[int, ...]) -> str:
 
 
 def _weights_digest(config: SuperResolution) -> str | None:
-    """Of the files that the method may read; None without any, as where the network comes from the hub."""
-    if METHODS[config.method].load is None or config.hub_id is not None:
+    """Of the files that the method may read; None where it reads none, as when the network comes from the hub."""
+    if not _is_network(config) or config.hub_id is not None:
         return None
     weights = Path(config.weights)
     files = [weights, *sorted(weights.rglob("*"))]
@@ -197,17 +203,15 @@ def _weights_digest(config: SuperResolution) -> str | None:
 
 
 def _facts(config: SuperResolution, images: np.ndarray, worker: Worker) -> dict[str, Any]:
-    """What was done, and how well images are restored that were made smaller by `scale` before, also by bicubic."""
+    """What was done, and how well the method and bicubic restore images that were shrunk by `scale`."""
     facts: dict[str, Any] = {"method": config.method, "scale": config.scale, "raw_shape": list(images.shape[1:])}
     if config.scale == 1:
         return facts
-    if METHODS[config.method].load is not None:
+    if _is_network(config):
         facts |= {"precision": config.precision, "weights": _weights_digest(config), "batch": worker.batch}
         facts["hub_id"] = config.hub_id
     chosen = images[np.unique(np.linspace(0, len(images) - 1, JUDGED).astype(int))]
-    if min(chosen.shape[1:3]) >= 11 + config.scale:  # the window of SSIM
-        bicubic = METHODS["bicubic"].interpolate
-        assert bicubic is not None
+    if min(chosen.shape[1:3]) >= 11 + config.scale:  # what is left after cropping must hold the window of SSIM
         facts["restored"] = {
             config.method: down_then_up(chosen, worker.method, config.scale),
             "bicubic": down_then_up(chosen, lambda small: bicubic(small, config.scale), config.scale),

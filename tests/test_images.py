@@ -1,0 +1,95 @@
+"""images.npy: what is opened and what is refused, and that rows are written in place on a disk that holds them."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fer.data.images import allocate_images, open_images, write_images, write_rows
+from fer.errors import UserError
+
+AGAIN = "; run `dvc repro --force --single-item upscale` to make it again"
+MISSING = "not found; run `dvc repro upscale` to make it or `dvc pull` to fetch it"
+DAMAGED = f"damaged or not a .npy file{AGAIN}"
+FORM = "must be uint8 [N, H, W] or [N, H, W, 3], found"
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def saved(array: np.ndarray) -> Callable[[Path], object]:
+    return lambda path: np.save(path, array, allow_pickle=True)
+
+
+def archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, images=np.zeros(3))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), MISSING),
+    "cut": (lambda path: os.truncate(path, path.stat().st_size - 1), DAMAGED),
+    "cut in the header": (lambda path: os.truncate(path, 8), DAMAGED),
+    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
+    "text": (lambda path: path.write_text("<html>"), DAMAGED),
+    "pickle": (saved(np.array([{}], dtype=object)), DAMAGED),
+    "zip": (archive, f"not a .npy file{AGAIN}"),
+    "no image": (saved(random_images(0, 12, 12)), f"holds no image{AGAIN}"),
+    "rgba": (saved(random_images(5, 12, 12, 4)), f"{FORM} uint8 [5, 12, 12, 4]{AGAIN}"),
+    "float": (saved(np.zeros((5, 12, 12))), f"{FORM} float64 [5, 12, 12]{AGAIN}"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy leaves the bad file open
+def test_a_bad_file_is_one_line(tmp_path: Path, fault: str) -> None:
+    damage, message = FAULTS[fault]
+    path = tmp_path / "images.npy"
+    np.save(path, random_images(5, 12, 12))
+    damage(path)
+    with pytest.raises(UserError) as caught:
+        open_images(path, "upscale")
+    assert str(caught.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 4, 3, 3)])
+def test_images_stay_on_the_disk_and_cannot_be_changed(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write_images(tmp_path / "images.npy", random_images(*shape))
+    images = open_images(tmp_path / "images.npy", "upscale")
+    assert isinstance(images, np.memmap)
+    assert not images.flags.writeable
+    np.testing.assert_array_equal(images, random_images(*shape))
+
+
+def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
+    images, path = random_images(9, 3, 4, 3), tmp_path / "images.npy"
+    np.save(tmp_path / "expected.npy", images)
+    allocate_images(path, images.shape)
+    assert not np.load(path).any()
+    for first, last in ((6, 9), (0, 1), (4, 6), (1, 4)):
+        write_rows(path, first, images[first:last])
+    write_rows(path, 9, images[:0])
+    write_rows(path, 2, np.asfortranarray(images[2:4]))
+    for first, rows in ((8, images[:2]), (0, images[..., 0]), (0, images[:, :2])):
+        with pytest.raises(ValueError, match=r"do not fit into \(9, 3, 4, 3\)"):
+            write_rows(path, first, rows)
+    assert path.read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
+def test_a_disk_without_the_room_gets_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "images.npy"
+    with pytest.raises(UserError, match=r"it takes 10,000,000,000.0 MB and [\d,.]+ MB are free \(DVC's cache takes as"):
+        allocate_images(path, (10**12, 100, 100))
+
+    def full(_: int, offset: int, length: int) -> None:
+        assert (offset % 64, length) == (0, 9 * 3 * 4)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        allocate_images(path, (9, 3, 4))
+    assert list(tmp_path.iterdir()) == []
