@@ -287,7 +287,7 @@ MISFITS = {
     "resnet side": (RESNET, 31, 1, ": images of 31 px are too small: at least 32"),
     "lite side": (LITE0, 31, 1, ": images of 31 px are too small: at least 32"),
     "grey": (LITE0 | {"weights": "pretrained"}, 32, 1,
-        "weights: pretrained networks see colour; set input.channels to 3 (grey images are repeated)"),
+        "weights: pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"),
     "positions": (VIT_BASE, 96, 3,
         "weights: google/vit-base-patch16-224 was trained on images of 224 px, not 96; "
         "change input.image_size or set weights to null"),

@@ -289,7 +289,7 @@ def test_a_summary_of_format_1_is_read_and_never_made_again(
     (folder / "summary.json").unlink()
     with pytest.raises(UserError) as caught:
         evaluate(folder, own, CPU)
-    assert str(caught.value) == f"{folder}: of format 1, which is not evaluated any more; train the run anew"
+    assert str(caught.value) == f"{folder}: written in format 1, which can no longer be evaluated; train the run again"
 
 
 # What is refused, and what changes nothing
@@ -324,7 +324,7 @@ def test_an_unfinished_run_is_refused(bars: Path, tmp_path: Path) -> None:
     for refuse in (lambda: evaluate(folder, bars, CPU), lambda: last_epoch(folder)):
         with pytest.raises(UserError) as caught:
             refuse()
-        assert str(caught.value) == f"{folder}: 2 of 3 epochs are done; go on with `fer train x`"
+        assert str(caught.value) == f"{folder}: 2 of 3 epochs are done; finish it with `fer train x`"
     assert not (folder / "predictions_test.csv").exists()
     fit("x", small_run(), CPU, bars, tmp_path)
     assert last_epoch(folder)["epoch"] == 3
@@ -335,7 +335,10 @@ def test_other_data_are_refused(folder: Path, bars: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError) as caught:
         evaluate(folder, other, CPU)
     ours, theirs = open_data(bars).hash, open_data(other).hash
-    assert str(caught.value) == f"{folder}: was trained on data {ours}, {other} holds {theirs}; `dvc checkout` those"
+    assert (
+        str(caught.value)
+        == f"{folder}: was trained on data {ours}, but {other} holds {theirs}; `dvc checkout` the former"
+    )
     assert not (folder / "summary.json").exists()
 
 

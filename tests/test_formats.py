@@ -207,7 +207,7 @@ def test_a_run_of_format_1_is_trained_no_further(tmp_path: Path) -> None:
     shutil.copytree(RUNS[0] / "best", folder / "last")
     with pytest.raises(UserError) as caught:
         fit("x", run, CPU, data, tmp_path / "runs")
-    assert str(caught.value) == f"{folder}: was begun in format 1, not {FORMAT}; delete it to train anew"
+    assert str(caught.value) == f"{folder}: was started in format 1, not {FORMAT}; delete it to train again"
 
 
 # Today's
@@ -230,8 +230,8 @@ def test_a_later_format_is_named(found: Any) -> None:
     with pytest.raises(UserError) as caught:
         read_run({"format": found, "config": small_run().model_dump()}, "data/runs/x/best/checkpoint.json")
     assert str(caught.value) == (
-        f"data/runs/x/best/checkpoint.json: format {found} is of a later version (this one knows {FORMAT});"
-        " update the project"
+        f"data/runs/x/best/checkpoint.json: format {found} was written by a later version "
+        f"(this one reads up to {FORMAT}); update the project"
     )
 
 

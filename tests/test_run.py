@@ -386,7 +386,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dropout of nothing": (
         model(head_dropout=0.2),
-        "model.head_dropout: there is nothing to drop without hidden layers; leave it out",
+        "model.head_dropout: has no effect without hidden layers; leave it out",
     ),
     "scale that misses": (
         model(resizer={"name": "neural", "size": 40, "scale": 1.5}),
@@ -397,7 +397,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
             "model": {"name": "emotion_encoder", "backbone": RESNET, "identity": {**RESNET, "caffe": True}},
             "input": {"image_size": 32, "channels": 1},
         },
-        "model.identity.caffe: this network sees colour; set input.channels to 3",
+        "model.identity.caffe: this network expects colour; set input.channels to 3",
     ),
 }
 

@@ -49,7 +49,7 @@ from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
 from fer.schedule import lr_at
 from fer.settings import Section
-from fer.signals import Agreement, Sigterm, Stopped, Wish, ask_to_stop
+from fer.signals import Agreement, Request, Sigterm, Stopped, ask_to_stop
 from fer.step import Stepper
 from fer.train import NonFiniteLoss, fit
 
@@ -521,7 +521,7 @@ def test_a_run_of_another_format_is_refused_and_stays(other: int | None, bars: P
     before = content()
     with pytest.raises(UserError) as caught:
         fit("x", small_run(), CPU, bars, copied.parent)
-    assert str(caught.value) == f"{copied}: was begun in format {other or 1}, not {FORMAT}; delete it to train anew"
+    assert str(caught.value) == f"{copied}: was started in format {other or 1}, not {FORMAT}; delete it to train again"
     assert content() == before
 
 
@@ -646,7 +646,7 @@ def test_a_start_that_cannot_be(first: Path, bars: Path, uncut: dict[str, Path],
     last = first / "last" / "checkpoint.json"
     meta = json.loads(last.read_text())
     last.write_text(json.dumps(meta | {"epoch": 2, "history": meta["history"][:2]}))
-    assert refusal(first.name) == f"{first}: 2 of 3 epochs are done; go on with `fer train x`"
+    assert refusal(first.name) == f"{first}: 2 of 3 epochs are done; finish it with `fer train x`"
     before = sorted(runs.iterdir())
     for name, start in (("first", None), (None, "y-s1-00000000")):
         message = f"x: init_from is {name}, the run to start from {start}; give both or neither"
@@ -854,7 +854,7 @@ def test_batch_norm_over_several_workers_needs_gpus(
 
 
 def agreed(
-    patch: pytest.MonkeyPatch, steps: int, seconds: list[float], wishes: Any = lambda rank, step: False
+    patch: pytest.MonkeyPatch, steps: int, seconds: list[float], requests: Any = lambda rank, step: False
 ) -> tuple[list[int], list[int]]:
     """The steps at which the ranks asked each other, and those at which they were told to stop: the same on all.
 
@@ -873,7 +873,7 @@ def agreed(
 
     def rank_of(rank: int) -> tuple[list[int], list[int]]:
         here.rank, here.clock, here.asked, stops = rank, 1000.0 * rank, [], []
-        stop: Any = SimpleNamespace(wish=lambda: Wish.STOP if wishes(rank, here.step) else Wish.NONE)
+        stop: Any = SimpleNamespace(request=lambda: Request.STOP if requests(rank, here.step) else Request.NONE)
         agree = Agreement("group", stop)
         for here.step in range(steps):
             if agree():
@@ -902,7 +902,7 @@ def test_ranks_agree_about_once_a_second(seconds: list[float], every: int, monke
 
 
 @pytest.mark.parametrize("seconds", [[0.6, 0.6], [0.01, 0.02, 0.01]])
-def test_all_ranks_hear_of_the_wish_of_one_at_the_same_step(
+def test_all_ranks_hear_of_the_request_of_one_at_the_same_step(
     seconds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, stops = agreed(monkeypatch, 400, seconds, lambda rank, step: rank == 1 and step >= 137)
