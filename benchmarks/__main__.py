@@ -1,4 +1,4 @@
-"""`make bench`: how fast the parts are, each beside a plain reference in the same process, and the ratio."""
+"""`make bench`: the speed of each part, of a plain reference in the same process, and their ratio."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
 
 
 def main() -> None:
+    """Print the table of all benchmarks, or of one group."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=list(CASES), help="one group of rows")
@@ -34,7 +35,7 @@ def main() -> None:
         parser.error("--only published: Swin-B and ViT-B/16 are measured on a GPU only")
     device = torch.device(asked.device)
     if device.type == "cpu":
-        use_cpu(torch.get_num_threads())  # as a run does; the reference has it too
+        use_cpu(torch.get_num_threads())  # as in a run; the reference benefits too
     print(f"{machine(device)}\n\n{HEAD}", flush=True)  # noqa: T201
     for name, rows in CASES.items():
         if asked.only in (None, name):

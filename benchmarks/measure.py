@@ -1,4 +1,4 @@
-"""How figures are taken: both sides in turns, each at its best, since other work on the machine only takes away."""
+"""How speed is measured: both sides in turn, each at its best, since other load only ever slows a side down."""
 
 import platform
 import time
@@ -12,22 +12,24 @@ import torch
 from fer.made_by import made_by
 
 ROOT = Path(__file__).resolve().parents[1]
-Work = Callable[[], int]  # does something with images and gives how many
+Work = Callable[[], int]  # processes images and returns how many
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is computed for a figure; tests take less."""
+    """How much is computed per figure; tests use less."""
 
-    seconds: float = 2.0  # at least, of each side in each round
+    seconds: float = 2.0  # minimum per side and round
     rounds: int = 3
-    large: int = 512  # images of the sizes that published systems see
+    large: int = 512  # images of the sizes of published systems
     small: int = 2048  # images of 48 px
-    epochs: int = 8  # of the runs that give the pipeline's overhead
+    epochs: int = 8  # of the runs that measure the pipeline's overhead
 
 
 @dataclass(frozen=True)
 class Row:
+    """A row of the table: ours, the reference, and a note."""
+
     what: str
     rate: float  # images per second
     reference: str
@@ -40,7 +42,7 @@ class Row:
 
 
 def _rounded(value: float) -> str:
-    """To three digits, without an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{float(f'{value:.3g}'):,.12g}"
 
 
@@ -48,7 +50,7 @@ HEAD = "| what | images/s | reference | images/s | ratio | |\n|---|---|---|---|-
 
 
 def beside(effort: Effort, work: Work, *plain: Work) -> tuple[float, float]:
-    """Images/s of `work` and of the fastest way of the reference, each after one call to warm up."""
+    """Images/s of `work` and of the fastest of `plain`, each after one warm-up call."""
     sides = (work, *plain)
     for side in sides:
         side()
@@ -69,7 +71,7 @@ def _rate(work: Work, seconds: float) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """Where and on what the figures were taken."""
+    """Date, commit, hardware and versions of a measurement."""
     about = made_by(device, torch.get_num_threads())
     name = about["cpu"] if device.type == "cpu" else about["device"]
     commit = about["commit"][:7] + (" with changes" if about["changed"] is True else "")

@@ -1,4 +1,4 @@
-"""What Prefect, Ray and MLflow cost beside the bare loop, and what a second worker gives, on runs of `fer train`."""
+"""The overhead of Prefect, Ray and MLflow over the bare loop, and the speed-up of further workers."""
 
 import json
 import os
@@ -45,9 +45,14 @@ def project(images: int) -> Iterator[Path]:
 
 
 def run(code: str, folder: Path, name: str, **changes: object) -> float:
-    """Seconds that `code` takes, from its start to its end, to train `name` with changes to it; words as of `fer`."""
+    """Wall-clock seconds of a new process that runs `code` to train `name` with `changes`. Raises RuntimeError."""
     words = [name, *(f"{key}={value}" for key, value in changes.items())]
-    apart = {"MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "RAY_ADDRESS"}  # of the user's own servers
+    apart = {
+        "MLFLOW_TRACKING_URI",
+        "PREFECT_API_URL",
+        "PREFECT_HOME",
+        "RAY_ADDRESS",
+    }  # would name the user's own servers
     environment = {key: value for key, value in os.environ.items() if key not in apart} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, "train", *words]
     started = time.perf_counter()
@@ -58,7 +63,7 @@ def run(code: str, folder: Path, name: str, **changes: object) -> float:
 
 
 def timed(code: str, folder: Path, epochs: int, **changes: object) -> tuple[float, list[float]]:
-    """Seconds that such a run takes beside its epochs, and the seconds from each epoch's end to the next one's."""
+    """Seconds that such a run takes besides its epochs, and the seconds of each epoch after the first."""
     shutil.rmtree(folder / "data" / "runs", ignore_errors=True)
     total = run(code, folder, NAME, epochs=epochs, **NO_WARMUP, **changes)
     ends = [row["time"] for row in rows(folder)]
@@ -67,15 +72,15 @@ def timed(code: str, folder: Path, epochs: int, **changes: object) -> tuple[floa
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    """What the one run of a project wrote into metrics.jsonl."""
+    """metrics.jsonl of the only run of a project."""
     (metrics,) = (folder / "data" / "runs").glob("*/metrics.jsonl")
     return [json.loads(text) for text in metrics.read_text().splitlines()]
 
 
 def overhead(device: torch.device, effort: Effort) -> Iterator[Row]:
-    """`fer train` and the bare `fit` and `evaluate` in turns, each in a new process, with one core and with all.
+    """`fer train` against bare `fit` and `evaluate`, in turn, each in a new process, with one core and with all.
 
-    The first command of a project also makes the stores of MLflow and Prefect, so it is told apart.
+    The first command of a project also creates the stores of MLflow and Prefect, so it is reported separately.
     """
     images = 2 * effort.small
     for threads in sorted({1, torch.get_num_threads()}):
@@ -99,16 +104,16 @@ def overhead(device: torch.device, effort: Effort) -> Iterator[Row]:
 
 
 def workers(device: torch.device, effort: Effort) -> Iterator[Row]:
-    """images/s of one run on n workers, a CPU core or a GPU each, against one worker; nothing where there is one."""
+    """images/s of one run on n workers, with a CPU core or a GPU each, against one worker."""
     most = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
     alone = trained_by(1, device, effort) if most > 1 else 0.0
     for count in range(2, most + 1):
-        if 64 % count == 0:  # the batch divides by it
+        if 64 % count == 0:  # which divides the batch
             yield Row(f"{count} workers, {NAME}", trained_by(count, device, effort), "1 worker", alone)
 
 
 def trained_by(count: int, device: torch.device, effort: Effort) -> float:
-    """images/s of `count` workers, in the best epoch after the first."""
+    """images/s of a run on `count` workers, in the best epoch after the first."""
     with project(2 * effort.small) as folder:
         asked = {"resources.workers": count, "resources.cpus_per_worker": 1, "resources.device": device.type}
         run(FLOW, folder, NAME, epochs=1 + effort.rounds, **NO_WARMUP, **asked)

@@ -1,4 +1,4 @@
-"""Training in the style of published research code: PNG files, PIL transforms per image, fp32, `.item()` each step."""
+"""Training as in typical research code: PNG files, PIL transforms per image, fp32, `.item()` in each step."""
 
 import math
 import random
@@ -35,7 +35,7 @@ def same_work(run: Run) -> Transform:
 
 
 def as_published(run: Run) -> Transform:
-    """Augmentation of arXiv 2204.02181: flip, rotation, a second warp, three jitters; nearest pixels, as by default."""
+    """Augmentation of arXiv 2204.02181: flip, rotation, second warp, three jitters, by nearest neighbour."""
 
     def transform(image: Image.Image) -> Image.Image:
         if random.random() < 0.5:
@@ -50,7 +50,7 @@ def as_published(run: Run) -> Transform:
 
 
 def _affine(image: Image.Image, angle: float, zoom: float, shift: list[float], kernel: Image.Resampling) -> Image.Image:
-    """Turned clockwise by `angle` degrees and enlarged by `zoom` about the centre, then moved by `shift` px."""
+    """Rotate clockwise by `angle` degrees and enlarge by `zoom` about the centre, then translate by `shift` px."""
     cos, sin = math.cos(math.radians(angle)) / zoom, math.sin(math.radians(angle)) / zoom
     x, y = image.width / 2, image.height / 2
     dx, dy = x + shift[0], y + shift[1]
@@ -78,9 +78,11 @@ class PngFolder(Dataset[tuple[Tensor, int]]):
         return self.normalized(image), int(self.files[index].parent.name.split("_")[0])
 
     def open(self, index: int) -> Image.Image:
+        """The decoded image."""
         return Image.open(self.files[index]).convert(self.mode)
 
     def normalized(self, image: Image.Image) -> Tensor:
+        """float32 [channels, H, W]."""
         pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
         return (pixels.permute(2, 0, 1).contiguous().float().div(255)).sub_(self.mean).div_(self.std)
 
@@ -88,7 +90,7 @@ class PngFolder(Dataset[tuple[Tensor, int]]):
 def loader(
     root: Path, run: Run, resources: Resources, transform: Transform | None, workers: int, train: bool
 ) -> DataLoader:
-    """Batches of images and labels; in training shuffled and whole ones only."""
+    """Batches of images and labels; in training shuffled, without an incomplete last one."""
     return DataLoader(
         PngFolder(root, run.input, transform),
         batch_size=run.batch_size if train else resources.eval_batch_size,
@@ -101,6 +103,7 @@ def loader(
 
 
 def on_device(batches: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, copied to the device one by one."""
     for images, labels in batches:
         yield images.to(device), labels.to(device)
 
@@ -112,7 +115,7 @@ def train_step(
     loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[float, float]:
-    """Loss and number of images found right, looked at after each step."""
+    """Take a step; returns the loss and the number of correct images, read back from the device."""
     optimizer.zero_grad()
     logits = model(images)
     value = loss(logits, labels)
@@ -128,7 +131,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> int:
-    """One pass; the number of images."""
+    """One pass over the batches; returns the number of images."""
     model.train()
     images_seen = 0
     for images, labels in on_device(batches, device):
@@ -138,7 +141,7 @@ def train_epoch(
 
 
 def accuracy(model: nn.Module, batches: DataLoader, device: torch.device) -> float:
-    """Share of the images found right."""
+    """Share of correctly classified images."""
     model.eval()
     right = total = 0
     with torch.no_grad():

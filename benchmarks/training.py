@@ -1,4 +1,4 @@
-"""The training engine's parts and whole epochs against the plain way of `benchmarks.reference`, on the same faces."""
+"""Parts of the training engine and whole epochs against `benchmarks.reference`, on the same faces."""
 
 import re
 import tempfile
@@ -30,7 +30,7 @@ from fer.step import Part, Stepper
 from fer.train import fit
 from pipelines import experiments, params
 
-# dense bf16 FLOP/s, from the makers' data sheets; the first that is a word of the device's name
+# dense bf16 FLOP/s from the vendors' data sheets, by the first key that is in the device's name
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
@@ -39,7 +39,7 @@ PNG = "PNG files, PIL, fp32"
 
 
 def settings(name: str, device: torch.device, **changes: Any) -> tuple[Run, Resources]:
-    """An experiment of the project from random weights, without warm-up, on the threads of this process."""
+    """An experiment of the project with random weights, no warm-up, and the threads of this process."""
     own = {
         "resources.device": device.type,
         "resources.cpus_per_worker": torch.get_num_threads(),
@@ -54,7 +54,7 @@ def settings(name: str, device: torch.device, **changes: Any) -> tuple[Run, Reso
 
 @contextmanager
 def faces(run: Run, **counts: int) -> Iterator[tuple[DataSet, Path]]:
-    """Drawn faces of the run's size in a temporary folder: as the engine reads them, and the folder of PNG files."""
+    """Drawn faces of the run's image size in a temporary folder: the data of the engine, and a folder of PNG files."""
     with tempfile.TemporaryDirectory() as folder:
         write_faces(Path(folder), run.input.image_size, **{"train": 1, "val": 1, "test": 1} | counts)
         yield open_data(folder), Path(folder) / "png"
@@ -63,7 +63,7 @@ def faces(run: Run, **counts: int) -> Iterator[tuple[DataSet, Path]]:
 def batches(
     run: Run, resources: Resources, data: DataSet, device: torch.device, augmented: bool
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """Inputs, labels and targets of one epoch, made by the engine."""
+    """Inputs, labels and targets of one epoch, as the engine prepares them."""
     split = data.split("train")
     feed = Feed(Network(), run, resources, split, data.classes, device)
     change = changes(run, device) if augmented else None
@@ -74,28 +74,29 @@ def batches(
 
 
 def changes(run: Run, device: torch.device) -> Callable[[], Change]:
-    """Gives the random changes of one batch after the other."""
+    """A function that returns the random augmentation of the next batch."""
     augmenter, seeds = Augmenter(run.augment, device), count()
     return lambda: augmenter.changes(augmenter.draw(run.batch_size, next(seeds)), run.input.image_size)
 
 
 def loss_of(run: Run, data: DataSet, device: torch.device) -> Loss:
+    """The loss of the run on these data."""
     counts = torch.bincount(data.split("train").labels, minlength=len(data.classes))
     return build_loss(run.loss, run.class_weights, data.prior().to(device), counts.to(device))
 
 
 def plain_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same loss of logits and labels alone."""
+    """The same loss as a function of logits and labels only."""
     return lambda logits, labels: loss(logits, labels, nn.functional.one_hot(labels, logits.shape[1]).float())
 
 
 def ways(way: Callable[[int], Work]) -> list[Work]:
-    """The reference with no loader process, and with as many as the engine has threads."""
+    """The reference with no loader process, and with as many as the engine has threads; the faster one counts."""
     return [way(0), way(torch.get_num_threads())]
 
 
 def inputs_alone(run: Run, resources: Resources, data: DataSet, device: torch.device, augmented: bool) -> Work:
-    """The engine's inputs of an epoch, for nobody."""
+    """Preparing the engine's inputs of an epoch, without using them."""
     return lambda: sum(len(labels) for _, labels, _ in batches(run, resources, data, device, augmented))
 
 
@@ -146,7 +147,7 @@ def augmentation(run: Run, device: torch.device, effort: Effort, images: int) ->
 
 
 class Steps:
-    """A network, its loss and optimiser, and steps on them: the engine's, or the reference's in fp32."""
+    """A network with its loss and optimizer, and a step of the engine or of the reference (fp32)."""
 
     def __init__(self, run: Run, data: DataSet, device: torch.device):
         torch.manual_seed(run.seed)
@@ -164,7 +165,7 @@ class Steps:
 
 
 def train_step(run: Run, resources: Resources, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
-    """Forward, backward and update on one batch that is there already."""
+    """Forward, backward and update on one prepared batch."""
     with faces(run, train=run.batch_size) as (data, _):
         inputs, labels, targets = next(batches(run, resources, data, device, augmented=False))
         sides = Steps(run, data, device), Steps(run, data, device)
@@ -183,7 +184,7 @@ def train_step(run: Run, resources: Resources, device: torch.device, effort: Eff
 def evaluation(
     run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
 ) -> Iterator[Row]:
-    """The accuracy on a split, from its files."""
+    """The accuracy on a split, starting from its files."""
     with faces(run, val=images) as (data, pngs):
         model = build_model(run.model, run.input, len(data.classes)).to(device)
         split = data.split("val")
@@ -204,11 +205,11 @@ def evaluation(
 def epoch(
     run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
 ) -> Iterator[Row]:
-    """A whole epoch of `fit`, its evaluation and checkpoints too, and how much of it the input alone would take."""
+    """A whole epoch of `fit` with evaluation and checkpoints, and the share of it that the input alone would take."""
     with faces(run, train=images, val=images // 8) as (data, pngs):
         rows: list[dict[str, Any]] = []
         fit("bench", run, resources, data.folder, data.folder / "runs", rows.append)
-        # the first one warms up
+        # the first epoch is a warm-up
         rate = images / min(row["seconds"] for row in rows[1:])
 
         steps = Steps(run, data, device)
@@ -232,7 +233,7 @@ def epoch(
 def published(
     run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
 ) -> Iterator[Row]:
-    """Training of a published system from files of its size: share of the peak, of the input, and memory.
+    """Training of a published system on images of its size: share of peak FLOP/s, share of the input, and memory.
 
     `fit` evaluates one small batch, so its images/s are those of training.
     """
@@ -266,12 +267,12 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GiB that tensors took at the most; 0 on a CPU."""
+    """Peak GiB of tensors; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def _share_of_peak(flops: float, device: torch.device) -> str:
-    """Model FLOP/s: convolutions, matrix products and attention, forward and backward, of what bf16 could do."""
+    """Model FLOP/s (convolutions, matrix products, attention; forward and backward), and its share of the bf16 peak."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((value for known, value in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
     return f"{flops / 1e12:.3g} TFLOP/s" + (f", MFU {100 * flops / peak:.1f} %" if peak else "")
@@ -303,7 +304,7 @@ def _epoch(device: torch.device, effort: Effort) -> Iterator[Row]:
 
 
 def _published(device: torch.device, effort: Effort) -> Iterator[Row]:
-    """Nothing on a CPU, where an epoch takes hours."""
+    """On a GPU only: on a CPU an epoch takes hours."""
     for name in ("swin_nr_fpdls", "vit_se") if device.type == "cuda" else ():
         asked = settings(name, device, epochs=1 + effort.rounds)
         yield from published(*asked, device, effort, name, 8 * effort.large)

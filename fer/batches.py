@@ -1,6 +1,6 @@
-"""Which images, in which order, changed how: the arguments of the network for each batch of a split.
+"""The arguments of the network for each batch of a split: which images, in which order, augmented how.
 
-Every random number comes from (seed, epoch, step), so that a run that was cut has the batches of the uncut run.
+Every random number is derived from (seed, epoch, step), so that a resumed run has the batches of the uninterrupted one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ from fer.step import Part
 
 
 class TrainBatches:
-    """The batches of the training split, this rank's share of each."""
+    """This rank's share of the training batches. `accumulate`: parts of each share."""
 
     def __init__(self, feed: "Feed", run: Run, accumulate: int, rank: int, world: int):
         self.feed, self.run, self.accumulate, self.rank, self.world = feed, run, accumulate, rank, world
         self.augment = Augmenter(run.augment, feed.device)
-        self.images = trained_images(run.batch_size, len(feed.split), world)  # of an epoch, of all ranks
+        self.images = trained_images(run.batch_size, len(feed.split), world)  # per epoch, over all ranks
         self.steps = max(1, len(feed.split) // run.batch_size)
 
     def epoch(self, epoch: int, done: int = 0) -> Iterator[tuple[list[Part], Mixture | None]]:
-        """What goes into each step that is left after `done`: the parts of a batch, and how they are mixed.
+        """For each step of `epoch` after the first `done`: the parts of the batch, and how its images are mixed.
 
         May leave the network in evaluation mode.
         """
@@ -45,7 +45,7 @@ class TrainBatches:
     def _step(
         self, epoch: int, step: int, parts: list[tuple[np.ndarray, slice]], pixels: Iterator
     ) -> tuple[list[Part], Mixture | None]:
-        """Of the images of `parts`, whose pixels come next."""
+        """The step of the images in `parts`, whose pixels are next in `pixels`."""
         run, here = self.run, (self.run.seed, epoch, step)
         share = sum(len(index) for index, _ in parts)
         draws = self.augment.draw(share * self.world, seed_of(*here))
@@ -60,9 +60,9 @@ class TrainBatches:
 
 
 def batches(run: Run, labels: Tensor, epoch: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """The index of each batch's images that this rank trains on, and which part of the whole batch it is.
+    """For each batch, the indices of this rank's images, and their place in the whole batch.
 
-    `labels` [n] of the training images; balanced_sampling draws with their classes' chances, with repetition.
+    `labels`: [n], of the training images. With balanced_sampling images are drawn with replacement, else shuffled.
     """
     images = len(labels)
     generator = np.random.default_rng([run.seed, epoch])
@@ -80,27 +80,27 @@ def batches(run: Run, labels: Tensor, epoch: int, rank: int, world: int) -> Iter
 
 
 def trained_images(batch_size: int, images: int, world: int) -> int:
-    """Images of one epoch: whole batches only, so that every step has the configured batch size."""
+    """Images of an epoch over all ranks: whole batches only, so that every step has the configured batch size."""
     return images - images % (batch_size if images >= batch_size else world)
 
 
 def _divide(index: np.ndarray, part: slice, count: int) -> list[tuple[np.ndarray, slice]]:
-    """A worker's share of a batch in `count` pieces, each with its place in the whole batch."""
+    """A worker's share of a batch in `count` parts, each with its place in the whole batch."""
     pieces = [piece for piece in np.array_split(index, count) if len(piece)]
     ends = part.start + np.cumsum([len(piece) for piece in pieces])
     return [(piece, slice(int(end) - len(piece), int(end))) for piece, end in zip(pieces, ends)]
 
 
 def seed_of(*parts: int) -> int:
-    """One seed of several numbers."""
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class Feed:
     """The inputs of a network for one split, on its device.
 
-    What a frozen encoder makes of images that nothing augments is computed once, here. Raises UserError where the data
-    do not hold what the network asks for.
+    The embeddings of a frozen encoder are computed once, here, if nothing augments the images. Raises UserError if the
+    data lack what the network needs.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Feed:
         device: torch.device,
     ):
         self.model, self.run, self.split, self.device = model, run, split, device
-        self.batch_size = resources.eval_batch_size  # of what is only evaluated
+        self.batch_size = resources.eval_batch_size  # in evaluation
         self.pixels = Pixels(split, device, resources.data_share, resources.readers)
         self.labels, self.targets = split.labels.to(device), split.targets.to(device)
         changed = split.name == "train" and run.augment.changes_images
@@ -129,10 +129,11 @@ class Feed:
 
     @property
     def needs_pixels(self) -> bool:
+        """Whether the network is given images, not just embeddings."""
         return self.embeddings is None or self.model.needs_pixels
 
     def batches(self, plan: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor | None]]:
-        """Each index of `plan` with its pixels, uint8 [B, H, W(, 3)], which are None for a network that needs none."""
+        """Each index in `plan` with its pixels, uint8 [B, H, W(, 3)], or None if the network needs no pixels."""
         yield from zip(plan, self.pixels.ahead(plan) if self.needs_pixels else repeat(None))
 
     def __call__(
@@ -142,7 +143,7 @@ class Feed:
         change: Change | None = None,
         mixture: Mixture | None = None,
     ) -> dict[str, Tensor]:
-        """Arguments of the network for the images at `index` of the split, whose pixels `batches` gave."""
+        """Arguments of the network for the images at `index` of the split, given the `pixels` from `batches`."""
         inputs, here = {}, index_on(self.device, index)
         if self.embeddings is not None:
             inputs["embedding"] = self.embeddings[here]
@@ -152,17 +153,17 @@ class Feed:
         return inputs if self.beside is None else inputs | self.beside.inputs(here)
 
     def begin(self) -> None:
-        """Before the first epoch of a new run: what the network keeps of the training data."""
+        """Before the first epoch of a new run: let the network store what it keeps of the training data."""
         if self.beside is not None:
             self.beside.begin()
 
     def start_epoch(self, epoch: int) -> None:
-        """Before each epoch of training."""
+        """To be called before each training epoch."""
         if self.beside is not None:
             self.beside.start_epoch(epoch)
 
     def _embedded(self, positions: np.ndarray) -> Tensor:
-        """The frozen encoder's embeddings [n, F] of the images at `positions`, not augmented."""
+        """The frozen encoder's embeddings [n, F] of the unaugmented images at `positions`."""
         if self.embeddings is not None:
             return self.embeddings[index_on(self.device, positions)]
         return self._embed(positions)
@@ -179,8 +180,8 @@ class Feed:
 class Pixels:
     """uint8 images by their index in the split.
 
-    A GPU holds the whole split where that takes no more than `data_share` of its free memory; else `readers` processes
-    read ahead from the file. A CPU reads the memory-mapped file, which the system keeps in memory.
+    A GPU holds the whole split if that takes no more than `data_share` of its free memory; otherwise `readers`
+    processes prefetch from the file. A CPU reads the memory-mapped file, which the system caches.
     """
 
     def __init__(self, split: Split, device: torch.device, data_share: float, readers: int):
@@ -207,7 +208,7 @@ class Pixels:
         return self.split.pixels(index).to(self.device)
 
     def ahead(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Each batch in turn; while the device works on one, the next are read where they come from a file."""
+        """Each batch in turn; a streamed split is prefetched while the device works."""
         if not self.streams:
             yield from map(self, batches)
             return
@@ -225,7 +226,7 @@ class Pixels:
 
 
 class _File(Dataset):
-    """Opened anew in each reader: a memory map does not travel."""
+    """The image file, opened in each reader process, since a memory map cannot be sent there."""
 
     def __init__(self, path: Path, rows: np.ndarray):
         self.path, self.rows = path, rows

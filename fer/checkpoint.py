@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: model.safetensors, training.pt (optimizer state), checkpoint.json that explains both."""
+"""A checkpoint is a folder: model.safetensors, training.pt (optimizer state) and a descriptive checkpoint.json."""
 
 import io
 import json
@@ -17,16 +17,16 @@ from fer.files import new_folder, write_json
 from fer.weights import check_fit
 
 WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
-BACKBONE = "backbone."  # where every model that has one keeps it
+BACKBONE = "backbone."  # the prefix of its tensors in every model that has one
 
 
 def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], training: dict[str, Any] | None) -> None:
-    """Write a checkpoint at once: a process killed at any point leaves the old one or the new one, whole.
+    """Write a checkpoint atomically: a process killed at any point leaves either the old or the new one, whole.
 
-    `training` holds tensors and plain values only, so that it loads with `weights_only=True`.
+    `training` must hold only tensors and plain values, so that it loads with `weights_only=True`.
     """
     with new_folder(folder) as partial:
-        # through plain writes: on a full disk the libraries' own raise what cannot be told from damage
+        # plain writes: on a full disk the libraries' own raise errors that look like a damaged file
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         (partial / WEIGHTS).write_bytes(save_tensors(plain))
         if training is not None:
@@ -37,7 +37,7 @@ def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], trainin
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
-    """checkpoint.json. Raises UserError when there is none."""
+    """The content of checkpoint.json. Raises UserError if it is missing or not valid JSON."""
     try:
         return json.loads((folder / META).read_text())
     except FileNotFoundError:
@@ -47,14 +47,14 @@ def load_meta(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load model.safetensors strictly. Raises UserError naming the first tensor that does not fit."""
+    """Load model.safetensors into `model`. Raises UserError if it is missing, damaged or does not fit."""
     found = _read(folder)
     check_fit(model.state_dict(), found, str(folder / WEIGHTS))
     model.load_state_dict(found)
 
 
 def load_backbone(folder: Path, model: nn.Module) -> None:
-    """Load the tensors `backbone.*` of another run's checkpoint into `model`. Raises UserError when they do not fit."""
+    """Load the tensors `backbone.*` of another run's checkpoint into `model`. Raises UserError if they do not fit."""
     found = {name: tensor for name, tensor in _read(folder).items() if name.startswith(BACKBONE)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
     check_fit(wanted, found, str(folder / WEIGHTS))
@@ -72,7 +72,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def load_training(folder: Path) -> dict[str, Any]:
-    """training.pt, tensors on the CPU. Raises UserError when it is not what `save` wrote."""
+    """The content of training.pt, with all tensors on the CPU. Raises UserError if it is missing or damaged."""
     path = folder / TRAINING
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision."""
+"""The device of a run, its threads and memory, and the precision of its forward pass."""
 
 import ctypes
 import platform
@@ -14,7 +14,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def pick_device(wanted: str, key: str = "resources.device") -> torch.device:
-    """`auto`, `cpu` or `cuda` -> device; under a launcher the worker's own GPU is the only one it sees."""
+    """The device for `auto`, `cpu` or `cuda`; a launched worker sees only its own GPU. Raises UserError at `key`."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key}: cuda, but this machine has no usable GPU; set it to auto or cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -23,9 +23,9 @@ def pick_device(wanted: str, key: str = "resources.device") -> torch.device:
 
 
 def use_cpu(threads: int) -> None:
-    """For a process that trains on a CPU: so many threads, and freed memory is kept for the next tensor.
+    """Set up a process that trains on a CPU: its number of threads, and an allocator that keeps freed memory.
 
-    Else the system maps and clears the memory of every large tensor anew (figures in benchmarks/RESULTS.md).
+    By default the system would map and clear the memory of every large tensor again (benchmarks/RESULTS.md).
     """
     torch.set_num_threads(threads)
     _mallopt(_MMAP_MAX, 0)
@@ -33,7 +33,7 @@ def use_cpu(threads: int) -> None:
 
 
 def share_heaps() -> None:
-    """For a process of many threads: two heaps for all, since one of each thread's own keeps what it once held."""
+    """Let all threads of a process share two heaps, since a heap per thread never returns what it once held."""
     _mallopt(_ARENA_MAX, 2)
 
 
@@ -43,13 +43,13 @@ def _mallopt(parameter: int, value: int) -> None:
 
 
 def index_on(device: torch.device, index: np.ndarray) -> Tensor:
-    """An index, there; from pinned memory, since other copies wait for all that a GPU still computes."""
+    """`index` as a tensor on `device`, through pinned memory: other copies would wait for all pending GPU work."""
     tensor = torch.from_numpy(index)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Mixed precision of a forward pass: fp32, bf16 or fp16."""
+    """Context of a forward pass in `precision`: fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

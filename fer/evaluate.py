@@ -1,4 +1,4 @@
-"""The numbers of a finished run: its best checkpoint on val and, once, on test, with and without leaked images."""
+"""The results of a finished run: its best checkpoint on val and, once, on test, with and without leaked images."""
 
 import time
 from pathlib import Path
@@ -28,9 +28,9 @@ from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary, write
 def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> dict[str, Any]:
     """Predict val and test with `folder`/best; write predictions_{val,test}.csv, then summary.json, which it returns.
 
-    Test is read once: a run whose summary is of today's data is not evaluated again. Where only the marks of leaked
-    images are others, their columns are computed again from the predictions. A run that was evaluated on other data
-    keeps its numbers. Raises UserError when the run is not finished, or the data are not those it was trained on.
+    Test is read once: a run whose summary matches the current data is not evaluated again. If only the leak marks have
+    changed, their columns are recomputed from the stored predictions. A run that was evaluated on other data keeps its
+    results. Raises UserError if the run is not finished, or was trained on other data.
     """
     folder, data = Path(folder), open_data(data_dir)
     summary = read_summary(folder)
@@ -38,10 +38,13 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
         return summary
     meta = checkpoint.load_meta(folder / BEST)
     if format_of(meta) != FORMAT:
-        raise UserError(f"{folder}: of format {format_of(meta)}, which is not evaluated any more; train the run anew")
+        raise UserError(
+            f"{folder}: written in format {format_of(meta)}, which can no longer be evaluated; train the run again"
+        )
     if data.hash != meta["data_hash"]:
         raise UserError(
-            f"{folder}: was trained on data {meta['data_hash']}, {data_dir} holds {data.hash}; `dvc checkout` those"
+            f"{folder}: was trained on data {meta['data_hash']}, but {data_dir} holds {data.hash}; "
+            "`dvc checkout` the former"
         )
     if summary is None or summary["test_hash"] != data.test_hash:
         summary = _evaluated(folder, meta, data, resources)
@@ -51,9 +54,9 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
 
 
 def outdated(summary: dict[str, Any], data: DataSet) -> str | None:
-    """What `evaluate` would do again, and why; None where there is nothing to do.
+    """What `evaluate` would redo, and why; None if nothing.
 
-    A run of other train or val data, or of an earlier format, keeps its numbers.
+    A run of other train or val data, or of an earlier format, keeps its results.
     """
     if format_of(summary) != FORMAT or summary["data_hash"] != data.hash:
         return None
@@ -97,7 +100,7 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
 
 
 def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
-    """The columns without leaked images, from predictions_test.csv, whose marks are brought up to date."""
+    """The columns without leaked images, from predictions_test.csv, whose leak marks are updated."""
     split, path = data.split("test"), folder / PREDICTIONS.format(split="test")
     probabilities = read_predictions(path, data.classes)
     if len(probabilities) != len(split):
@@ -111,12 +114,12 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
 
 
 def last_epoch(folder: Path) -> dict[str, Any]:
-    """checkpoint.json of the run's last epoch. Raises UserError when there are more to come."""
+    """checkpoint.json of the run's last epoch. Raises UserError if training is not complete."""
     last = checkpoint.load_meta(folder / LAST)
     run = read_run(last, folder / LAST / checkpoint.META)
     if not run.is_over(last["history"]):
         done = f"{last['epoch']} of {run.epochs} epochs are done"
-        raise UserError(f"{folder}: {done}; go on with `fer train {last['name']}`")
+        raise UserError(f"{folder}: {done}; finish it with `fer train {last['name']}`")
     return last
 
 
@@ -124,7 +127,7 @@ def last_epoch(folder: Path) -> dict[str, Any]:
 def predict_split(
     model: nn.Module, feed: Feed, loss: Loss | None = None, rank: int = 0, world: int = 1
 ) -> tuple[Tensor, Counts]:
-    """Logits float32 [n of this rank, C] on the CPU in the split's order, and the counts of all ranks."""
+    """This rank's logits float32 [n, C], on the CPU in the split's order, and the counts over all ranks."""
     model.eval()
     split, device = feed.split, feed.device
     counts = Counts(split.targets.shape[1], device)
@@ -142,9 +145,10 @@ def predict_split(
 
 
 def metrics(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Of probabilities [n, C] and labels [n].
+    """The metrics of probabilities [n, C] and labels [n].
 
-    accuracy, balanced_accuracy, macro_f1, ece, images, recall per class, confusion (row = label).
+    accuracy, balanced_accuracy, macro_f1, ece, images, recall per class, confusion (row = label). Without images there
+    are only the last three.
     """
     counts = Counts(probabilities.shape[1])
     if len(labels):
@@ -154,7 +158,7 @@ def metrics(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
-    """The probabilities float32 [n, C] of predictions_*.csv, as they were. Raises UserError when they are not there."""
+    """The exact probabilities float32 [n, C] in predictions_*.csv. Raises UserError if they are missing."""
     try:
         return pd.read_csv(path, usecols=classes)[classes].to_numpy(np.float32)
     except (OSError, ValueError) as error:
@@ -164,7 +168,7 @@ def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
 
 
 def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, classes: list[str]) -> None:
-    """row, name, label, prediction, duplicate_in and a probability per class with all digits of its float32."""
+    """Columns: row, name, label, prediction, duplicate_in, and a probability per class that reads back exactly."""
     table = pd.DataFrame({"row": split.rows, "name": split.names, "label": [classes[i] for i in split.labels.tolist()]})
     table["prediction"] = [classes[i] for i in probabilities.argmax(1)]
     table["duplicate_in"] = np.where(split.in_train.numpy(), "train", np.where(split.in_val.numpy(), "val", ""))

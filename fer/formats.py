@@ -1,9 +1,9 @@
-"""Files of runs that earlier versions wrote, brought to the form of today. They are read, and never trained further.
+"""Reads the settings of runs that earlier versions wrote. Such runs can be used, but not trained further.
 
 Format 1 (until November 2026): flat keys, `options` for the model, settings of the machine beside the others, no key
-`format`. What it means today is the same but for four things that its settings do not show: colour images became grey
-by the plain mean (now by luma), class tokens and position embeddings decayed, averaged weights (`ema_decay`) had no
-warm-up, and the val loss of vote_sampling was drawn at random.
+`format`. Its meaning has changed in four ways that the settings do not show: colour images became grey by the plain
+mean (now luma), class tokens and position embeddings decayed, averaged weights (`ema_decay`) had no warm-up, and the
+val loss of vote_sampling was drawn at random.
 """
 
 from typing import Any
@@ -19,12 +19,13 @@ def format_of(content: dict[str, Any]) -> int:
 
 
 def read_run(content: dict[str, Any], path: Any) -> Run:
-    """The settings in a checkpoint.json or config.json. Raises UserError when no version could have written them."""
+    """The settings in a checkpoint.json or config.json. Raises UserError, naming `path`, if they cannot be read."""
     try:
         found = format_of(content)
         if type(found) is not int or not 1 <= found <= FORMAT:
             raise UserError(
-                f"{path}: format {found} is of a later version (this one knows {FORMAT}); update the project"
+                f"{path}: format {found} was written by a later version (this one reads up to {FORMAT}); "
+                "update the project"
             )
         tree = content["config"]
         run, faults = check(Run, _from_format_1(tree) if found == 1 else tree)

@@ -1,8 +1,8 @@
 """Losses on logits [B, C], labels int64 [B] and targets [B, C] (vote shares of each image).
 
-A row of LOSSES builds the loss of each image, [B]; `build_loss` gives their weighted mean over the batch.
-With p = softmax(logits), y = one-hot label, a = alpha, g = gamma, D = class prior [C, C] (row = label).
-In fp32 at least, under autocast too.
+A row of LOSSES builds the loss per image, [B]; `build_loss` gives the weighted mean over the batch.
+Notation: p = softmax(logits), y = one-hot label, a = alpha, g = gamma, D = class prior [C, C] (row = label).
+Losses are computed in fp32 at least, under autocast too.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ class LossKind(Section):
     name: str
 
     def build(self, prior: Tensor) -> Loss:
-        """The loss of each image, [B]; `prior`: D, [C, C], on the device of the logits."""
+        """The loss per image, [B]; `prior`: D, [C, C], on the device of the logits."""
         raise NotImplementedError
 
     def build_expected(self, prior: Tensor) -> Loss:
-        """Its expectation, where training draws at random: what evaluation reports."""
+        """The loss that evaluation reports: the expectation, for a loss that draws at random."""
         return self.build(prior)
 
 
@@ -45,7 +45,7 @@ class LabelSmoothing(LossKind):
 
     name: Literal["label_smoothing"] = "label_smoothing"
     alpha: Fraction = 0.9
-    """Weight of the true label."""
+    """Weight of the true label; the rest is spread over all classes."""
 
     def build(self, prior: Tensor) -> Loss:
         return _mixed(self.alpha, torch.full_like(prior, 1 / len(prior)), 0.0)
@@ -122,7 +122,7 @@ class VoteSampling(LossKind):
         return loss
 
     def build_expected(self, prior: Tensor) -> Loss:
-        """Over all draws it is vote_cross_entropy."""
+        """The expectation over all draws is vote_cross_entropy."""
         return VoteCrossEntropy().build(prior)
 
 
@@ -140,7 +140,7 @@ class MultiTarget(LossKind):
 
 
 def _precise(logits: Tensor) -> Tensor:
-    """Half precisions as fp32; fp64 stays."""
+    """Half precision becomes fp32; fp64 stays."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -174,21 +174,21 @@ LOSSES = by_name(
 
 
 def class_weights(counts: Tensor, power: float) -> Tensor:
-    """Weight of the images of each class, fp64 [C], from its number of training images, int64 [C].
+    """Loss weight of each class, fp64 [C], from `counts`, its number of training images, int64 [C].
 
-    w_c = n_c^-power / s, where s makes the mean over the training images 1: 0 gives ones, 1 gives n / (C n_c). A class
-    without images gets the weight of a class with one.
+    w_c = n_c^-power / s, where s makes the mean over the training images 1. Power 0 gives ones, 1 gives n / (C n_c). A
+    class without images is weighted like a class with one.
     """
     weights = counts.clamp_min(1).double() ** -power
     return weights * counts.sum() / (weights * counts).sum()
 
 
 def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tensor, expected: bool = False) -> Loss:
-    """The loss of a run: the mean over the batch, scalar, of each image's loss times the weight of its label.
+    """The loss of a run, a scalar: the mean over the batch of each image's loss times the weight of its label.
 
-    The weights' own sum does not divide it, so that the losses of equal parts of a batch average to that of the whole.
-    `class_weight`: the power of `class_weights`. `prior`: class prior D of the data in use, [C, C], on the device of
-    the logits. `counts`: training images per class, int64 [C]. `expected`: nothing is drawn at random.
+    It is divided by the batch size, not by the sum of the weights, so that the losses of equal parts of a batch average
+    to that of the whole. `class_weight`: the power in `class_weights`. `prior`: class prior D of the data, [C, C], on
+    the device of the logits. `counts`: training images per class, int64 [C]. `expected`: draw nothing at random.
     """
     loss = kind.build_expected(prior) if expected else kind.build(prior)
     weights = class_weights(counts, class_weight).to(prior)

@@ -1,4 +1,4 @@
-"""What made a run's numbers: the code, the versions and the machine, so that an old run can be explained."""
+"""What produced a run's results: code, versions and machine, so that an old run can be explained."""
 
 import hashlib
 import platform
@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def made_by(device: torch.device, threads: int) -> dict[str, Any]:
-    """Code, versions and machine of a run on `device`, ready for JSON; never raises for what it cannot find out."""
+    """Code, versions and machine of a run on `device`, ready for JSON; what cannot be found out is "unknown"."""
     commit, changed = repository()
     return {
         "commit": commit,
@@ -30,9 +30,9 @@ def made_by(device: torch.device, threads: int) -> dict[str, Any]:
 
 @cache
 def repository() -> tuple[str, bool | str]:
-    """The commit that this package is from, and whether tracked files differ from it; "unknown" without git.
+    """The commit that this package is from, and whether tracked files have changed since; "unknown" without git.
 
-    A package that git does not track, installed in a folder of another project say, is not from that commit.
+    A package that git does not track, such as one installed inside another project, is not from that commit.
     """
     commit = _git("rev-parse", "HEAD")
     if not commit or not _git("ls-files", "--error-unmatch", "__init__.py"):
@@ -43,7 +43,7 @@ def repository() -> tuple[str, bool | str]:
 
 @cache
 def source_hash() -> str:
-    """12 hex digits over the paths and bytes of the package's *.py files: needs no git, sees every change."""
+    """12 hex digits over the paths and bytes of the package's *.py files: changes with the code, even without git."""
     digest = hashlib.sha256()
     for name in sorted(path.relative_to(_PACKAGE).as_posix() for path in _PACKAGE.rglob("*.py")):
         digest.update(f"{name}\n".encode() + hashlib.sha256((_PACKAGE / name).read_bytes()).digest())
@@ -61,7 +61,7 @@ def _cpu() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says in the package's folder; None where there is no git or it finds fault."""
+    """The output of git in the package's folder; None if it fails or is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, check=False)
     except OSError:

@@ -1,4 +1,4 @@
-"""Metrics as sums over batches and ranks, divided once: right for any batch size and any number of workers."""
+"""Metrics as sums over batches and ranks, divided once: exact for any batch size and number of workers."""
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ class Counts:
         """Add a batch: probabilities float32 [B, C], labels [B], and its mean loss."""
         confidence, predicted = probabilities.max(1)
         classes = len(self.confusion)
-        self.confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones_like(labels))  # waits for no GPU
+        self.confusion.view(-1).index_add_(
+            0, labels * classes + predicted, torch.ones_like(labels)
+        )  # without a GPU sync
         index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
         self.bins.index_add_(1, index, rows.double())
@@ -36,10 +38,11 @@ class Counts:
             dist.all_reduce(tensor)
 
     def state(self) -> dict[str, Tensor]:
-        """The sums themselves."""
+        """The sums themselves, by name; not copies."""
         return {"confusion": self.confusion, "bins": self.bins, "loss_sum": self.loss_sum}
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Take over the sums of another `state`."""
         for key, value in self.state().items():
             value.copy_(saved[key])
 
@@ -59,6 +62,6 @@ class Counts:
         }
 
     def recall(self) -> list[float | None]:
-        """Share of each class's images found; None for a class without images."""
+        """Recall of each class; None for a class without images."""
         found = self.confusion.diag().tolist()
         return [right / total if total else None for right, total in zip(found, self.confusion.sum(1).tolist())]

@@ -1,4 +1,4 @@
-"""The optimizers, and which weights decay."""
+"""The optimizers, and which parameters are subject to weight decay."""
 
 from typing import Annotated, Literal
 
@@ -20,6 +20,7 @@ class Optimizer(Section):
     weight_decay: NonNegative
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """The optimizer of torch; `groups`: parameter groups, each with `params` and `weight_decay`."""
         raise NotImplementedError
 
 
@@ -30,7 +31,7 @@ class AdamW(Optimizer):
     lr: Rate = 1e-3
     """Peak learning rate."""
     weight_decay: NonNegative = 0.05
-    """Share of a weight that is taken away per step, times the rate."""
+    """Decoupled weight decay: each step shrinks the weights by this times the learning rate."""
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=self.lr, fused=True)
@@ -43,7 +44,7 @@ class Adam(Optimizer):
     lr: Rate = 1e-3
     """Peak learning rate."""
     weight_decay: NonNegative = 0.0
-    """Factor of the weights that is added to their gradient."""
+    """L2 penalty: this times the weights is added to their gradient."""
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, lr=self.lr, fused=True)
@@ -56,11 +57,11 @@ class Sgd(Optimizer):
     lr: Rate = 0.01
     """Peak learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Share of the last update that is added to the next."""
+    """Share of the previous update that carries over to the next."""
     nesterov: bool = False
-    """Nesterov momentum: the gradient counts as if the next update by momentum had been made."""
+    """Nesterov momentum: the gradient is taken as if the momentum step had been made already."""
     weight_decay: NonNegative = 0.0
-    """Factor of the weights that is added to their gradient."""
+    """L2 penalty: this times the weights is added to their gradient."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Sgd":
@@ -76,9 +77,10 @@ OPTIMIZERS = by_name(AdamW, Adam, Sgd)
 
 
 def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Weight decay on the matrices and kernels of linear and convolution layers alone.
+    """The optimizer of `model`, with weight decay only on the weights of linear and convolution layers.
 
     Biases, norms, class tokens, position embeddings and relative position tables do not decay, whatever their shape.
+    Frozen parameters are left out.
     """
     decaying = {id(module.weight) for module in model.modules() if isinstance(module, DECAYS)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""A checkpoint as a classifier that needs nothing else: class order and preprocessing come from its checkpoint.json."""
+"""A checkpoint as a self-contained classifier: class order and preprocessing come from its checkpoint.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from fer.resources import Resources
 
 
 class Predictor:
-    """Loads a checkpoint folder (`data/runs/<run id>/best`). Raises UserError when it is missing or damaged."""
+    """Loads a checkpoint folder (`data/runs/<run id>/best`). Raises UserError if it is missing or damaged."""
 
     def __init__(self, folder: str | Path, device: str = "auto"):
         meta = checkpoint.load_meta(Path(folder))
@@ -32,12 +32,12 @@ class Predictor:
 
     @torch.inference_mode()
     def probabilities(self, images: np.ndarray, **beside: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W] or [B, H, W, 3], as in data/upscaled/images.npy -> float32 [B, C], order of `classes`.
+        """uint8 [B, H, W] or [B, H, W, 3], as in data/upscaled/images.npy -> float32 [B, C], in the order of `classes`.
 
-        `beside`: further images of the same shape that the model takes. One that compares faces takes `neutral`, a
-        neutral face of the person in each image: it must be given where the model was trained with pairing
-        same_subject, and replaces the fixed references of the others. Raises UserError when one is missing, or given to
-        a model that has no use for it.
+        `beside`: further images of the same shape that the model takes. A model that compares faces takes `neutral`, a
+        neutral face of the person in each image. It is required if the model was trained with pairing same_subject, and
+        otherwise replaces the fixed references. Raises UserError if an image is missing or of no use to the
+        model.
         """
         self._check(len(images), beside)
         found = []
@@ -65,6 +65,8 @@ class Predictor:
 
 
 class _Served:
+    """A predictor with the interface of an MLflow pyfunc model."""
+
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
 
@@ -76,5 +78,5 @@ class _Served:
 
 
 def _load_pyfunc(path: str) -> _Served:
-    """What a model server calls with the logged checkpoint folder."""
+    """The entry point by which MLflow loads the logged checkpoint folder."""
     return _Served(Predictor(path))

@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""The machine resources of a run."""
 
 from typing import Annotated, Literal
 
@@ -8,28 +8,28 @@ from fer.settings import Fault, Fraction, NonNegative, Positive, Section, Unfit
 
 
 class Resources(Section):
-    """Where a run computes. Not part of its identity: a run may move between machines and go on."""
+    """The machine resources of a run. They are not part of its id: a run can be resumed on another machine."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU if there is one."""
     workers: Positive = 1
-    """Processes that share the run (DDP)."""
+    """Processes that train the run together (DDP)."""
     cpus_per_worker: Positive = 1
-    """CPU cores of each of them."""
+    """CPU cores per worker."""
     gpus_per_worker: NonNegative = 1.0
-    """GPUs of each of them, where the device is a GPU; below 1, runs share one."""
+    """GPUs per worker, if the device is a GPU; below 1, several runs share one."""
     accumulate: Positive = 1
-    """Parts into which a worker cuts its share of a batch, where memory is short."""
+    """Gradient accumulation: parts into which a worker splits its share of a batch, to save memory."""
     sync_batch_norm: bool = False
-    """Batch norm over the images of all workers, on GPUs."""
+    """Batch-norm statistics over the images of all workers; GPUs only."""
     data_share: Fraction = 0.5
-    """Share of the free GPU memory that a split's images may take; larger splits are read ahead."""
+    """Share of the free GPU memory that a split's images may occupy; larger splits are streamed from disk."""
     readers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read ahead."""
+    """Processes that prefetch the images of a streamed split."""
     eval_batch_size: Positive = 256
-    """Images that a worker evaluates at once."""
+    """Images per evaluation batch of a worker."""
     restarts: Annotated[int, Field(ge=0)] = 2
-    """How often a run is started again, from its last checkpoint, after one of its processes died."""
+    """How often a run is restarted from its last checkpoint after one of its processes died."""
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> "Resources":

@@ -1,4 +1,4 @@
-"""One training run, typed and checked, and its identity."""
+"""One training run: its checked settings and its id."""
 
 import hashlib
 import json
@@ -16,48 +16,48 @@ from fer.resources import Resources
 from fer.schedule import SCHEDULES, Cosine, Linear, Schedule
 from fer.settings import Fault, Fraction, OneOf, Positive, Section, Unfit, differing
 
-# Of everything that a run leaves on disk, and part of its id. It changes with the default or the meaning of a setting;
-# a new setting whose default leaves things as they were does not change it. fer/formats.py reads the earlier ones.
+# The format of everything that a run leaves on disk, and part of its id. A changed default or meaning of a setting
+# needs a new format; a new setting whose default changes nothing does not. fer/formats.py reads earlier formats.
 FORMAT = 2
 
 
 class Run(Section):
-    """Everything that decides the numbers of one run."""
+    """Everything that determines the results of one run."""
 
     model: Annotated[ModelKind, OneOf(MODELS)]
     """The network."""
     init_from: str | None = None
-    """Experiment whose best checkpoint gives the backbone its weights; it is trained first."""
+    """Experiment whose best checkpoint initialises the backbone; it is trained first."""
     seed: Annotated[int, Field(ge=0)] = 1111
-    """Of all random numbers."""
+    """Seed of all random numbers."""
     epochs: Positive = 8
     """Passes over the training images."""
     patience: Positive | None = None
-    """Epochs without a better val accuracy after which training ends early; null: never."""
+    """Early stopping: epochs without a better val accuracy after which training ends; null: off."""
     batch_size: Positive = 64
-    """Images of a step, over all workers."""
+    """Images per step, over all workers."""
     input: Input = Input()
-    """What the network sees of an image."""
+    """How an image is presented to the network."""
     loss: Annotated[LossKind, OneOf(LOSSES)] = CrossEntropy()
-    """What training makes small."""
+    """What training minimises."""
     class_weights: Fraction = 0.0
-    """Weight of an image's loss: number of images of its class ^ -this; 0: none, 1: inverse frequency."""
+    """Loss weight of an image: (images in its class) ^ -this; 0: no weighting, 1: inverse frequency."""
     balanced_sampling: Fraction = 0.0
-    """Chance of an image to be drawn: number of images of its class ^ -this; 0: each once, 1: all classes alike."""
+    """Sampling weight of an image: (images in its class) ^ -this; 0: each once an epoch, 1: classes equally often."""
     optimizer: Annotated[Optimizer, OneOf(OPTIMIZERS)] = AdamW()
-    """How weights follow from gradients."""
+    """How gradients update the weights."""
     schedule: Annotated[Schedule, OneOf(SCHEDULES)] = Cosine()
     """How the learning rate changes over the run."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient; null: not clipped."""
+    """Gradients are clipped to this norm; null: no clipping."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Evaluates and keeps averaged weights, e.g. 0.999; the decay grows to this as (1 + t) / (10 + t) in step t."""
+    """Decay of averaged weights (EMA) to evaluate and keep, e.g. 0.999; in step t min(this, (1 + t) / (10 + t))."""
     sam_rho: Annotated[float, Field(gt=0)] | None = None
-    """Sharpness-aware minimisation: radius of its step uphill, e.g. 0.05; twice the work."""
+    """Sharpness-aware minimisation: radius of its ascent step, e.g. 0.05; doubles the cost."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward pass (autocast); weights and loss stay fp32."""
+    """Precision of the forward pass (autocast); weights and loss stay fp32."""
     augment: Augment = Augment()
-    """Random changes of training images."""
+    """Random augmentation of training images."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
@@ -78,14 +78,14 @@ class Run(Section):
         return self
 
     def is_over(self, rows: list[dict[str, Any]]) -> bool:
-        """Whether training has come to its end. `rows`: those of metrics.jsonl, one an epoch."""
+        """Whether training is complete. `rows`: those of metrics.jsonl, one per epoch."""
         values = [row["val_accuracy"] for row in rows]
         since = len(values) - 1 - values.index(max(values)) if values else 0  # epochs since the best
         return len(values) >= self.epochs or (self.patience is not None and since >= self.patience)
 
 
 def resource_faults(run: Run, resources: Resources) -> list[Fault]:
-    """Why the run cannot be shared out as its resources say."""
+    """Why the batches cannot be divided among the workers and parts of `resources`; empty if they can."""
     parts = resources.workers * resources.accumulate
     if run.batch_size % parts:
         by = f"resources.workers {resources.workers}"
@@ -98,7 +98,7 @@ def resource_faults(run: Run, resources: Resources) -> list[Fault]:
 
 
 def chain_faults(run: Run, start: Run) -> list[Fault]:
-    """Why `run` cannot take its backbone's weights from `start`, the run that its `init_from` names."""
+    """Why `run` cannot initialise its backbone from `start`, the run that its `init_from` names; empty if it can."""
     ours, theirs = run.model.backbones().get("backbone"), start.model.backbones().get("backbone")
     if theirs is None:
         return [Fault("init_from", f"{run.init_from} has no backbone; set it to null")]
@@ -109,10 +109,10 @@ def chain_faults(run: Run, start: Run) -> list[Fault]:
 
 
 def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str:
-    """`<name>-s<seed>-<8 hex>`: equal for equal settings and data, whatever machine and number of workers.
+    """`<name>-s<seed>-<8 hex>`: the same for the same settings and data, on any machine and number of workers.
 
-    The hash is over FORMAT, what differs from the defaults, the data that training reads, and `start`, the id of the
-    run that `init_from` names.
+    Hashes FORMAT, the settings that differ from their defaults, the training data (`data_hash`), and `start`, the id of
+    the run that `init_from` names.
     """
     content: list[Any] = [FORMAT, differing(run), data_hash, start]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,23 +8,23 @@ from typing import Any
 from fer.errors import UserError
 from fer.files import write_bytes, write_json
 
-CONFIG = "config.json"  # settings, code, versions and machine, from the start
+CONFIG = "config.json"  # settings, code, versions and machine; written first
 LAST, BEST = "last", "best"  # checkpoints (fer/checkpoint.py): of the last epoch, and of the best by val accuracy
-METRICS = "metrics.jsonl"  # a row an epoch
-PROGRESS = "progress.json"  # the step it is at
-LOG = "log.txt"  # what its process wrote; log-<rank>.txt of further ranks
-SUMMARY = "summary.json"  # its numbers, written last: with it the run is finished
+METRICS = "metrics.jsonl"  # a row per epoch
+PROGRESS = "progress.json"  # the current step
+LOG = "log.txt"  # output of its process; log-<rank>.txt of further ranks
+SUMMARY = "summary.json"  # its results; written last, so it marks the run as finished
 PREDICTIONS = "predictions_{split}.csv"
 CONFUSION = "confusion_matrix.png"
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """metrics.jsonl as the last checkpoint knows it, so that an epoch that was cut and repeated stands there once."""
+    """Write metrics.jsonl from the history of the last checkpoint, so that a repeated epoch appears once."""
     write_bytes(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """A row an epoch; none before the end of the first."""
+    """The rows of metrics.jsonl, one per epoch; empty before the end of the first."""
     try:
         return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     except FileNotFoundError:
@@ -32,7 +32,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_progress(folder: Path) -> dict[str, int] | None:
-    """None before the first step."""
+    """progress.json; None before the first step."""
     try:
         return json.loads((folder / PROGRESS).read_text())
     except FileNotFoundError:
@@ -40,11 +40,12 @@ def read_progress(folder: Path) -> dict[str, int] | None:
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, atomically."""
     write_json(folder / SUMMARY, summary)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """summary.json, None where the run is not finished; one of format 1 with the names of today.
+    """summary.json, or None if the run is not finished; keys of format 1 get their current names.
 
     Raises UserError when it is not valid JSON.
     """
@@ -54,20 +55,21 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise UserError(f"{folder / SUMMARY}: not valid JSON; delete it and run `fer evaluate {folder.name}`") from None
-    if "test_without_leaked" in summary:  # format 1 knew of twins in train alone
+    if "test_without_leaked" in summary:  # format 1 knew duplicates in train only
         summary["test_without_train"] = summary.pop("test_without_leaked")
     return summary
 
 
 class Progress:
-    """progress.json, at most once a second: where a run is, for whoever draws a bar."""
+    """Writes progress.json at most once a second, for progress bars."""
 
     def __init__(self, folder: Path, epochs: int):
         self.folder, self.epochs, self.written = folder, epochs, 0.0
 
     def __call__(self, epoch: int, step: int, steps: int) -> None:
+        """Record that `step` of `steps` are done in `epoch`, counted from 0."""
         now = time.monotonic()
         if now - self.written >= 1 or step == steps:
             self.written = now
             place = {"epoch": epoch, "epochs": self.epochs, "step": step, "steps": steps}
-            write_json(self.folder / PROGRESS, place, durable=False)  # nothing is lost with it
+            write_json(self.folder / PROGRESS, place, durable=False)  # it can be lost without harm

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the epoch. It has no state, so a resumed run needs none."""
+"""The learning rate as a function of the epoch. It is stateless, so there is nothing to restore when a run resumes."""
 
 import math
 from typing import Annotated, Literal
@@ -9,23 +9,23 @@ from fer.settings import Fault, Fraction, NonNegative, Positive, Section, Unfit,
 
 
 class Schedule(Section):
-    """A row of SCHEDULES; every one begins with a linear warm-up from 0."""
+    """A row of SCHEDULES; each begins with a linear warm-up from 0."""
 
     name: str
     warmup_epochs: NonNegative = 1.0
-    """Epochs in which the rate rises from 0 to optimizer.lr."""
+    """Epochs over which the learning rate rises from 0 to optimizer.lr."""
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """What optimizer.lr is multiplied by after the warm-up, at a point of a run of `epochs` epochs."""
+        """Multiplier of optimizer.lr at `epoch`, after the warm-up, in a run of `epochs` epochs."""
         raise NotImplementedError
 
 
 class Cosine(Schedule):
-    """Half a cosine down to the end of the run (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
+    """Half a cosine that falls to the end of the run (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5)."""
 
     name: Literal["cosine"] = "cosine"
     min_lr_ratio: Fraction = 0.01
-    """Rate at the end of the run, as a share of optimizer.lr."""
+    """Learning rate at the end of the run, as a share of optimizer.lr."""
 
     def factor(self, epoch: float, epochs: int) -> float:
         progress = min(1.0, (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs))
@@ -45,13 +45,13 @@ class Linear(Schedule):
 
 
 class Step(Schedule):
-    """The rate jumps at the start of certain epochs."""
+    """Piecewise constant: the learning rate changes at the start of given epochs."""
 
     name: Literal["step"] = "step"
     step_epochs: list[Positive]
-    """Epochs (the first is 0) from which on the rate is another."""
+    """Epochs, counted from 0, at whose start the learning rate changes."""
     step_factors: list[Annotated[float, Field(gt=0, le=1)]]
-    """The rate from each of step_epochs on, as a share of optimizer.lr."""
+    """Learning rate from each of step_epochs on, as a share of optimizer.lr."""
 
     @model_validator(mode="after")
     def _pairs(self) -> "Step":
@@ -72,7 +72,7 @@ class Step(Schedule):
 
 
 class Constant(Schedule):
-    """optimizer.lr to the end."""
+    """The learning rate stays at optimizer.lr after the warm-up."""
 
     name: Literal["constant"] = "constant"
 
@@ -84,7 +84,7 @@ SCHEDULES = by_name(Cosine, Linear, Step, Constant)
 
 
 def lr_at(schedule: Schedule, lr: float, epoch: float, epochs: int) -> float:
-    """Learning rate of a run of `epochs` epochs, at `epoch` since its start (2.5: half-way through the third)."""
+    """Learning rate `epoch` epochs into a run of `epochs` (2.5: half-way through the third), warm-up included."""
     if epoch < schedule.warmup_epochs:
         return lr * epoch / schedule.warmup_epochs
     return lr * schedule.factor(epoch, epochs)

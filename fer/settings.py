@@ -1,4 +1,4 @@
-"""How a table of settings is checked: typed sections, sections chosen by name, and faults that name their key."""
+"""Checked settings: typed sections, sections chosen by name, and faults that name their key."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A frozen group of keys. Unknown keys are refused and no type is converted.
+    """A frozen group of keys. Unknown keys are rejected, and no types are converted.
 
     The line under a field gives its meaning and unit; `fer config` shows it.
     """
@@ -42,7 +42,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one key: its dotted path, and a message that tells the remedy."""
+    """What is wrong with one key: its dotted path, and a message with the remedy."""
 
     path: str
     message: str
@@ -51,12 +51,12 @@ class Fault:
         return f"{self.path}: {self.message}" if self.path else self.message
 
     def under(self, prefix: str) -> "Fault":
-        """The same fault of a section that stands at `prefix`."""
+        """The same fault, for a section at `prefix`."""
         return Fault(".".join(part for part in (prefix, self.path) if part), self.message)
 
 
 class Unfit(ValueError):
-    """Raised by a section's validator: keys that are right alone and do not fit together."""
+    """Raised by a section's validator for keys that are valid on their own but not together."""
 
     def __init__(self, faults: list[Fault]):
         super().__init__("; ".join(map(str, faults)))
@@ -67,7 +67,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 def check(kind: type[Kind], tree: Any) -> tuple[Kind | None, list[Fault]]:
-    """The section that a plain tree describes, or None and everything that is wrong with it."""
+    """The section that a plain tree describes and no faults, or None and all of its faults."""
     try:
         return kind.model_validate(tree), []
     except ValidationError as error:
@@ -75,13 +75,13 @@ def check(kind: type[Kind], tree: Any) -> tuple[Kind | None, list[Fault]]:
 
 
 def table_of(section: type[Section], key: str) -> Mapping[str, type[Section]]:
-    """The sections that the field `key` chooses from by name; empty where it is another kind of field."""
+    """The sections that the field `key` chooses from by name; empty for any other field."""
     field = section.model_fields.get(key)
     return next((one.table for one in (field.metadata if field else ()) if isinstance(one, OneOf)), {})
 
 
 def section_at(section: type[Section], key: str, value: Any) -> type[Section] | None:
-    """The class of the section that stands at `key` with this value; None where none stands there."""
+    """The class of the section at `key` with this value; None if there is no section."""
     table = table_of(section, key)
     if table:
         return table.get(str(value.get("name"))) if isinstance(value, dict) else None
@@ -91,7 +91,7 @@ def section_at(section: type[Section], key: str, value: Any) -> type[Section] | 
 
 
 def differing(section: Section) -> dict[str, Any]:
-    """The plain values that differ from the defaults; a section that has a `name` keeps it where anything differs."""
+    """The plain values that differ from the defaults; a named section keeps its `name` if anything in it differs."""
     found: dict[str, Any] = {}
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
@@ -105,7 +105,7 @@ def differing(section: Section) -> dict[str, Any]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)` or the list of what is known, to end a message about an unknown name."""
+    """The end of a message about an unknown name: `, did you mean 'x'?`, or the list of known names."""
     match = [name for name in known if word and name.startswith(word)] or difflib.get_close_matches(word, known, n=1)
     return f", did you mean '{match[0]}'?" if match else f"; known: {', '.join(sorted(known))}"
 
@@ -133,7 +133,7 @@ def _faults(error: ValidationError, kind: type[Section]) -> Iterator[Fault]:
 
 
 def _place(kind: type[Section], loc: tuple[int | str, ...]) -> tuple[str, type[Section]]:
-    """The dotted path of a pydantic location, and the section in which its last key stands."""
+    """The dotted path of a pydantic location, and the section that holds its last key."""
     path: list[str] = []
     section = kind
     table: Mapping[str, type[Section]] = {}
@@ -158,11 +158,11 @@ def _known_in(section: type[Section], word: str) -> str:
 
 
 def name_of(section: type[Section]) -> str:
-    """The name by which a section is chosen, which is the default of its key `name`."""
+    """The name by which a section is chosen: the default of its key `name`."""
     (name,) = get_args(section.model_fields["name"].annotation)
     return name
 
 
 def by_name(*sections: type[Kind]) -> dict[str, type[Kind]]:
-    """A table of sections under their names."""
+    """A table of sections by name."""
     return {name_of(section): section for section in sections}

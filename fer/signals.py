@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by SIGTERM, or by a file in its folder. It saves what it has, in mid-epoch."""
+"""How a run is asked to stop: by SIGTERM, or by a file in its folder. It saves its state in mid-epoch."""
 
 import signal
 import threading
@@ -15,20 +15,20 @@ import torch.distributed as dist
 
 from fer.errors import UserError
 
-AGREE_SECONDS = 1.0  # after which several ranks agree again whether to stop
-TRAINING, ASKED = "training", "stop"  # the names of the file, before and after
+AGREE_SECONDS = 1.0  # between two agreements of several ranks on whether to stop
+TRAINING, ASKED = "training", "stop"  # the file's name before and after a request to stop
 
 
-class Wish(IntEnum):
-    """What a run is asked for; of several ranks' wishes the largest counts."""
+class Request(IntEnum):
+    """What a run is asked to do; of several ranks' requests the largest counts."""
 
     NONE = 0
-    STOP = 1  # by the user, for good
-    LEAVE = 2  # this process or machine, to go on in another one
+    STOP = 1  # by the user
+    LEAVE = 2  # give up this process or machine, to be resumed on another
 
 
 class Stopped(UserError):
-    """The run has saved its state and ended, as it was asked to; `terminated`: to go on elsewhere (Wish.LEAVE)."""
+    """The run saved its state and ended on request; `terminated`: to be resumed elsewhere (Request.LEAVE)."""
 
     def __init__(self, message: str, terminated: bool = False):
         super().__init__(message)
@@ -36,9 +36,9 @@ class Stopped(UserError):
 
 
 class Sigterm:
-    """A handler of SIGTERM: it asks the runs of this process to leave, or does what was done before where none trains.
+    """A SIGTERM handler: asks the runs of this process to leave; if none is training, the previous handler takes over.
 
-    It has to be installed in the main thread; runs in other threads find it where it is installed.
+    It must be installed in the main thread; runs in other threads register with it.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,15 @@ class Sigterm:
             signal.raise_signal(signal.SIGTERM)
 
     def uninstall(self) -> None:
+        """Restore the previous handler."""
         signal.signal(signal.SIGTERM, self.before)
 
 
 class StopSignal:
-    """Inside the block, `wish` tells whether the run should stop: SIGTERM came, or its file was renamed.
+    """Within the block, `request` returns whether the run should stop: on SIGTERM, or once its file is renamed.
 
-    In another thread than the main one SIGTERM is heard of where a `Sigterm` is installed. `leads`: whether this rank
-    looks after the file. `leaves`: asked, too, whether the machine is about to be taken back.
+    Outside the main thread it learns of SIGTERM only if a `Sigterm` is installed. `leads`: whether this rank manages
+    the file. `leaves`: returns whether the machine is about to be reclaimed.
     """
 
     def __init__(self, folder: Path, leads: bool = True, leaves: Callable[[], bool] | None = None):
@@ -69,7 +70,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if self.leads:
-            (self.folder / ASKED).unlink(missing_ok=True)  # of an earlier process
+            (self.folder / ASKED).unlink(missing_ok=True)  # left by an earlier process
             (self.folder / TRAINING).touch()
         self.main = threading.current_thread() is threading.main_thread()
         handler = Sigterm() if self.main else signal.getsignal(signal.SIGTERM)
@@ -84,43 +85,43 @@ class StopSignal:
             if self.main:
                 self.handler.uninstall()
         if self.leads:
-            for name in (TRAINING, ASKED):  # whoever waits sees them go
+            for name in (TRAINING, ASKED):  # tells whoever waits that the run has ended
                 (self.folder / name).unlink(missing_ok=True)
 
-    def wish(self) -> Wish:
-        """Looks at the folder once a second."""
+    def request(self) -> Request:
+        """The strongest request so far. Checks the folder at most once a second."""
         now = time.monotonic()
         if self.leads and now - self.looked >= 1:
             self.looked = now
             self.asked = self.asked or (self.folder / ASKED).exists()
-        leaves = self.leaves is not None and self.leaves()  # always asked: other ranks wait for this one's question
+        leaves = self.leaves is not None and self.leaves()  # always called: other ranks wait for it
         if self.terminated or leaves:
-            return Wish.LEAVE
-        return Wish.STOP if self.asked else Wish.NONE
+            return Request.LEAVE
+        return Request.STOP if self.asked else Request.NONE
 
 
 class Agreement:
-    """The strongest wish of several ranks: asked for about once a second, and before the same step on all of them."""
+    """The strongest request of all ranks, exchanged about once a second and before the same step on every rank."""
 
     def __init__(self, group: Any, stop: StopSignal):
         self.group, self.stop, self.every, self.since = group, stop, 0, time.monotonic()
-        self.steps = -1  # since the last time; nothing is known of their length before the first one
+        self.steps = -1  # since the last exchange; how long they take is unknown before the first
 
-    def __call__(self) -> Wish:
-        """Called before each step."""
+    def __call__(self) -> Request:
+        """To be called before each step, on every rank."""
         self.steps += 1
         if self.steps < self.every:
-            return Wish.NONE
-        found = torch.tensor([float(self.stop.wish()), time.monotonic() - self.since])
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)  # the slowest rank's time
-        wish, seconds = found.tolist()
-        self.every = max(1, int(self.steps * min(AGREE_SECONDS / max(seconds, 1e-9), 10)))  # steps in a second
+            return Request.NONE
+        found = torch.tensor([float(self.stop.request()), time.monotonic() - self.since])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)  # the time of the slowest rank
+        request, seconds = found.tolist()
+        self.every = max(1, int(self.steps * min(AGREE_SECONDS / max(seconds, 1e-9), 10)))  # steps per second
         self.steps, self.since = 0, time.monotonic()
-        return Wish(int(wish))
+        return Request(int(request))
 
 
 def ask_to_stop(folders: list[Path], seconds: float) -> None:
-    """Ask the runs that are training in these folders to stop, and wait so long for them to save."""
+    """Ask the runs that are training in these folders to stop, and wait up to `seconds` for them to save."""
     asked = []
     for folder in folders:
         with suppress(FileNotFoundError):

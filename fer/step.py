@@ -19,16 +19,16 @@ from fer.run import Run
 
 @dataclass
 class Part:
-    """What goes through the network at once, on its device."""
+    """One forward and backward pass of a step, on the network's device."""
 
     inputs: dict[str, Tensor]  # arguments of the network
     labels: Tensor  # int64 [b]
     targets: Tensor  # float32 [b, C]
-    weight: float  # share of the worker's images of this step
+    weight: float  # its share of the worker's images of this step
 
 
 class Stepper:
-    """The network in training, its optimizer, and averaged weights where the run has them."""
+    """The network in training, its optimizer, and its averaged weights if the run has `ema_decay`."""
 
     def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1):
         self.run, self.model, self.device = run, model, device
@@ -43,13 +43,16 @@ class Stepper:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The weights that are evaluated and kept: averaged ones where the run has them."""
+        """The network that is evaluated and kept: the averaged one if the run has `ema_decay`."""
         return self.ema.module if self.ema is not None else self.model
 
     def __call__(
         self, parts: list[Part], loss: Loss, mixture: Mixture | None, rate: float, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] and the mean loss of this worker's images, before the update."""
+        """Take one step; returns this worker's logits [B, C] and mean loss, both before the update.
+
+        `rate`: learning rate. `seed`: of dropout and drop path. The parts' weights sum to 1.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         found = self._gradients(parts, loss, mixture, seed)
@@ -60,7 +63,7 @@ class Stepper:
         return found
 
     def update(self) -> None:
-        """Of the weights by their gradients."""
+        """Clip the gradients, take the optimizer's step, and update the averaged weights."""
         if self.run.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip_grad_norm)
@@ -70,9 +73,9 @@ class Stepper:
             self.ema.update_parameters(self.model)
 
     def _average(self, averaged: Any, current: Any, steps: Any) -> None:
-        """The average keeps min(ema_decay, (1 + t) / (10 + t)) of itself in step t, so that it leaves its start soon.
+        """In step t the average decays by min(ema_decay, (1 + t) / (10 + t)), so as to forget the initial weights.
 
-        As in TensorFlow's ExponentialMovingAverage; without it a run of 150 steps at decay .999 is 86 % its start.
+        As in TensorFlow's ExponentialMovingAverage. Otherwise, after 150 steps at decay .999, 86 % would be the start.
         """
         assert self.ema is not None
         assert self.run.ema_decay is not None
@@ -94,14 +97,14 @@ class Stepper:
         return torch.cat(logits), total
 
     def _without_exchange(self, more: bool) -> AbstractContextManager:
-        """Workers add up their gradients once a step, with the last part."""
+        """With gradient accumulation, workers exchange gradients once per step, in the last part."""
         if more and isinstance(self.network, DistributedDataParallel):
             return self.network.no_sync()
         return nullcontext()
 
     @contextmanager
     def _uphill(self, rho: float) -> Iterator[None]:
-        """Weights moved by rho along the gradient, and put back (Foret et al. 2021, arXiv 2010.01412, equation 2)."""
+        """Weights moved by rho along the gradient, then restored (Foret et al. 2021, arXiv 2010.01412, equation 2)."""
         moved = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in moved])))  # type: ignore[misc]
         with torch.no_grad():
@@ -117,7 +120,7 @@ class Stepper:
                     p.copy_(kept)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights."""
+        """What a checkpoint holds besides the weights: tensors and plain values."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -125,11 +128,14 @@ class Stepper:
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
+        """Restore what `state` returned, on any device."""
         self.optimizer.load_state_dict(saved["optimizer"])
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    values[key] = torch.empty_like(parameter).copy_(value)  # its memory layout, which fused steps need
+                    values[key] = torch.empty_like(parameter).copy_(
+                        value
+                    )  # in its memory layout, which fused optimizers need
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
@@ -145,7 +151,7 @@ def _mixed_loss(loss: Loss, logits: Tensor, part: Part, mixture: Mixture | None)
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norm uses its batch, as in training, and keeps nothing of it."""
+    """Within the block, batch norm normalises by the batch, as in training, but leaves its running statistics alone."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

@@ -1,6 +1,6 @@
-"""One training run: a plain loop over epochs that can be cut anywhere and goes on from its last checkpoint.
+"""One training run: a plain loop over epochs that can be interrupted anywhere and resumes from its last checkpoint.
 
-Every random number comes from (seed, epoch, step), so a run that was cut and resumed is the uncut run.
+Every random number is derived from (seed, epoch, step), so an interrupted and resumed run equals the uninterrupted one.
 """
 
 import math
@@ -29,15 +29,15 @@ from fer.resources import Resources
 from fer.run import FORMAT, Run, chain_faults, resource_faults, run_id
 from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
 from fer.schedule import lr_at
-from fer.signals import Agreement, Stopped, StopSignal, Wish
+from fer.signals import Agreement, Request, Stopped, StopSignal
 from fer.step import Stepper
 
 REMEDY = "lower optimizer.lr, set clip_grad_norm, or use precision fp32"
-CHECK_EVERY = 50  # steps between looks at the losses where a look waits for the GPU or for other ranks
+CHECK_EVERY = 50  # steps between checks of the losses where a check waits for the GPU or for other ranks
 
 
 class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number; the message names the step, the learning rate and the run."""
+    """The loss became infinite or NaN; the message names the run, the step and the learning rate."""
 
 
 def fit(
@@ -50,15 +50,15 @@ def fit(
     start: str | None = None,
     leaves: Callable[[], bool] | None = None,
 ) -> Path:
-    """Train `run`, or go on with it where it was cut, and return its folder `runs_dir`/<run id>.
+    """Train `run`, or resume it where it was interrupted, and return its folder `runs_dir`/<run id>.
 
-    Inside an initialised torch.distributed group every rank calls this and the ranks share the batches. `on_epoch`
-    gets each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
-    `leaves` tells whether this machine is about to be taken back, which ends the run as SIGTERM does; all ranks of a
+    Within an initialised torch.distributed group every rank calls this, and the ranks divide the batches. `on_epoch`
+    receives each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
+    `leaves` returns whether this machine is about to be reclaimed, which stops the run as SIGTERM does; all ranks of a
     group call it before the same steps, about once a second.
-    Raises UserError (data missing, weights missing, run to start from missing, unfinished or with another backbone, no
-    GPU, a batch that cannot be shared), NonFiniteLoss, and Stopped when SIGTERM or `fer.signals.ask_to_stop` asked for
-    an end and the state is saved.
+    Raises UserError (data or weights missing; the run to start from missing, unfinished or with another backbone; no
+    GPU; a batch that cannot be divided), NonFiniteLoss, and Stopped once the state is saved after SIGTERM or
+    `fer.signals.ask_to_stop`.
     """
     if (start is None) != (run.init_from is None):
         raise UserError(f"{name}: init_from is {run.init_from}, the run to start from {start}; give both or neither")
@@ -85,7 +85,7 @@ def fit(
 
 
 class Trainer:
-    """What a run carries from step to step, and how an epoch is trained, evaluated and saved."""
+    """The state of a run, and how an epoch is trained, evaluated and saved."""
 
     def __init__(
         self, name: str, run: Run, resources: Resources, data: DataSet, folder: Path, device: torch.device,
@@ -99,13 +99,15 @@ class Trainer:
             raise UserError(f"resources.workers: {self.world} workers for {len(train)} training images; lower workers")
         meta = checkpoint.load_meta(folder / LAST) if (folder / LAST).exists() else None
         if meta is not None and format_of(meta) != FORMAT:
-            raise UserError(f"{folder}: was begun in format {format_of(meta)}, not {FORMAT}; delete it to train anew")
+            raise UserError(
+                f"{folder}: was started in format {format_of(meta)}, not {FORMAT}; delete it to train again"
+            )
         model: Any = _build(run, folder, len(data.classes), meta is None, start).to(device)
         if resources.sync_batch_norm and self.world > 1:
             if device.type == "cpu":
                 raise UserError("resources.sync_batch_norm: works on GPUs only; set it to false")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.since = time.perf_counter()  # what is embedded before the first epoch counts as training time
+        self.since = time.perf_counter()  # computing embeddings before the first epoch counts as training time
         feed, self.val_feed = (Feed(model, run, resources, split, data.classes, device) for split in (train, val))
         if meta is None:
             feed.begin()
@@ -115,13 +117,13 @@ class Trainer:
         self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
         self.stepper = Stepper(run, model, device, self.world)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None
-        self.wish = Agreement(self.control, stop) if self.world > 1 else stop.wish
+        self.request = Agreement(self.control, stop) if self.world > 1 else stop.request
         self.steps = self.batches.steps
-        self.epoch, self.step = 0, 0  # epochs done, steps done of the next one
-        self.history: list[dict[str, Any]] = []  # one row an epoch
-        self.best = -1.0  # val accuracy
+        self.epoch, self.step = 0, 0  # completed epochs, completed steps of the current one
+        self.history: list[dict[str, Any]] = []  # one row per epoch
+        self.best = -1.0  # best val accuracy so far
         self.counts = Counts(len(data.classes), device)
-        self.spent = 0.0  # seconds, by earlier processes in the epoch under way
+        self.spent = 0.0  # seconds that earlier processes spent on the current epoch
         if meta is not None:
             self._resume(meta)
         if self.rank == 0:
@@ -131,7 +133,7 @@ class Trainer:
         self.progress = Progress(folder, run.epochs) if self.rank == 0 else None
 
     def _resume(self, meta: dict[str, Any]) -> None:
-        """From the last checkpoint, which `meta` describes; its weights are loaded."""
+        """Restore the state of the last checkpoint, described by `meta`; its weights are already loaded."""
         saved = checkpoint.load_training(self.folder / LAST)
         self.stepper.load_state(saved["stepper"])
         self.epoch, self.step, self.spent = meta["epoch"], saved["step"], saved["seconds"]
@@ -141,10 +143,12 @@ class Trainer:
             self.counts.load_state(saved["counts"])
 
     def train_epoch(self) -> dict[str, Any]:
-        """Train, evaluate and save; the new row of metrics.jsonl."""
+        """Train, evaluate and save an epoch; returns its row of metrics.jsonl. Raises NonFiniteLoss and Stopped."""
         trained = self._train()
         if self.world > 1:
-            for buffer in self.stepper.evaluated.buffers():  # batch-norm statistics differ; those of rank 0 are saved
+            for (
+                buffer
+            ) in self.stepper.evaluated.buffers():  # batch-norm statistics differ by rank; rank 0 saves its own
                 dist.broadcast(buffer, 0)
         found = predict_split(self.stepper.evaluated, self.val_feed, self.val_loss, self.rank, self.world)[1]
         seconds = self._seconds()
@@ -169,13 +173,13 @@ class Trainer:
         return row
 
     def _train(self) -> dict[str, float]:
-        """The rest of an epoch's steps; mean loss and accuracy of all of them."""
+        """Take the remaining steps of the epoch; returns mean loss and accuracy over all of its steps."""
         left = self.batches.epoch(self.epoch, self.step)
         self.stepper.network.train()
         unchecked: list[Tensor] = []
         for parts, mixture in left:
-            if wish := self.wish():
-                self._stop(wish, unchecked)
+            if request := self.request():
+                self._stop(request, unchecked)
             seed = seed_of(self.run.seed, self.epoch, self.step, self.rank, 2)
             logits, value = self.stepper(parts, self.loss, mixture, self._rate(self.step), seed)
             labels = torch.cat([part.labels for part in parts])
@@ -192,12 +196,12 @@ class Trainer:
         return {key: value for key, value in self.counts.result().items() if key in ("loss", "accuracy")}
 
     def _rate(self, step: int) -> float:
-        """Learning rate of a step of the epoch under way."""
+        """Learning rate of a step of the current epoch."""
         now = self.epoch + (step + 0.5) / self.steps
         return lr_at(self.run.schedule, self.run.optimizer.lr, now, self.run.epochs)
 
-    def _stop(self, wish: Wish, unchecked: list[Tensor]) -> None:
-        """Save the state in the middle of the epoch, and end."""
+    def _stop(self, request: Request, unchecked: list[Tensor]) -> None:
+        """Save the state in mid-epoch and raise Stopped."""
         if unchecked:
             self._check_finite(unchecked)
         if self.world > 1:
@@ -205,15 +209,15 @@ class Trainer:
         if self.rank == 0:
             self._save(is_best=False)
         if self.world > 1:
-            dist.barrier(group=self.control)  # who ends first may end all
+            dist.barrier(group=self.control)  # the first rank to exit may take the others down
         raise Stopped(
-            f"{self.folder.name}: stopped in epoch {self.epoch + 1} after {self.step} of {self.steps} steps, as asked; "
-            "the same command goes on",
-            terminated=wish is Wish.LEAVE,
+            f"{self.folder.name}: stopped in epoch {self.epoch + 1} after {self.step} of {self.steps} steps; "
+            "run the same command to resume",
+            terminated=request is Request.LEAVE,
         )
 
     def _check_finite(self, unchecked: list[Tensor]) -> None:
-        """Look at the losses since the last look."""
+        """Check the losses since the last check. Raises NonFiniteLoss."""
         values = torch.stack(unchecked)
         unchecked.clear()
         if self.world > 1:
@@ -228,7 +232,7 @@ class Trainer:
         return self.spent + time.perf_counter() - self.since
 
     def _save(self, is_best: bool) -> None:
-        """best, then last, then the line of metrics.jsonl: a cut between them repeats the epoch and doubles nothing."""
+        """best, then last, then metrics.jsonl: if killed in between, the epoch is repeated and still recorded once."""
         meta = {**self._about(), "epoch": self.epoch, "history": self.history}
         if is_best:
             checkpoint.save(self.folder / BEST, self.stepper.evaluated.state_dict(), meta, training=None)
@@ -239,7 +243,7 @@ class Trainer:
         write_rows(self.folder, self.history)
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint needs to be used alone: classes, preprocessing, prior, settings, data; and who made it."""
+        """What a checkpoint needs to be used on its own (classes, prior, settings, data), and what it was made by."""
         summary = self.data.summary
         return {
             "format": FORMAT,
@@ -255,7 +259,7 @@ class Trainer:
 
 
 def _build(run: Run, folder: Path, num_labels: int, fresh: bool, start: str | None) -> nn.Module:
-    """The run's network: of its last checkpoint, of the run `start`, or as its settings say."""
+    """The run's network: from its last checkpoint, or fresh, perhaps with the backbone of the run `start`."""
     torch.manual_seed(run.seed)
     model = build_model(run.model, run.input, num_labels, pretrained=fresh)
     if not fresh:

@@ -1,4 +1,4 @@
-"""Tensors from files made by others: safetensors, torch files, pickles of numpy arrays; no code in them is run."""
+"""Reads tensors from third-party files: safetensors, torch files, pickled numpy arrays. Never runs code in them."""
 
 import io
 import pickle
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 
-# what the readers raise on bytes that are no whole file of their kind
+# what the readers raise on truncated or damaged files
 DAMAGE = (
     SafetensorError, pickle.UnpicklingError, struct.error, EOFError, OverflowError, AssertionError, AttributeError,
     LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-# what transformers' from_pretrained raises for a hub id or folder that it cannot load
+# what transformers' from_pretrained raises if it cannot load a hub id or folder
 HUB_ERRORS = (OSError, ValueError, SafetensorError, StrictDataclassError)
 LOOKALIKES = {b"<": "looks like an html page", b"version https://git-lfs": "is a Git LFS pointer"}
 ALONE = "give a file of named tensors alone, such as a saved state_dict"
@@ -32,9 +32,9 @@ ALONE = "give a file of named tensors alone, such as a saved state_dict"
 def read_tensors(path: str | Path, key: str) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors`, a `.pkl` (numpy arrays) or, by any other suffix, a `torch.save` file.
 
-    Of a torch file what stands under `state_dict`, `model` or `netG` is taken; `module.` is cut off where all have it.
-    Raises UserError, beginning with the configuration's `key`, for a file that is missing, damaged, holds something
-    else than tensors, or asks for code: that is refused by name and never run.
+    From a torch file the value of `state_dict`, `model` or `netG` is taken, if there is one, and a prefix `module.` is
+    removed if all names have it. Raises UserError, beginning with the setting's `key`, for a file that is missing or
+    damaged, holds anything but tensors, or references code, which is named and never run.
     """
     path, where = Path(path), f"{key}: {path}"
     try:
@@ -70,11 +70,11 @@ def _named_tensors(content: Any, where: str) -> dict[str, Tensor]:
 
 
 class _Refused(Exception):
-    """A file that is whole, with what shall not be in it."""
+    """An intact file with content that is not allowed."""
 
 
 def _code(name: str) -> _Refused:
-    name = re.sub(r"[^\w.]", "?", name)  # the file's own words: kept to one line
+    name = re.sub(r"[^\w.]", "?", name)  # text from the file: kept to one line
     return _Refused(f"asks for {name}, which is code and never run")
 
 
@@ -98,11 +98,11 @@ def _from_torch(path: Path) -> Any:
 
 def _from_pickle(path: Path) -> Any:
     data = path.read_bytes()
-    # unpickling reserves the memory that a file claims, be it 20 GB; this walk fails on texts that are not there
+    # unpickling reserves whatever memory a file claims, even 20 GB; this walk fails where the content is missing
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise ValueError(f"place {argument} in a file of {len(data)} bytes")
-    content = _Unpickler(io.BytesIO(data), encoding="latin1").load()  # latin1: bytes of Python 2, one character each
+    content = _Unpickler(io.BytesIO(data), encoding="latin1").load()  # maps the bytes of Python 2 to one character each
     if not isinstance(content, dict):
         return content
     return {name: value.tensor(repr(name)) if isinstance(value, _Array) else value for name, value in content.items()}
@@ -112,7 +112,7 @@ READERS: dict[str, Callable[[Path], Any]] = {".safetensors": load_file, ".pkl": 
 
 
 class _Dtype:
-    """Stands in for numpy.dtype."""
+    """Replaces numpy.dtype."""
 
     def __init__(self, code: str, *_: Any):
         self.code = code
@@ -122,7 +122,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, whose own `__setstate__` reads any address that a crafted dtype bids it read."""
+    """Replaces numpy.ndarray, whose `__setstate__` reads arbitrary memory if the dtype is crafted."""
 
     def __init__(self, *_: Any):
         pass
@@ -131,7 +131,7 @@ class _Array:
         _, self.shape, self.dtype, self.fortran, self.data = state
 
     def tensor(self, name: str) -> Tensor:
-        """Raises _Refused for other things than numbers, ValueError for bytes that do not fill the shape."""
+        """Raises _Refused for anything but numbers, and ValueError if the bytes do not fill the shape."""
         kind = self.dtype.order + self.dtype.code
         if not re.fullmatch(r"[<>|=]([fiu][1248]|b1)", kind):
             raise _Refused(f"array {name} does not hold numbers")
@@ -142,7 +142,7 @@ class _Array:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for _codecs.encode, by which Python 3 writes bytes for Python 2."""
+    """Replaces _codecs.encode, with which Python 3 writes bytes for Python 2."""
     if encoding != "latin1":
         raise ValueError(f"encoding {encoding}")
     return text.encode("latin1")
@@ -165,7 +165,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def misfit(report: dict[str, Any]) -> str | None:
-    """The fault in a loading report of from_pretrained, which would go on with random numbers; None without any."""
+    """The first misfit in a report of from_pretrained, which would keep random weights there; None if all fits."""
     shapes = {
         name: f"{list(found)}, the network needs {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
     }
@@ -177,7 +177,7 @@ def misfit(report: dict[str, Any]) -> str | None:
 
 
 def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:
-    """Raises UserError, beginning with `source`, on the first tensor that is missing, unknown or of another shape."""
+    """Raises UserError, beginning with `source`, for the first tensor that is missing, unknown or of another shape."""
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{source}: tensor {name} is missing; the file belongs to another model")
@@ -191,8 +191,8 @@ def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], source: str) 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> None:
     """Load `tensors` into `model`, all or nothing. Raises UserError as `check_fit` does.
 
-    Names that begin with one of `optional` are left out: parts of the file, such as "fc.", that the model does not
-    have. A file without batch norm's counters, born in another framework, leaves the model's own.
+    Tensors whose names begin with one of `optional`, such as "fc.", are ignored. Batch norm's counters may be missing,
+    as in files from other frameworks; the model then keeps its own.
     """
     wanted = model.state_dict()
     counters = {name: tensor for name, tensor in wanted.items() if name.endswith("num_batches_tracked")}

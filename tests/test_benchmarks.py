@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, NO_AUGMENT, VGG, small_run
-from PIL import Image
 
 from benchmarks import __main__ as bench
-from benchmarks import measure, pipeline, reference, training
-from benchmarks.measure import HEAD, Effort, Row, beside
+from benchmarks import pipeline, reference, training
+from benchmarks.measure import HEAD, Effort, beside
 from fer.batches import Feed
 from fer.evaluate import metrics, predict_split
 from fer.models import build_model
@@ -50,28 +49,6 @@ def test_both_sides_make_the_same_batches(run: Run, flip: float) -> None:
     assert images.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
     assert torch.cat([labels for _, labels, _ in ours]).tolist() == [label for _, label in theirs]
-
-
-def test_the_references_warp_turns_enlarges_and_moves() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
-
-    def warped(angle: float, zoom: float, shift: list[float]) -> np.ndarray:
-        return np.asarray(reference._affine(image, angle, zoom, shift, Image.Resampling.NEAREST))
-
-    pixels = np.asarray(image)
-    np.testing.assert_array_equal(warped(0, 1, [0, 0]), pixels)
-    np.testing.assert_array_equal(warped(90, 1, [0, 0]), np.rot90(pixels, -1))
-    np.testing.assert_array_equal(warped(0, 2, [0, 0]), pixels[4:12, 4:12].repeat(2, 0).repeat(2, 1))
-    np.testing.assert_array_equal(warped(0, 1, [3, 5])[5:, 3:], pixels[:-5, :-3])
-
-
-def test_the_references_augmentations_keep_size_and_change_images() -> None:
-    run = three_channels()
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    for transform in (reference.same_work(run), reference.as_published(run)):
-        found = transform(image)
-        assert (found.size, found.mode) == ((16, 16), "RGB")
-        assert (np.asarray(found) != np.asarray(image)).any()
 
 
 @pytest.mark.parametrize("loss", ["focal_pdls", "vote_cross_entropy"])
@@ -143,33 +120,6 @@ def test_settings_are_those_of_the_experiment_without_files_of_weights(
     assert Path.cwd() == tmp_path
 
 
-def test_settings_that_name_no_weights_are_those_of_the_experiment() -> None:
-    run, _ = training.settings("vgg13_small", DEVICE)
-    assert run.model.backbones() == {}
-    assert run.model.model_dump()["width"] == 0.25
-    assert (run.optimizer.lr, run.schedule.warmup_epochs) == (2e-3, 0)  # the file itself has the default warm-up
-
-
-@pytest.mark.parametrize(("name", "changed", "expected"), [
-    ("cpu", False, "commit 0123456, A processor, 2 threads, riscv, Python 3.11.7, torch 2.13.0"),
-    ("cuda", True, "commit 0123456 with changes, A card, 2 threads, riscv, Python 3.11.7, torch 2.13.0"),
-    ("cpu", "unknown", "commit 0123456, A processor, 2 threads, riscv, Python 3.11.7, torch 2.13.0"),
-])  # fmt: skip
-def test_the_machine_is_told(name: str, changed: bool | str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_by(device: torch.device, threads: int) -> dict[str, Any]:
-        about = {"commit": "0123456789abcdef", "changed": changed, "torch": "2.13.0", "python": "3.11.7"}
-        return about | {
-            "cpu": "A processor",
-            "device": "A card" if device.type == "cuda" else "cpu",
-            "threads": threads,
-        }
-
-    monkeypatch.setattr(measure, "made_by", made_by)
-    monkeypatch.setattr("platform.machine", lambda: "riscv")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert measure.machine(torch.device(name)).partition(", ")[2] == expected
-
-
 def test_the_best_of_the_reference_counts() -> None:
     done: list[str] = []
 
@@ -179,21 +129,6 @@ def test_the_best_of_the_reference_counts() -> None:
     fast, slow = beside(Effort(seconds=0, rounds=2), side("ours", 10), side("none", 10), side("two", 10**9))
     assert done == ["ours", "none", "two"] * 3
     assert slow > fast
-
-
-@pytest.mark.parametrize(("device", "expected"), [
-    ("NVIDIA H100 80GB HBM3", "495 TFLOP/s, MFU 50.1 %"),
-    ("NVIDIA H100 PCIe", "495 TFLOP/s, MFU 65.5 %"),
-    ("NVIDIA A100-SXM4-80GB", "495 TFLOP/s, MFU 158.7 %"),
-    ("NVIDIA RTX A1000", "495 TFLOP/s"),
-])  # fmt: skip
-def test_share_of_the_peak(device: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda which: device)
-    assert training._share_of_peak(495e12, torch.device("cuda")) == expected
-
-
-def test_a_row_is_a_line_of_the_table() -> None:
-    assert str(Row("epoch", 1500.0, "plain", 500.0, "x")) == "| epoch | 1,500 | plain | 500 | 3.00 | x |"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

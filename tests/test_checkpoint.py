@@ -85,26 +85,9 @@ def test_a_failed_save_keeps_the_old_checkpoint(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["last"]
 
 
-def test_saving_after_a_kill_between_the_renames(folder: Path) -> None:
-    folder.rename(folder.with_name("last.old"))
-    checkpoint.save(folder, model(seed=1).state_dict(), {"epoch": 2}, None)
-    assert checkpoint.load_meta(folder) == {"epoch": 2}
-    assert [path.name for path in folder.parent.iterdir()] == ["last"]
-
-
-def test_wrong_shape_is_named(folder: Path) -> None:
-    assert refused(folder, model(width=4)) == (f"{folder}/{WEIGHTS}: tensor 0.bias has shape [3], the model needs [4]")
-
-
 def test_missing_tensor_is_named(folder: Path) -> None:
     assert refused(folder, nn.Sequential(*model(), nn.Linear(2, 2))) == (
         f"{folder}/{WEIGHTS}: tensor 4.bias is missing; the file belongs to another model"
-    )
-
-
-def test_extra_tensor_is_named(folder: Path) -> None:
-    assert refused(folder, nn.Sequential(*list(model())[:3])) == (
-        f"{folder}/{WEIGHTS}: tensor 3.bias is not in this model; the file belongs to another one"
     )
 
 
@@ -153,7 +136,7 @@ def test_a_backbone_that_does_not_fit_is_named(tmp_path: Path, change: str, mess
     assert equal(before, network.state_dict())  # not half-loaded
 
 
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", b"", b"\0" * 64, "cut"])
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"", "cut"])
 def test_weights_that_are_no_safetensors_file(folder: Path, content: bytes | str) -> None:
     path = folder / WEIGHTS
     path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:-10])
@@ -163,7 +146,7 @@ def test_weights_that_are_no_safetensors_file(folder: Path, content: bytes | str
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"", b"\0" * 64, b"PK\x03\x04", "cut", "list of ints"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", "cut", "list of ints"])
 def test_training_state_that_is_damaged(folder: Path, content: bytes | str) -> None:
     path = folder / TRAINING
     if content == "cut":

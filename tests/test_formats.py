@@ -207,7 +207,7 @@ def test_a_run_of_format_1_is_trained_no_further(tmp_path: Path) -> None:
     shutil.copytree(RUNS[0] / "best", folder / "last")
     with pytest.raises(UserError) as caught:
         fit("x", run, CPU, data, tmp_path / "runs")
-    assert str(caught.value) == f"{folder}: was begun in format 1, not {FORMAT}; delete it to train anew"
+    assert str(caught.value) == f"{folder}: was started in format 1, not {FORMAT}; delete it to train again"
 
 
 # Today's
@@ -230,8 +230,8 @@ def test_a_later_format_is_named(found: Any) -> None:
     with pytest.raises(UserError) as caught:
         read_run({"format": found, "config": small_run().model_dump()}, "data/runs/x/best/checkpoint.json")
     assert str(caught.value) == (
-        f"data/runs/x/best/checkpoint.json: format {found} is of a later version (this one knows {FORMAT});"
-        " update the project"
+        f"data/runs/x/best/checkpoint.json: format {found} was written by a later version "
+        f"(this one reads up to {FORMAT}); update the project"
     )
 
 
@@ -239,22 +239,9 @@ GOOD = small_run().model_dump()
 VGG_1 = CONFIGS["vgg13_small"]
 BROKEN: dict[str, tuple[Any, str]] = {
     "no settings": ({}, "holds no settings of a run (KeyError: 'config')"),
-    "none in format 2": ({"format": 2}, "holds no settings of a run (KeyError: 'config')"),
-    "settings of another type": (
-        {"format": 2, "config": []},
-        "config: should be a table of keys, got []; its settings cannot be read",
-    ),
     "a key is missing": (
         {"format": 2, "config": {key: value for key, value in GOOD.items() if key != "model"}},
         "config.model: missing; its settings cannot be read",
-    ),
-    "a key too many": (
-        {"format": 2, "config": {**GOOD, "epoch": 3}},
-        "config.epoch: unknown key, did you mean 'epochs'?; its settings cannot be read",
-    ),
-    "a value": (
-        {"format": 2, "config": changed(GOOD, {"optimizer.lr": "x"})},
-        "config.optimizer.lr: should be a valid number, got 'x'; its settings cannot be read",
     ),
     "format 1 under the number 2": (
         {"format": 2, "config": VGG_1},
@@ -265,10 +252,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "holds no settings of a run (KeyError: 'image_size')",
     ),
     "format 1 without a table": ({"config": {**VGG_1, "options": None}}, "holds no settings of a run (TypeError: "),
-    "format 1 with text for a table": (
-        {"config": {**VGG_1, "options": "x"}},
-        "holds no settings of a run (ValueError: ",
-    ),
     "format 1 with an unknown model": (
         {"config": {**VGG_1, "model": "resnet9000", "options": {}}},
         "config.model.name: unknown model 'resnet9000'; known: classifier, difference_of_embeddings,",
@@ -286,12 +269,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         },
         "config.model.backbone.name: unknown backbone 'convnextv2_tiny'; known: deit_base_patch16_224,",
     ),
-    "format 1 with a value": (
-        {"config": {**VGG_1, "lr": 0}},
-        "config.optimizer.lr: should be greater than 0, got 0; its settings cannot be read",
-    ),
     "null": (None, "holds no settings of a run"),
-    "a list": ([1], "holds no settings of a run"),
 }
 
 

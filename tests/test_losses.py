@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import small_run
 from torch import Tensor
 
 from fer.losses import LOSSES, LossKind, build_loss, class_weights
-from fer.run import Run
-from fer.settings import check
 
 A, G = 0.8, 2.0
 # softmax(log q) = q for shares q that sum to 1: logits whose probabilities are known without a computer
@@ -99,14 +96,6 @@ def test_a_prediction_on_an_emotion_without_votes_costs_a_thousandth() -> None:
     assert float(found) == pytest.approx(-math.log(0.000999), rel=1e-7)  # its weights are fp32
 
 
-def test_sampling_from_votes_is_the_vote_cross_entropy_on_average() -> None:
-    torch.manual_seed(0)
-    times = 20_000
-    many = value("vote_sampling", LOGITS.repeat(times, 1), LABELS.repeat(times), VOTES.repeat(times, 1))
-    # the standard deviation of one draw is below 0.7: five standard errors of 40,000 draws are 0.0175
-    assert float(many) == pytest.approx(BY_HAND["vote_cross_entropy"], abs=0.0175)
-
-
 def test_sampling_draws_anew_and_only_what_has_votes() -> None:
     torch.manual_seed(0)
     found = {round(float(value("vote_sampling", LOGITS[:1], LABELS[:1], VOTES[:1])), 6) for _ in range(60)}
@@ -132,45 +121,6 @@ def test_the_expectation_of_sampling_from_votes_is_the_vote_cross_entropy(power:
     assert abs(float(many) - by_hand) < 5 * spread
 
 
-@pytest.mark.parametrize("power", [0.0, 1.0])
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"vote_sampling"}))
-def test_a_loss_without_chance_is_its_own_expectation(name: str, power: float) -> None:
-    assert torch.equal(value(name, power=power, expected=True), value(name, power=power))
-
-
-SETTINGS = {
-    "cross_entropy": {}, "label_smoothing": {"alpha": 0.9}, "focal": {"gamma": 2.0}, "pdls": {"alpha": 0.8},
-    "focal_pdls": {"alpha": 0.8, "gamma": 2.0}, "compensated_focal_pdls": {"alpha": 0.5},
-    "vote_cross_entropy": {}, "vote_sampling": {}, "multi_target": {},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_each_loss_has_its_own_settings_and_no_others(name: str) -> None:
-    assert small_run(loss={"name": name}).loss.model_dump() == {"name": name, **SETTINGS[name]}
-    plain = small_run().model_dump()
-    for key in ("alpha", "gamma"):
-        run, faults = check(Run, plain | {"loss": {"name": name, key: 0.5}})
-        if key in SETTINGS[name]:
-            assert run is not None
-            assert getattr(run.loss, key) == 0.5
-        else:
-            own = ", ".join(sorted(SETTINGS[name]))
-            known = f" of '{name}'; known: {own}" if own else f": '{name}' has no keys"
-            assert list(map(str, faults)) == [f"loss.{key}: unknown key{known}"]
-
-
-@pytest.mark.parametrize(("key", "wrong"), [("alpha", 1.01), ("alpha", -0.1), ("gamma", -0.1)])
-def test_settings_out_of_range(key: str, wrong: float) -> None:
-    run, faults = check(Run, small_run().model_dump() | {"loss": {"name": "focal_pdls", key: wrong}})
-    assert run is None
-    assert [fault.path for fault in faults] == [f"loss.{key}"]
-
-
-def test_unless_a_run_says_otherwise_it_is_cross_entropy() -> None:
-    assert small_run().loss.name == "cross_entropy"
-
-
 @pytest.mark.parametrize(
     ("one", "settings", "other"),
     [
@@ -185,23 +135,6 @@ def test_unless_a_run_says_otherwise_it_is_cross_entropy() -> None:
 )
 def test_special_cases_agree(one: str, settings: dict, other: str) -> None:
     assert float(value(one, **settings)) == pytest.approx(float(value(other)), rel=1e-12)
-
-
-def test_compensated_focal_pdls_is_pdls_where_all_classes_are_equally_likely() -> None:
-    even = torch.full((2, 3), 4.0, dtype=torch.float64)
-    assert float(value("compensated_focal_pdls", even)) == pytest.approx(math.log(3), rel=1e-12)
-    assert float(value("pdls", even)) == pytest.approx(math.log(3), rel=1e-12)
-
-
-def test_compensated_focal_pdls_is_half_as_much_again_of_focal_pdls_with_gamma_1() -> None:
-    assert float(value("compensated_focal_pdls")) == pytest.approx(
-        1.5 * float(value("focal_pdls", gamma=1.0)), rel=1e-12
-    )
-
-
-def test_label_smoothing_is_that_of_torch() -> None:
-    theirs = torch.nn.functional.cross_entropy(LOGITS, LABELS, label_smoothing=1 - A)
-    assert float(value("label_smoothing")) == pytest.approx(float(theirs), rel=1e-12)
 
 
 @pytest.mark.parametrize("power", WEIGHTS)
@@ -234,14 +167,6 @@ def test_each_image_has_the_weight_of_its_label(name: str, power: float) -> None
     assert singles(name, power) == pytest.approx(wanted, rel=1e-12)
     # the sum of the weights in the batch does not divide
     assert float(value(name, votes=sure(name), power=power)) == pytest.approx(sum(wanted) / 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_class_weights_change_no_bit(name: str) -> None:
-    each = kind(name).build(PRIOR.float())(LOGITS.float(), LABELS, sure(name).float())
-    assert each.shape == (2,)
-    built = build_loss(kind(name), 0.0, PRIOR.float(), COUNTS)(LOGITS.float(), LABELS, sure(name).float())
-    assert torch.equal(built, each.mean())
 
 
 @pytest.mark.parametrize("power", [0.0, 0.7])
@@ -277,15 +202,3 @@ def test_extreme_logits_have_a_finite_loss_and_gradient(name: str, gamma: float,
     assert found >= 0
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_step_down_the_gradient_lowers_the_loss(name: str) -> None:
-    torch.manual_seed(1)
-    logits = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    labels = torch.arange(8) % 3
-    votes = torch.eye(3, dtype=torch.float64)[labels]
-    before = value(name, logits, labels, votes)
-    (slope,) = torch.autograd.grad(before, logits)
-    assert slope.abs().max() > 1e-3
-    assert value(name, logits - 0.1 * slope, labels, votes) < before

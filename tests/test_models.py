@@ -194,12 +194,6 @@ def _prefix(model: nn.Module, part: nn.Module) -> str:
     return next(key for key, child in model.named_children() if child is part)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_the_seed_decides_the_weights(name: str) -> None:
-    one, same = built(name)[1].state_dict(), built(name)[1].state_dict()
-    assert all(torch.equal(one[key], same[key]) for key in one)
-
-
 DRAWING = ["vit", "swin", "lite0", "stn, neural resizer, head", "vgg13"]
 
 
@@ -326,16 +320,3 @@ def test_vgg13_is_the_published_one() -> None:
     kinds = [type(layer).__name__ for layer in model.features]
     assert [kinds.count(kind) for kind in ("Conv2d", "ReLU", "MaxPool2d", "Dropout")] == [10, 10, 4, 4]
     assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.25] * 4 + [0.5] * 2
-
-
-def test_vgg13_has_one_bias_for_each_convolution() -> None:
-    for batch_norm in (False, True):
-        model = build(small_run(**keys("vgg13", 16, **VGG | {"batch_norm": batch_norm})))
-        biases = [layer.bias is not None for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-        assert biases == [not batch_norm] * 10  # batch norm has its own
-        assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 10 * batch_norm
-
-
-def test_vgg13_takes_sizes_that_do_not_divide_by_16() -> None:
-    run = small_run(**keys("vgg13", 47, **VGG))
-    assert build(run)(torch.zeros(2, 1, 47, 47)).shape == (2, LABELS)

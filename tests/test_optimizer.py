@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from fer.models import MODELS, build_model
 from fer.models.backbones import BACKBONES
 from fer.optimizer import OPTIMIZERS, AdamW, Optimizer, build_optimizer
-from fer.run import Run
-from fer.settings import check
 
 CONVOLUTION = nn.modules.conv._ConvNd
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -199,46 +197,3 @@ def test_each_optimizer_builds_with_its_settings(name: str) -> None:
                 assert group["nesterov"] == settings["nesterov"]
             else:
                 assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
-
-
-def fault_of(optimizer: dict[str, Any]) -> str:
-    run, faults = check(Run, small_run().model_dump() | {"optimizer": optimizer})
-    assert run is None
-    (fault,) = map(str, faults)
-    return fault
-
-
-@pytest.mark.parametrize("name", ["adamw", "adam"])
-def test_momentum_is_of_sgd_alone(name: str) -> None:
-    expected = f"optimizer.momentum: unknown key of '{name}'; known: lr, weight_decay"
-    assert fault_of({"name": name, "momentum": 0.9}) == expected
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("key", ["betas", "warmup_epochs", "wieght_decay"])
-def test_keys_that_no_optimizer_has(name: str, key: str) -> None:
-    start = f"optimizer.{key}: unknown key of '{name}'"
-    close = key == "wieght_decay"
-    known = ", did you mean 'weight_decay'?" if close else f"; known: {', '.join(sorted(SETTINGS[name]))}"
-    assert fault_of({"name": name, key: 1}) == start + known
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "adamm"}, "optimizer.name: unknown optimizer 'adamm', did you mean 'adam'?"),
-        ({"name": "adamw", "lr": 0.0}, "optimizer.lr: should be greater than 0, got 0.0"),
-        ({"name": "adamw", "lr": "0.1"}, "optimizer.lr: should be a valid number, got '0.1'"),
-        ({"name": "adam", "weight_decay": -1.0},
-         "optimizer.weight_decay: should be greater than or equal to 0, got -1.0"),
-        ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "optimizer.nesterov: needs momentum above 0"),
-        ({"name": "sgd", "momentum": 1.0}, "optimizer.momentum: should be less than 1, got 1.0"),
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
-    assert fault_of(settings) == message
-
-
-def test_unless_a_run_says_otherwise_it_is_adamw() -> None:
-    tree = {"model": {"name": "vgg13"}, "input": {"channels": 1}}
-    assert Run.model_validate(tree).optimizer == of("adamw")

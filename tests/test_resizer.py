@@ -90,22 +90,6 @@ def bilinear(images: Tensor, size: int, ratio: float) -> Tensor:
     return rows[..., low] * (1 - weight) + rows[..., high] * weight
 
 
-def test_the_published_ratio_samples_elsewhere_than_the_plain_one() -> None:
-    ramp = torch.arange(384, dtype=torch.float64).expand(1, 1, 384, 384)
-    plain, published = (Resizer(224, 1, 16, 1, scale).resize(ramp)[0, 0, 0] for scale in (None, 0.584))
-    assert published.shape == plain.shape == (224,)
-    # position of the last pixel: 223.5 * 384 / 224 - .5 = 382.64; 223.5 / .584 - .5 = 382.21
-    assert float(plain[-1]) == pytest.approx(223.5 * 384 / 224 - 0.5, abs=1e-6)
-    assert float(published[-1]) == pytest.approx(223.5 / 0.584 - 0.5, abs=1e-6)
-
-
-def test_a_resizer_whose_last_convolution_is_zero_is_bilinear() -> None:
-    module = Resizer(10, 1, 4, 3, None)
-    torch.nn.init.zeros_(module.conv4.weight), torch.nn.init.zeros_(module.conv4.bias)
-    images = torch.rand(2, 3, 24, 24)
-    assert torch.equal(module(images), F.interpolate(images, size=(10, 10), mode="bilinear"))
-
-
 def test_a_new_spatial_transformer_changes_nothing() -> None:
     images = torch.rand(2, 3, 24, 24)
     torch.testing.assert_close(SpatialTransformer(24, 3)(images), images, atol=1e-5, rtol=0)

@@ -1,14 +1,11 @@
-"""ResNet-50: names, shapes and numbers of torchvision's, blocks from their formulas; the layout of VGGFace2."""
+"""ResNet-50: names, shapes and numbers of torchvision's, and of the layout of VGGFace2."""
 
 import hashlib
-import inspect
-import math
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fer.models.resnet50 import ResNet50, caffe_input
 
@@ -87,47 +84,6 @@ def test_logits_are_those_of_torchvision(changes: dict[str, bool], expected: lis
         torch.testing.assert_close(model(images), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
 
 
-def norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
-    scale = state[f"{name}.weight"] / (state[f"{name}.running_var"] + 1e-5).sqrt()
-    shift = state[f"{name}.bias"] - state[f"{name}.running_mean"] * scale
-    return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-
-
-def bottleneck(x: Tensor, state: dict[str, Tensor], first: int, second: int) -> Tensor:
-    """relu(F(x) + shortcut(x)) with the strides of the 1x1 and of the 3x3 convolution, each position picked by hand."""
-    maps = torch.relu(norm(F.conv2d(x, state["conv1.weight"])[:, :, ::first, ::first], state, "bn1"))
-    maps = F.conv2d(F.pad(maps, [1] * 4), state["conv2.weight"])[:, :, ::second, ::second]
-    maps = torch.relu(norm(maps, state, "bn2"))
-    maps = norm(F.conv2d(maps, state["conv3.weight"]), state, "bn3")
-    if "downsample.0.weight" in state:
-        step = first * second
-        x = norm(F.conv2d(x[:, :, ::step, ::step], state["downsample.0.weight"]), state, "downsample.1")
-    return torch.relu(maps + x)
-
-
-@pytest.mark.parametrize("caffe", [False, True])
-@pytest.mark.parametrize(("name", "width", "stride"), [("layer1.0", 8, 1), ("layer2.0", 32, 2), ("layer2.1", 64, 1)])
-def test_bottleneck_is_that_of_the_paper(name: str, width: int, stride: int, caffe: bool) -> None:
-    model = filled(small(caffe=caffe))
-    block = model.get_submodule(name)
-    maps = torch.randn(2, width, 9, 8, generator=torch.manual_seed(1), dtype=torch.float64)
-    with torch.inference_mode():
-        expected = bottleneck(maps, block.state_dict(), *((stride, 1) if caffe else (1, stride)))
-        torch.testing.assert_close(block(maps), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("caffe", [False, True])
-def test_where_the_map_is_halved(caffe: bool) -> None:
-    halving = [
-        name
-        for name, layer in planned(caffe=caffe).named_modules()
-        if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)
-    ]
-    inner = "conv1" if caffe else "conv2"
-    stages = [[f"layer{stage}.0.{inner}", f"layer{stage}.0.downsample.0"] for stage in (2, 3, 4)]
-    assert halving == ["conv1", *stages[0], *stages[1], *stages[2]]
-
-
 @pytest.mark.parametrize(
     ("changes", "side", "sides"),
     [
@@ -147,23 +103,6 @@ def test_sides_of_the_maps(changes: dict[str, bool], side: int, sides: list[int]
     assert found == sides
 
 
-def test_max_pool_by_hand() -> None:
-    maps = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert small().maxpool(maps).tolist() == [[[[5, 7], [13, 15]]]]  # windows begin one before the edge
-    assert small(caffe=True).maxpool(maps).tolist() == [[[[10, 11], [14, 15]]]]  # at the edge, the last ones cut
-    assert torch.equal(small(max_pool=False).maxpool(maps), maps)
-
-
-def test_batch_norm_by_hand() -> None:
-    layer = small().bn1.eval()
-    assert layer.running_var is not None
-    layer.running_var.zero_()
-    ones = torch.ones(4, 8, 1, 1)
-    torch.testing.assert_close(layer(ones), ones / math.sqrt(1e-5))
-    layer.train()(ones)
-    torch.testing.assert_close(layer.running_mean, torch.full((8,), 0.1))
-
-
 def test_input_of_the_caffe_layout_by_hand() -> None:
     images = torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1).repeat(2, 1, 2, 3)
     images[1, 0, 1, 2] = 0.2
@@ -177,25 +116,6 @@ def test_input_of_the_caffe_layout_by_hand() -> None:
     assert caffe_input(images.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("caffe", [False, True])
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 3, 33, 47), (3, 1, 64, 32)])
-def test_batches_and_sizes(shape: tuple[int, ...], caffe: bool) -> None:
-    images = torch.randn(shape, generator=torch.manual_seed(0))
-    model = small(channels=shape[1], caffe=caffe).eval()
-    assert model.num_features == 256
-    assert model(images).shape == (shape[0], 256)
-    logits = small(channels=shape[1], caffe=caffe, num_labels=7).eval()(images)
-    assert logits.shape == (shape[0], 7)
-    assert torch.isfinite(logits).all()
-
-
-def test_every_parameter_gets_a_gradient() -> None:
-    model = small(num_labels=5)
-    F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert without == []
-
-
 def test_initial_weights() -> None:
     model = small(width=16, num_labels=10)
     for name, parameter in model.named_parameters():
@@ -207,10 +127,3 @@ def test_initial_weights() -> None:
             expected = (2 / (parameter.shape[0] * parameter[0, 0].numel())) ** 0.5
             allowed = 5 * expected / (2 * parameter.numel()) ** 0.5
             assert abs(float(parameter.detach().std()) - expected) < allowed, name
-
-
-def test_nothing_has_a_default() -> None:
-    arguments = inspect.signature(ResNet50).parameters.values()
-    assert {(argument.kind, argument.default) for argument in arguments} == {
-        (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty)
-    }

@@ -48,22 +48,10 @@ def test_factors_of_the_steps_are_of_the_base_rate(epoch: float, rate: float) ->
     assert lr_at(schedule(STEP), LR, epoch, 30) == pytest.approx(rate)
 
 
-def test_steps_and_constant_warm_up_too() -> None:
-    for settings in (STEP, CONSTANT):
-        slow = schedule(settings, warmup_epochs=4)
-        assert lr_at(slow, LR, 1, 30) == pytest.approx(0.025)
-        assert lr_at(slow, LR, 4, 30) == 0.1
-    assert lr_at(slow, LR, 29, 30) == 0.1
-
-
 def test_a_step_during_the_warm_up_counts_behind_it() -> None:
     slow = schedule(STEP, warmup_epochs=12)
     assert lr_at(slow, LR, 11, 30) == pytest.approx(0.1 * 11 / 12)
     assert lr_at(slow, LR, 12, 30) == pytest.approx(0.05)
-
-
-def test_no_steps_is_constant() -> None:
-    assert lr_at(schedule(STEP, step_epochs=[], step_factors=[]), LR, 29, 30) == 0.1
 
 
 def test_without_a_warm_up_the_first_step_has_the_full_rate() -> None:
@@ -95,17 +83,6 @@ def test_the_whole_course_is_the_formula(settings: dict[str, Any], warmup: float
 
 def test_every_schedule_is_checked() -> None:
     assert {settings["name"] for settings in (COSINE, LINEAR, STEP, CONSTANT)} == set(SCHEDULES)
-
-
-@pytest.mark.parametrize(("settings", "epochs"), [(COSINE, 10), (STEP | {"warmup_epochs": 3}, 30)])
-def test_rate_rises_in_warm_up_and_never_after(settings: dict[str, Any], epochs: int) -> None:
-    slow = schedule(settings)
-    rates = [lr_at(slow, LR, step / 7, epochs) for step in range(7 * epochs + 1)]
-    top = math.ceil(slow.warmup_epochs * 7)
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert len(set(rates[: top + 1])) == top + 1
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert max(rates) == LR
 
 
 FAULTS = {

@@ -72,6 +72,29 @@ def test_a_sharpness_aware_step_by_hand() -> None:
     torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.1 * 45, 2 - 0.1 * 15]))
 
 
+def test_gradients_are_clipped_to_the_norm() -> None:
+    # 1*3 + 2*4 = 11: a gradient of 11 * (3, 4), norm 55, becomes (.3, .4)
+    model, _ = stepped([part([[3.0, 4.0]])], clip_grad_norm=0.5)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.03, 2 - 0.04]))
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.8, 0.2])
+def test_averaged_weights_follow_with_a_decay_that_grows(decay: float) -> None:
+    """The first average is the weight itself; then min(decay, (1 + t) / (10 + t)) of it is kept, t = 1, 2, ..."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 10.0)
+    stepper = Stepper(small_run(**LINEAR, ema_decay=decay), model, CPU)
+    averages = []
+    for _ in range(40):  # of the weights 9, 8, 7, ...; .8 is reached with t = 35
+        model.weight.grad = torch.ones(1, 1)
+        stepper.update()
+        averages.append(float(stepper.evaluated.get_parameter("weight").detach()))
+    assert averages[0] == 9.0
+    for t in range(1, 40):
+        kept = min(decay, (1 + t) / (10 + t))
+        assert averages[t] == pytest.approx(kept * averages[t - 1] + (1 - kept) * (9 - t), abs=1e-4), t
+
+
 class Normed(Square):
     """With batch norm; the second keeps no statistics."""
 

@@ -1,4 +1,4 @@
-"""The table of models. A new one is a section of settings that builds a network, and a line here."""
+"""The table of models. A new model is a section of settings that builds a network, and a row here."""
 
 from typing import Any
 
@@ -21,15 +21,15 @@ MODELS = by_name(Classifier, VitSe, DifferenceOfEmbeddings, EmotionEncoder, Vgg1
 def build_model(model: ModelKind, settings: Input, num_labels: int, pretrained: bool = True) -> Network:
     """The network of a run, `pixel_values` [B, channels, image_size, image_size] -> logits [B, num_labels].
 
-    `pretrained=False` where a checkpoint's weights are to be loaded: the files of pretrained ones are not needed then.
-    Raises UserError when named weights cannot be loaded.
+    `pretrained=False` if a checkpoint is loaded afterwards: files of pretrained weights are then not needed. Raises
+    UserError if named weights cannot be loaded.
     """
     network: Any = model.build(settings, num_labels, pretrained)
-    return network.to(memory_format=torch.channels_last)  # a quarter less time for convolutions
+    return network.to(memory_format=torch.channels_last)  # convolutions take a quarter less time
 
 
 def packages(model: ModelKind) -> list[str]:
-    """Packages beyond the core dependencies that the model's network needs when it is loaded."""
+    """Packages beyond the core dependencies that are needed to load the model."""
     lite = any(isinstance(backbone, Lite) for backbone in model.backbones().values())
     return ["efficientnet-lite-pytorch"] if lite else []
 
@@ -43,7 +43,7 @@ def random_backbones(model: ModelKind, init_from: str | None) -> list[str]:
 
 
 def origin(model: ModelKind, init_from: str | None) -> list[str]:
-    """Where the weights of the model's backbones come from at its start, for people."""
+    """Where the initial weights of the model's backbones come from, for people."""
     found = {key: starts_from(backbone) for key, backbone in model.backbones().items()}
     if init_from is not None:
         found["backbone"] = init_from

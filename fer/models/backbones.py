@@ -18,12 +18,12 @@ from fer.models.transformer import Swin, Vit
 from fer.settings import Fault, OneOf, Positive
 from fer.weights import load_strictly, read_tensors
 
-PRETRAINED = "pretrained"  # as `weights`: the table's own source
+PRETRAINED = "pretrained"  # as `weights`: those of the table's `source`
 _TORCHVISION = "https://download.pytorch.org/models/"
 
 
 class Torchvision(nn.Module):
-    """A network with torchvision's tensor names, without its classifier."""
+    """A network with torchvision's tensor names and no classifier: [B, channels, S, S] -> [B, num_features]."""
 
     def __init__(self, network: MobileNetV3 | ResNet50, classifier: str):
         super().__init__()
@@ -34,7 +34,7 @@ class Torchvision(nn.Module):
         return self.network(images)
 
     def load_pretrained(self, source: str, key: str) -> None:
-        """Take the weights of file `source`. Raises UserError naming `key` when they do not fit."""
+        """Load the weights of file `source`. Raises UserError naming `key` if they do not fit."""
         load_strictly(self.network, read_tensors(source, key), f"{key}: {source}", optional=(self.classifier,))
 
 
@@ -46,7 +46,7 @@ class MobileNet(Backbone):
     """MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244)."""
 
     width: Annotated[float, Field(gt=0)]
-    """Factor on every number of channels."""
+    """Multiplier on all channel counts."""
 
     def build(self, size: int, channels: int) -> Torchvision:
         return Torchvision(MobileNetV3(width=self.width, channels=channels, num_labels=None), "classifier.")
@@ -59,13 +59,13 @@ class ResNet(Backbone):
     """ResNet with bottlenecks (He et al. 2016, arXiv 1512.03385)."""
 
     layers: Annotated[list[Positive], Field(min_length=4, max_length=4)]
-    """Blocks of each stage."""
+    """Blocks per stage."""
     width: Positive
     """Channels of the first stage."""
     max_pool: bool
-    """False: left out, as the published disentangled DoE does by mistake."""
+    """Max-pooling after the first convolution; the published disentangled DoE omits it by mistake."""
     caffe: bool
-    """Strides, pooling and input of VGGFace2's public weights instead of torchvision's."""
+    """Use the strides, pooling and input range of VGGFace2's public Caffe weights instead of torchvision's."""
 
     def build(self, size: int, channels: int) -> Torchvision:
         network = ResNet50(
@@ -84,13 +84,15 @@ class ResNet(Backbone):
 
 @dataclass(frozen=True)
 class Row:
+    """A named network: its settings, and its published weights."""
+
     kind: type[Backbone]
-    source: str  # of the published weights: a hub id, an address, or a package
-    published_size: int | None = None  # side that these weights need; None: any
+    source: str  # of the published weights: a hub id, a URL, or a package
+    published_size: int | None = None  # image side that these weights need; None: any
 
 
 def _named(family: type[Backbone], name: str, **settings: Any) -> type[Backbone]:
-    """The family with one network's name and settings as defaults."""
+    """A section of `family` with one network's name and settings as defaults."""
     hints = get_type_hints(family, include_extras=True)
     fields: dict[str, Any] = {"name": (Literal[name], name)}  # type: ignore[valid-type]
     for key, value in settings.items():
@@ -156,15 +158,15 @@ BACKBONES: dict[str, Row] = dict(
         _lite("lite2"),
     ]
 )
-BACKBONE = OneOf({name: row.kind for name, row in BACKBONES.items()})  # of a field: any row of the table
+BACKBONE = OneOf({name: row.kind for name, row in BACKBONES.items()})  # for a field that holds any row of the table
 
 
 def backbone_faults(backbone: Backbone, size: int, channels: int, key: str) -> list[Fault]:
-    """What cannot work on images of side `size`, below `key`."""
+    """What cannot work on images of side `size`; the faults' paths begin with `key`."""
     row, found = BACKBONES[backbone.name], [fault.under(key) for fault in backbone.faults(size)]
     if backbone.weights == PRETRAINED:
         if channels != 3:
-            colour = "pretrained networks see colour; set input.channels to 3 (grey images are repeated)"
+            colour = "pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"
             found.append(Fault(f"{key}.weights", colour))
         if row.published_size not in (None, size):
             trained = f"{row.source} was trained on images of {row.published_size} px, not {size}"
@@ -173,9 +175,9 @@ def backbone_faults(backbone: Backbone, size: int, channels: int, key: str) -> l
 
 
 def build_backbone(backbone: Backbone, size: int, channels: int, key: str, pretrained: bool) -> Any:
-    """The network; with `pretrained` its weights are loaded, where it names some.
+    """The network; with `pretrained` it gets the weights that `backbone` names, if any.
 
-    Raises UserError naming `key` when they cannot be had or do not fit.
+    Raises UserError naming `key` if they cannot be obtained or do not fit.
     """
     network: Any = backbone.build(size, channels)
     if pretrained and backbone.weights is not None:
@@ -186,7 +188,7 @@ def build_backbone(backbone: Backbone, size: int, channels: int, key: str, pretr
 
 
 def starts_from(backbone: Backbone) -> str:
-    """Where the weights come from, for people."""
+    """Where the initial weights come from, for people."""
     if backbone.weights is None:
         return RANDOM
     source = BACKBONES[backbone.name].source if backbone.weights == PRETRAINED else backbone.weights
@@ -201,7 +203,7 @@ def _published(backbone: Backbone, key: str) -> str:
 
 
 def _downloaded(address: str, key: str) -> str:
-    """The file behind `address`, in torch's own cache; its name holds the start of its SHA-256, which is checked."""
+    """The file at `address`, from torch's cache or downloaded; its SHA-256 must begin as its name says."""
     target = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from fer.settings import Fault, Fraction, OneOf, Positive, Section, by_name
 
 
 class NoResizer(Section):
-    """The backbone sees images of input.image_size."""
+    """No resizing: the backbone gets images of input.image_size."""
 
     name: Literal["none"] = "none"
 
@@ -28,7 +28,7 @@ class Bilinear(Section):
 
     name: Literal["bilinear"] = "bilinear"
     size: Positive = 224
-    """Side of what the backbone sees, in pixels."""
+    """Side of the backbone's input in pixels."""
 
 
 class Neural(Section):
@@ -36,13 +36,13 @@ class Neural(Section):
 
     name: Literal["neural"] = "neural"
     size: Positive = 224
-    """Side of what the backbone sees, in pixels."""
+    """Side of the backbone's input in pixels."""
     blocks: Positive = 1
-    """Residual blocks; published 1."""
+    """Residual blocks; published: 1."""
     channels: Positive = 16
-    """Published 16."""
+    """Channels of its convolutions; published: 16."""
     scale: Annotated[float, Field(gt=0)] | None = None
-    """Sampling ratio; published .584 (384 to 224 px); null: size / image_size."""
+    """Sampling ratio; published: .584 (384 to 224 px); null: size / image_size."""
 
 
 RESIZERS = by_name(NoResizer, Bilinear, Neural)
@@ -53,15 +53,15 @@ class Classifier(ModelKind):
 
     name: Literal["classifier"] = "classifier"
     stn: bool = False
-    """Whether a spatial transformer straightens the face first."""
+    """Whether a spatial transformer aligns the face first."""
     resizer: Annotated[Section, OneOf(RESIZERS)] = NoResizer()
-    """What brings the image to the size that the backbone sees."""
+    """How the image is resized to the backbone's input."""
     backbone: Annotated[Backbone, BACKBONE]
-    """What turns the image into an embedding."""
+    """The network that turns the image into an embedding."""
     head: list[Positive] = []
-    """Hidden layers, each with batch norm, ReLU and dropout; published [512]; []: linear."""
+    """Widths of hidden layers, each with batch norm, ReLU and dropout; published: [512]; []: a linear head."""
     head_dropout: Fraction = 0.5
-    """Dropout in the head's hidden layers; published .5."""
+    """Dropout after each hidden layer of the head; published: .5."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "ClassifierNetwork":
         return ClassifierNetwork(self, settings, num_labels, pretrained)
@@ -73,7 +73,7 @@ class Classifier(ModelKind):
             small = f"{settings.image_size} is too small for model.stn: at least {SMALLEST}"
             found.append(Fault("input.image_size", small))
         if not self.head and self.head_dropout != type(self).model_fields["head_dropout"].default:
-            found.append(Fault("model.head_dropout", "there is nothing to drop without hidden layers; leave it out"))
+            found.append(Fault("model.head_dropout", "has no effect without hidden layers; leave it out"))
         if isinstance(self.resizer, Neural) and self.resizer.scale is not None:
             scale, wanted = self.resizer.scale, self.resizer.size
             side = int(settings.image_size * scale)
@@ -83,7 +83,7 @@ class Classifier(ModelKind):
         return found
 
     def backbone_size(self, settings: Input) -> int:
-        """Side of the images that the backbone sees."""
+        """Side of the backbone's input in pixels."""
         return self.resizer.size if isinstance(self.resizer, Neural | Bilinear) else settings.image_size
 
 

@@ -1,4 +1,4 @@
-"""What a run's network costs: parameters and floating-point operations, without computing or loading anything."""
+"""The cost of a run's network in parameters and floating-point operations, on the meta device."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,17 @@ from fer.models.network import ModelKind
 
 @dataclass(frozen=True)
 class Cost:
+    """Size of a network, and work per image."""
+
     parameters: int
     trainable: int
-    gflop: float  # one image forward, in evaluation; a multiplication and an addition are two
+    gflop: float  # of one image's forward pass in evaluation; a multiply-add counts as two operations
 
 
 def cost(kind: ModelKind, settings: Input, num_labels: int) -> Cost:
-    """Counts convolutions, matrix products and attention; what is done per pixel (activations, warps) is not counted.
+    """The cost of a model, counting convolutions, matrix products and attention, but not element-wise operations.
 
-    Raises UserError when a package of the network is missing.
+    Nothing is computed or loaded. Raises UserError if a package of the network is missing.
     """
     with torch.device("meta"):
         model = build_model(kind, settings, num_labels, pretrained=False).eval()

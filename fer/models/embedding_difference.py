@@ -1,8 +1,8 @@
 """Difference of Embeddings (DoE), and the emotion encoder that is step one of the disentangled DoE.
 
 DoE compares a face with a neutral one: d = e(target) - e(neutral), logits = MLP(concat(d, e(target))), with a frozen
-encoder e. The disentangled DoE takes as e the emotion encoder of step one, which is trained beside a frozen encoder of
-identity, so that it need not tell persons apart: logits = MLP(concat(emotion(x), identity(x))).
+encoder e. The disentangled DoE takes as e the emotion encoder of step one, which is trained next to a frozen identity
+encoder, so that it need not tell people apart: logits = MLP(concat(emotion(x), identity(x))).
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from fer.settings import Fault, OneOf, Positive, Section, by_name
 
 
 def mlp(width: int, hidden: list[int], num_labels: int) -> nn.Sequential:
-    """Linear layers with ReLU between them; published hidden widths 256, 128, 64, 32."""
+    """Linear layers with ReLU between them, [B, width] -> [B, num_labels]; published `hidden`: 256, 128, 64, 32."""
     layers: list[nn.Module] = []
     for out in hidden:
         layers += [nn.Linear(width, out), nn.ReLU(inplace=True)]
@@ -32,15 +32,15 @@ def mlp(width: int, hidden: list[int], num_labels: int) -> nn.Sequential:
 
 
 class EmotionEncoder(ModelKind):
-    """Step one of the disentangled DoE: an encoder that learns emotion, beside a frozen one of identity."""
+    """Step one of the disentangled DoE: an encoder that learns emotion, next to a frozen identity encoder."""
 
     name: Literal["emotion_encoder"] = "emotion_encoder"
     backbone: Annotated[Backbone, BACKBONE]
-    """Learns emotion; published MobileNetV3-Large."""
+    """The encoder that learns emotion; published: MobileNetV3-Large."""
     identity: Annotated[Backbone, BACKBONE]
-    """Frozen; published ResNet-50 of VGGFace2."""
+    """The frozen identity encoder; published: ResNet-50 of VGGFace2."""
     hidden: list[Positive] = [256, 128, 64, 32]
-    """Widths of the head's hidden layers; these are published."""
+    """Widths of the head's hidden layers; the default is published."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "EmotionEncoderNetwork":
         return EmotionEncoderNetwork(self, settings, num_labels, pretrained)
@@ -50,7 +50,7 @@ class EmotionEncoder(ModelKind):
         found = backbone_faults(self.backbone, *shape, "model.backbone")
         found += backbone_faults(self.identity, *shape, "model.identity")
         if _sees_caffe_input(self.identity) and settings.channels != 3:
-            found.append(Fault("model.identity.caffe", "this network sees colour; set input.channels to 3"))
+            found.append(Fault("model.identity.caffe", "this network expects colour; set input.channels to 3"))
         return found
 
 
@@ -72,7 +72,7 @@ class EmotionEncoderNetwork(FrozenEncoder):
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """Identity embeddings [B, F]."""
+        """Identity embeddings [B, F] of images [B, channels, S, S]."""
         if self.pixels is not None:
             mean, std = torch.tensor(self.pixels, device=pixel_values.device).T.reshape(2, 1, -1, 1, 1)
             pixel_values = caffe_input(pixel_values * std + mean)
@@ -84,17 +84,17 @@ class EmotionEncoderNetwork(FrozenEncoder):
 
 
 class SameSubject(Section):
-    """A neutral face of the same person, as published; the data have to name subjects."""
+    """A neutral face of the same person, as published; the data must name subjects."""
 
     name: Literal["same_subject"] = "same_subject"
 
 
 class RandomNeutral(Section):
-    """Neutral faces of the training split, drawn anew in every epoch."""
+    """Random neutral faces of the training split, redrawn every epoch."""
 
     name: Literal["random_neutral"] = "random_neutral"
     references: Positive = 16
-    """Neutral training faces that evaluation compares with; their logits are averaged."""
+    """Neutral training faces to compare with in evaluation; their logits are averaged."""
 
 
 class Prototype(Section):
@@ -111,11 +111,11 @@ class DifferenceOfEmbeddings(ModelKind):
 
     name: Literal["difference_of_embeddings"] = "difference_of_embeddings"
     backbone: Annotated[Backbone, BACKBONE]
-    """Frozen; published MobileNetV3-Large."""
+    """The frozen encoder; published: MobileNetV3-Large."""
     pairing: Annotated[Section, OneOf(PAIRINGS)] = RandomNeutral()
-    """Which neutral face stands beside an image."""
+    """Which neutral face each image is compared with."""
     hidden: list[Positive] = [256, 128, 64, 32]
-    """Widths of the head's hidden layers; these are published."""
+    """Widths of the head's hidden layers; the default is published."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "DifferenceOfEmbeddingsNetwork":
         return DifferenceOfEmbeddingsNetwork(self, settings, num_labels, pretrained)
@@ -130,8 +130,8 @@ class DifferenceOfEmbeddings(ModelKind):
 class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
     """Target faces [B, channels, image_size, image_size] and neutral embeddings [B, F] -> logits [B, num_labels].
 
-    Without neutral embeddings the logits are the mean over the fixed `references` [R, F], chosen once in training and
-    kept in the checkpoint: evaluation is deterministic, one image suffices, and no face is stored.
+    Without neutral embeddings the logits are averaged over the fixed `references` [R, F], chosen once in training and
+    kept in the checkpoint: evaluation is deterministic, needs one image only, and no face is stored.
     """
 
     needs_pixels = False
@@ -150,7 +150,7 @@ class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """[B, F]."""
+        """Embeddings [B, F] of images [B, channels, S, S]."""
         return self.backbone(pixel_values)
 
     def forward(
@@ -174,15 +174,15 @@ class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
         return None
 
     def example(self, settings: Input) -> dict[str, Tensor]:
-        neutral = torch.empty(1, self.backbone.num_features)  # embedded before
+        neutral = torch.empty(1, self.backbone.num_features)  # as embedded before
         return {**super().example(settings), "neutral": neutral}
 
 
 class NeutralFaces:
-    """The neutral faces that those of one split are compared with, as embeddings (fer.models.network.Beside).
+    """The neutral faces to compare those of one split with, as embeddings (fer.models.network.Beside).
 
-    They are taken as they are, so they are embedded once whatever the augmentation. Raises UserError where the data do
-    not hold those that the pairing needs.
+    They are never augmented, so they are embedded once. Raises UserError if the data lack the faces that the pairing
+    needs.
     """
 
     def __init__(
@@ -196,14 +196,14 @@ class NeutralFaces:
         self.network, self.seed = network, seed
         self.pairs = Pairs(split, classes, isinstance(network.pairing, SameSubject))
         found = embedded(self.pairs.neutral)
-        self.candidates = found.new_zeros(len(split), found.shape[1])  # [n, F], at neutral images
+        self.candidates = found.new_zeros(len(split), found.shape[1])  # [n, F]; zero except for neutral images
         self.candidates[self.pairs.neutral] = found
-        self.partner: Tensor | None = None  # [n, F]: of each image
+        self.partner: Tensor | None = None  # [n, F]: the neutral face for each image
         if split.name != "train":
             self.partner = self.candidates[self.pairs.fixed()]
 
     def begin(self) -> None:
-        """Choose what evaluation compares with: neutral training faces, or the mean of all of them."""
+        """Choose the references of evaluation: some neutral training faces, or the mean of all."""
         if isinstance(self.network.pairing, RandomNeutral):
             chosen = self.pairs.references(self.network.pairing.references, self.seed)
             self.network.references.copy_(self.candidates[chosen])
@@ -211,9 +211,10 @@ class NeutralFaces:
             self.network.references.copy_(self.candidates[self.pairs.neutral].mean(0, keepdim=True))
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the neutral partners of training; a prototype is the same for all and needs none."""
+        """Draw the neutral faces of this training epoch; a prototype, the same for all, needs none."""
         if not isinstance(self.network.pairing, Prototype):
             self.partner = self.candidates[self.pairs.drawn(self.seed, epoch)]
 
     def inputs(self, index: Tensor) -> dict[str, Tensor]:
+        """`neutral` [B, F] for the images at `index` [B]; nothing if the references are used."""
         return {} if self.partner is None else {"neutral": self.partner[index]}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-# kernel, expanded and given channels, squeeze-and-excitation, hard-swish (else ReLU), stride
+# kernel, expanded and output channels, squeeze-and-excitation, hard-swish (else ReLU), stride
 BLOCKS = (
     (3, 16, 16, False, False, 1),
     (3, 64, 24, False, False, 2),
@@ -25,10 +25,10 @@ DROPOUT = 0.2  # before the last dense layer
 
 
 class MobileNetV3(nn.Module):
-    """A convolution, fifteen inverted residuals, a convolution, the mean over the map; then two dense layers.
+    """A convolution, fifteen inverted residuals, a convolution, global average pooling, then two dense layers.
 
-    `width` is a factor on every number of channels, each rounded to a multiple of 8; 1 is the publication. Without
-    `num_labels` the dense layers are left out. At width 1, 3 channels and 1000 labels: 5,483,032 parameters.
+    `width` multiplies all channel counts, each rounded to a multiple of 8; 1 is published. Without `num_labels` there
+    are no dense layers. At width 1, 3 channels and 1000 labels: 5,483,032 parameters.
     """
 
     def __init__(self, width: float, channels: int, num_labels: int | None):
@@ -63,7 +63,7 @@ class MobileNetV3(nn.Module):
 
 
 def eights(channels: float) -> int:
-    """The multiple of 8 nearest to `channels`, at least 8; the one above where rounding takes more than a tenth."""
+    """The multiple of 8 nearest to `channels`, at least 8; the next one up if rounding would lose more than 10 %."""
     rounded = 8 * int((channels + 4) // 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
@@ -71,7 +71,7 @@ def eights(channels: float) -> int:
 def _convolution(
     before: int, after: int, kernel: int, stride: int, activation: type[nn.Module] | None, groups: int = 1
 ) -> nn.Sequential:
-    """Convolution that keeps the size at stride 1, batch norm, activation."""
+    """Convolution (size-preserving at stride 1), batch norm, activation."""
     convolution = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     layers: list[nn.Module] = [convolution, nn.BatchNorm2d(after, eps=1e-3, momentum=0.01)]
     if activation is not None:
@@ -98,7 +98,7 @@ class _InvertedResidual(nn.Module):
 
 
 class _SqueezeExcitation(nn.Module):
-    """Each map times a gate in [0, 1] that is computed from the means of all maps."""
+    """Scales each map by a gate in [0, 1], computed from the means of all maps."""
 
     def __init__(self, width: int):
         super().__init__()

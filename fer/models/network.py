@@ -1,4 +1,4 @@
-"""What every model and backbone has in common: its settings, and what training and prediction ask of the network."""
+"""The interfaces of models and backbones: their settings, and what training and prediction need of the network."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -15,45 +15,45 @@ RANDOM = "random weights"
 
 
 class Beside(Protocol):
-    """What a network is given of one split beside pixels."""
+    """Further inputs of a network, beside pixels, for the images of one split."""
 
     def begin(self) -> None:
-        """Once, before the first epoch of a new run: set what the network keeps of the training data."""
+        """Called once, before the first epoch of a new run: store in the network what it keeps of the training data."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Before each epoch of training."""
+        """Called before each training epoch."""
 
     def inputs(self, index: Tensor) -> dict[str, Tensor]:
         """Further arguments of `forward` for the images at `index` [B] of the split."""
 
 
 class Network(nn.Module):
-    """A model when it is built: `pixel_values` [B, channels, S, S] -> logits [B, num_labels].
+    """The network of a model: `pixel_values` [B, channels, S, S] -> logits [B, num_labels].
 
-    One of which an encoder never learns says so in `embeds`; what that makes of an image is then computed once where
-    nothing augments it, and `forward` takes it as `embedding` [B, F].
+    With `embeds` it has a frozen encoder: the encoder's output for an image is computed once if nothing augments the
+    image, and `forward` takes it as `embedding` [B, F].
     """
 
     embeds = False
-    needs_pixels = True  # `forward` also when it is given the embedding
+    needs_pixels = True  # in `forward`, even if given the embedding
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """The frozen encoder's embeddings [B, F]."""
+        """The frozen encoder's embeddings [B, F] of images [B, channels, S, S]."""
         raise NotImplementedError
 
     def beside(
         self, split: Split, classes: list[str], seed: int, embedded: Callable[[np.ndarray], Tensor]
     ) -> Beside | None:
-        """What this network is given of a split beside pixels; `embedded(positions)`: their embeddings [n, F]."""
+        """Its further inputs for a split, if any; `embedded(positions)` returns embeddings [n, F] of the split."""
         return None
 
     def example(self, settings: Input) -> dict[str, Tensor]:
-        """Arguments of `forward` for one image, to count what it costs."""
+        """Arguments of `forward` for one image, from which `fer.models.cost` counts operations."""
         return {"pixel_values": torch.empty(1, settings.channels, settings.image_size, settings.image_size)}
 
 
 class FrozenEncoder(Network):
-    """A network of which one encoder never learns: no gradient, evaluation mode, embeddings that can be kept."""
+    """A network with a frozen encoder: no gradients, always in evaluation mode, embeddings that can be cached."""
 
     embeds = True
 
@@ -62,7 +62,7 @@ class FrozenEncoder(Network):
         self.frozen: list[nn.Module] = []  # registered elsewhere, under their own names
 
     def freeze(self, encoder: nn.Module) -> None:
-        """`encoder` learns nothing from here on and stays in evaluation mode."""
+        """Stop `encoder` from learning, and keep it in evaluation mode."""
         encoder.requires_grad_(False).eval()
         self.frozen.append(encoder)
 
@@ -74,16 +74,16 @@ class FrozenEncoder(Network):
 
 
 class Backbone(Section):
-    """A row of BACKBONES: a named network, of which the other keys can be changed."""
+    """A row of BACKBONES: a named network, whose other keys can be changed."""
 
     name: str
     weights: str | None = "pretrained"
-    """Where the weights come from: pretrained (the published ones), a hub id, a file or folder; null: random."""
+    """Initial weights: pretrained (the published ones), a hub id, a file or folder; null: random."""
 
     def build(self, size: int, channels: int) -> Any:
-        """Images [B, channels, size, size] -> [B, num_features]; has `num_features` and `load_pretrained(source, key)`.
+        """A module [B, channels, size, size] -> [B, num_features] with `num_features`, `load_pretrained(source, key)`.
 
-        Raises UserError when a package is missing.
+        Raises UserError if a package is missing.
         """
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class Backbone(Section):
         return []
 
     def same_network(self, other: "Backbone") -> bool:
-        """Whether weights of the one fit the other."""
+        """Whether the weights of one fit the other."""
         return self.model_copy(update={"weights": None}) == other.model_copy(update={"weights": None})
 
 
@@ -104,7 +104,7 @@ class ModelKind(Section):
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> Network:
         """The network; `pretrained`: load the weights that its backbones name.
 
-        Raises UserError when they cannot be loaded.
+        Raises UserError if they cannot be loaded.
         """
         raise NotImplementedError
 
@@ -113,9 +113,9 @@ class ModelKind(Section):
         return []
 
     def backbones(self) -> dict[str, Backbone]:
-        """Its backbones by key; that called `backbone` is what `init_from` gives weights to."""
+        """Its backbones by key; `init_from` initialises the one called `backbone`."""
         return {key: value for key, value in self if isinstance(value, Backbone)}
 
     def images_beside(self) -> Mapping[str, bool]:
-        """Further images that prediction takes with each image, by name, and whether it needs them."""
+        """Names of further images that prediction takes with each image, and whether each is required."""
         return {}

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Resizer(nn.Module):
     """[B, channels, H, W] -> [B, channels, size, size]; 3 channels, 1 block, width 16: 12,083 parameters.
 
-    `scale`: the ratio at which both bilinear resizes sample, where it is not size / input side; the published code
-    samples 384 -> 224 at 0.584 instead of 224 / 384.
+    `scale`: the sampling ratio of both bilinear resizes; None: size / input side. The published code samples
+    384 -> 224 at 0.584 instead of 224 / 384.
     """
 
     def __init__(self, size: int, blocks: int, width: int, channels: int, scale: float | None):
@@ -29,6 +29,7 @@ class Resizer(nn.Module):
         return self.conv4(features) + self.resize(images)
 
     def resize(self, images: Tensor) -> Tensor:
+        """Bilinear: [B, C, H, W] -> [B, C, size, size]."""
         if self.scale is None:
             return F.interpolate(images, size=(self.size, self.size), mode="bilinear")
         return F.interpolate(images, scale_factor=self.scale, mode="bilinear", recompute_scale_factor=False)

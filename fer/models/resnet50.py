@@ -7,13 +7,13 @@ MEAN = (131.0912, 103.8827, 91.4953)  # red, green, blue of VGGFace2's faces in 
 
 
 class ResNet50(nn.Module):
-    """A 7x7 convolution and a max-pool, four stages of bottlenecks, the mean over the map; then one dense layer.
+    """A 7x7 convolution and a max-pool, four stages of bottlenecks, global average pooling, then one dense layer.
 
-    The publication has `layers` [3, 4, 6, 3] and `width` 64; with 3 channels and 1000 labels: 25,557,032 parameters.
-    Without `num_labels` the dense layer is left out. `max_pool` false leaves the pool out, as the published code of the
-    disentangled difference of embeddings does. `caffe` is the layout of the first release, which VGGFace2's public
-    weights need with the input of `caffe_input`: a stage halves the map in its first 1x1 convolution, and the pool
-    pads at the far edges only; false halves in the 3x3 convolution, as torchvision does.
+    Published: `layers` [3, 4, 6, 3] and `width` 64; with 3 channels and 1000 labels 25,557,032 parameters. Without
+    `num_labels` there is no dense layer. `max_pool` false omits the pool, as the published code of the disentangled
+    difference of embeddings does. `caffe` is the layout of the first release, which VGGFace2's public weights need
+    together with `caffe_input`: a stage halves the map in its first 1x1 convolution, and the pool pads only at the far
+    edges. Otherwise the 3x3 convolution halves the map, as in torchvision.
     """
 
     def __init__(

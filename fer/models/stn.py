@@ -10,7 +10,7 @@ SMALLEST = 18  # pixels: the localization map is 1x1
 
 
 class SpatialTransformer(nn.Module):
-    """One affine warp per image, at first the identity. [B, channels, side, side] -> same shape.
+    """One learned affine warp per image, initially the identity. [B, channels, side, side] -> same shape.
 
     3 channels and side 384: 2,711,904 parameters.
     """
@@ -29,7 +29,7 @@ class SpatialTransformer(nn.Module):
         self.fc_loc = nn.Sequential(nn.Linear(10 * left * left, 32), nn.ReLU(inplace=True), affine)
 
     def forward(self, images: Tensor) -> Tensor:
-        # not in half precision, in which theta and the grid are off by pixels; the meta device has no autocast
+        # never in half precision, where theta and the grid are off by pixels; the meta device has no autocast
         exact: AbstractContextManager = nullcontext()
         if not images.is_meta:
             exact = torch.autocast(images.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Backbones of transformers: ViT and DeiT, Swin, at named or own sizes."""
+"""Backbones from transformers: ViT and DeiT, Swin, in named or custom sizes."""
 
 from typing import Any, Literal
 
@@ -19,15 +19,15 @@ class Vit(Backbone):
     hidden_size: Positive
     """Width of a token."""
     depth: Positive
-    """Layers."""
+    """Number of layers."""
     num_heads: Positive
-    """Attention heads of a layer."""
+    """Attention heads per layer."""
     mlp_ratio: Positive
-    """Width of the hidden layer of a block's MLP, in hidden_size."""
+    """Width of the hidden layer of a block's MLP, as a multiple of hidden_size."""
     dropout: Fraction
-    """Dropout after embeddings and dense layers."""
+    """Dropout after the embeddings and dense layers."""
     pool: Literal["token", "pooler"]
-    """The embedding: the class token, or it through transformers' dense layer with tanh (pooler)."""
+    """The embedding: the class token (token), or that after a dense layer with tanh (pooler)."""
 
     def build(self, size: int, channels: int) -> "Transformer":
         from transformers import ViTConfig, ViTModel
@@ -60,17 +60,17 @@ class Swin(Backbone):
     patch_size: Positive
     """Side of a patch in pixels."""
     embed_dim: Positive
-    """Width of a token in the first stage; it doubles with each stage."""
+    """Width of a token in the first stage; it doubles in each further stage."""
     depths: list[Positive]
-    """Blocks of each stage."""
+    """Blocks per stage."""
     num_heads: list[Positive]
-    """Attention heads of each stage."""
+    """Attention heads per stage."""
     window_size: Positive
     """Side of an attention window in patches."""
     mlp_ratio: Positive
-    """Width of the hidden layer of a block's MLP, in the block's width."""
+    """Width of the hidden layer of a block's MLP, as a multiple of the block's width."""
     drop_path_rate: Fraction
-    """Stochastic depth of the last block; it rises linearly from 0."""
+    """Stochastic depth: drop rate of the last block, rising linearly from 0."""
 
     def build(self, size: int, channels: int) -> "Transformer":
         from transformers import SwinConfig, SwinModel
@@ -109,7 +109,7 @@ class Swin(Backbone):
 class Transformer(nn.Module):
     """A transformers encoder as a backbone: [B, channels, size, size] -> embedding [B, num_features]."""
 
-    # what shapes do not show but numbers depend on
+    # settings that change the output but not the tensor shapes
     SAME = ("model_type", "num_attention_heads", "num_heads", "window_size", "patch_size", "hidden_act")
 
     def __init__(self, network: Any, pool: str, num_features: int):
@@ -123,12 +123,12 @@ class Transformer(nn.Module):
         return outputs.pooler_output
 
     def load_pretrained(self, source: str, key: str) -> None:
-        """Take the weights of a hub id or a local folder. Raises UserError naming `key` when they are not these."""
+        """Load the weights of a hub id or local folder. Raises UserError naming `key` if they do not load or fit."""
         from transformers import AutoConfig
 
         pooler = {} if self.pool == "pooler" or not hasattr(self.network, "pooler") else {"add_pooling_layer": False}
         if self.network.config.model_type == "swin":
-            pooler = {}  # its pooler has no weights and is what is used
+            pooler = {}  # its pooler is used, and has no weights
         try:
             theirs = AutoConfig.from_pretrained(source)
             _refuse_another(self.network.config, theirs, source, key)

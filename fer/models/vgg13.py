@@ -16,13 +16,13 @@ class Vgg13(ModelKind):
 
     name: Literal["vgg13"] = "vgg13"
     width: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on every number of channels; 1.0 is the publication."""
+    """Multiplier on all channel counts; published: 1.0."""
     batch_norm: bool = False
-    """After every convolution; false is the publication."""
+    """Batch norm after every convolution; published: false."""
     conv_dropout: Fraction = 0.25
-    """After each pooling; publication .25."""
+    """Dropout after each pooling; published: .25."""
     dense_dropout: Fraction = 0.5
-    """After each hidden dense layer; publication .5."""
+    """Dropout after each hidden dense layer; published: .5."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "Vgg13Network":
         return Vgg13Network(self, settings, num_labels)

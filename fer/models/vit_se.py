@@ -16,11 +16,11 @@ class VitSe(ModelKind):
 
     name: Literal["vit_se"] = "vit_se"
     backbone: Annotated[Backbone, BACKBONE]
-    """Published: ViT-B/16 of ImageNet-21k with transformers' pooler."""
+    """The vision transformer; published: ViT-B/16 of ImageNet-21k with transformers' pooler."""
     reduction: Positive = 4
-    """Factor by which the SE block squeezes the features; published 4."""
+    """Factor by which the SE block squeezes the features; published: 4."""
     gate: Literal["relu", "sigmoid"] = "relu"
-    """Of the SE block; published relu; the usual one is a sigmoid."""
+    """Gate function of the SE block; published: relu, although a sigmoid is usual."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "VitSeNetwork":
         return VitSeNetwork(self, settings, num_labels, pretrained)
