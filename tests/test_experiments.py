@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL, copy_settings, small_run
+from conftest import ROOT, SMALL, copy_settings
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -75,25 +75,24 @@ LAYERS = ["params.yaml", "experiments/lowest.yaml", "experiments/lower.yaml", "e
 
 
 @pytest.mark.parametrize("key", ["resources.readers", "optimizer.weight_decay", "epochs"])
-@pytest.mark.parametrize("saying", list(itertools.product([False, True], repeat=5)))
-def test_the_last_layer_that_says_something_wins(key: str, saying: tuple[bool, ...]) -> None:
-    def keys(place: int) -> dict[str, Any]:
-        return experiments.tree_of(f"{key}={10 + place}") if saying[place] else {}
+def test_the_last_layer_that_says_something_wins(key: str) -> None:
+    for saying in itertools.product([False, True], repeat=5):
 
-    machine, said = {}, saying
-    if key.startswith("resources."):
-        machine = keys(0).get("resources", {})
-    else:
-        said = (False, *saying[1:])  # the machine says nothing of runs
-    experiment("lowest", **{"model": "vgg13", "seed": 1} | keys(1))
-    experiment("lower", **{"base": "lowest"} | keys(2))
-    experiment("x", **{"base": "lower"} | keys(3))
-    found = one("x", *([f"{key}={10 + 4}"] if saying[4] else []), machine=machine)
-    default = dict(flat(Run(model=found.run.model).model_dump() | {"resources": Resources().model_dump()}))[key]
-    last = max([place for place, says in enumerate(said) if says], default=None)
-    assert at(found, key) == ((default, DEFAULT) if last is None else (10 + last, LAYERS[last]))
-    assert at(found, "seed") == (1, "experiments/lowest.yaml")
-    assert found.dropped == []
+        def keys(place: int) -> dict[str, Any]:
+            return experiments.tree_of(f"{key}={10 + place}") if saying[place] else {}  # noqa: B023
+
+        machine, said = keys(0).get("resources", {}), saying
+        if not key.startswith("resources."):
+            said = (False, *saying[1:])  # the machine says nothing of runs
+        experiment("lowest", **{"model": "vgg13", "seed": 1} | keys(1))
+        experiment("lower", **{"base": "lowest"} | keys(2))
+        experiment("x", **{"base": "lower"} | keys(3))
+        found = one("x", *([f"{key}={10 + 4}"] if saying[4] else []), machine=machine)
+        default = dict(flat(Run(model=found.run.model).model_dump() | {"resources": Resources().model_dump()}))[key]
+        last = max([place for place, says in enumerate(said) if says], default=None)
+        assert at(found, key) == ((default, DEFAULT) if last is None else (10 + last, LAYERS[last]))
+        assert at(found, "seed") == (1, "experiments/lowest.yaml")
+        assert found.dropped == []
 
 
 def test_layers_leave_each_others_keys_in_a_section_alone() -> None:
@@ -121,25 +120,13 @@ def test_the_last_of_two_values_on_the_command_line_wins() -> None:
     assert one("seed=1", "x", "optimizer=adam", "optimizer=sgd").run.optimizer == OPTIMIZERS["sgd"]()
 
 
-@pytest.mark.parametrize(
-    ("change", "path", "value"),
-    [
-        ("optimizer.lr=1e-4", "optimizer.lr", 1e-4),
-        ("optimizer.lr=.5", "optimizer.lr", 0.5),
-        ("optimizer.lr=1", "optimizer.lr", 1.0),
-        ("optimizer.weight_decay=1e-05", "optimizer.weight_decay", 1e-5),
-        ("clip_grad_norm=null", "clip_grad_norm", None),
-        ("clip_grad_norm=", "clip_grad_norm", None),
-        ("input.mean=[0.4]", "input.mean", [0.4]),
-        ("precision=bf16", "precision", "bf16"),
-        ("augment={flip: 0.25, scale: 0.0}", "augment.flip", 0.25),
-    ],
-)
-def test_a_value_on_the_command_line_is_yaml(change: str, path: str, value: object) -> None:
+def test_a_value_on_the_command_line_is_yaml() -> None:
     experiment("x", model="vgg13")
-    found, source = at(one("x", change), path)
-    assert (found, source) == (value, COMMAND_LINE)
-    assert type(found) is type(value)
+    found = one("x", "optimizer.lr=1", "clip_grad_norm=", "input.mean=[0.4]", "augment={flip: 0.25, scale: 0.0}")
+    shown = {key: at(found, key) for key in ("optimizer.lr", "clip_grad_norm", "input.mean", "augment.flip")}
+    assert [value for value, _ in shown.values()] == [1.0, None, [0.4], 0.25]
+    assert {source for _, source in shown.values()} == {COMMAND_LINE}
+    assert isinstance(found.run.optimizer.lr, float)
 
 
 # Sections that are chosen by name
@@ -182,19 +169,14 @@ def test_the_default_of_a_section_is_left_behind_too() -> None:
     assert found.dropped == ["optimizer.lr of experiments/x.yaml: command line takes optimizer sgd"]
 
 
-@pytest.mark.parametrize("change", ["optimizer=sgd", "optimizer.name=sgd", "optimizer={name: sgd}", "optimizer={}"])
-def test_the_same_name_keeps_the_keys(change: str) -> None:
+def test_the_same_name_keeps_the_keys() -> None:
     experiment("x", model="vgg13", optimizer=SGD)
-    found = one("x", change)
-    assert found.run.optimizer == OPTIMIZERS["sgd"](lr=0.5, momentum=0.1)
-    assert found.dropped == []
-    assert at(found, "optimizer.lr") == (0.5, "experiments/x.yaml")
-
-
-@pytest.mark.parametrize("change", ["optimizer=adamw", "optimizer.name=adamw"])
-def test_the_default_name_written_out_keeps_the_keys(change: str) -> None:
-    experiment("x", model="vgg13", optimizer={"lr": 0.5})
-    found = one("x", change)
+    for change in ("optimizer=sgd", "optimizer.name=sgd", "optimizer={name: sgd}", "optimizer={}"):
+        found = one("x", change)
+        assert found.run.optimizer == OPTIMIZERS["sgd"](lr=0.5, momentum=0.1)
+        assert found.dropped == []
+    experiment("x", model="vgg13", optimizer={"lr": 0.5})  # of adamw, the default
+    found = one("x", "optimizer=adamw")
     assert found.run.optimizer == OPTIMIZERS["adamw"](lr=0.5)
     assert at(found, "optimizer.name") == ("adamw", COMMAND_LINE)
     assert found.dropped == []
@@ -222,13 +204,13 @@ def test_a_section_of_a_section_starts_anew() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["loss=focal", "loss.name=focal", "loss={name: focal}"])
-def test_a_name_and_its_keys_on_the_command_line_stand_in_any_order(name: str) -> None:
+def test_a_name_and_its_keys_on_the_command_line_stand_in_any_order() -> None:
     experiment("x", model="vgg13")
-    for words in itertools.permutations([name, "loss.gamma=1", "x"]):
-        found = one(*words)
-        assert found.run.loss == LOSSES["focal"](gamma=1.0)
-        assert found.dropped == []
+    for name in ("loss=focal", "loss.name=focal", "loss={name: focal}"):
+        for words in itertools.permutations([name, "loss.gamma=1", "x"]):
+            found = one(*words)
+            assert found.run.loss == LOSSES["focal"](gamma=1.0)
+            assert found.dropped == []
 
 
 SHORT: dict[str, Any] = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
@@ -261,19 +243,12 @@ WRONG: dict[str, str | list[str]] = {
     "x optimizer.momentum=0.5": "optimizer.momentum: unknown key of 'adamw'; known: lr, weight_decay",
     "x optimizer.=3": "optimizer.: unknown key of 'adamw'; known: lr, weight_decay",
     "x loss.gamma=1": "loss.gamma: unknown key: 'cross_entropy' has no keys",
-    "x augment.rotaton=3": "augment.rotaton: unknown key, did you mean 'rotation'?",
     "x resources.wrkers=3": "resources.wrkers: unknown key, did you mean 'workers'?",
-    "x input.chanels=3": "input.chanels: unknown key, did you mean 'channels'?",
     "x input.size=3": "input.size: unknown key; known: channels, image_size, mean, std",
-    "x train.lr=3": f"train: unknown key; known: {KNOWN}",
     "x models.x.epochs=3": "models: unknown key, did you mean 'model'?",
     "x optimizer=sdg": "optimizer.name: unknown optimizer 'sdg', did you mean 'sgd'?",
     "x optimizer.name=": "optimizer.name: unknown optimizer 'None'; known: adam, adamw, sgd",
-    "x loss=focl": "loss.name: unknown loss 'focl', did you mean 'focal'?",
     "x loss=zzz": f"loss.name: unknown loss 'zzz'; known: {', '.join(sorted(LOSSES))}",
-    "x schedule=cosin": "schedule.name: unknown schedule 'cosin', did you mean 'cosine'?",
-    "x model=vgg": "model.name: unknown model 'vgg', did you mean 'vgg13'?",
-    "x model=zzz": f"model.name: unknown model 'zzz'; known: {', '.join(sorted(MODELS))}",
     "x model.backbone=resnet50": (
         "model.backbone: unknown key of 'vgg13'; known: batch_norm, conv_dropout, dense_dropout, width"
     ),
@@ -287,57 +262,27 @@ WRONG: dict[str, str | list[str]] = {
     # types and ranges
     "x optimizer.lr=fast": "optimizer.lr: should be a valid number, got 'fast'",
     "x optimizer.lr=true": "optimizer.lr: should be a valid number, got True",
-    "x optimizer.lr=0": "optimizer.lr: should be greater than 0, got 0",
     "x optimizer.lr=.nan": "optimizer.lr: should be a finite number, got nan",
-    "x optimizer.lr=.inf": "optimizer.lr: should be a finite number, got inf",
     "x optimizer.lr.x=3": "optimizer.lr: should be a valid number",
-    "x epochs=true": "epochs: should be a valid integer, got True",
-    "x epochs=3.0": "epochs: should be a valid integer, got 3.0",
     "x epochs='3'": "epochs: should be a valid integer, got '3'",
     "x epochs=0": "epochs: should be greater than 0, got 0",
-    "x batch_size=0": "batch_size: should be greater than 0, got 0",
-    "x seed=-1": "seed: should be greater than or equal to 0, got -1",
     "x seed=1e3": "seed: should be a valid integer, got 1000.0",
     "x loss=": "loss: should be a table of keys, got None",
     "x model=3": "model: should be a table of keys, got 3",
-    "x input=3": "input: should be a table of keys, got 3",
-    "x augment=none": "augment: should be a table of keys, got 'none'",
-    "x augment.flip=1.1": "augment.flip: should be less than or equal to 1, got 1.1",
-    "x augment.flip=": "augment.flip: should be a valid number, got None",
-    "x clip_grad_norm=-1": "clip_grad_norm: should be greater than 0, got -1",
-    "x ema_decay=1": "ema_decay: should be less than 1, got 1",
     "x precision=fp8": "precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'",
-    "x class_weights=2": "class_weights: should be less than or equal to 1, got 2",
-    "x balanced_sampling=true": "balanced_sampling: should be a valid number, got True",
-    "x input.channels=2": "input.channels: should be 1 or 3, got 2",
     "x input.std=[0]": "input.std.0: should be greater than 0, got 0",
-    "x init_from=3": "init_from: should be a valid string, got 3",
     "x resources.device=gpu": "resources.device: should be 'auto', 'cpu' or 'cuda', got 'gpu'",
-    "x resources=": "resources: should be a table of keys, got None",
     "y model.stn=1": "model.stn: should be a valid boolean, got 1",
-    "y model.head=[0]": "model.head.0: should be greater than 0, got 0",
     "y model.backbone.depths=[2, 0, 2]": "model.backbone.depths.1: should be greater than 0, got 0",
-    "y model.backbone.embed_dim=2.5": "model.backbone.embed_dim: should be a valid integer, got 2.5",
     # what is missing
     "x schedule=step": ["schedule.step_epochs: missing", "schedule.step_factors: missing"],
     "x model=vit_se": "model.backbone: missing",
     # what does not fit together
     "x input.mean=[0.5, 0.4]": "input.mean: has 2 numbers but channels is 1; give one for all",
     "x input.image_size=15": "input.image_size: 15 is too small: VGG13 halves it four times, so 16 at least",
-    "x model.width=0.001": "model.width: 0.001 leaves no channel",
     "x schedule.warmup_epochs=3": "schedule.warmup_epochs: 3 leaves nothing of epochs 3",
-    "x schedule={name: step, step_epochs: [20, 10], step_factors: [0.1]}": [
-        "schedule.step_epochs: must rise, got [20, 10]",
-        "schedule.step_factors: has 1 numbers, step_epochs 2",
-    ],
     "x sam_rho=0.05; precision=fp16": "sam_rho: needs precision fp32 or bf16, as fp16 scales its gradients",
-    "x batch_size=17; augment.cutmix=1.0": (
-        "batch_size: augment.mixup and augment.cutmix pair images, but 17 / 1 workers / 1 parts is odd"
-    ),
     "x batch_size=16; resources.workers=3": "batch_size: 16 does not divide by resources.workers 3",
-    "x batch_size=16; resources.workers=2; resources.accumulate=3": (
-        "batch_size: 16 does not divide by resources.workers 2 times resources.accumulate 3"
-    ),
     "x resources.gpus_per_worker=1.5": "resources.gpus_per_worker: above 1 must be a whole number, got 1.5",
     "x base=y": "base: only a file has one; write it into a file of experiments/",
     # several at once
@@ -351,28 +296,21 @@ WRONG: dict[str, str | list[str]] = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_mistake_on_the_command_line_is_one_line(text: str) -> None:
+def test_a_mistake_is_one_line_behind_the_command_line_or_its_file(text: str) -> None:
+    """On the command line, and in a file of which the named one is a change."""
     experiment("x", **X)
     experiment("y", **Y)
     name, changes = text.split(" ", 1)
     wanted = WRONG[text]
     lines = [wanted] if isinstance(wanted, str) else wanted
     assert sorted(mistakes(name, *changes.split("; "))) == sorted(f"{COMMAND_LINE}: {line}" for line in lines)
-
-
-@pytest.mark.parametrize("text", [text for text in WRONG if not text.startswith("x base=")])
-def test_a_mistake_in_a_file_is_one_line_behind_that_file(text: str) -> None:
-    """The same keys in a file of which the named one is a change."""
-    experiment("x", **X)
-    experiment("y", **Y)
-    name, changes = text.split(" ", 1)
+    if changes.startswith("base="):
+        return
     layers = experiments.Layers(Recipe)
     for change in ["base=" + name, *changes.split("; ")]:
         layers.lay(experiments.tree_of(change), "")
     path = experiment("wrong", **layers.tree)
     experiment("z", base="wrong")
-    wanted = WRONG[text]
-    lines = [wanted] if isinstance(wanted, str) else wanted
     assert sorted(mistakes("z")) == sorted(f"{path}: {line}" for line in lines)
 
 
@@ -409,21 +347,15 @@ def test_faults_of_several_files_are_reported_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("word", ["=3", "epochs =3", " epochs=3", "batch-size=3", "1=2", "--seed=3"])
-def test_a_word_that_is_no_setting_and_no_name(word: str) -> None:
-    assert mistakes("vgg13_small", word) == [f"{word}: write it as key=value, for example optimizer.lr=3e-4"]
-
-
-def test_a_value_that_is_no_yaml() -> None:
-    assert mistakes("vgg13_small", "optimizer.lr=[1") == ["optimizer.lr=[1: the value is not valid YAML"]
-
-
 def test_words_are_names_files_and_changes() -> None:
     words = ["a", "seed=3", "b/c.yaml", "optimizer.lr=1e-3", "b/lr=3.yml", "model=", "input.mean=[0.1, 0.2]"]
     names, changes = experiments.split(words)
     assert names == ["a", "b/c.yaml", "b/lr=3.yml"]
     assert changes == ["seed=3", "optimizer.lr=1e-3", "model=", "input.mean=[0.1, 0.2]"]
     assert load(["seed=3"], {}) == load([], {}) == {}
+    for word in ("=3", "epochs =3", " epochs=3", "batch-size=3", "1=2", "--seed=3"):
+        assert mistakes("vgg13_small", word) == [f"{word}: write it as key=value, for example optimizer.lr=3e-4"]
+    assert mistakes("vgg13_small", "optimizer.lr=[1") == ["optimizer.lr=[1: the value is not valid YAML"]
 
 
 @pytest.mark.parametrize(
@@ -431,14 +363,11 @@ def test_words_are_names_files_and_changes() -> None:
     [
         ("", "holds no keys; write at least its model there"),
         ("# a comment alone\n", "holds no keys; write at least its model there"),
-        ("- model\n", "holds no keys; write at least its model there"),
         ("seed: 3\n", "model: missing"),
         ("model: vgg13\nseed: [1\n", "line 3 is not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed: 1\nseed: 2\n", 'line 2 is not valid YAML: found duplicate key "seed" with value "2"'),
         ("model: vgg13\nbase: 3\n", "base: should be the name of an experiment, got 3"),
         ("model: vgg13\noptimizer.lr: 3\n", "optimizer.lr: unknown key, did you mean 'optimizer'?"),
-        ("model: vgg13\nlr: 3\n", f"lr: unknown key; known: {KNOWN}"),
-        ("model: vgg13\noptimizer:\n", "optimizer: should be a table of keys, got None"),
         ("model:\n  width: 0.5\n", "model.name: missing"),
         ("base: vgg13_smal\n", "base: experiments/vgg13_smal.yaml: no such experiment, did you mean 'vgg13_small'?"),
         ("base: x\n", "base: x -> x is a circle"),
@@ -450,15 +379,6 @@ def test_a_file_that_is_no_experiment(text: str, message: str) -> None:
     assert found.startswith("experiments/x.yaml:")
     told = found.removeprefix("experiments/x.yaml:").strip()
     assert told.removesuffix(' (original value: "1")') == message
-
-
-def test_a_file_that_cannot_be_read() -> None:
-    Path("experiments/x.yaml").mkdir()
-    Path("experiments/y.yaml").write_bytes(b"model: \xff")
-    assert mistakes("x", "y") == [
-        "experiments/x.yaml: cannot be read (Is a directory)",
-        "experiments/y.yaml: is not valid YAML: 'utf-8' codec can't decode byte 0xff in position 7: invalid start byte",
-    ]
 
 
 def test_bases_in_a_circle_and_an_unknown_one_further_down() -> None:
@@ -551,30 +471,23 @@ def chain() -> None:
     experiment("second", **CHAIN)
 
 
-def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone() -> None:
+def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone_unless_named() -> None:
     chain()
-    found = load(["second"], {"readers": 4})
-    assert list(found) == ["first", "second"]
-    assert [(one.run.seed, one.run.epochs, one.resources.readers) for one in found.values()] == [(1, 40, 4), (5, 9, 4)]
-    found = load(["second", "seed=7", "epochs=6", "resources.readers=3"], {"readers": 4})
-    assert [(one.run.seed, one.run.epochs, one.resources.readers) for one in found.values()] == [(7, 40, 4), (7, 6, 3)]
-    assert at(found["first"], "seed") == at(found["second"], "seed") == (7, COMMAND_LINE)
+    words = ["seed=7", "epochs=6", "resources.readers=3"]
 
+    def loaded(*words: str) -> dict[str, tuple[int, int, int]]:
+        found = load(list(words), {"readers": 4})
+        return {name: (one.run.seed, one.run.epochs, one.resources.readers) for name, one in found.items()}
 
-@pytest.mark.parametrize("names", [["first", "second"], ["second", "first"]])
-def test_the_run_that_another_starts_from_gets_every_key_where_it_is_named(names: list[str]) -> None:
-    chain()
-    found = load([*names, "seed=7", "epochs=6", "resources.readers=3"], {})
-    assert list(found) == ["first", "second"]
-    assert [(one.run.seed, one.run.epochs, one.resources.readers) for one in found.values()] == [(7, 6, 3), (7, 6, 3)]
-
-
-def test_a_chain_of_three() -> None:
-    chain()
+    assert loaded("second") == {"first": (1, 40, 4), "second": (5, 9, 4)}
+    assert list(loaded("second")) == ["first", "second"]
+    assert loaded("second", *words) == {"first": (7, 40, 4), "second": (7, 6, 3)}
+    for names in (["first", "second"], ["second", "first"]):
+        assert loaded(*names, *words) == {"first": (7, 6, 3), "second": (7, 6, 3)}
     experiment("third", **CHAIN | {"init_from": "second"})
     experiment("fourth", **CHAIN | {"init_from": "first"})
     assert list(load(["third", "fourth"], {})) == ["first", "second", "third", "fourth"]
-    assert [one.run.seed for one in load(["third", "seed=8"], {}).values()] == [8, 8, 8]
+    assert [seed for seed, _, _ in loaded("third", "seed=8").values()] == [8, 8, 8]
 
 
 def test_a_start_that_is_not_there() -> None:
@@ -701,17 +614,6 @@ def test_a_written_file_says_what_differs_from_its_base() -> None:
     assert found.run == Run.model_validate(tree)
     assert found.head == "sweep tiny, trial 7\nfer train found"
     assert sorted(os.listdir("experiments")) == sorted(f"{name}.yaml" for name in [*SHIPPED, "found"])
-
-
-def test_a_written_file_keeps_nothing_of_its_base_where_a_section_is_another() -> None:
-    experiment(
-        "lower", model={"name": "classifier", "backbone": SWIN | {"mlp_ratio": 3}}, loss="focal", input=Y["input"]
-    )
-    tree = small_run(loss={"name": "pdls", "alpha": 0.5}).model_dump()
-    write("found", "lower", tree, "x")
-    assert one("found").run == Run.model_validate(tree)
-    write("same", "lower", one("lower").run.model_dump(), "x")
-    assert Path("experiments/same.yaml").read_text() == "# x\n# fer train same\nbase: lower\n"
 
 
 def test_an_experiment_that_cannot_be_written() -> None:

@@ -83,7 +83,7 @@ def search(plan: Plan) -> list[Trial]:
 
 def _seconds_left(plan: Plan, before: list[Trial]) -> float:
     hours = plan.sweep.hours
-    return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, _at_once(plan)))
+    return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, trials_at_once(plan)))
 
 
 def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) -> None:
@@ -103,7 +103,7 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
             metric=METRIC,
             mode="max",
             num_samples=wanted,
-            max_concurrent_trials=_at_once(plan),
+            max_concurrent_trials=trials_at_once(plan),
             reuse_actors=True,
             time_budget_s=seconds,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -138,7 +138,7 @@ class _Draw:
         changed(self.plan.base.run, self.plan.space, drawn)
 
 
-def _at_once(plan: Plan) -> int:
+def trials_at_once(plan: Plan) -> int:
     """As many trials as are wished, or as there is room for."""
     have, sweep = ray.cluster_resources(), plan.sweep
     room = have["CPU"] // sweep.cpus_per_trial
