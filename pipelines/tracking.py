@@ -1,7 +1,7 @@
-"""The only importer of mlflow: records runs from what they leave on disk, registers models, moves the alias `champion`.
+"""The only module that imports mlflow: records runs from their files, registers models, moves the alias `champion`.
 
-Training writes files and knows no server. A thread here carries new lines of metrics.jsonl over, so that a server that
-is slow or dead costs no training time and no point: what is missing is sent at the end, or by the next command.
+Training only writes files. A thread here sends new lines of metrics.jsonl to MLflow, so that a slow or dead server
+costs neither training time nor a point: what is missing is sent at the end, or by the next command.
 """
 
 import getpass
@@ -44,15 +44,15 @@ from pipelines.processes import alive, process_id
 from pipelines.report import confusion_picture, note
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
-RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
-HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
-STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a sweep's trial: how it ended, and the sweep's own run
+RUN_ID = "fer.run_id"  # tag: our run id; there is one MLflow run for each
+HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
+STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a trial: how it ended, and the MLflow run of its sweep
 NOT_METRICS = ("epoch", "time")
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class Tracker:
-    """An experiment on a tracking server. Raises UserError when it does not answer."""
+    """An experiment on a tracking server. Raises UserError if the server does not answer."""
 
     def __init__(self, uri: str, experiment: str):
         self.uri, self.name = tracking_uri(uri), experiment
@@ -61,16 +61,19 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient(self.uri)
-        # once and before any thread: two first uses at a time break the store
+        # once, before there are threads: concurrent first use breaks the store
         self.experiment = mlflow.set_experiment(experiment).experiment_id
-        # else the UI opens with tools for language models
+        # otherwise the UI opens with tools for language models
         self.client.set_experiment_tag(self.experiment, "mlflow.experimentKind", "custom_model_development")
         self._registry = threading.Lock()
-        self._drawing = threading.Lock()  # runs end in several threads; matplotlib is made for one
+        self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
 
     @contextmanager
     def record(self, job: Job, data: dict[str, Any]) -> Iterator[None]:
-        """Around a run: its MLflow run is RUNNING inside, FINISHED after, FAILED when the block raises."""
+        """Record a run: its MLflow run is RUNNING inside the block, then FINISHED, or FAILED if the block raises.
+
+        Raises UserError if the server no longer answers at the end.
+        """
         run_id = self._open(job.folder.name, job.name, job.run, data)
         follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)])
         try:
@@ -84,7 +87,10 @@ class Tracker:
 
     @contextmanager
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
-        """Around a sweep: its MLflow run, given by id, and below it one run for each trial, fed from their folders."""
+        """Record a sweep: yields the id of its MLflow run; below that each trial gets one, fed from its folder.
+
+        Raises UserError if the server no longer answers at the end.
+        """
         about = {"fer.sweep": plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
         run_id = self._open(plan.folder.name, plan.base.name, plan.base.run, data, about)
         trials = _Trials(self, run_id, plan, data)
@@ -102,7 +108,7 @@ class Tracker:
             raise
 
     def describe_sweep(self, run_id: str, text: str, numbers: dict[str, float], files: list[Path]) -> None:
-        """What a sweep found: a note as Markdown, metrics and artifacts of its run."""
+        """Log the result of a sweep: a note in Markdown, metrics and artifacts."""
         self.client.set_tag(run_id, "mlflow.note.content", text)
         for key, value in numbers.items():
             self.client.log_metric(run_id, key, value)
@@ -110,30 +116,35 @@ class Tracker:
             self.client.log_artifact(run_id, str(path))
 
     def recorded(self, folder: Path) -> bool:
-        """Whether this experiment of this server already has the finished run in `folder`, as it was evaluated last."""
+        """Whether this experiment of this server already has the finished run in `folder`, as last evaluated."""
         try:
             found, summary = (json.loads((folder / name).read_text()) for name in (TRACKED, SUMMARY))
             place = {key: found[key] for key in ("uri", "experiment")}
             return place == self._place() and found["finished"] == summary["finished"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or not whole: recording again does no harm
+        except (
+            FileNotFoundError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # no note, or a broken one: recording again does no harm
             return False
 
     def _place(self) -> dict[str, str]:
         return {"uri": without_password(self.uri), "experiment": self.name}
 
     def close_abandoned(self) -> list[str]:
-        """Set runs FAILED whose process on this host is gone (killed, or the machine restarted); their run ids."""
+        """Mark runs of dead processes of this host (killed, or before a reboot) as FAILED; returns their run ids."""
         closed = []
         query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
         for found in self.client.search_runs([self.experiment], query):
             if not alive(found.data.tags.get(PROCESS, "")):
-                self.client.set_tag(found.info.run_id, "fer.error", "the process was killed; the same command goes on")
+                self.client.set_tag(found.info.run_id, "fer.error", "the process was killed; run the command again")
                 self.client.set_terminated(found.info.run_id, "FAILED")
                 closed.append(found.data.tags[RUN_ID])
         return closed
 
     def champions(self) -> dict[str, dict[str, str]]:
-        """registered model -> tags of its champion's version."""
+        """Registered model -> tags of its champion version, and `version`, its number."""
         found = {}
         for model in self.client.search_registered_models():
             if "champion" in model.aliases:
@@ -142,7 +153,7 @@ class Tracker:
         return found
 
     def _open(self, ours: str, name: str, run: Run, data: dict[str, Any], about: dict[str, str] | None = None) -> str:
-        """The MLflow run of our run id, RUNNING; made with the tags `about` where there is none yet."""
+        """The MLflow run of our run id, set to RUNNING; created with the tags `about` if there is none yet."""
         found = self.client.search_runs([self.experiment], f"tags.`{RUN_ID}` = '{ours}'", max_results=1)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
@@ -152,7 +163,7 @@ class Tracker:
             self.client.update_run(run_id, status="RUNNING")
             if "fer.error" in found[0].data.tags:
                 self.client.delete_tag(run_id, "fer.error")
-            if not found[0].data.params:  # killed before they were written
+            if not found[0].data.params:  # it was killed before they were written
                 self._describe(run_id, name, run, data)
             return run_id
         tags |= {RUN_ID: ours, "model": name, "dataset": data["dataset"], "data_hash": data["hash"]}
@@ -169,7 +180,7 @@ class Tracker:
         dataset = Dataset(data["dataset"], data["hash"], source_type="dvc", source=source)
         try:
             self.client.log_inputs(run_id, [DatasetInput(dataset)])
-        except MlflowException:  # another run made the same entry at this moment; now it is there
+        except MlflowException:  # another run was creating the same entry; now it exists
             self.client.log_inputs(run_id, [DatasetInput(dataset)])
         self.client.log_batch(run_id, params=[Param("name", name), *params])
 
@@ -195,7 +206,7 @@ class Tracker:
         points = [Metric(key, value, when, summary["epochs"]) for key, value in values.items()]
         self.client.log_batch(run_id, metrics=points)
         self.client.set_tag(run_id, "mlflow.note.content", note(summary))
-        with self._drawing, ThreadPoolExecutor(1) as drawing:  # it keeps fonts open as long as its thread lives
+        with self._drawing, ThreadPoolExecutor(1) as drawing:  # matplotlib keeps fonts open as long as the thread lives
             picture = drawing.submit(confusion_picture, summary, folder / CONFUSION).result()
         for path in (
             picture,
@@ -208,7 +219,7 @@ class Tracker:
         return self._register(run_id, folder, summary)
 
     def _register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> tuple[str, int]:
-        """A version of `fer-<dataset>` for this run, made once, and the alias when its val accuracy is the best."""
+        """One version of `fer-<dataset>` per run; moves the alias if its val accuracy is the best so far."""
         name, accuracy = f"fer-{summary['data']['dataset']}", summary["val"]["accuracy"]
         with self._registry:
             found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
@@ -243,24 +254,24 @@ class Tracker:
 
     def _silent(self, what: str) -> str:
         return (
-            f"tracking.uri: {without_password(self.uri)} does not answer any more; {what} are safe on disk, "
+            f"tracking.uri: {without_password(self.uri)} no longer answers; {what} are safe on disk, "
             "start the server and run the command again"
         )
 
 
 class _Follower:
-    """Carries new lines of metrics.jsonl to MLflow, from a thread; sending a line twice changes nothing."""
+    """A thread that sends new lines of metrics.jsonl to MLflow; sending a line twice does no harm."""
 
     def __init__(self, client: MlflowClient, followed: Callable[[], Iterable[tuple[str, Path]]]):
-        """`followed`: MLflow's run and the file of each run there is now; asked again and again."""
+        """`followed`: MLflow run id and file of each run to follow; called every second or so."""
         self.client, self.followed = client, followed
-        self.sent: dict[str, int] = {}  # MLflow's run -> lines of its file that are there
+        self.sent: dict[str, int] = {}  # MLflow run id -> number of lines sent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def close(self) -> bool:
-        """Send what is left; False where the server does not answer."""
+        """Send what is left; False if the server does not answer."""
         self._stop.set()
         self._thread.join()
         return self._send()
@@ -283,18 +294,18 @@ class _Follower:
 
 
 class _Trials:
-    """The trials of a sweep as runs of MLflow, below the sweep's own; trials themselves know no server."""
+    """The trials of a sweep as child runs of its MLflow run, read from their folders."""
 
     def __init__(self, tracker: Tracker, parent: str, plan: Plan, data: dict[str, Any]):
         self.tracker, self.client, self.parent, self.plan, self.data = tracker, tracker.client, parent, plan, data
-        self.runs: dict[str, str] = {}  # our name of a trial -> MLflow's run, while it is open
-        self.over = False  # the search is: what did not end was stopped
+        self.runs: dict[str, str] = {}  # our name of a trial -> MLflow run id, while it is open
+        self.over = False  # of the search: unfinished trials are stopped ones
         query = f"tags.`{PARENT}` = '{parent}' and attributes.status != 'RUNNING'"
         found = self.client.search_runs([tracker.experiment], query)
         self.ended = {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
 
     def followed(self) -> Iterator[tuple[str, Path]]:
-        """MLflow's run and the file of each trial that has not ended; it is ended once its file was sent."""
+        """MLflow run id and file of each open trial; a finished one is closed after its file has been sent."""
         trials = read_trials(self.plan.folder)
         for trial in trials:
             if self._name(trial) not in self.ended:
@@ -303,7 +314,7 @@ class _Trials:
                     self._end(trial, trials)
 
     def leave(self) -> None:
-        """The search was cut: none of its trials runs any more."""
+        """Mark open trials as KILLED, as the search was interrupted."""
         for run_id in self.runs.values():
             with suppress(MlflowException):
                 self.client.set_terminated(run_id, "KILLED")
@@ -343,7 +354,7 @@ def _points(row: dict[str, Any]) -> list[Metric]:
 
 
 def tracking_uri(configured: str) -> str:
-    """MLFLOW_TRACKING_URI or the configured one; a relative SQLite path becomes absolute."""
+    """MLFLOW_TRACKING_URI, or else `configured`; a relative SQLite path becomes absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
     prefix = "sqlite:///"
     if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
@@ -352,7 +363,7 @@ def tracking_uri(configured: str) -> str:
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a finished run; `final/` keeps them apart from the curves in the UI."""
+    """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
     values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
     for split in ("val", "test", "test_unleaked", "test_without_train"):
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
@@ -384,7 +395,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     )
     needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run.model))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
+        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is enough
         return mlflow.pyfunc.log_model(
             name=summary["name"],
             loader_module="fer.predict",
@@ -397,7 +408,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
 
 
 def _check_answers(uri: str) -> None:
-    """One quick look, since mlflow itself tries for minutes. Raises UserError; a password in `uri` is not shown."""
+    """Try the server once, as mlflow retries for minutes. Raises UserError, which does not show a password in `uri`."""
     parts = urlsplit(uri)
     remedy = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
     kind = parts.scheme.partition("+")[0]
@@ -410,9 +421,9 @@ def _check_answers(uri: str) -> None:
             socket.create_connection((parts.hostname or "localhost", parts.port or PORTS[kind]), timeout=5).close()
         else:
             known = "sqlite:///FILE, postgresql://... or http://..."
-            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; give {known}")
+            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; use {known}")
     except urllib.error.HTTPError as error:
-        if error.code not in (401, 404):  # it answers; credentials are mlflow's own matter
+        if error.code not in (401, 404):  # it answers; mlflow handles credentials
             answer = f"{error.code} {error.reason}"
             raise UserError(f"tracking.uri: {without_password(uri)} answers {answer}; {remedy}") from None
     except (OSError, ValueError) as error:
@@ -425,14 +436,14 @@ def _check_writable(path: Path) -> None:
         with closing(sqlite3.connect(path)) as store:
             store.execute("begin immediate")
     except sqlite3.OperationalError as error:
-        if "locked" not in str(error):  # another process writes at this moment
+        if "locked" not in str(error):  # another process is writing
             raise UserError(
-                f"tracking.uri: cannot write {path} ({error}); free some space or name a file that can be written"
+                f"tracking.uri: cannot write {path} ({error}); free some space or choose a writable file"
             ) from None
 
 
 def without_password(uri: str) -> str:
-    """The address for people and files."""
+    """`uri` with *** for its password, to be shown or stored."""
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 

@@ -619,7 +619,7 @@ def test_a_written_file_says_what_differs_from_its_base() -> None:
 def test_an_experiment_that_cannot_be_written() -> None:
     tree, before = one("vgg13_small").run.model_dump(), sorted(os.listdir("experiments"))
     for name, message in {
-        "doe": "experiments/doe.yaml: is there already; give another name with --as",
+        "doe": "experiments/doe.yaml: exists already; choose another name with --as",
         "a b": "--as a b: an experiment's name is made of letters, digits, _ and -",
         "../x": "--as ../x: an experiment's name is made of letters, digits, _ and -",
         "": "--as : an experiment's name is made of letters, digits, _ and -",

@@ -49,14 +49,14 @@ def test_the_note_counts_the_images_that_are_not_leaked(summary: dict[str, Any])
     """Of 40 test images, 4 are marked as copies of training images."""
     text = note(summary)
     assert f"**{row(summary)['test']} %** of 40 test images" in text
-    assert f"**{row(summary)['unleaked']} %** of the 36 that do not stand in train or val" in text
+    assert f"**{row(summary)['unleaked']} %** of the 36 that are in neither train nor val" in text
 
 
 def test_where_every_test_image_is_leaked(summary: dict[str, Any]) -> None:
     for key in ("test_unleaked", "test_without_train"):
         summary[key] = {"images": 0, "recall": [], "confusion": []}
     assert (row(summary)["unleaked"], row(summary)["not in train"]) == ("-", "-")
-    assert "**- %** of the 0 that do not stand in train or val" in note(summary)
+    assert "**- %** of the 0 that are in neither train nor val" in note(summary)
 
 
 def test_a_run_of_other_code_is_marked(summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,9 +87,9 @@ def test_a_name_and_a_file_are_the_same_and_a_file_may_lie_elsewhere() -> None:
         (["nope"], "sweeps/nope.yaml: no such sweep; known: fpdls, sample, tiny"),
         (["sampel"], "sweeps/sampel.yaml: no such sweep, did you mean 'sample'?"),
         (["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: no such sweep, did you mean 'tiny'?"),
-        ([], "fer sweep: name one sweep, of fpdls, sample, tiny"),
-        (["trials=3"], "fer sweep: name one sweep, of fpdls, sample, tiny"),
-        (["tiny", "sample"], "fer sweep: name one sweep, of fpdls, sample, tiny"),
+        ([], "fer sweep: name one sweep, one of fpdls, sample, tiny"),
+        (["trials=3"], "fer sweep: name one sweep, one of fpdls, sample, tiny"),
+        (["tiny", "sample"], "fer sweep: name one sweep, one of fpdls, sample, tiny"),
         (["tiny", "=3"], "=3: write it as key=value, for example optimizer.lr=3e-4"),
     ],
 )
@@ -139,8 +139,8 @@ def test_a_file_that_is_no_sweep(text: str, message: str) -> None:
         ("max_failures=3", "max_failures: unknown key; known: "),
         ("base=vgg13_smll", "base: experiments/vgg13_smll.yaml: no such experiment, did you mean 'vgg13_small'?"),
         ("grace_epochs=21", "grace_epochs: 21, but the base has 20 epochs; lower it"),
-        ("space={}", "space: holds no key to search; name one at least"),
-        ("search=grid", "search: grid needs choices alone, loss.alpha has a range; use tpe or random"),
+        ("space={}", "space: holds no key to search; give at least one"),
+        ("search=grid", "search: grid needs choices only, loss.alpha has a range; use tpe or random"),
         ("changes={epoch: 9}", "changes: epoch: unknown key, did you mean 'epochs'?"),
         ("changes.epoch=9", "epoch: unknown key, did you mean 'epochs'?"),
         ("changes={optimizer: {lr: -1.0}}", "changes: optimizer.lr: should be greater than 0, got -1.0"),
@@ -194,14 +194,15 @@ def test_dimensions_that_overlap_are_told() -> None:
 def test_a_base_that_starts_from_another_run() -> None:
     write("mine", base="disentangled_doe_tiny", space=LR)
     assert mistakes("mine") == [
-        "sweeps/mine.yaml: base: disentangled_doe_tiny starts from another run (init_from), trials cannot; name another"
+        "sweeps/mine.yaml: base: disentangled_doe_tiny "
+        "starts from another run (init_from), which trials cannot; use another"
     ]
 
 
 def test_a_space_must_hold_the_base_as_it_is_changed() -> None:
     (line,) = mistakes("sample", "changes.optimizer.lr=3e-4")
     assert line == (
-        "sweeps/sample.yaml: space.optimizer.lr: does not hold the base's 0.0003, which is the first trial; "
+        "sweeps/sample.yaml: space.optimizer.lr: does not contain the base's 0.0003, which is the first trial; "
         "add it to the choices"
     )
     assert experiments.load(["vgg13_small", "optimizer.lr=3e-4"], {})["vgg13_small"].run.optimizer.lr == 3e-4
@@ -220,7 +221,7 @@ def test_grid_takes_choices_alone() -> None:
     assert load("sample", "search=grid", "scheduler=none")[1].search == "grid"
     assert mistakes("sample", "search=grid", "space.loss_=3")[0].startswith("sweeps/sample.yaml: space.loss_: give one")
     (line,) = mistakes("sample", "search=grid", "space.class_weights={float: [0.0, 1.0]}")
-    assert line == "command line: search: grid needs choices alone, class_weights has a range; use tpe or random"
+    assert line == "command line: search: grid needs choices only, class_weights has a range; use tpe or random"
 
 
 # Layers
@@ -335,7 +336,7 @@ def test_apply_names_it_after_the_sweep_and_does_not_write_over_anything(
     assert experiments.load(["tiny_best"], {})["tiny_best"].run == run
     text = experiments.path_of("tiny_best").read_text()
     for name, message in [
-        ("tiny_best", "experiments/tiny_best.yaml: is there already; give another name with --as"),
+        ("tiny_best", "experiments/tiny_best.yaml: exists already; choose another name with --as"),
         ("a/b", "--as a/b: an experiment's name is made of letters, digits, _ and -"),
     ]:
         capsys.readouterr()

@@ -68,15 +68,15 @@ def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = No
         ("model.resizer", {"factor": [0, 1]}, "a factor needs a fraction or a table of them, the base has "),
         ("optimizer.lr", {"float": [1, 1]}, "the range [1, 1] is empty; low must be below high"),
         ("optimizer.lr", {"log": [1e-2, 1e-5]}, "the range [0.01, 1e-05] is empty; low must be below high"),
-        ("optimizer.lr", {"log": [0, 1]}, "a log range must begin above 0, got 0"),
+        ("optimizer.lr", {"log": [0, 1]}, "a log range must start above 0, got 0"),
         ("augment", {"factor": [-1, 1]}, "a factor must not be negative, got -1"),
         ("batch_size", {"int": [1.5, 64]}, "int needs whole numbers, got [1.5, 64]"),
         ("optimizer.lr", {"float": [0, "x"]}, "float needs two numbers, [low, high], got [0, 'x']"),
         ("optimizer.lr", {"float": [0, True]}, "float needs two numbers, [low, high], got [0, True]"),
         ("optimizer.lr", {"float": [0, 1, 2]}, "float needs two numbers, [low, high], got [0, 1, 2]"),
         ("optimizer.lr", {"float": 3}, "float needs a list, got 3"),
-        ("loss", {"choice": ["focal"]}, "choice needs two values at least, got ['focal']"),
-        ("optimizer.lr", {"uniform": [0, 1]}, "no kind of range 'uniform'; give one of {int: [low, high]}, "),
+        ("loss", {"choice": ["focal"]}, "choice needs at least two values, got ['focal']"),
+        ("optimizer.lr", {"uniform": [0, 1]}, "unknown kind of range 'uniform'; give one of {int: [low, high]}, "),
         ("optimizer.lr", [0, 1], "give one of {int: [low, high]}, {float: "),
         ("optimizer.lr", {"float": [0, 1], "log": [0, 1]}, "give one of {int: [low, high]}, {float: "),
         ("loss.alpha", {"float": [0.5, 2]}, "2 cannot work: loss.alpha: should be less than or equal to 1, got 2"),
@@ -86,15 +86,15 @@ def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = No
         ("loss", {"choice": ["focal_pdls", {"name": "pdls", "gamma": 2.0}]},
          "'pdls' cannot work: loss.gamma: unknown key of 'pdls'; known: alpha"),
         ("model.stn", {"choice": [True, "no"]}, "'no' cannot work: model.stn: should be a valid boolean, got 'no'"),
-        ("model.stn", {"choice": [True, 1]}, "1 stands in the choices twice"),
-        ("loss", {"choice": ["focal_pdls", {"name": "focal_pdls"}]}, "'focal_pdls' stands in the choices twice"),
+        ("model.stn", {"choice": [True, 1]}, "1 is twice in the choices"),
+        ("loss", {"choice": ["focal_pdls", {"name": "focal_pdls"}]}, "'focal_pdls' is twice in the choices"),
         ("model.resizer.size", {"choice": [24, 25]}, "25 cannot work: model.backbone.patch_size: the image's side "),
         ("augment", {"factor": [0, 20]}, "20 cannot work: augment.rotation: should be less than or equal to 180"),
-        ("loss.alpha", {"float": [0.9, 1]}, "does not hold the base's 0.8, which is the first trial; widen"),
-        ("augment", {"factor": [0, 0.5]}, "does not hold the base's 1, which is the first trial; widen"),
-        ("loss", {"choice": ["focal", "pdls"]}, "does not hold the base's {'name': 'focal_pdls', 'alpha': 0.8, 'gamma':"
-         " 2.0}, which is the first trial; add"),
-        ("loss.name", {"choice": ["focal", "pdls"]}, "does not hold the base's 'focal_pdls', which is the first trial"),
+        ("loss.alpha", {"float": [0.9, 1]}, "does not contain the base's 0.8, which is the first trial; widen"),
+        ("augment", {"factor": [0, 0.5]}, "does not contain the base's 1, which is the first trial; widen"),
+        ("loss", {"choice": ["focal", "pdls"]}, "does not contain the base's {'name': 'focal_pdls', 'alpha': 0.8, "
+         "'gamma': 2.0}, which is the first trial; add"),
+        ("loss.name", {"choice": ["focal", "pdls"]}, "does not contain the base's 'focal_pdls', which is "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_key(key: str, given: object, message: str) -> None:
@@ -107,7 +107,7 @@ def test_a_name_that_comes_with_another_value_than_the_bases_is_not_the_base() -
     run = base("swin_nr_fpdls_tiny", "loss.alpha=0.6")
     assert spaces.params_of(run, space({"loss": {"choice": ["focal_pdls", "pdls"]}}, run)) == {"loss": "focal_pdls"}
     (line,) = mistakes({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, run)
-    assert line.startswith("space.loss: does not hold the base's {'name': 'focal_pdls', 'alpha': 0.6, ")
+    assert line.startswith("space.loss: does not contain the base's {'name': 'focal_pdls', 'alpha': 0.6, ")
 
 
 def test_a_point_changes_what_it_names_and_nothing_else() -> None:
@@ -208,7 +208,7 @@ def test_both_ends_of_a_range_in_a_choice_are_tried() -> None:
     (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"float": [1, 1]}}]}})
     assert line == "space.loss: the range [1, 1] is empty; low must be below high"
     (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"factor": [0, 1]}}]}})
-    assert line == "space.loss: a factor cannot stand inside a choice"
+    assert line == "space.loss: a factor cannot be inside a choice"
 
 
 def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_the_bases_keys() -> None:

@@ -307,7 +307,7 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    with pytest.raises(UserError, match="does not answer any more.*safe on disk"):
+    with pytest.raises(UserError, match="no longer answers; .*safe on disk"):
         record(Tracker(uri, "test"), folder, kill)
     server()
     again = Tracker(uri, "test")
@@ -321,7 +321,7 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(
     ("uri", "message"),
     [
         ("http://127.0.0.1:PORT", "no server answers at"),
-        ("./mlruns", "'./mlruns' is no tracking store; give sqlite:///FILE"),
+        ("./mlruns", "'./mlruns' is no tracking store; use sqlite:///FILE"),
         ("postgresql://me:secret@127.0.0.1:PORT/x", "no server answers at postgresql://me:***@127.0.0.1:"),
         ("sqlite:////nowhere/mlflow.db", "cannot write /nowhere/mlflow.db (unable to open database file); free some"),
     ],
