@@ -101,7 +101,7 @@ def _check_no_older_format(job: Job) -> None:
         if read_summary(last.parent) is None and (begun := _other_format(last, job.run)):
             raise UserError(
                 f"{last.parent}: was begun in format {begun} and cannot be resumed in format {FORMAT}; "
-                "delete that folder to train anew"
+                "delete that folder to train from scratch"
             )
 
 
@@ -144,7 +144,7 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher) -> None:
     if ready and tracker.recorded(job.folder):
         return
     if summary is not None and (again := outdated(summary, data)):
-        _tell(f"{job.folder.name}: {again}")
+        _say(f"{job.folder.name}: {again}")
     if is_held(job.folder):
         raise UserError(f"another process is training {job.folder.name}; wait for it or stop it")
     try:
@@ -201,10 +201,10 @@ def _stops_at_a_signal(save: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with suppress(KeyboardInterrupt):
-            _tell(f"{show_cursor}\nstopping: every run saves its state; Ctrl-C again exits at once")
+            _say(f"{show_cursor}\nstopping: every run saves its state; Ctrl-C again exits at once")
             save()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _tell("stopped: the same command resumes")
+        _say("stopped: the same command resumes")
         threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal as well
         try:
             with get_client(sync_client=True) as client:
@@ -220,7 +220,7 @@ def _stops_at_a_signal(save: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 

@@ -132,6 +132,7 @@ def reached(folder: Path) -> tuple[int, int]:
     return (progress["epoch"], progress["step"]) if progress else (0, 0)
 
 
+@pytest.mark.timeout(600)  # three commands
 def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     project: Path, tmp_path: Path, prefect_server: str, ray_here: None, here: Here
 ):
@@ -429,7 +430,7 @@ def test_a_run_that_was_begun_in_format_1_is_refused_and_nothing_else_is(project
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: data/runs/bars-s1111-28b44a7d: was begun in format 1 and cannot be resumed in format 2; "
-        "delete that folder to train anew\n"
+        "delete that folder to train from scratch\n"
     )
     assert [path.name for path in (project / "data/runs").iterdir()] == [folder.name]
 

@@ -121,8 +121,8 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
         found = tuner.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    if mistake.told:
-        raise UserError(mistake.told)
+    if mistake.message:
+        raise UserError(mistake.message)
     for index in range(len(found)):
         result = found[index]
         if result.error is not None and result.config is not None:
@@ -148,9 +148,9 @@ def trials_at_once(plan: Plan) -> int:
     return int(min(room, sweep.at_once or room))
 
 
-def _sampler(plan: Plan, told: int) -> optuna.samplers.BaseSampler:
+def _sampler(plan: Plan, known: int) -> optuna.samplers.BaseSampler:
     """The seed depends on the number of known trials, as a resumed search would draw its first points again."""
-    seed = plan.sweep.seed + told
+    seed = plan.sweep.seed + known
     if plan.sweep.search != "tpe":
         return optuna.samplers.RandomSampler(seed=seed)
     start = min(10, max(4, plan.sweep.trials // 4))
@@ -174,14 +174,14 @@ class _Mistake(tune.Stopper):
     """Ends the search when a trial meets a mistake that would stop all others."""
 
     def __init__(self) -> None:
-        self.told: str | None = None
+        self.message: str | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self.told = self.told or result.get("mistake")
+        self.message = self.message or result.get("mistake")
         return False
 
     def stop_all(self) -> bool:
-        return self.told is not None
+        return self.message is not None
 
 
 def _trial(config: dict[str, Any], plan: Plan) -> None:
@@ -194,18 +194,18 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
     job = plan.job(config)
     disk.begin_trial(job.folder, config)
     rows, error = read_rows(job.folder), disk.read_error(job.folder)
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
 
-    def tell(row: dict[str, Any]) -> None:
-        told.append(row)
-        if error is None and job.run.is_over(told):
+    def report(row: dict[str, Any]) -> None:
+        reported.append(row)
+        if error is None and job.run.is_over(reported):
             disk.end_trial(job.folder)  # before the report, as Tune stops a trial after its last epoch
-        tune.report({TIME: row["epoch"], METRIC: max(row["val_accuracy"] for row in told)})
+        tune.report({TIME: row["epoch"], METRIC: max(row["val_accuracy"] for row in reported)})
 
     for row in rows:
-        tell(row)
+        report(row)
     if error is None and (not rows or (job.folder / LAST).exists()):
-        ended = work(job, plan.root / "data", evaluated=False, on_epoch=tell, patience=math.inf)
+        ended = work(job, plan.root / "data", evaluated=False, on_epoch=report, patience=math.inf)
         if ended.kind == "mistake":
             tune.report({TIME: len(rows) + 1, METRIC: WORST, "mistake": ended.message})
         if ended.kind in ("stopped", "terminated", "died"):

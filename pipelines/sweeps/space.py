@@ -25,9 +25,14 @@ Params = dict[str, Any]  # a point, as Optuna stores it: name of a range -> numb
 class Draw(Protocol):
     """Source of a value for each range: a trial of Optuna, or known values (`Known`)."""
 
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """A number of an int range."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number of a float, log or factor range."""
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        """A label of a choice."""
 
 
 class Known:
@@ -37,12 +42,15 @@ class Known:
         self.params, self.high = params, high
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
+        """See `Draw`."""
         return self.params.get(name, high if self.high else low)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """See `Draw`."""
         return self.params.get(name, high if self.high else low)
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        """See `Draw`."""
         return self.params.get(name, choices[-1 if self.high else 0])
 
 
