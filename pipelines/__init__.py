@@ -1,4 +1,7 @@
-"""The pipeline around `fer`. Importing it sets what keeps the frameworks local and quiet; set variables win."""
+"""The pipeline around `fer`. Importing it sets environment variables that keep the frameworks local and quiet.
+
+Variables that are already set win.
+"""
 
 import os
 from pathlib import Path
@@ -7,27 +10,27 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_HOME": str(Path.cwd() / ".prefect"),
-    "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN": "1",  # else Prefect's temporary server waits 5 s for its own clients
+    "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN": "1",  # otherwise Prefect's temporary server waits 5 s for its own clients
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default 20 is too short on a loaded machine
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half the memory; nothing here needs the job runner
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a dead server must not hold a run up; metrics are on disk first
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a dead server must not delay a run; metrics are on disk first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "HF_HUB_VERBOSITY": "error",  # without a network it tells of every try
+    "HF_HUB_VERBOSITY": "error",  # without a network it logs every attempt
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces
-    "RAY_prestart_worker_first_driver": "0",  # the workers of a run have an environment of their own and start anew
-    "RAY_worker_niceness": "0",  # as any training; with Ray's 15 every small process beside it comes first
-    "RAY_enable_metrics_collection": "0",  # nobody reads them here, and the agent that holds them grows with every run
+    "RAY_prestart_worker_first_driver": "0",  # useless: workers of runs have their own environment
+    "RAY_worker_niceness": "0",  # with Ray's 15, every other small process would take precedence over training
+    "RAY_enable_metrics_collection": "0",  # nobody reads them, and the agent that holds them grows with every run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # runs wait for busy GPUs instead of failing
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; `fer sweep` has one
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what a trial did stands in its own folder
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the flow's
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial writes its own files
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the flow handles Ctrl-C
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)

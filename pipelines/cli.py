@@ -21,7 +21,7 @@ from fer.errors import UserError, disk_error
 from fer.run_folder import read_progress, read_rows, read_summary
 
 app = typer.Typer(
-    help="Facial-expression-recognition experiments: `dvc repro` makes the data, experiments/ says what is trained.",
+    help="Facial-expression-recognition experiments. `dvc repro` prepares the data; experiments/ is what to train.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -29,7 +29,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings of all of them."),
+    typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings to change in all of them."),
 ]
 RUNS = Path("data/runs")
 
@@ -45,7 +45,7 @@ class _RunByDefault(typer.core.TyperGroup):
 sweeps = typer.Typer(
     cls=_RunByDefault,
     no_args_is_help=True,
-    help="Search for better settings of an experiment: `fer sweep NAME`, of sweeps/.",
+    help="Search for better settings of an experiment: `fer sweep NAME` runs sweeps/NAME.yaml.",
 )
 app.add_typer(sweeps, name="sweep")
 
@@ -55,15 +55,15 @@ def train(
     words: Words = None,
     every: Annotated[bool, typer.Option("--all", help="All experiments in experiments/.")] = False,
 ) -> None:
-    """Train experiments at the same time, evaluate them, record them in MLflow and register the best.
+    """Train and evaluate experiments in parallel, record them in MLflow and register their models.
 
-    Without a name it lists them.
+    Without a name, list the experiments.
     """
     words = _named(words, every)
     if not words:
         return
     _check(words)  # before the frameworks, which take seconds to import
-    # the bars and the table say it better; Prefect's UI has the whole log
+    # the bars and the table show it better; Prefect's UI has the whole log
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow, report
 
@@ -86,24 +86,24 @@ def train(
 
 
 def _named(words: list[str] | None, every: bool) -> list[str]:
-    """`words`, with the names of all experiments where they are wished; [] where none was named and a list is shown."""
+    """`words`, with the names of all experiments if `every`; [] if none is named, after printing a list of them."""
     from pipelines import experiments
 
     names, changes = experiments.split(words or [])
     if not names and not experiments.known():
-        raise UserError(f"{experiments.FOLDER}: no experiment there; run the command in the project's root folder")
+        raise UserError(f"{experiments.FOLDER}: no experiments there; run the command in the project's root folder")
     if every:
         return [*experiments.known(), *(name for name in names if name not in experiments.known()), *changes]
     if names:
         return [*names, *changes]
     if changes:
-        raise UserError(f"{changes[0]}: name the experiment that it is for, of {', '.join(experiments.known())}")
+        raise UserError(f"{changes[0]}: name the experiment it is for, one of {', '.join(experiments.known())}")
     _print_experiments()
     return []
 
 
 def _check(words: list[str]) -> dict[str, Any]:
-    """The experiments of `words`, read. Raises UserError with what is wrong in them and in params.yaml."""
+    """The experiments named in `words`. Raises UserError with all mistakes in them and in params.yaml."""
     from pipelines import experiments
     from pipelines.params import load, machine
 
@@ -153,8 +153,8 @@ def _print_settings(found: Any) -> None:
 
 
 @app.command()
-def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of one.")]) -> None:
-    """Show a finished run's numbers on val and test, class by class."""
+def evaluate(run: Annotated[str, typer.Argument(help="A run id, or its first characters.")]) -> None:
+    """Show a finished run's results on val and test, class by class."""
     from fer.data.dataset import open_data
     from fer.evaluate import evaluate as evaluate_run
     from fer.evaluate import outdated
@@ -166,7 +166,7 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of 
         console.print(f"{folder.name}: {again}", style="yellow")
     summary = evaluate_run(folder, "data", load().resources)
     _print_table([summary])
-    table = Table("class", "test images", "found %", "most often taken for", title="Test, class by class")
+    table = Table("class", "test images", "recall %", "most often mistaken for", title="Test, class by class")
     confusion = summary["test"]["confusion"]
     for index, name in enumerate(summary["classes"]):
         line, recall = confusion[index], summary["test"]["recall"][index]
@@ -179,7 +179,7 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or the start of 
 
 @app.command()
 def compare() -> None:
-    """Compare all finished runs, each with its data, and the published numbers for that data set."""
+    """Compare all finished runs on the same data, with the published results on that data set."""
     from fer.formats import format_of
     from fer.run import FORMAT
     from pipelines import report
@@ -203,7 +203,7 @@ def compare() -> None:
 
 @app.command()
 def models(words: Words = None) -> None:
-    """Show what the networks of experiments (all without a name) cost and where their weights come from."""
+    """Show the cost of the experiments' networks and where their weights come from; all without a name."""
     from fer.data.labels import CLASSES
     from fer.models import origin
     from fer.models.cost import cost
@@ -212,7 +212,7 @@ def models(words: Words = None) -> None:
     names, changes = experiments.split(words or [])
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("experiment", no_wrap=True)
-    for column in ("parameters", "learning", "GFLOP", "input"):
+    for column in ("parameters", "trainable", "GFLOP", "input"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("network: its weights")
     missing = []
@@ -230,8 +230,8 @@ def models(words: Words = None) -> None:
         table.add_row(name, *numbers, size, "\n".join(f"{network}: {source}" for network, source in sources))
     console.print(table)
     console.print(
-        "learning: parameters that training changes. GFLOP: one image forward, a multiplication and an addition are "
-        "two; training costs three times that for the part that learns. input: what the network sees.",
+        "trainable: parameters that training changes. GFLOP: forward pass of one image, a multiply-add counts as two; "
+        "training costs three times that for the trainable part. input: size of the network's input.",
         style="dim",
     )
     if missing:
@@ -242,7 +242,7 @@ def models(words: Words = None) -> None:
 def upscale_gallery(
     faces: Annotated[int, typer.Option(help="How many faces, evenly spaced in the data.", min=1)] = 6,
 ) -> None:
-    """Draw the same faces enlarged by every super-resolution method whose weights are there, one row each."""
+    """Draw the same faces enlarged by every super-resolution method whose weights are available."""
     import numpy as np
 
     from fer.data.charts import contact_sheet
@@ -273,10 +273,10 @@ def upscale_gallery(
 
 @sweeps.command(name="run")
 def sweep_run(
-    words: Annotated[list[str], typer.Argument(metavar="NAME|FILE [KEY=VALUE]...", help="A sweep, and its settings.")],
-    new: Annotated[bool, typer.Option("--new", help="Start another where settings differ from the one begun.")] = False,
+    words: Annotated[list[str], typer.Argument(metavar="NAME|FILE [KEY=VALUE]...", help="A sweep, and changes to it.")],
+    new: Annotated[bool, typer.Option("--new", help="Start another sweep if the settings have changed.")] = False,
 ) -> None:
-    """Search, confirm the best with other seeds, record all in MLflow; goes on where it was cut."""
+    """Search, confirm the best with other seeds, record everything in MLflow. Resumes an interrupted sweep."""
     from pipelines.params import load, machine
     from pipelines.sweeps import folder as sweep_folder
     from pipelines.sweeps import settings
@@ -287,7 +287,7 @@ def sweep_run(
 
     plan, _ = flow.prepare_sweep(words, new)
     if sweep_folder.complete(plan):
-        console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to go on.")
+        console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to continue.")
     else:
         _warn_of_random_weights({plan.base.name: plan.base.run})
         with _Board(plan.folder):
@@ -300,8 +300,8 @@ def sweep_run(
 
 
 @sweeps.command(name="status")
-def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all without.")] = None) -> None:
-    """Show the trials of a sweep and the best so far, also while it runs elsewhere."""
+def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all sweeps by default.")] = None) -> None:
+    """Show the trials of a sweep and the best so far, even while it is running."""
     from pipelines.sweeps import folder as sweep_folder
 
     found = sweep_folder.folders(name)
@@ -318,7 +318,7 @@ def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all w
 def sweep_apply(
     name: Annotated[str, typer.Argument(help="A finished sweep.")],
     new_name: Annotated[
-        str | None, typer.Option("--as", metavar="EXPERIMENT", help="Its name; NAME_best without.")
+        str | None, typer.Option("--as", metavar="EXPERIMENT", help="Name of the new experiment; NAME_best by default.")
     ] = None,
 ) -> None:
     """Write the best settings of a finished sweep into experiments/ as an experiment based on the sweep's base."""
@@ -357,13 +357,13 @@ def ui(
 
 
 def _server(words: list[str], port: int) -> list[str]:
-    """The whole command of a server whose program stands beside this Python's."""
+    """The full command line of a server that is installed beside this Python."""
     program, *options = words
     return [str(Path(sys.executable).parent / program), *options, "--host", "127.0.0.1", "--port", str(port)]
 
 
 class _Board:
-    """The table of a sweep's trials, drawn anew from what they write."""
+    """A live table of a sweep's trials, drawn from the files that they write."""
 
     def __init__(self, folder: Path):
         self.folder, self.stop = folder, threading.Event()
@@ -386,7 +386,7 @@ class _Board:
 
 
 def _trials_table(folder: Path) -> Table:
-    """Trials, best first; below them how far the sweep is."""
+    """Trials, the best first; the caption says how far the sweep is."""
     from pipelines import report
     from pipelines.sweeps import folder as sweep_folder
     from pipelines.work import is_held
@@ -414,12 +414,12 @@ def _print_result(folder: Path) -> None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]
         console.print(
-            f"Pictures and trials.csv: [bold]{folder}[/]. Keep the best: [bold]fer sweep apply {name} --as NAME[/]"
+            f"Plots and trials.csv: [bold]{folder}[/]. Keep the best: [bold]fer sweep apply {name} --as NAME[/]"
         )
 
 
 class _Bars:
-    """A progress bar per run, drawn from the files that the runs write, so that it shows runs on any machine."""
+    """A progress bar per run, drawn from the files that the runs write, so it works for runs on any machine."""
 
     def __init__(self, folders: list[Path]):
         self.folders, self.stop = folders, threading.Event()
@@ -466,20 +466,20 @@ def _warn_of_random_weights(runs: dict[str, Any]) -> None:
     for name, run in runs.items():
         for backbone in random_backbones(run.model, run.init_from):
             console.print(
-                f"{name}: {backbone} starts from random weights; its numbers are not those of papers that start from "
-                "pretrained ones",
+                f"{name}: {backbone} starts from random weights; do not compare its results with those of papers that "
+                "start from pretrained weights",
                 style="yellow",
             )
 
 
 def _failures(state: Any) -> dict[str, BaseException]:
-    """name -> error of the runs that failed; the flow's own error under `flow`."""
+    """name -> error of each failed run; the flow's own error under `flow`."""
     result = state.result(raise_on_failure=False)
     return {"flow": result} if isinstance(result, BaseException) else result
 
 
 def _first_failure(failed: dict[str, BaseException]) -> BaseException:
-    """One error that tells of all: the user's if all are the user's, else one of the program."""
+    """All failures as one error: a UserError if every one of them is, else a RuntimeError."""
     lines = [
         line if name == "flow" else f"{name}: {line}"
         for name, error in failed.items()
@@ -496,7 +496,7 @@ def _find(run: str) -> Path:
         known = ", ".join(sorted(path.name for path in RUNS.glob("*") if path.is_dir())) or "none yet"
         raise UserError(f"{run}: no such run in {RUNS}; runs: {known}")
     if len(found) > 1 and RUNS / run not in found:
-        raise UserError(f"{run}: fits several runs, give more of the id: {', '.join(path.name for path in found)}")
+        raise UserError(f"{run}: matches several runs, give more of the id: {', '.join(path.name for path in found)}")
     return RUNS / run if RUNS / run in found else found[0]
 
 
@@ -519,7 +519,7 @@ def _print_champions(tracker: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit status 2, anything else one line and 1."""
+    """Entry point. Errors are printed one per line; exit status 2 for mistakes of the user, 1 for other failures."""
     try:
         app()
     except UserError as error:
@@ -532,7 +532,7 @@ def main() -> None:
             raise
         _fail(known, 2)
     finally:
-        gc.freeze()  # else Python looks through all that Ray, MLflow and torch left once more, for seconds
+        gc.freeze()  # a last garbage collection of all that Ray, MLflow and torch left would take seconds
 
 
 def _fail(error: BaseException, status: int) -> None:

@@ -1,7 +1,7 @@
-"""Experiments: one file each in experiments/, over it `key=value` of the command line, and the typed run of both.
+"""Experiments: one file each in experiments/, changed by `key=value` on the command line, give a typed run.
 
 Precedence: the defaults of fer.run < `resources` of params.yaml < the file's `base` < the file < the command line. A
-layer that gives a section another `name` starts it anew: what the layers below it set there is dropped.
+layer that changes the `name` of a section resets it: what lower layers set in that section is dropped.
 """
 
 import os
@@ -19,36 +19,36 @@ from pipelines.params import parse_value, read_yaml, yaml_of
 
 FOLDER = Path("experiments")
 COMMAND_LINE, MACHINE, DEFAULT = "command line", "params.yaml", "default"
-NAME = re.compile(r"[A-Za-z0-9_-]+")  # a part of a folder's name
+NAME = re.compile(r"[A-Za-z0-9_-]+")  # it becomes part of a folder's name
 CHANGE = re.compile(r"[A-Za-z_][\w.]*=")
 SUFFIXES = (".yaml", ".yml")
 
 
 class Recipe(Run):
-    """What an experiment's file may hold."""
+    """The keys that an experiment's file may have."""
 
     base: str | None = None
-    """Experiment of which this one is a change."""
+    """Experiment that this one changes."""
     resources: Resources = Resources()
-    """Where the run computes; no part of its identity."""
+    """Where the run computes; not part of its identity."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment with all its values, and where they come from."""
+    """An experiment with all its values, and where they come from."""
 
     name: str
     path: Path
     head: str  # the comment at the top of the file
     run: Run
     resources: Resources
-    origins: Mapping[str, str]  # dotted path -> file or COMMAND_LINE, for all that is not a default
-    dropped: list[str]  # what a section that was started anew lost
+    origins: Mapping[str, str]  # dotted path -> file or COMMAND_LINE, for each value that is not a default
+    dropped: list[str]  # values lost when a section was reset
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be carried out."""
+    """A run to be carried out."""
 
     name: str
     run: Run
@@ -63,7 +63,7 @@ def known() -> list[str]:
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Names or files of experiments, and changes `key=value`. Raises UserError for a word that is neither."""
+    """Split words into names or files of experiments, and changes `key=value`. Raises UserError for any other."""
     changes = [word for word in words if CHANGE.match(word)]
     names = [word for word in words if word not in changes]
     for word in names:
@@ -73,10 +73,10 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
-    """The experiments named in `words`, with the changes in it, and those that their `init_from` names.
+    """The experiments named in `words`, with the changes there, and those that their `init_from` names.
 
-    Each stands behind the one it starts from, which gets of the changes `seed` alone unless it is named, too.
-    `machine`: `resources` of params.yaml. Raises UserError with every fault, one a line.
+    Each comes after the one it starts from; unless that is named as well, `seed` is the only change that applies to it.
+    `machine`: `resources` of params.yaml. Raises UserError with one line per mistake.
     """
     names, changes = split(words)
     files: dict[str, Path] = {}
@@ -96,7 +96,7 @@ def _add(
     found: dict[str, Experiment], faults: list[str], name: str, files: dict[str, Path], changes: list[str],
     machine: dict[str, Any], after: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Read one experiment, those before it first; `after`: those that wait for it."""
+    """Read one experiment, and before it those it starts from; `after`: those that start from it."""
     if name in found:
         return
     if name in after:
@@ -122,7 +122,7 @@ def _add(
 
 
 def path_of(word: str) -> Path:
-    """The file that a name or a path of a file means. Raises UserError for an unknown name."""
+    """The file of an experiment, given its name or path. Raises UserError for an unknown or invalid name."""
     path = Path(word) if word.endswith(SUFFIXES) else FOLDER / f"{word}.yaml"
     if not path.exists():
         raise UserError(f"{path}: no such experiment{nearest(path.stem, known())}")
@@ -134,10 +134,10 @@ def path_of(word: str) -> Path:
 def read(
     path: Path, changes: list[str], machine: dict[str, Any], over: tuple[dict[str, Any], str] = ({}, ""), asks: str = ""
 ) -> Experiment:
-    """The experiment of a file. `over`: a layer between file and changes, and what it is called.
+    """The experiment in a file. `over`: a layer between the file and the changes, and its name.
 
-    Raises UserError with every fault, one a line, each with where it stands; `asks`, who asks for the experiment, comes
-    before those that stand in its files.
+    Raises UserError with one line per mistake, which says where it is; `asks`, whatever needs this experiment, is put
+    before mistakes in its files.
     """
     layers = Layers(Recipe)
     layers.lay({"resources": machine}, MACHINE)
@@ -177,7 +177,7 @@ def head(path: Path) -> str:
 
 
 def values(experiment: Experiment) -> Iterator[tuple[str, Any, str, str]]:
-    """Every setting: its dotted path, value, where it comes from, and its meaning."""
+    """Yield every setting: its dotted path, its value, where that comes from, and its meaning."""
     yield from _values(experiment.run, "", experiment.origins)
     yield from _values(experiment.resources, "resources.", experiment.origins)
 
@@ -193,15 +193,15 @@ def _values(section: Section, prefix: str, origins: Mapping[str, str]) -> Iterat
 
 
 def write(name: str, base: str, tree: dict[str, Any], comment: str) -> Path:
-    """Write experiments/`name`.yaml: the run `tree` (plain values), as what differs from the experiment `base`.
+    """Write experiments/`name`.yaml with what differs between the run `tree` (plain values) and the experiment `base`.
 
-    Raises UserError when the name is taken, or does not do for an experiment.
+    Raises UserError if the name is taken or not valid.
     """
     path = FOLDER / f"{name}.yaml"
     if not NAME.fullmatch(name):
         raise UserError(f"--as {name}: an experiment's name is made of letters, digits, _ and -")
     if path.exists():
-        raise UserError(f"{path}: is there already; give another name with --as")
+        raise UserError(f"{path}: exists already; choose another name with --as")
     own = _difference(Run.model_validate(tree), read(path_of(base), [], {}).run)
     partial = path.with_name(f"{path.name}.partial")
     text = f"# {comment}\n# fer train {name}\n" + yaml_of({"base": base, **own})
@@ -211,7 +211,7 @@ def write(name: str, base: str, tree: dict[str, Any], comment: str) -> Path:
 
 
 def _difference(section: Section, base: Section) -> dict[str, Any]:
-    """What is to be laid over `base` to get `section`, which is of the same kind."""
+    """The changes that turn `base` into `section`, which is of the same kind."""
     own: dict[str, Any] = {}
     for key in type(section).model_fields:
         value, old = getattr(section, key), getattr(base, key)
@@ -227,7 +227,7 @@ def _difference(section: Section, base: Section) -> dict[str, Any]:
 
 
 def _with_bases(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A file and those it is based on, each before its own base."""
+    """Yield a file and the files it is based on, each before its own base."""
     seen: list[Path] = []
     while True:
         if path in seen:
@@ -247,12 +247,12 @@ def _with_bases(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _depth(change: str) -> int:
-    """How deep a change lies: a section's name must not drop the keys that are given beside it."""
+    """Nesting depth of a change. Outer ones go first, so that a section's name does not drop keys given with it."""
     return change.partition("=")[0].removesuffix(".name").count(".")
 
 
 def tree_of(change: str) -> dict[str, Any]:
-    """`optimizer.lr=3e-4` as a table of keys."""
+    """`optimizer.lr=3e-4` as a nested table. Raises UserError if the value is not valid YAML."""
     path, _, text = change.partition("=")
     value = parse_value(text, change)
     for key in reversed(path.split(".")):
@@ -262,7 +262,7 @@ def tree_of(change: str) -> dict[str, Any]:
 
 @dataclass
 class Layers:
-    """Tables of keys laid over each other, and where each value comes from."""
+    """Tables of keys merged layer by layer, with the origin of each value."""
 
     kind: type[Section]
     tree: dict[str, Any] = field(default_factory=dict)
@@ -270,6 +270,7 @@ class Layers:
     dropped: list[str] = field(default_factory=list)
 
     def lay(self, over: dict[str, Any], source: str) -> None:
+        """Merge a table over the layers so far; `source`: its name in messages."""
         self.tree = self._lay(self.tree, over, self.kind, source, "")
 
     def _lay(self, tree: dict, over: dict, kind: type[Section] | None, source: str, prefix: str) -> dict[str, Any]:
@@ -289,14 +290,14 @@ class Layers:
                 merged[key] = self._lay(before, value, inner, source, f"{path}.")
             else:
                 merged[key] = value
-                self.origins.pop(path, None)  # so that they stand in the order of the layers
+                self.origins.pop(path, None)  # keeps them in the order of the layers
                 self.origins[path] = source
         return merged
 
     def _named(
         self, kind: type[Section], key: str, before: dict, value: dict, source: str, path: str
     ) -> tuple[dict, dict]:
-        """The keys below a section with a name, and those of the layer: none below where the name is another."""
+        """The section's keys of lower layers, and of this layer; the former are dropped if the name changes."""
         default = getattr(kind.model_fields[key].default, "name", None)
         name = before.get("name", default)
         wanted = value.get("name", name)
@@ -309,12 +310,12 @@ class Layers:
 
 
 def placed(fault: Fault, origins: Mapping[str, str], path: Path) -> str:
-    """A fault behind the file, or the command line, in which its key stands."""
+    """A fault with the file, or the command line, that it is in."""
     return f"{source_of(fault, origins, path)}: {fault}"
 
 
 def source_of(fault: Fault, origins: Mapping[str, str], path: Path) -> str:
-    """The file, or the command line, in which the key of a fault stands."""
+    """The file, or the command line, that sets the key of a fault."""
     parts = fault.path.split(".")
     for count in range(len(parts), 0, -1):
         start = ".".join(parts[:count])

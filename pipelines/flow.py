@@ -1,4 +1,4 @@
-"""The only importer of prefect: the flow `train` runs one task per model, as many at a time as Ray has room for."""
+"""The only module that imports prefect: flows that train runs, one task each, and that carry out a sweep."""
 
 import importlib
 import os
@@ -45,17 +45,15 @@ from pipelines.work import held, is_held
 
 DATA, RUNS = Path("data"), Path("data/runs")
 FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run
-PATIENCE = 20  # seconds for the runs to save when they are asked to stop; Slurm kills after 30
-
-
-Jobs = dict[str, Job]  # by name; a run stands after the one that it starts from
+PATIENCE = 20  # seconds that runs get to save when asked to stop; Slurm kills after 30
+Jobs = dict[str, Job]  # by name; a run comes after the one it starts from
 
 
 def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
     """The runs of the experiments and changes in `words`, checked against data, tracking server and machine.
 
-    A run that is not finished brings with it the one that its `init_from` names.
-    Raises UserError for whatever stands in the way, before any run starts. May be called again at no cost.
+    Includes the runs that unfinished ones start from (`init_from`). Raises UserError for whatever would keep a run from
+    starting. Calling it again costs nothing.
     """
     params = load()
     found = experiments.load(words, machine(params))
@@ -69,10 +67,10 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
             asked.add(first)
     jobs = {name: job for name, job in jobs.items() if name in asked}
     for job in jobs.values():
-        _check_not_begun_in_another_format(job)
+        _check_no_older_format(job)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
-    with _server_wakes(unfinished):
+    with _prefect_starting(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment)
         if unfinished:
             launch.start_ray()
@@ -90,31 +88,31 @@ def _jobs(found: dict[str, Experiment], data_hash: str) -> Jobs:
 
 
 def done(folder: Path, data: DataSet) -> bool:
-    """Whether a run is evaluated, on the test split and the marks of leaked images as they are now."""
+    """Whether a run has been evaluated on the current test split, with the current marks of leaked images."""
     summary = read_summary(folder)
     return summary is not None and outdated(summary, data) is None
 
 
 def recorded(job: Job, tracker: Tracker) -> bool:
-    """Whether nothing is left to do for a run."""
+    """Whether a run is done and in MLflow, so that nothing is left to do."""
     return done(job.folder, open_data(DATA)) and tracker.recorded(job.folder)
 
 
-def _check_not_begun_in_another_format(job: Job) -> None:
-    """Raises UserError where the same settings have been trained for a while in an earlier format."""
+def _check_no_older_format(job: Job) -> None:
+    """Raises UserError if the run was begun with the same settings in an earlier format."""
     if job.folder.exists():
         return
     for last in RUNS.glob(f"{job.name}-s{job.run.seed}-*/{LAST}"):
         if read_summary(last.parent) is None and (begun := _other_format(last, job.run)):
             raise UserError(
-                f"{last.parent}: was begun in format {begun} and cannot go on in format {FORMAT}; "
-                "delete that folder to train anew"
+                f"{last.parent}: was begun in format {begun} and cannot be resumed in format {FORMAT}; "
+                "delete that folder to train from scratch"
             )
 
 
 def _other_format(last: Path, run: Run) -> int | None:
-    """The format of a checkpoint where it is another one than today's and the settings are those of `run`."""
-    with suppress(UserError):  # settings that nobody can read are not those
+    """The format of a checkpoint, if it is not the current one and its settings are those of `run`; else None."""
+    with suppress(UserError):  # unreadable settings are not those of `run`
         meta = checkpoint.load_meta(last)
         if format_of(meta) != FORMAT and read_run(meta, last / checkpoint.META) == run:
             return format_of(meta)
@@ -122,13 +120,13 @@ def _other_format(last: Path, run: Run) -> int | None:
 
 
 @contextmanager
-def _server_wakes(wanted: bool) -> Iterator[None]:
-    """Where none is running, Prefect starts a server for each command, which takes seconds: so beside the block."""
+def _prefect_starting(wanted: bool) -> Iterator[None]:
+    """Let Prefect start its temporary server, which takes seconds, in parallel with the block."""
     if not wanted:
         yield
         return
     mark_children()
-    # here, as what two threads import at a time one of them may see half made
+    # in this thread: of two that import at the same time, one may see a half-initialized module
     importlib.import_module("prefect.server.api.server")
 
     def call() -> None:
@@ -136,19 +134,22 @@ def _server_wakes(wanted: bool) -> Iterator[None]:
             client.api_healthcheck()
 
     with ThreadPoolExecutor(1) as beside:
-        beside.submit(copy_context().run, call)  # what is wrong with it, the flow tells
+        beside.submit(copy_context().run, call)  # if it fails, so will the flow, with a message
         yield
 
 
 @task(task_run_name="train-{job.name}-s{job.run.seed}", cache_policy=NO_CACHE, persist_result=False)
 def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> None:
-    """Bring one run to its end: trained, evaluated, in MLflow. What is done already is not done again."""
+    """Train, evaluate and record one run, as far as that is not done already.
+
+    Raises UserError for what a user can fix, RuntimeError for other failures of the run.
+    """
     data = open_data(DATA)
     ready, summary = done(job.folder, data), read_summary(job.folder)
     if ready and tracker.recorded(job.folder):
         return
     if summary is not None and (again := outdated(summary, data)):
-        _tell(f"{job.folder.name}: {again}")
+        _say(f"{job.folder.name}: {again}")
     if is_held(job.folder):
         raise UserError(f"another process is training {job.folder.name}; wait for it or stop it")
     page = partial(flow_page.Progress, job.folder.name, job.run.epochs)
@@ -165,7 +166,7 @@ def _run_name() -> str:
 
 
 def _words(kind: str, known: list[str], *example: str) -> Any:
-    """What Prefect's form for a run says of the parameter `words`."""
+    """The help for the parameter `words` in Prefect's run form."""
     text = f"{kind} to run, and settings to change, as KEY=VALUE. {kind}: {', '.join(known)}."
     return Field(description=text, examples=[list(example)])
 
@@ -195,10 +196,10 @@ def train(words: Annotated[list[str], _words("Experiments", experiments.known(),
 
 @contextmanager
 def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[None]:
-    """Ctrl-C and SIGTERM: `save` lets the runs save what they have, the flow run is cancelled, and the process ends.
+    """On Ctrl-C or SIGTERM, `save` makes the runs save their state, the flow run is cancelled, and the process exits.
 
-    The guard then ends the workers and closes the runs. Without it Prefect waits for the tasks, and these for Ray,
-    which does not hear of the signal. A second Ctrl-C does not wait for the runs.
+    The guard then kills the workers and closes the runs. Without this, Prefect would wait for the tasks, and the tasks
+    for Ray, which does not get the signal. A second Ctrl-C does not wait for the runs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -210,11 +211,11 @@ def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[N
         signal.signal(signal.SIGINT, signal.default_int_handler)
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         with suppress(KeyboardInterrupt):
-            _tell(f"{show_cursor}\nstopping: every run saves what it has; Ctrl-C again ends at once")
+            _say(f"{show_cursor}\nstopping: every run saves its state; Ctrl-C again exits at once")
             save()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _tell("stopped: the same command goes on from there")
-        threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal, too
+        _say("stopped: the same command resumes")
+        threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal as well
         try:
             tracker.leave()
             with get_client(sync_client=True) as client:
@@ -230,19 +231,19 @@ def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[N
             signal.signal(number, handler)
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
 def close_abandoned(tracker: Tracker) -> None:
-    """Close what a killed process of this host has left open in MLflow and Prefect."""
+    """Close the MLflow and Prefect runs that killed processes of this host left open."""
     tracker.close_abandoned()
     flow_page.close_abandoned()
 
 
 def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> dict[str, BaseException]:
-    """Submit every run and wait, a run that starts from another after that one; name -> error of the failed."""
+    """Submit all runs and wait, each after the one it starts from; returns name -> error of the failed ones."""
     runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
     with runner as pool:
         futures: dict[str, Any] = {}
@@ -256,7 +257,7 @@ def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher, tags: Mapping[s
         first = job.run.init_from
         if first in failed:
             kind = UserError if isinstance(failed[first], UserError) else RuntimeError
-            failed[name] = kind(f"not started, as {first}, from which it starts, failed")
+            failed[name] = kind(f"not started, because {first}, which it starts from, failed")
         elif not futures[name].state.is_completed():
             failed[name] = futures[name].state.result(raise_on_failure=False)
         if name in failed:
@@ -265,9 +266,10 @@ def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher, tags: Mapping[s
 
 
 def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
-    """The sweep named in `words`, begun or found again, checked against data, tracking server and machine.
+    """The sweep named in `words`, started or resumed, checked against data, tracking server and machine.
 
-    Raises UserError for whatever stands in the way, before any trial starts. May be called again at no cost.
+    `new`: start another one if the settings have changed. Raises UserError for whatever would keep a trial from
+    starting. Calling it again costs nothing.
     """
     params = load()
     plan = sweeps.plan(words, machine(params), open_data(DATA).hash)
@@ -301,7 +303,7 @@ def sweep(
     with (
         guarded(tracker.uri, tracker.name),
         _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/")), tracker),
-        held(plan.folder, patience=1.0),  # `fer sweep status` looks at the lock, too
+        held(plan.folder, patience=1.0),  # `fer sweep status` looks at the lock as well
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
     ):
         found = search_trials(plan)
@@ -320,17 +322,17 @@ def sweep(
 
 @task(task_run_name="search", cache_policy=NO_CACHE, persist_result=False)
 def search_trials(plan: Plan) -> list[Trial]:
-    """Run the trials that are left; Ray and Optuna take seconds to import, so only here."""
-    from pipelines.sweeps import search
+    """Run the trials that are left. Raises UserError if the time was up before any of them finished an epoch."""
+    from pipelines.sweeps import search  # takes seconds to import
 
     found = search.search(plan)
     if sweeps.best_of(found) is None:
-        raise UserError(f"sweep {plan.name}: hours: over before any trial ended an epoch; raise it")
+        raise UserError(f"sweep {plan.name}: hours: over before any trial finished an epoch; raise it")
     return found
 
 
 def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
-    """The best of the search and the base, each with seeds that the search did not use, on the base's resources."""
+    """Runs of the best trial and of the base, with seeds that the search did not use, on the base's resources."""
     best, base = sweeps.best_of(found), plan.base
     assert best is not None
     jobs = []
@@ -343,10 +345,10 @@ def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
 
 @task(task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_result(plan: Plan, found: list[Trial], result: dict[str, Any], tracker: Tracker, run_id: str) -> None:
-    """Write result.json, trials.csv and the pictures, and bring them to MLflow."""
+    """Write result.json, trials.csv and the plots, and log them in MLflow."""
     from pipelines.sweeps import search
 
     result["importance"] = search.importance(plan, found)
     files = [plan.folder / "sweep.json", sweeps.write_table(plan, found), *search.draw(plan, found)]
     tracker.describe_sweep(run_id, report.sweep_note(result), sweeps.numbers(result), files)
-    write_json(plan.folder / "result.json", result)  # last of all: with it the sweep is complete
+    write_json(plan.folder / "result.json", result)  # last, as it marks the sweep as complete

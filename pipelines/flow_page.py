@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
-from prefect.states import Crashed
+from prefect.states import Crashed, State
 
 from fer.errors import UserError
 from pipelines.processes import alive, process_id
@@ -68,7 +68,7 @@ def close_abandoned() -> None:
         for run in found:
             if run.labels.get(HOST) != socket.gethostname() or alive(str(run.labels.get(PROCESS, ""))):
                 continue
-            state = Crashed(message="the process was killed; the same command resumes its runs")
+            state: State = Crashed(message="the process was killed; the same command resumes its runs")
             tasks = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
                 task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),

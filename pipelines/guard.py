@@ -1,4 +1,4 @@
-"""A small process that outlives a driver however it dies: ends what that started, closes its runs everywhere."""
+"""A small process that outlives the driver: when that is gone, it kills its processes and closes its runs."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from pipelines.processes import MARK
 
 @contextmanager
 def guarded(uri: str, experiment: str) -> Iterator[None]:
-    """Watch over this process while the block runs; call `processes.mark_children` before anything is started."""
+    """Watch over this process inside the block; call `processes.mark_children` before starting other processes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.guard"],
         stdin=subprocess.PIPE,
@@ -32,18 +32,19 @@ def guarded(uri: str, experiment: str) -> Iterator[None]:
 
 
 def main() -> None:
+    """Wait for the end of stdin, which comes with the driver's; then clean up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm and systemd send it to every process
-    uri, experiment = sys.stdin.read().splitlines()  # ends when the driver is gone
+    uri, experiment = sys.stdin.read().splitlines()
     import psutil
 
-    from pipelines import flow  # which takes seconds that a driver that lives needs for itself
+    from pipelines import flow  # takes seconds, which a starting driver needs for itself
     from pipelines.tracking import Tracker
 
     left = set()
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == os.environ[MARK]:
-                # a process that names itself, as Ray's do, may write over its environment: its parent still tells
+                # a process that sets its own title, as Ray's do, may overwrite its environment: so its parent decides
                 left |= {process, *process.children(recursive=True)}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

@@ -1,4 +1,4 @@
-"""The only way to run a run: on Ray, on this machine or on the cluster that RAY_ADDRESS names."""
+"""Run training runs on Ray: on this machine, or on the cluster that RAY_ADDRESS names."""
 
 import logging
 import os
@@ -28,20 +28,23 @@ FREE_MEMORY = (
     "the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
     "resources.workers, or train fewer models at the same time"
 )
-GRAVITY = ("fault", "mistake", "diverged", "terminated", "stopped", "died")  # which of several ranks' ends counts
-ON_GPUS = "undefined"  # NCCL where torch sees a GPU, else Gloo; Ray's own choice is NCCL also where torch has none
-logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails reaches the caller as an exception
+GRAVITY = ("fault", "mistake", "diverged", "terminated", "stopped", "died")  # of several ranks' ends the first counts
+ON_GPUS = "undefined"  # NCCL if torch sees a GPU, else Gloo; Ray's default is NCCL even if torch sees none
+logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # failures reach the caller as exceptions
 
 
 def start_ray() -> None:
-    """Connect to RAY_ADDRESS, or start Ray on this machine; token authentication is on, as Ray listens widely."""
-    share_heaps()  # a flow's tasks are threads, in which MLflow and matplotlib work
+    """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine; does nothing if Ray is running.
+
+    Raises UserError if no cluster answers there.
+    """
+    share_heaps()  # a flow's tasks are threads, in which MLflow and matplotlib allocate memory
     if ray.is_initialized():
         return
     options: dict[str, Any] = {
         "logging_level": logging.ERROR,
         "log_to_driver": False,
-        # a run computes in a thread: with a heap of its own it would give back what `fer.device.use_cpu` keeps
+        # a run computes in a thread: with a heap of its own it would return the memory that `fer.device.use_cpu` keeps
         "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "1"}},
     }
     address = os.environ.get("RAY_ADDRESS")
@@ -55,29 +58,29 @@ def start_ray() -> None:
                 f"RAY_ADDRESS: no cluster answers at {address} ({reason}); start it, or unset the variable to run here"
             ) from None
     else:
-        # "local": else Ray joins whatever cluster was last started on this machine, running or not
+        # without "local", Ray joins the cluster last started on this machine, whether it still runs or not
         ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **options)
 
 
 def _knock(address: str) -> None:
-    """A quick look at host:port, since Ray itself tries for minutes; `auto` and the like are left to Ray."""
+    """Try host:port once, since Ray itself retries for minutes; `auto` and the like are left to Ray."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def check_resources(jobs: Iterable[Job]) -> None:
-    """Raises UserError, a line per run, where a run asks for more than the started Ray could ever give."""
+    """Raises UserError, one line per run, if a run asks for more than the cluster has in total."""
     have = ray.cluster_resources()
     lines = []
     for job in jobs:
         asked, where = job.resources, f"{job.name}: resources"
         if asked.device == "cuda" and not have.get("GPU"):
-            lines.append(f"{where}.device: cuda, but no GPU is there; set it to auto or cpu")
+            lines.append(f"{where}.device: cuda, but there is no GPU; set it to auto or cpu")
             continue
         short = [
             f"{where}: {asked.workers} worker(s) need {need:g} {kind}s, "
-            f"there are {have.get(kind, 0):g}; lower workers or name a larger cluster in RAY_ADDRESS"
+            f"there are {have.get(kind, 0):g}; lower workers or set RAY_ADDRESS to a larger cluster"
             for kind, need in _needs(asked).items()
             if need > have.get(kind, 0)
         ]
@@ -85,44 +88,51 @@ def check_resources(jobs: Iterable[Job]) -> None:
         if not short and (room := _room(asked)) < asked.workers:
             share = " and ".join(f"{count:g} {kind}s" for kind, count in _per_worker(asked).items())
             lines.append(
-                f"{where}: a worker needs {share} of one machine; the machines that are there have "
-                f"room for {room} of {asked.workers} worker(s); lower cpus_per_worker or gpus_per_worker"
+                f"{where}: a worker needs {share} on one machine; there is room for {room} of {asked.workers} "
+                "worker(s); lower cpus_per_worker or gpus_per_worker"
             )
     if lines:
         raise UserError(*lines)
 
 
 def _room(asked: Resources) -> int:
-    """How many workers of this kind all machines hold when nothing else runs."""
+    """How many such workers fit on all machines together when nothing else runs."""
     share = {kind: count for kind, count in _per_worker(asked).items() if count}
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(machine.get(kind, 0) / count) for kind, count in share.items()) for machine in machines)
 
 
-class Launcher:
-    """Gives runs to Ray and knows which of them are on the way; its methods may be called in several threads."""
+def start(job: Job, data_dir: Path) -> Ended:
+    """One attempt at a run on Ray, from its last checkpoint if there is one; returns how it ended."""
+    return _as_task(job, data_dir) if job.resources.workers == 1 else _as_group(job, data_dir)
 
-    def __init__(self) -> None:
+
+class Launcher:
+    """Runs training runs on Ray and restarts those whose worker died. Its methods are thread-safe."""
+
+    def __init__(self, start: Callable[[Job, Path], Ended] = start) -> None:
+        """`start`: makes one attempt at a run and returns how it ended."""
+        self.start = start
         self.running: set[Path] = set()  # folders
         self.stopping = False
 
     def stop(self, seconds: float, beside: Iterable[Path] = ()) -> None:
-        """Ask the runs, and those in `beside`, to save and end; wait so long for them. None is started again."""
+        """Ask all runs, and those in the folders `beside`, to save and stop; wait at most `seconds`. None restarts."""
         self.stopping = True
         ask_to_stop([*self.running, *beside], seconds)
 
     def launch(self, job: Job, data_dir: Path) -> None:
-        """Train and evaluate a run into its folder; waits until Ray has resources for it.
+        """Train and evaluate a run into its folder, as soon as Ray has the resources for it.
 
-        A run whose process or machine dies is started again `resources.restarts` times, from its last checkpoint; one
-        that left after SIGTERM, its state saved, is started again and not counted. Raises UserError for what a user can
-        mend, RuntimeError for the rest.
+        A run whose process or machine dies is restarted up to `resources.restarts` times, from its last checkpoint. A
+        run that saved its state after SIGTERM is restarted as well, and that does not count. Raises UserError for what
+        a user can fix, RuntimeError for everything else.
         """
         deaths = 0
         self.running.add(job.folder)
         try:
             while True:
-                ended = _start(job, data_dir.resolve())
+                ended = self.start(job, data_dir.resolve())
                 for line in ended.warnings:
                     sys.stderr.write(f"{job.name}: {line}\n")
                 if ended.kind == "done":
@@ -138,19 +148,14 @@ class Launcher:
             self.running.discard(job.folder)
 
 
-def _start(job: Job, data_dir: Path) -> Ended:
-    """One try, from the run's last checkpoint if there is one."""
-    return _as_task(job, data_dir) if job.resources.workers == 1 else _as_group(job, data_dir)
-
-
 def _as_task(job: Job, data_dir: Path) -> Ended:
-    """In a process of its own, whose main thread it has: so that it sees to signals itself."""
+    """In one Ray task, which runs in the main thread of its process and so handles signals itself."""
     share = _per_worker(job.resources)
     remote = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0), max_retries=0, max_calls=1)(_task)
     try:
         return ray.get(remote.remote(job, data_dir, os.getcwd()))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # `work` raises nothing: the project is not there, or another version of it
+        raise error.cause from None  # not from `work`, which raises nothing: the project there is missing or another
     except ray.exceptions.RayError as error:
         return _death(error)
 
@@ -162,11 +167,11 @@ def _task(job: Job, data_dir: Path, root: str) -> Ended:
 
 def _enter(root: str) -> None:
     with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(root)  # paths in settings are relative to the project, Ray starts workers elsewhere
+        os.chdir(root)  # paths in settings are relative to the project; Ray starts workers elsewhere
 
 
 def _as_group(job: Job, data_dir: Path) -> Ended:
-    """In several processes, with Ray Train; what becomes of a failure is decided by `launch`."""
+    """In several processes, with Ray Train; its own retries are off, as `Launcher.launch` decides about them."""
     storage = job.folder.resolve() / ".ray"
     trainer = TorchTrainer(
         _rank,
@@ -178,7 +183,7 @@ def _as_group(job: Job, data_dir: Path) -> Ended:
             resources_per_worker=_per_worker(job.resources),
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=uuid.uuid4().hex,  # a name used before would silently bring its old state back
+            name=uuid.uuid4().hex,  # under a name used before, Ray Train would silently restore the old state
             storage_path=str(storage),
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
@@ -189,7 +194,7 @@ def _as_group(job: Job, data_dir: Path) -> Ended:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return _of_group(error)
+        return end_of_group(error)
     except ray.exceptions.RayError as error:  # of Ray Train's own processes
         return _death(error)
     finally:
@@ -198,7 +203,7 @@ def _as_group(job: Job, data_dir: Path) -> Ended:
 
 
 class NotDone(Exception):
-    """Raised by a rank whose run did not come to its end, so that Ray Train ends the others."""
+    """Raised by a rank whose run did not finish, so that Ray Train stops the others."""
 
     def __init__(self, ended: Ended):
         super().__init__(ended)
@@ -206,7 +211,7 @@ class NotDone(Exception):
 
 
 def _rank(config: dict[str, Any]) -> None:
-    """On every worker of a group."""
+    """What every worker of a group runs."""
     _enter(config["root"])
     ended = work(config["job"], config["data_dir"], leaves=_leaves)
     if ended.kind != "done":
@@ -214,12 +219,12 @@ def _rank(config: dict[str, Any]) -> None:
 
 
 def _leaves() -> bool:
-    """Whether Ray is about to take a machine of this group back; all ranks ask together."""
+    """Whether a machine of this group is about to be taken away; all ranks ask at the same step."""
     return ray.train.get_preemption_info() is not None
 
 
 class _Group(TorchConfig):
-    """Torch's own way to connect the ranks, and SIGTERM for each of them."""
+    """Ray's way of connecting torch's ranks, with a SIGTERM handler in each of them."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -230,15 +235,15 @@ class _Group(TorchConfig):
 
 
 class _GroupBackend(Backend):
-    """A rank trains in a thread, which cannot see to signals: so its process does, before training starts."""
+    """Installs the handler in each process before training starts: a rank trains in a thread, which cannot do it."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         place = worker_group.execute_single(0, get_current_placement_group)
         try:
-            worker_group.execute(_heed)
+            worker_group.execute(_handle_sigterm)
             backend_config.torch().on_start(worker_group, backend_config)
         except Exception:
-            remove_placement_group(place)  # Ray Train leaves it, and the next try would wait for it for ever
+            remove_placement_group(place)  # Ray Train keeps it, and the next attempt would wait for it forever
             raise
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
@@ -248,16 +253,16 @@ class _GroupBackend(Backend):
         backend_config.torch().on_shutdown(worker_group, backend_config)
 
 
-def _heed() -> None:
+def _handle_sigterm() -> None:
     Sigterm()
 
 
-def _of_group(error: ray.train.TrainingFailedError) -> Ended:
-    """The gravest of the ranks' ends; died where none of them could tell of its own."""
+def end_of_group(error: ray.train.TrainingFailedError) -> Ended:
+    """How a run on several ranks ended: the gravest of their ends by GRAVITY, "died" if no rank reported one."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    told = [cause.ended for cause in failures if isinstance(cause, NotDone)]
-    if told:
-        return min(told, key=lambda ended: GRAVITY.index(ended.kind))
+    reported = [cause.ended for cause in failures if isinstance(cause, NotDone)]
+    if reported:
+        return min(reported, key=lambda ended: GRAVITY.index(ended.kind))
     return _death(getattr(failures[0], "health_check_failure", failures[0]))
 
 
@@ -265,16 +270,17 @@ def _death(error: BaseException) -> Ended:
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return Ended("died", FREE_MEMORY)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # of an error on a worker the last line is the error, of Ray's own the first one
-    told = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0] if lines else "no message"
-    return Ended("died", f"{type(error).__name__}: {told}")
+    # the last line of a worker's traceback says what happened, but the first line of Ray's own errors
+    reason = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0] if lines else "no message"
+    return Ended("died", f"{type(error).__name__}: {reason}")
 
 
 def spread(work: Callable[[Any], Any], items: list[Any], workers: int, device: str) -> Iterator[Any]:
-    """The results of `work(item)`, as they come, from that many processes of Ray, each with a GPU where there is one.
+    """Yield the results of `work(item)` in the order of completion, computed by `workers` processes of Ray.
 
-    `work` is copied to each process once. One that dies is started again, with its item. Raises what `work` raises;
-    UserError where Ray has no room for the processes, or where they die again and again.
+    Each process gets a copy of `work` once, and a GPU if there are any and `device` is not cpu. One that dies is
+    restarted, and its item tried again. Raises what `work` raises; UserError if there are too few CPUs or GPUs, or if a
+    process keeps dying.
     """
     start_ray()
     have = ray.cluster_resources()

@@ -1,4 +1,4 @@
-"""params.yaml: what a project is. Typed, checked as a whole before any work, all faults reported at once."""
+"""params.yaml: data, machine and tracking of a project. Typed, and checked before any work, with all errors at once."""
 
 import io
 from pathlib import Path
@@ -16,6 +16,8 @@ from fer.settings import Fault, Positive, Section, Unfit, check
 
 
 class Sample(Section):
+    """Size of the generated sample data."""
+
     train: Annotated[int, Field(ge=80)]
     val: Annotated[int, Field(ge=40)]
     test: Annotated[int, Field(ge=40)]
@@ -23,6 +25,8 @@ class Sample(Section):
 
 
 class Data(Section):
+    """Which data set, and where it comes from."""
+
     dataset: Literal["sample", "ferplus"]
     path: str
     label_source: Literal["auto", "label_csv", "fer2013new"]
@@ -33,6 +37,8 @@ class Data(Section):
 
 
 class SuperResolution(Section):
+    """How images are enlarged before the split."""
+
     method: Literal["none", "bicubic", "lanczos", "dic", "swin2sr"]
     scale: Annotated[int, Field(ge=1, le=16)]
     weights: str
@@ -54,6 +60,8 @@ class SuperResolution(Section):
 
 
 class Splitting(Section):
+    """How labels are made, and which images are trained on."""
+
     label_mode: Literal["majority", "probability", "cross_entropy", "multi_target"]
     drop_leaked_train: bool
     prior_min_votes: Positive
@@ -62,29 +70,33 @@ class Splitting(Section):
 
 
 class Tracking(Section):
+    """Where MLflow stores runs."""
+
     uri: str
     experiment: str
 
 
-MOVED = {  # sections of earlier versions
-    "train": "settings of a run stand in experiments/NAME.yaml now, what it runs on in resources; delete it here",
-    "models": "each is a file experiments/NAME.yaml now; move it there and delete it here",
-    "sweeps": "each is a file sweeps/NAME.yaml now; move it there and delete it here",
-    "experiment": "`fer train NAME...` says what is trained, resources.restarts how often again; delete it here",
+MOVED = {  # sections of earlier versions -> where their settings are now
+    "train": "settings of a run are now in experiments/NAME.yaml, those of the machine in resources; delete it here",
+    "models": "each one is now a file experiments/NAME.yaml; move it there and delete it here",
+    "sweeps": "each one is now a file sweeps/NAME.yaml; move it there and delete it here",
+    "experiment": "use `fer train NAME...`, and resources.restarts for the retries; delete it here",
 }
 
 
 class Params(Section):
+    """The content of params.yaml."""
+
     data: Data
     super_resolution: SuperResolution
     split: Splitting
     resources: Resources = Resources()
-    """Where runs compute on this machine, unless an experiment says otherwise."""
+    """Where runs compute on this machine, unless an experiment sets it."""
     tracking: Tracking
 
 
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check params.yaml. Raises UserError with every fault, one a line, each with its dotted path."""
+    """Read and check params.yaml. Raises UserError with one line per mistake, each with its dotted path."""
     tree = read_yaml(Path(path), f"restore it with `git checkout {path}`")
     moved = [Fault(key, message) for key, message in MOVED.items() if key in tree]
     params, faults = check(Params, {key: value for key, value in tree.items() if key not in MOVED})
@@ -94,12 +106,12 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 
 def machine(params: Params) -> dict[str, Any]:
-    """What params.yaml itself says of `resources`, as plain values."""
+    """The `resources` that params.yaml sets explicitly, as plain values."""
     return params.resources.model_dump(exclude_unset=True)
 
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
-    """The table of keys in a file. Raises UserError when it is not there or holds something else."""
+    """The table of keys in a YAML file. Raises UserError if the file is missing or holds anything else."""
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text())
     except FileNotFoundError:
@@ -117,7 +129,7 @@ def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def parse_value(text: str, change: str) -> Any:
-    """The value in `key=value`, written as in YAML."""
+    """The value of `change`, which is `key=value`, parsed as YAML. Raises UserError if it is not valid."""
     try:
         return YAML(typ="safe", pure=True).load(text) if text else None
     except YAMLError:
@@ -125,7 +137,7 @@ def parse_value(text: str, change: str) -> Any:
 
 
 def yaml_of(tree: dict[str, Any]) -> str:
-    """`tree` as YAML; lists, and tables of plain values below the first level, in one line each."""
+    """`tree` as YAML; each list, and each table of plain values below the top level, on one line."""
     writer, buffer = YAML(), io.StringIO()
     writer.width = 4096
     writer.dump({key: _compact(value) for key, value in tree.items()}, buffer)
@@ -133,7 +145,7 @@ def yaml_of(tree: dict[str, Any]) -> str:
 
 
 def _compact(value: Any) -> Any:
-    if isinstance(value, str):  # a plain one that begins with ? would be read as a key
+    if isinstance(value, str):  # a plain string that begins with ? would be read as a key
         return DoubleQuotedScalarString(value) if value.startswith("?") else value
     if isinstance(value, list):
         short = CommentedSeq(map(_compact, value))

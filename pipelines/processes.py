@@ -1,4 +1,4 @@
-"""Processes of this machine: which one is meant, whether it lives, and which ones a driver has started."""
+"""Processes of this machine: how to identify one, whether it is alive, and which ones a driver has started."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ MARK = "FER_DRIVER"  # in the environment of everything that a driver starts: Ra
 
 
 def process_id(pid: int) -> str:
-    """`pid:start time`, since a pid alone may be given to another process later; without the time it is gone."""
+    """`pid:start time`, as a pid alone may be reused; only `pid` if the process is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
@@ -17,11 +17,11 @@ def process_id(pid: int) -> str:
 
 
 def alive(process: str) -> bool:
-    """Whether the process that had this `process_id` on this machine still runs."""
+    """Whether the process with this `process_id` still runs on this machine."""
     pid, _, started = process.partition(":")
     return bool(started) and process_id(int(pid)) == process
 
 
 def mark_children() -> None:
-    """Let every process that this one starts from now on carry its mark."""
+    """Mark every process that this one starts from now on as its own."""
     os.environ[MARK] = process_id(os.getpid())

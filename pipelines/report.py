@@ -1,4 +1,4 @@
-"""Finished runs side by side: the same rows for the terminal and the Prefect artifact."""
+"""Finished runs and sweeps as tables, notes and plots, for the terminal, Prefect and MLflow."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ from fer.made_by import source_hash
 from fer.run_folder import read_summary
 from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
-# Test accuracy in % as the papers report it, each from its own training
+# Test accuracy in % as reported by the papers: name, accuracy, what training starts from
 PUBLISHED = {
     "ferplus": [
         ("QCS 2025", 91.85, "IR50, MS-Celeb-1M"),
@@ -22,27 +22,27 @@ PUBLISHED = {
 }
 COLUMNS = ("run", "val", "test", "unleaked", "not in train", "UAR", "F1", "ECE", "params", "epoch", "min")
 LEGEND = (
-    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test without images that also stand in train or "
-    "val), not in train (without those in train alone, as in published tables). UAR: mean recall of the classes; "
+    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test images that are in neither train nor val), "
+    "not in train (test images that are not in train, as in published tables). UAR: mean recall of the classes; "
     "F1: macro; ECE: calibration error; epoch: best / all; min: minutes of training. "
     "*: the code in fer/ has changed since."
 )
 
 
 def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """summary.json of every finished run among `folders`, best val accuracy first."""
+    """summary.json of every finished run in `folders`, the best val accuracy first."""
     found = [summary for folder in folders if (summary := read_summary(folder)) is not None]
     return sorted(found, key=lambda summary: -summary["val"]["accuracy"])
 
 
 def row(summary: dict[str, Any]) -> dict[str, str]:
-    """One run under COLUMNS, as text; accuracies in %."""
+    """A run as text, by COLUMNS; accuracies in %."""
     test = summary["test"]
     cells = (
         summary["run_id"] + ("*" if differs(summary) else ""),
         _percent(summary["val"]["accuracy"]),
         _percent(test["accuracy"]),
-        _percent(summary.get("test_unleaked", {}).get("accuracy")),  # of which format 1 knew nothing
+        _percent(summary.get("test_unleaked", {}).get("accuracy")),  # format 1 does not have it
         _percent(summary["test_without_train"].get("accuracy")),
         _percent(test["balanced_accuracy"]),
         _percent(test["macro_f1"]),
@@ -55,7 +55,7 @@ def row(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def differs(summary: dict[str, Any]) -> bool:
-    """Whether other code of fer/ than today's trained or evaluated the run, or nobody knows."""
+    """Whether the run was trained or evaluated by other code in fer/ than the current one, or by unknown code."""
     return any(summary.get(key, {}).get("fer") != source_hash() for key in ("trained_by", "made_by"))
 
 
@@ -64,16 +64,16 @@ def _percent(share: float | None) -> str:
 
 
 def note(summary: dict[str, Any]) -> str:
-    """What a person wants to know of a run at once, as Markdown."""
+    """The result of a run in a few sentences, as Markdown."""
     test, unleaked, data = summary["test"], summary["test_unleaked"], summary["data"]
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
     best = f"epoch {summary['best_epoch']} of {summary['epochs']}"
     return (
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
-        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that do not stand in train or val; "
+        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that are in neither train nor val; "
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
         f"Data: {data['dataset']} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
-        f"`final/` metrics are of the best epoch, the others are curves. "
+        f"Metrics in `final/` are those of the best epoch; the others are curves. "
         f"Code: commit {summary.get('trained_by', {}).get('commit', 'unknown')}."
     )
 
@@ -87,7 +87,7 @@ def _images(data: dict[str, Any]) -> str:
 
 
 def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
-    """The test confusion matrix as a picture: counts, coloured by the share of each true class."""
+    """Plot the test confusion matrix: counts, coloured by their share of the true class."""
     from matplotlib.figure import Figure
 
     names, confusion = summary["classes"], summary["test"]["confusion"]
@@ -109,7 +109,7 @@ def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
 
 
 def trial_rows(trials: list[Trial], epochs: int) -> list[dict[str, str]]:
-    """A sweep's trials as text, the best first; accuracies in %."""
+    """The trials of a sweep as text, the best first; accuracies in %."""
     best = best_of(trials)
     first = best.number if best else 0
     ordered = sorted(trials, key=lambda trial: (trial.number == first, trial.rank), reverse=True)
@@ -132,20 +132,20 @@ def _shown(value: Any) -> str:
 
 
 def progress(trials: list[Trial], about: dict[str, Any], running: bool) -> str:
-    """How far a sweep is and the best so far. `about`: sweep.json."""
+    """How far a sweep is, and the best trial so far. `about`: sweep.json."""
     ended, best = [trial for trial in trials if trial.state != RUNNING], best_of(trials)
-    parts = [f"{len(ended)} of {about['budget']['trials']} trials ended"]
+    parts = [f"{len(ended)} of {about['budget']['trials']} trials finished"]
     if best is not None:
         parts.append(f"best so far {_percent(best.best)} % (trial {best.number})")
     minutes = sum(trial.seconds for trial in trials) / 60
     parts.append(f"{sum(trial.epoch for trial in trials)} epochs, {minutes:.1f} min of training")
     if not running:
-        parts.append(f"no process works on it; `fer sweep {about['name']}` goes on")
+        parts.append(f"not running; `fer sweep {about['name']}` resumes it")
     return "; ".join(parts)
 
 
 def sweep_line(result: dict[str, Any]) -> str:
-    """Where an experiment comes from."""
+    """A line on the best trial of a sweep, for the experiment made from it."""
     found, best = result["confirmed"], result["best"]
     if found is None:
         return f"sweep {result['sweep']}, trial {best['number']}: val {_percent(best['val_accuracy'])} %, not confirmed"
@@ -156,15 +156,15 @@ def sweep_line(result: dict[str, Any]) -> str:
 
 
 def sweep_note(result: dict[str, Any]) -> str:
-    """What a sweep found, as Markdown."""
+    """The result of a sweep, as Markdown."""
     best, states, first = result["best"], result["states"], result["first"]
-    stopped = f" when it was stopped after epoch {first['epoch']}" if first["epoch"] < first["epochs"] else ""
+    stopped = f" when stopped after epoch {first['epoch']}" if first["epoch"] < first["epochs"] else ""
     share = 100 * result["epochs"] / result["epochs_of_all"]
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     lines = [
         f"{result['trials']} trials ({counts}), {result['minutes']:.1f} min of training, {result['epochs']} of "
         f"{result['epochs_of_all']} epochs ({share:.0f} %).",
-        f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} as it is: "
+        f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} unchanged: "
         f"{_percent(first['val_accuracy'])} %{stopped}. Both with the seed of the search.",
     ]
     found = result["confirmed"]
@@ -172,13 +172,13 @@ def sweep_note(result: dict[str, Any]) -> str:
         ours, base, pair = found["best"], found["base"], found["difference"]
         lines.append(
             f"With {len(result['seeds'])} other seeds: best {_mean(ours)} %, {result['base']} {_mean(base)} %, "
-            f"difference of pairs **{_mean(pair)}** points (mean +- standard deviation, val)."
+            f"paired difference **{_mean(pair)}** points (mean +- standard deviation, val)."
         )
     elif best["number"] == 1:
-        lines.append(f"Nothing is better than {result['base']} as it is.")
+        lines.append(f"Nothing is better than {result['base']} unchanged.")
     if result.get("importance"):
         ranked = ", ".join(f"{key} {100 * share:.0f} %" for key, share in result["importance"].items())
-        lines.append(f"Importance for a trial's rank: {ranked}.")
+        lines.append(f"Importance for the rank of a trial: {ranked}.")
     lines.append("Settings: " + ", ".join(f"{key} {_shown(value)}" for key, value in best["point"].items()) + ".")
     return "\n\n".join(lines)
 

@@ -1,7 +1,7 @@
-"""The only importer of mlflow: records runs from what they leave on disk, registers models, moves the alias `champion`.
+"""The only module that imports mlflow: records runs from their files, registers models, moves the alias `champion`.
 
-Training writes files and knows no server. A thread here carries new lines of metrics.jsonl over, so that a server that
-is slow or dead costs no training time and no point: what is missing is sent at the end, or by the next command.
+Training only writes files. A thread here sends new lines of metrics.jsonl to MLflow, so that a slow or dead server
+costs neither training time nor a point: what is missing is sent at the end, or by the next command.
 """
 
 import getpass
@@ -46,12 +46,12 @@ from pipelines.processes import alive, process_id
 from pipelines.report import confusion_picture, note
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
-RUN_ID = "fer.run_id"  # tag: our run id, one MLflow run each
+RUN_ID = "fer.run_id"  # tag: our run id; there is one MLflow run for each
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
 ERROR = "fer.error"  # tag: why the run is not finished
 SWEEP = "fer.sweep"  # tag: the sweep that a run belongs to
-HOST, PROCESS = "fer.host", "fer.process"  # tags: who trains it now
-STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a sweep's trial: how it ended, and the sweep's own run
+HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
+STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a trial: how it ended, and the MLflow run of its sweep
 NOT_METRICS = ("epoch", "time")
 RENAMED = {"lr": "train/lr", "seconds": "train/seconds"}  # metrics.jsonl -> MLflow, where accuracies come first
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
@@ -73,7 +73,7 @@ PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class Tracker:
-    """An experiment on a tracking server. Raises UserError when it does not answer."""
+    """An experiment on a tracking server. Raises UserError if the server does not answer."""
 
     def __init__(self, uri: str, experiment: str):
         self.uri, self.name = tracking_uri(uri), experiment
@@ -86,7 +86,7 @@ class Tracker:
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
         self._registry = threading.Lock()
-        self._drawing = threading.Lock()  # runs end in several threads; matplotlib is made for one
+        self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
 
     def _choose(self, experiment: str) -> str:
         """The id of the experiment, made where there is none."""
@@ -104,7 +104,7 @@ class Tracker:
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
-        """What MLflow raises inside becomes a UserError of one line."""
+        """Turn an MlflowException raised inside into a UserError of one line."""
         try:
             yield
         except MlflowException as error:
@@ -118,10 +118,11 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         page: Callable[[str], Callable[[dict[str, Any]], None]] | None = None,
     ) -> Iterator[None]:
-        """Around a run: its MLflow run is RUNNING inside and FINISHED after.
+        """Record a run: its MLflow run is RUNNING inside the block, then FINISHED.
 
-        When the block raises, it is KILLED if a person stopped the run, else FAILED. `page` is given the address of the
-        run in MLflow and returns what is to be called with every new row of metrics.jsonl.
+        If the block raises, it is KILLED where a person stopped the run, else FAILED. `page` gets the address of the
+        run in MLflow, and returns what to call with every new row of metrics.jsonl. Raises UserError if the server no
+        longer answers at the end.
         """
         with self._one_line():
             run_id = self._open(job.folder.name, job.name, job.run, data, tags)
@@ -141,7 +142,7 @@ class Tracker:
 
     @contextmanager
     def _system_metrics(self, run_id: str) -> Iterator[None]:
-        """Load and memory of this machine, while the block runs; a cluster's runs compute elsewhere."""
+        """Log load and memory of this machine during the block; the runs of a cluster compute elsewhere."""
         if os.environ.get("RAY_ADDRESS"):
             yield
             return
@@ -154,18 +155,21 @@ class Tracker:
             mlflow.end_run("RUNNING")
 
     def _address(self, run_id: str) -> str:
-        """Of a run's page; that of `fer ui` where the store is a data base."""
+        """The page of a run; on the server that `fer ui` starts where the store is a database."""
         server = without_password(self.uri) if self.uri.startswith("http") else UI
         return f"{server.rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
 
     def leave(self) -> None:
-        """The process is about to end because a person stopped it: its runs are KILLED."""
+        """Mark the runs of this process as KILLED, as a person stopped it and it is about to exit."""
         for run_id in list(self._runs.values()):
             self._fail(run_id, Stopped("stopped; the same command resumes it"))
 
     @contextmanager
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
-        """Around a sweep: its MLflow run, given by id, and below it one run for each trial, fed from their folders."""
+        """Record a sweep: yields the id of its MLflow run; below that each trial gets one, fed from its folder.
+
+        Raises UserError if the server no longer answers at the end.
+        """
         about = {SWEEP: plan.name, "mlflow.source.name": f"fer sweep {plan.name}"}
         run_id = self._open(plan.folder.name, plan.base.name, plan.base.run, data, about)
         trials = _Trials(self, run_id, plan, data)
@@ -185,7 +189,7 @@ class Tracker:
             self._runs.pop(plan.folder.name, None)
 
     def describe_sweep(self, run_id: str, text: str, numbers: dict[str, float], files: list[Path]) -> None:
-        """What a sweep found: a note as Markdown, metrics and artifacts of its run."""
+        """Log the result of a sweep: a note in Markdown, metrics and artifacts."""
         self.client.set_tag(run_id, "mlflow.note.content", text)
         for key, value in numbers.items():
             self.client.log_metric(run_id, key, value)
@@ -193,7 +197,7 @@ class Tracker:
             self.client.log_artifact(run_id, str(path))
 
     def recorded(self, folder: Path) -> bool:
-        """Whether this experiment of this server already has the finished run in `folder`, as it was evaluated last."""
+        """Whether this experiment of this server already has the finished run in `folder`, as last evaluated."""
         summary = read_summary(folder)
         with self._one_line():
             found = self._find(folder.name)
@@ -205,18 +209,18 @@ class Tracker:
         return next(iter(self.client.search_runs([self.experiment], query, ViewType.ACTIVE_ONLY, 1)), None)
 
     def close_abandoned(self) -> list[str]:
-        """Set runs FAILED whose process on this host is gone (killed, or the machine restarted); their run ids."""
+        """Mark runs of dead processes of this host (killed, or before a reboot) as FAILED; returns their run ids."""
         closed = []
         query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
         for found in self.client.search_runs([self.experiment], query):
             if not alive(found.data.tags.get(PROCESS, "")):
-                self.client.set_tag(found.info.run_id, ERROR, "the process was killed; the same command resumes it")
+                self.client.set_tag(found.info.run_id, ERROR, "the process was killed; run the command again")
                 self.client.set_terminated(found.info.run_id, "FAILED")
                 closed.append(found.data.tags[RUN_ID])
         return closed
 
     def champions(self) -> dict[str, dict[str, str]]:
-        """registered model -> tags of its champion's version."""
+        """Registered model -> tags of its champion version, and `version`, its number."""
         found = {}
         for model in self.client.search_registered_models():
             if "champion" in model.aliases:
@@ -227,7 +231,7 @@ class Tracker:
     def _open(
         self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str] | None = None
     ) -> str:
-        """The MLflow run of our run id, RUNNING; made with the tags `about` where there is none yet."""
+        """The MLflow run of our run id, set to RUNNING and tagged with `about`; created if there is none yet."""
         found = self._find(ours)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
@@ -238,7 +242,7 @@ class Tracker:
             for key in (ERROR, FINISHED):
                 if key in found.data.tags:
                     self.client.delete_tag(run_id, key)
-            if not found.data.params:  # killed before they were written
+            if not found.data.params:  # it was killed before they were written
                 self._describe(run_id, name, run, data)
             return run_id
         tags |= {RUN_ID: ours, "experiment": name, "dataset": data["dataset"], "data_hash": data["hash"]}
@@ -253,7 +257,7 @@ class Tracker:
         inputs = _inputs(data)
         try:
             self.client.log_inputs(run_id, inputs)
-        except MlflowException:  # another run made the same entries at this moment; now they are there
+        except MlflowException:  # another run was creating the same entries; now they exist
             self.client.log_inputs(run_id, inputs)
         values = {"experiment": name, **data_params(data), **run_params(run)}
         self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
@@ -271,7 +275,7 @@ class Tracker:
         points = [Metric(key, value, when, 0) for key, value in final_metrics(summary).items()]
         self.client.log_batch(run_id, metrics=points)
         self.client.set_tag(run_id, "mlflow.note.content", note(summary))
-        with self._drawing, ThreadPoolExecutor(1) as drawing:  # it keeps fonts open as long as its thread lives
+        with self._drawing, ThreadPoolExecutor(1) as drawing:  # matplotlib keeps fonts open as long as the thread lives
             picture = drawing.submit(confusion_picture, summary, folder / CONFUSION).result()
         for path in (
             picture,
@@ -284,7 +288,7 @@ class Tracker:
         self._register(run_id, folder, summary)
 
     def _register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
-        """A version of `fer-<dataset>` for this run, made once, and the alias when its val accuracy is the best."""
+        """One version of `fer-<dataset>` per run; moves the alias if its val accuracy is the best so far."""
         name, accuracy = f"fer-{summary['data']['dataset']}", summary["val"]["accuracy"]
         with self._registry:
             found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
@@ -327,7 +331,7 @@ class Tracker:
 
 
 class _Follower:
-    """Carries new lines of metrics.jsonl to MLflow, from a thread; sending a line twice changes nothing."""
+    """A thread that sends new lines of metrics.jsonl to MLflow; sending a line twice does no harm."""
 
     def __init__(
         self,
@@ -335,15 +339,15 @@ class _Follower:
         followed: Callable[[], Iterable[tuple[str, Path]]],
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ):
-        """`followed`: MLflow's run and the file of each run there is now; asked again and again."""
+        """`followed`: MLflow run id and file of each run to follow, asked every second or so; `on_row`: see `record`."""
         self.client, self.followed, self.on_row = client, followed, on_row
-        self.sent: dict[str, int] = {}  # MLflow's run -> lines of its file that are there
+        self.sent: dict[str, int] = {}  # MLflow run id -> number of lines sent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def close(self) -> bool:
-        """Send what is left; False where the server does not answer."""
+        """Send what is left; False if the server does not answer."""
         self._stop.set()
         self._thread.join()
         return self._send()
@@ -367,18 +371,18 @@ class _Follower:
 
 
 class _Trials:
-    """The trials of a sweep as runs of MLflow, below the sweep's own; trials themselves know no server."""
+    """The trials of a sweep as child runs of its MLflow run, read from their folders."""
 
     def __init__(self, tracker: Tracker, parent: str, plan: Plan, data: dict[str, Any]):
         self.tracker, self.client, self.parent, self.plan, self.data = tracker, tracker.client, parent, plan, data
-        self.runs: dict[str, str] = {}  # our name of a trial -> MLflow's run, while it is open
-        self.over = False  # the search is: what did not end was stopped
+        self.runs: dict[str, str] = {}  # our name of a trial -> MLflow run id, while it is open
+        self.over = False  # of the search: unfinished trials are stopped ones
         query = f"tags.`{PARENT}` = '{parent}' and attributes.status != 'RUNNING'"
         found = self.client.search_runs([tracker.experiment], query)
         self.ended = {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
 
     def followed(self) -> Iterator[tuple[str, Path]]:
-        """MLflow's run and the file of each trial that has not ended; it is ended once its file was sent."""
+        """MLflow run id and file of each open trial; a finished one is closed after its file has been sent."""
         trials = read_trials(self.plan.folder)
         for trial in trials:
             if self._name(trial) not in self.ended:
@@ -387,7 +391,7 @@ class _Trials:
                     self._end(trial, trials)
 
     def leave(self) -> None:
-        """The search was cut: none of its trials runs any more."""
+        """Mark open trials as KILLED, as the search was interrupted."""
         for run_id in self.runs.values():
             with suppress(MlflowException):
                 self.client.set_terminated(run_id, "KILLED")
@@ -462,7 +466,7 @@ def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
 
 
 def tracking_uri(configured: str) -> str:
-    """MLFLOW_TRACKING_URI or the configured one; a relative SQLite path becomes absolute."""
+    """MLFLOW_TRACKING_URI, or else `configured`; a relative SQLite path becomes absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
     prefix = "sqlite:///"
     if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
@@ -471,7 +475,7 @@ def tracking_uri(configured: str) -> str:
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a finished run; `final/` keeps them apart from the curves in the UI."""
+    """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
     values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
     values[BEST_VAL] = summary["val"]["accuracy"]
     for split in ("val", "test", "test_unleaked", "test_without_train"):
@@ -504,7 +508,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     )
     needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run.model))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it all
+        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is enough
         return mlflow.pyfunc.log_model(
             name=summary["name"],
             loader_module="fer.predict",
@@ -517,7 +521,7 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
 
 
 def _check_answers(uri: str) -> None:
-    """One quick look, since mlflow itself tries for minutes. Raises UserError; a password in `uri` is not shown."""
+    """Try the server once, as mlflow retries for minutes. Raises UserError, which does not show a password in `uri`."""
     parts = urlsplit(uri)
     remedy = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
     kind = parts.scheme.partition("+")[0]
@@ -530,9 +534,9 @@ def _check_answers(uri: str) -> None:
             socket.create_connection((parts.hostname or "localhost", parts.port or PORTS[kind]), timeout=5).close()
         else:
             known = "sqlite:///FILE, postgresql://... or http://..."
-            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; give {known}")
+            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; use {known}")
     except urllib.error.HTTPError as error:
-        if error.code not in (401, 404):  # it answers; credentials are mlflow's own matter
+        if error.code not in (401, 404):  # it answers; mlflow handles credentials
             answer = f"{error.code} {error.reason}"
             raise UserError(f"tracking.uri: {without_password(uri)} answers {answer}; {remedy}") from None
     except (OSError, ValueError) as error:
@@ -545,14 +549,14 @@ def _check_writable(path: Path) -> None:
         with closing(sqlite3.connect(path)) as store:
             store.execute("begin immediate")
     except sqlite3.OperationalError as error:
-        if "locked" not in str(error):  # another process writes at this moment
+        if "locked" not in str(error):  # another process is writing
             raise UserError(
-                f"tracking.uri: cannot write {path} ({error}); free some space or name a file that can be written"
+                f"tracking.uri: cannot write {path} ({error}); free some space or choose a writable file"
             ) from None
 
 
 def without_password(uri: str) -> str:
-    """The address for people and files."""
+    """`uri` with *** for its password, to be shown or stored."""
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 

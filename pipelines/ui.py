@@ -1,4 +1,4 @@
-"""Runs the servers of `fer ui`, each with a log file of its own: a pipe that nobody reads would fill up and stop it."""
+"""Run the servers of `fer ui`, each with its own log file: an unread pipe would fill up and block the server."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from fer.errors import UserError
 
-PATIENCE = 15.0  # seconds that a server has to end by itself
-TAIL = 1 << 16  # bytes at the end of a log, where its last line is looked for
+PATIENCE = 15.0  # seconds that a server gets to shut down
+TAIL = 1 << 16  # bytes at the end of a log to search for its last line
 
 
 def serve(servers: dict[tuple[str, int], list[str]], logs: Path, say: Callable[[str], None]) -> None:
-    """Run servers, (name, port on 127.0.0.1) -> command, and end them all when one ends or on Ctrl-C or SIGTERM.
+    """Run servers, (name, port on 127.0.0.1) -> command, until one of them exits, or Ctrl-C or SIGTERM; then stop all.
 
-    What they write goes to `logs`/<name>.log, emptied at the start. Raises UserError when a server ends by itself.
+    Their output goes to `logs`/<name>.log, emptied first. Raises UserError if a port is in use, or a server exits.
     """
     for name, port in servers:
         _check_free(name, port)
@@ -28,7 +28,7 @@ def serve(servers: dict[tuple[str, int], list[str]], logs: Path, say: Callable[[
         for (name, port), command in servers.items():
             running[name] = _start(command, _log(logs, name))
             say(f"{name}: http://127.0.0.1:{port}")
-        say(f"What they write: {logs}. Ctrl-C ends them.")
+        say(f"Logs: {logs}. Ctrl-C stops them.")
         while all(server.poll() is None for server in running.values()):
             time.sleep(0.3)
         name = next(name for name, server in running.items() if server.poll() is not None)
@@ -43,7 +43,7 @@ def serve(servers: dict[tuple[str, int], list[str]], logs: Path, say: Callable[[
 def _check_free(name: str, port: int) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"--{name.lower()}-port {port}: the port is in use; stop what uses it or give another")
+            raise UserError(f"--{name.lower()}-port {port}: the port is in use; stop what uses it or choose another")
 
 
 def _log(logs: Path, name: str) -> Path:
@@ -51,7 +51,7 @@ def _log(logs: Path, name: str) -> Path:
 
 
 def _start(command: list[str], log: Path) -> subprocess.Popen:
-    """In a session of its own: Ctrl-C reaches this process alone, and the server's own processes end with it."""
+    """In its own session, so that Ctrl-C reaches this process only, and the server's child processes end with it."""
     with log.open("wb") as file:
         return subprocess.Popen(command, start_new_session=True, stdout=file, stderr=subprocess.STDOUT)
 
@@ -69,11 +69,11 @@ def _end(servers: Iterable[subprocess.Popen]) -> None:
 
 
 def _why(name: str, server: subprocess.Popen, log: Path) -> str:
-    return f"{name} ended: {_last_line(log) or f'exit status {server.returncode}'}; all that it wrote is in {log}"
+    return f"{name} exited: {_last_line(log) or f'exit status {server.returncode}'}; its whole output is in {log}"
 
 
 def _last_line(log: Path) -> str:
-    """The last line with text in it; "" where there is none."""
+    """The last line that is not blank, or ""."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL))
         lines = file.read().decode(errors="replace").splitlines()

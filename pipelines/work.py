@@ -1,4 +1,4 @@
-"""One run, carried out in the process that calls: locked, logged, trained, evaluated; how it ended is a value."""
+"""One run, carried out in the calling process: locked, logged, trained, evaluated; how it ended is a return value."""
 
 import fcntl
 import os
@@ -27,7 +27,7 @@ from pipelines.experiments import Job
 
 LOCK = ".lock"  # in the folder of a run or a sweep
 ROOT = Path(fer.__file__).parents[1]
-PATIENCE = 20.0  # seconds; the process of an earlier try may have to end yet
+PATIENCE = 20.0  # seconds; the process of the previous attempt may still be ending
 Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
 
 
@@ -35,10 +35,10 @@ Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", 
 class Ended:
     """How a run ended.
 
-    done; stopped: as the user asked, the state is saved; terminated: so, after SIGTERM or on a machine that is taken
-    back; mistake: a user can mend it; diverged: its loss is infinite or not a number; fault: an error in the code;
-    died: a process or a machine is gone. `message` is one line, empty for done. `warnings`: those that code of the
-    project gave on the way.
+    done; stopped: by the user, with its state saved; terminated: likewise, by SIGTERM or because its machine is taken
+    away; mistake: a user can fix it; diverged: the loss is infinite or not a number; fault: an error in the code;
+    died: a process or a machine is gone. `message` is one line, empty if done. `warnings`: those that the project's
+    code gave.
     """
 
     kind: Kind
@@ -54,17 +54,17 @@ def work(
     leaves: Callable[[], bool] | None = None,
     patience: float = PATIENCE,
 ) -> Ended:
-    """Train a run, or go on with it, and evaluate it where `evaluated`; the only place that does.
+    """Train or resume a run, and evaluate it if `evaluated`.
 
-    In a torch.distributed group every rank calls this: the first one holds the lock and evaluates. `on_epoch` and
-    `leaves` are those of `fer.train.fit`; `patience`: seconds to wait for another process that works on the run.
-    Nothing but the end of the process is raised.
+    In a torch.distributed group every rank calls this; the first one holds the lock and evaluates. `on_epoch` and
+    `leaves` are passed to `fer.train.fit`; `patience`: seconds to wait for another process that works on the run.
+    Never raises an Exception: errors are returned.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     warned: list[str] = []
 
     def each_epoch(row: dict[str, Any]) -> None:
-        _tell(row)
+        _print_epoch(row)
         on_epoch(row)
 
     try:
@@ -80,14 +80,14 @@ def work(
             except Exception:
                 traceback.print_exc()
                 raise
-    except Exception as error:  # noqa: BLE001  told to whoever waits for the run; the traceback stands in its log
+    except Exception as error:  # noqa: BLE001  returned to whoever waits for the run; the traceback is in its log
         return replace(_of_error(error, job.folder), warnings=tuple(warned))
     return Ended("done", warnings=tuple(warned))
 
 
 @contextmanager
 def _warnings_kept(kept: list[str]) -> Iterator[None]:
-    """Warnings go to stderr as they do, and those of the project's code to `kept`, too."""
+    """Warnings go to stderr as usual, and those of the project's code to `kept` as well."""
     with warnings.catch_warnings():
 
         def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
@@ -99,8 +99,8 @@ def _warnings_kept(kept: list[str]) -> Iterator[None]:
         yield
 
 
-def _tell(row: dict[str, Any]) -> None:
-    """A line of the log for each epoch."""
+def _print_epoch(row: dict[str, Any]) -> None:
+    """One line of the log per epoch."""
     shown = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
     sys.stdout.write(f"epoch {row['epoch']}: " + ", ".join(f"{key} {row[key]:.4g}" for key in shown) + "\n")
 
@@ -118,7 +118,7 @@ def _of_error(error: Exception, folder: Path) -> Ended:
     reason = _first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
-    return Ended("fault", f"{type(error).__name__}: {reason} ({_where(error)}; all of it: {folder / LOG})")
+    return Ended("fault", f"{type(error).__name__}: {reason} ({_where(error)}; full log: {folder / LOG})")
 
 
 def _where(error: BaseException) -> str:
@@ -137,9 +137,9 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def held(folder: Path, patience: float = 0.0, rank: int = 0) -> Iterator[None]:
-    """One process at a time works on a run or a sweep; the lock goes with the process, however it ends.
+    """Lock a run or a sweep, so that one process at a time works on it; the lock ends with the process.
 
-    Raises UserError where another one has it for `patience` seconds. Of several ranks only the first takes it.
+    Raises UserError if another one still holds it after `patience` seconds. Of several ranks only the first locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if rank:
@@ -158,7 +158,7 @@ def is_held(folder: Path) -> bool:
     """Whether a process on this machine works on the run or the sweep in `folder`."""
     try:
         with open(folder / LOCK) as lock:
-            return not _taken(lock, fcntl.LOCK_SH)  # those who only look do not see each other
+            return not _taken(lock, fcntl.LOCK_SH)  # shared, so that processes that only look do not see each other
     except FileNotFoundError:
         return False
 
@@ -173,9 +173,9 @@ def _taken(lock: Any, kind: int = fcntl.LOCK_EX) -> bool:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Inside the block, what this process and its children write to stdout and stderr is added to `path`.
+    """Inside the block, append what this process and its children write to stdout and stderr to `path`.
 
-    Each line begins with the time. What libraries write below Python is caught, too, so the file descriptors move.
+    Each line begins with the time. The file descriptors are redirected, to catch what native libraries write as well.
     """
     read, write = os.pipe()
     before = [os.dup(1), os.dup(2)]
@@ -189,7 +189,7 @@ def logged(path: Path) -> Iterator[None]:
         for number, old in zip((1, 2), before):
             os.dup2(old, number)
             os.close(old)
-        copying.join(5)  # a child that outlives the block may hold the pipe open
+        copying.join(5)  # a child that outlives the block may keep the pipe open
 
 
 def _copy(read: int, path: Path) -> None:

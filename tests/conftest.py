@@ -1,11 +1,18 @@
-"""What tests share: one torch thread, small data as the DVC stages write it, small runs, the real FER+ if at hand."""
+"""What tests share: one torch thread, small data as the DVC stages write it, small runs, servers, the real FER+."""
 
+import gc
 import json
 import os
 import shutil
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +25,7 @@ import pipelines  # noqa: F401  sets what the frameworks read when they are impo
 from fer.data.augment import Augment
 from fer.resources import Resources
 from fer.run import Run
+from fer.run_folder import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt"]
@@ -175,3 +183,139 @@ def emotion_encoder(**changes: Any) -> dict[str, Any]:
     """Keys of a small run of an emotion encoder, with augmentation."""
     model = {"name": "emotion_encoder", "backbone": RESNET, "identity": RESNET, "hidden": [16]}
     return {"model": model, "input": {"image_size": 32, "channels": 1}, **changes}
+
+
+# The command `fer`, Prefect's server, and Ray
+
+BIN = Path(sys.executable).parent
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """The first true value of `condition()`; the limit is only there to end a test that has failed."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """That of a new process, without what this one has set for the frameworks."""
+    without = ("PREFECT_", "MLFLOW_", "RAY_", "OMP_", "FER_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(without)}
+    return {**clean, "OMP_NUM_THREADS": "1", **changes}
+
+
+def start_fer(project: Path, *words: str, **changes: str) -> subprocess.Popen:
+    """`fer WORDS` in a process and a session of its own; only its stderr is kept."""
+    return subprocess.Popen(
+        [BIN / "fer", *words], cwd=project, env=environment(**changes), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess]:
+    """here("train", "x"): the command `fer train x`, in this process."""
+    from pipelines import cli
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["fer", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        gc.unfreeze()  # which the command froze, as its process would end now
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(words, int(end.value.code or 0), shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """PREFECT_API_URL of a real server, also for the flows of this process."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    port = free_port()
+    process = subprocess.Popen(
+        [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        env=environment(PREFECT_HOME=str(tmp_path_factory.mktemp("prefect"))), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        wait_for(lambda: answers(f"{url}/health"))
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def ray_here(prefect_server: str) -> Iterator[None]:
+    """The Ray that a command starts, kept for all commands of a module."""
+    from pipelines import launch
+
+    launch.start_ray()
+    yield
+    launch.ray.shutdown()
+
+
+def experiment(project: Path, name: str, resources: dict[str, Any] | None = None, **changes: Any) -> Run:
+    """Write experiments/`name`.yaml: a small run with these changes."""
+    from pipelines.params import yaml_of
+
+    run = small_run(**changes)
+    text = yaml_of({**run.model_dump(), "resources": resources or {}})
+    (project / "experiments" / f"{name}.yaml").write_text(text)
+    return run
+
+
+def workers(project: Path) -> list[int]:
+    """Ray's processes that train on the project's images: they have them mapped."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text() if process.info["name"].startswith("ray::") else ""
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+        if f"{project}/data/upscaled/images.npy" in maps:
+            found.append(process.pid)
+    return found
+
+
+def epochs_done(project: Path) -> dict[str, list[dict[str, Any]]]:
+    """name -> rows of metrics.jsonl, of each run of the project that has any."""
+    found = {}
+    for path in (project / "data/runs").glob("*/metrics.jsonl"):
+        rows = read_rows(path.parent)
+        assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1)), path
+        found[path.parent.name.split("-")[0]] = rows
+    return found
+
+
+def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
+    """name -> status and steps of its MLflow run, of which there is one, read from the store itself."""
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        runs = store.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'").fetchall()
+        steps = "select step from metrics where run_uuid = ? and key = 'val_accuracy' order by timestamp, step"
+        found = {name.split("-")[0]: (status, [s for (s,) in store.execute(steps, [i])]) for i, name, status in runs}
+    assert len(found) == len(runs)
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL, copy_settings, small_run
+from conftest import ROOT, SMALL, copy_settings
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -75,25 +75,24 @@ LAYERS = ["params.yaml", "experiments/lowest.yaml", "experiments/lower.yaml", "e
 
 
 @pytest.mark.parametrize("key", ["resources.readers", "optimizer.weight_decay", "epochs"])
-@pytest.mark.parametrize("saying", list(itertools.product([False, True], repeat=5)))
-def test_the_last_layer_that_says_something_wins(key: str, saying: tuple[bool, ...]) -> None:
-    def keys(place: int) -> dict[str, Any]:
-        return experiments.tree_of(f"{key}={10 + place}") if saying[place] else {}
+def test_the_last_layer_that_says_something_wins(key: str) -> None:
+    for saying in itertools.product([False, True], repeat=5):
 
-    machine, said = {}, saying
-    if key.startswith("resources."):
-        machine = keys(0).get("resources", {})
-    else:
-        said = (False, *saying[1:])  # the machine says nothing of runs
-    experiment("lowest", **{"model": "vgg13", "seed": 1} | keys(1))
-    experiment("lower", **{"base": "lowest"} | keys(2))
-    experiment("x", **{"base": "lower"} | keys(3))
-    found = one("x", *([f"{key}={10 + 4}"] if saying[4] else []), machine=machine)
-    default = dict(flat(Run(model=found.run.model).model_dump() | {"resources": Resources().model_dump()}))[key]
-    last = max([place for place, says in enumerate(said) if says], default=None)
-    assert at(found, key) == ((default, DEFAULT) if last is None else (10 + last, LAYERS[last]))
-    assert at(found, "seed") == (1, "experiments/lowest.yaml")
-    assert found.dropped == []
+        def keys(place: int) -> dict[str, Any]:
+            return experiments.tree_of(f"{key}={10 + place}") if saying[place] else {}  # noqa: B023
+
+        machine, said = keys(0).get("resources", {}), saying
+        if not key.startswith("resources."):
+            said = (False, *saying[1:])  # the machine says nothing of runs
+        experiment("lowest", **{"model": "vgg13", "seed": 1} | keys(1))
+        experiment("lower", **{"base": "lowest"} | keys(2))
+        experiment("x", **{"base": "lower"} | keys(3))
+        found = one("x", *([f"{key}={10 + 4}"] if saying[4] else []), machine=machine)
+        default = dict(flat(Run(model=found.run.model).model_dump() | {"resources": Resources().model_dump()}))[key]
+        last = max([place for place, says in enumerate(said) if says], default=None)
+        assert at(found, key) == ((default, DEFAULT) if last is None else (10 + last, LAYERS[last]))
+        assert at(found, "seed") == (1, "experiments/lowest.yaml")
+        assert found.dropped == []
 
 
 def test_layers_leave_each_others_keys_in_a_section_alone() -> None:
@@ -121,25 +120,13 @@ def test_the_last_of_two_values_on_the_command_line_wins() -> None:
     assert one("seed=1", "x", "optimizer=adam", "optimizer=sgd").run.optimizer == OPTIMIZERS["sgd"]()
 
 
-@pytest.mark.parametrize(
-    ("change", "path", "value"),
-    [
-        ("optimizer.lr=1e-4", "optimizer.lr", 1e-4),
-        ("optimizer.lr=.5", "optimizer.lr", 0.5),
-        ("optimizer.lr=1", "optimizer.lr", 1.0),
-        ("optimizer.weight_decay=1e-05", "optimizer.weight_decay", 1e-5),
-        ("clip_grad_norm=null", "clip_grad_norm", None),
-        ("clip_grad_norm=", "clip_grad_norm", None),
-        ("input.mean=[0.4]", "input.mean", [0.4]),
-        ("precision=bf16", "precision", "bf16"),
-        ("augment={flip: 0.25, scale: 0.0}", "augment.flip", 0.25),
-    ],
-)
-def test_a_value_on_the_command_line_is_yaml(change: str, path: str, value: object) -> None:
+def test_a_value_on_the_command_line_is_yaml() -> None:
     experiment("x", model="vgg13")
-    found, source = at(one("x", change), path)
-    assert (found, source) == (value, COMMAND_LINE)
-    assert type(found) is type(value)
+    found = one("x", "optimizer.lr=1", "clip_grad_norm=", "input.mean=[0.4]", "augment={flip: 0.25, scale: 0.0}")
+    shown = {key: at(found, key) for key in ("optimizer.lr", "clip_grad_norm", "input.mean", "augment.flip")}
+    assert [value for value, _ in shown.values()] == [1.0, None, [0.4], 0.25]
+    assert {source for _, source in shown.values()} == {COMMAND_LINE}
+    assert isinstance(found.run.optimizer.lr, float)
 
 
 # Sections that are chosen by name
@@ -160,41 +147,26 @@ def test_another_name_starts_a_section_anew_and_what_it_drops_is_told() -> None:
     ]
     assert at(found, "loss.gamma") == (1.0, "experiments/lower.yaml")
 
-
-def test_a_file_starts_a_section_of_its_base_anew() -> None:
-    experiment("lower", model="vgg13", optimizer=SGD)
     experiment("middle", base="lower", optimizer={"name": "adam"})
     experiment("x", base="middle", optimizer="sgd")
     found = one("x")
     assert found.run.optimizer == OPTIMIZERS["sgd"]()  # what was dropped on the way does not come back
-    assert found.dropped == [
-        "optimizer.lr of experiments/lower.yaml: experiments/middle.yaml takes optimizer adam",
-        "optimizer.momentum of experiments/lower.yaml: experiments/middle.yaml takes optimizer adam",
-    ]
-    assert at(found, "optimizer.name") == ("sgd", "experiments/x.yaml")
+    assert [line.partition(": ")[2] for line in found.dropped] == ["experiments/middle.yaml takes optimizer adam"] * 2
 
-
-def test_the_default_of_a_section_is_left_behind_too() -> None:
-    """adamw is the default: its keys are dropped where nobody named it."""
-    experiment("x", model="vgg13", optimizer={"lr": 0.1})
+    experiment("x", model="vgg13", optimizer={"lr": 0.1})  # of adamw, the default, which nobody named
     found = one("x", "optimizer=sgd")
     assert found.run.optimizer == OPTIMIZERS["sgd"]()
     assert found.dropped == ["optimizer.lr of experiments/x.yaml: command line takes optimizer sgd"]
 
 
-@pytest.mark.parametrize("change", ["optimizer=sgd", "optimizer.name=sgd", "optimizer={name: sgd}", "optimizer={}"])
-def test_the_same_name_keeps_the_keys(change: str) -> None:
+def test_the_same_name_keeps_the_keys() -> None:
     experiment("x", model="vgg13", optimizer=SGD)
-    found = one("x", change)
-    assert found.run.optimizer == OPTIMIZERS["sgd"](lr=0.5, momentum=0.1)
-    assert found.dropped == []
-    assert at(found, "optimizer.lr") == (0.5, "experiments/x.yaml")
-
-
-@pytest.mark.parametrize("change", ["optimizer=adamw", "optimizer.name=adamw"])
-def test_the_default_name_written_out_keeps_the_keys(change: str) -> None:
-    experiment("x", model="vgg13", optimizer={"lr": 0.5})
-    found = one("x", change)
+    for change in ("optimizer=sgd", "optimizer.name=sgd", "optimizer={name: sgd}", "optimizer={}"):
+        found = one("x", change)
+        assert found.run.optimizer == OPTIMIZERS["sgd"](lr=0.5, momentum=0.1)
+        assert found.dropped == []
+    experiment("x", model="vgg13", optimizer={"lr": 0.5})  # of adamw, the default
+    found = one("x", "optimizer=adamw")
     assert found.run.optimizer == OPTIMIZERS["adamw"](lr=0.5)
     assert at(found, "optimizer.name") == ("adamw", COMMAND_LINE)
     assert found.dropped == []
@@ -222,13 +194,13 @@ def test_a_section_of_a_section_starts_anew() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["loss=focal", "loss.name=focal", "loss={name: focal}"])
-def test_a_name_and_its_keys_on_the_command_line_stand_in_any_order(name: str) -> None:
+def test_a_name_and_its_keys_on_the_command_line_stand_in_any_order() -> None:
     experiment("x", model="vgg13")
-    for words in itertools.permutations([name, "loss.gamma=1", "x"]):
-        found = one(*words)
-        assert found.run.loss == LOSSES["focal"](gamma=1.0)
-        assert found.dropped == []
+    for name in ("loss=focal", "loss.name=focal", "loss={name: focal}"):
+        for words in itertools.permutations([name, "loss.gamma=1", "x"]):
+            found = one(*words)
+            assert found.run.loss == LOSSES["focal"](gamma=1.0)
+            assert found.dropped == []
 
 
 SHORT: dict[str, Any] = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
@@ -261,19 +233,12 @@ WRONG: dict[str, str | list[str]] = {
     "x optimizer.momentum=0.5": "optimizer.momentum: unknown key of 'adamw'; known: lr, weight_decay",
     "x optimizer.=3": "optimizer.: unknown key of 'adamw'; known: lr, weight_decay",
     "x loss.gamma=1": "loss.gamma: unknown key: 'cross_entropy' has no keys",
-    "x augment.rotaton=3": "augment.rotaton: unknown key, did you mean 'rotation'?",
     "x resources.wrkers=3": "resources.wrkers: unknown key, did you mean 'workers'?",
-    "x input.chanels=3": "input.chanels: unknown key, did you mean 'channels'?",
     "x input.size=3": "input.size: unknown key; known: channels, image_size, mean, std",
-    "x train.lr=3": f"train: unknown key; known: {KNOWN}",
     "x models.x.epochs=3": "models: unknown key, did you mean 'model'?",
     "x optimizer=sdg": "optimizer.name: unknown optimizer 'sdg', did you mean 'sgd'?",
     "x optimizer.name=": "optimizer.name: unknown optimizer 'None'; known: adam, adamw, sgd",
-    "x loss=focl": "loss.name: unknown loss 'focl', did you mean 'focal'?",
     "x loss=zzz": f"loss.name: unknown loss 'zzz'; known: {', '.join(sorted(LOSSES))}",
-    "x schedule=cosin": "schedule.name: unknown schedule 'cosin', did you mean 'cosine'?",
-    "x model=vgg": "model.name: unknown model 'vgg', did you mean 'vgg13'?",
-    "x model=zzz": f"model.name: unknown model 'zzz'; known: {', '.join(sorted(MODELS))}",
     "x model.backbone=resnet50": (
         "model.backbone: unknown key of 'vgg13'; known: batch_norm, conv_dropout, dense_dropout, width"
     ),
@@ -287,57 +252,27 @@ WRONG: dict[str, str | list[str]] = {
     # types and ranges
     "x optimizer.lr=fast": "optimizer.lr: should be a valid number, got 'fast'",
     "x optimizer.lr=true": "optimizer.lr: should be a valid number, got True",
-    "x optimizer.lr=0": "optimizer.lr: should be greater than 0, got 0",
     "x optimizer.lr=.nan": "optimizer.lr: should be a finite number, got nan",
-    "x optimizer.lr=.inf": "optimizer.lr: should be a finite number, got inf",
     "x optimizer.lr.x=3": "optimizer.lr: should be a valid number",
-    "x epochs=true": "epochs: should be a valid integer, got True",
-    "x epochs=3.0": "epochs: should be a valid integer, got 3.0",
     "x epochs='3'": "epochs: should be a valid integer, got '3'",
     "x epochs=0": "epochs: should be greater than 0, got 0",
-    "x batch_size=0": "batch_size: should be greater than 0, got 0",
-    "x seed=-1": "seed: should be greater than or equal to 0, got -1",
     "x seed=1e3": "seed: should be a valid integer, got 1000.0",
     "x loss=": "loss: should be a table of keys, got None",
     "x model=3": "model: should be a table of keys, got 3",
-    "x input=3": "input: should be a table of keys, got 3",
-    "x augment=none": "augment: should be a table of keys, got 'none'",
-    "x augment.flip=1.1": "augment.flip: should be less than or equal to 1, got 1.1",
-    "x augment.flip=": "augment.flip: should be a valid number, got None",
-    "x clip_grad_norm=-1": "clip_grad_norm: should be greater than 0, got -1",
-    "x ema_decay=1": "ema_decay: should be less than 1, got 1",
     "x precision=fp8": "precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'",
-    "x class_weights=2": "class_weights: should be less than or equal to 1, got 2",
-    "x balanced_sampling=true": "balanced_sampling: should be a valid number, got True",
-    "x input.channels=2": "input.channels: should be 1 or 3, got 2",
     "x input.std=[0]": "input.std.0: should be greater than 0, got 0",
-    "x init_from=3": "init_from: should be a valid string, got 3",
     "x resources.device=gpu": "resources.device: should be 'auto', 'cpu' or 'cuda', got 'gpu'",
-    "x resources=": "resources: should be a table of keys, got None",
     "y model.stn=1": "model.stn: should be a valid boolean, got 1",
-    "y model.head=[0]": "model.head.0: should be greater than 0, got 0",
     "y model.backbone.depths=[2, 0, 2]": "model.backbone.depths.1: should be greater than 0, got 0",
-    "y model.backbone.embed_dim=2.5": "model.backbone.embed_dim: should be a valid integer, got 2.5",
     # what is missing
     "x schedule=step": ["schedule.step_epochs: missing", "schedule.step_factors: missing"],
     "x model=vit_se": "model.backbone: missing",
     # what does not fit together
     "x input.mean=[0.5, 0.4]": "input.mean: has 2 numbers but channels is 1; give one for all",
     "x input.image_size=15": "input.image_size: 15 is too small: VGG13 halves it four times, so 16 at least",
-    "x model.width=0.001": "model.width: 0.001 leaves no channel",
     "x schedule.warmup_epochs=3": "schedule.warmup_epochs: 3 leaves nothing of epochs 3",
-    "x schedule={name: step, step_epochs: [20, 10], step_factors: [0.1]}": [
-        "schedule.step_epochs: must rise, got [20, 10]",
-        "schedule.step_factors: has 1 numbers, step_epochs 2",
-    ],
     "x sam_rho=0.05; precision=fp16": "sam_rho: needs precision fp32 or bf16, as fp16 scales its gradients",
-    "x batch_size=17; augment.cutmix=1.0": (
-        "batch_size: augment.mixup and augment.cutmix pair images, but 17 / 1 workers / 1 parts is odd"
-    ),
     "x batch_size=16; resources.workers=3": "batch_size: 16 does not divide by resources.workers 3",
-    "x batch_size=16; resources.workers=2; resources.accumulate=3": (
-        "batch_size: 16 does not divide by resources.workers 2 times resources.accumulate 3"
-    ),
     "x resources.gpus_per_worker=1.5": "resources.gpus_per_worker: above 1 must be a whole number, got 1.5",
     "x base=y": "base: only a file has one; write it into a file of experiments/",
     # several at once
@@ -351,28 +286,21 @@ WRONG: dict[str, str | list[str]] = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_mistake_on_the_command_line_is_one_line(text: str) -> None:
+def test_a_mistake_is_one_line_behind_the_command_line_or_its_file(text: str) -> None:
+    """On the command line, and in a file of which the named one is a change."""
     experiment("x", **X)
     experiment("y", **Y)
     name, changes = text.split(" ", 1)
     wanted = WRONG[text]
     lines = [wanted] if isinstance(wanted, str) else wanted
     assert sorted(mistakes(name, *changes.split("; "))) == sorted(f"{COMMAND_LINE}: {line}" for line in lines)
-
-
-@pytest.mark.parametrize("text", [text for text in WRONG if not text.startswith("x base=")])
-def test_a_mistake_in_a_file_is_one_line_behind_that_file(text: str) -> None:
-    """The same keys in a file of which the named one is a change."""
-    experiment("x", **X)
-    experiment("y", **Y)
-    name, changes = text.split(" ", 1)
+    if changes.startswith("base="):
+        return
     layers = experiments.Layers(Recipe)
     for change in ["base=" + name, *changes.split("; ")]:
         layers.lay(experiments.tree_of(change), "")
     path = experiment("wrong", **layers.tree)
     experiment("z", base="wrong")
-    wanted = WRONG[text]
-    lines = [wanted] if isinstance(wanted, str) else wanted
     assert sorted(mistakes("z")) == sorted(f"{path}: {line}" for line in lines)
 
 
@@ -409,21 +337,15 @@ def test_faults_of_several_files_are_reported_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("word", ["=3", "epochs =3", " epochs=3", "batch-size=3", "1=2", "--seed=3"])
-def test_a_word_that_is_no_setting_and_no_name(word: str) -> None:
-    assert mistakes("vgg13_small", word) == [f"{word}: write it as key=value, for example optimizer.lr=3e-4"]
-
-
-def test_a_value_that_is_no_yaml() -> None:
-    assert mistakes("vgg13_small", "optimizer.lr=[1") == ["optimizer.lr=[1: the value is not valid YAML"]
-
-
 def test_words_are_names_files_and_changes() -> None:
     words = ["a", "seed=3", "b/c.yaml", "optimizer.lr=1e-3", "b/lr=3.yml", "model=", "input.mean=[0.1, 0.2]"]
     names, changes = experiments.split(words)
     assert names == ["a", "b/c.yaml", "b/lr=3.yml"]
     assert changes == ["seed=3", "optimizer.lr=1e-3", "model=", "input.mean=[0.1, 0.2]"]
     assert load(["seed=3"], {}) == load([], {}) == {}
+    for word in ("=3", "epochs =3", " epochs=3", "batch-size=3", "1=2", "--seed=3"):
+        assert mistakes("vgg13_small", word) == [f"{word}: write it as key=value, for example optimizer.lr=3e-4"]
+    assert mistakes("vgg13_small", "optimizer.lr=[1") == ["optimizer.lr=[1: the value is not valid YAML"]
 
 
 @pytest.mark.parametrize(
@@ -431,14 +353,11 @@ def test_words_are_names_files_and_changes() -> None:
     [
         ("", "holds no keys; write at least its model there"),
         ("# a comment alone\n", "holds no keys; write at least its model there"),
-        ("- model\n", "holds no keys; write at least its model there"),
         ("seed: 3\n", "model: missing"),
         ("model: vgg13\nseed: [1\n", "line 3 is not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed: 1\nseed: 2\n", 'line 2 is not valid YAML: found duplicate key "seed" with value "2"'),
         ("model: vgg13\nbase: 3\n", "base: should be the name of an experiment, got 3"),
         ("model: vgg13\noptimizer.lr: 3\n", "optimizer.lr: unknown key, did you mean 'optimizer'?"),
-        ("model: vgg13\nlr: 3\n", f"lr: unknown key; known: {KNOWN}"),
-        ("model: vgg13\noptimizer:\n", "optimizer: should be a table of keys, got None"),
         ("model:\n  width: 0.5\n", "model.name: missing"),
         ("base: vgg13_smal\n", "base: experiments/vgg13_smal.yaml: no such experiment, did you mean 'vgg13_small'?"),
         ("base: x\n", "base: x -> x is a circle"),
@@ -450,15 +369,6 @@ def test_a_file_that_is_no_experiment(text: str, message: str) -> None:
     assert found.startswith("experiments/x.yaml:")
     told = found.removeprefix("experiments/x.yaml:").strip()
     assert told.removesuffix(' (original value: "1")') == message
-
-
-def test_a_file_that_cannot_be_read() -> None:
-    Path("experiments/x.yaml").mkdir()
-    Path("experiments/y.yaml").write_bytes(b"model: \xff")
-    assert mistakes("x", "y") == [
-        "experiments/x.yaml: cannot be read (Is a directory)",
-        "experiments/y.yaml: is not valid YAML: 'utf-8' codec can't decode byte 0xff in position 7: invalid start byte",
-    ]
 
 
 def test_bases_in_a_circle_and_an_unknown_one_further_down() -> None:
@@ -480,31 +390,27 @@ def test_an_unknown_name() -> None:
     assert mistakes("vgg13_smal") == ["experiments/vgg13_smal.yaml: no such experiment, did you mean 'vgg13_small'?"]
     assert mistakes("zzz") == [f"experiments/zzz.yaml: no such experiment; known: {', '.join(SHIPPED)}"]
     assert mistakes("doe", "elsewhere/doe.yml") == ["elsewhere/doe.yml: no such experiment, did you mean 'doe'?"]
+    remedy = "an experiment's name is made of letters, digits, _ and -; rename the file"
+    for stem in ("a b", "a.b", "é", ""):  # which does not do for a folder
+        Path(f"{stem}.yaml").write_text("base: doe\n")
+        assert mistakes(f"./{stem}.yaml") == [f"{stem}.yaml: {remedy}"]
 
 
 def test_a_file_anywhere(folder: Path) -> None:
-    """Its name is that of the file; its base and its start stand in experiments/."""
-    for number, name in enumerate(["elsewhere/mine.yaml", "elsewhere/deep/yours.yml", str(folder / "third.yaml")]):
+    """Its name is that of the file; its base and its start stand in experiments/, unless that is named, too."""
+    Path("elsewhere").mkdir()
+    for number, name in enumerate(["elsewhere/mine.yaml", "elsewhere/yours.yml", str(folder / "third.yaml")]):
         path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml_of({"base": "disentangled_doe_tiny", "epochs": 3 + number}))
         found = load([name, "batch_size=16"], {})
         assert list(found) == ["emotion_encoder_tiny", path.stem]
         assert (found[path.stem].name, found[path.stem].path) == (path.stem, path)
         assert at(found[path.stem], "epochs") == (3 + number, name)
         assert at(found[path.stem], "init_from") == ("emotion_encoder_tiny", "experiments/disentangled_doe_tiny.yaml")
-        path.write_text(yaml_of({"base": "doe_tiny", "epochs": 0}))
-        assert mistakes(name) == [f"{name}: epochs: should be greater than 0, got 0"]
-
-
-def test_a_named_file_is_what_another_starts_from(folder: Path) -> None:
-    Path("elsewhere").mkdir()
     Path("elsewhere/first.yaml").write_text(yaml_of({"base": "emotion_encoder_tiny", "epochs": 2}))
     experiment("second", base="disentangled_doe_tiny", init_from="first")
-    assert mistakes("second") == [
-        "second: init_from: experiments/first.yaml: no such experiment; known: "
-        + ", ".join(sorted([*SHIPPED, "second"]))
-    ]
+    (line,) = mistakes("second")
+    assert line.startswith("second: init_from: experiments/first.yaml: no such experiment; known: ")
     found = load(["second", "elsewhere/first.yaml"], {})
     assert list(found) == ["first", "second"]
     assert found["first"].run.epochs == 2
@@ -518,13 +424,6 @@ def test_one_name_for_two_files_is_refused_and_one_file_may_be_named_twice(folde
     ]
     same = ["doe", "experiments/doe.yaml", "./experiments/doe.yaml", str(folder / "experiments/doe.yaml")]
     assert list(load(same, {})) == ["doe"]
-
-
-@pytest.mark.parametrize("stem", ["a b", "a.b", "é", ""])
-def test_a_file_whose_name_does_not_do_for_a_folder(stem: str) -> None:
-    Path(f"{stem}.yaml").write_text("base: doe\n")
-    remedy = "an experiment's name is made of letters, digits, _ and -; rename the file"
-    assert mistakes(f"./{stem}.yaml") == [f"{stem}.yaml: {remedy}"]
 
 
 # Several experiments
@@ -551,33 +450,26 @@ def chain() -> None:
     experiment("second", **CHAIN)
 
 
-def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone() -> None:
+def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone_unless_named() -> None:
     chain()
-    found = load(["second"], {"readers": 4})
-    assert list(found) == ["first", "second"]
-    assert [(one.run.seed, one.run.epochs, one.resources.readers) for one in found.values()] == [(1, 40, 4), (5, 9, 4)]
-    found = load(["second", "seed=7", "epochs=6", "resources.readers=3"], {"readers": 4})
-    assert [(one.run.seed, one.run.epochs, one.resources.readers) for one in found.values()] == [(7, 40, 4), (7, 6, 3)]
-    assert at(found["first"], "seed") == at(found["second"], "seed") == (7, COMMAND_LINE)
+    words = ["seed=7", "epochs=6", "resources.readers=3"]
 
+    def loaded(*words: str) -> dict[str, tuple[int, int, int]]:
+        found = load(list(words), {"readers": 4})
+        return {name: (one.run.seed, one.run.epochs, one.resources.readers) for name, one in found.items()}
 
-@pytest.mark.parametrize("names", [["first", "second"], ["second", "first"]])
-def test_the_run_that_another_starts_from_gets_every_key_where_it_is_named(names: list[str]) -> None:
-    chain()
-    found = load([*names, "seed=7", "epochs=6", "resources.readers=3"], {})
-    assert list(found) == ["first", "second"]
-    assert [(one.run.seed, one.run.epochs, one.resources.readers) for one in found.values()] == [(7, 6, 3), (7, 6, 3)]
-
-
-def test_a_chain_of_three() -> None:
-    chain()
+    assert loaded("second") == {"first": (1, 40, 4), "second": (5, 9, 4)}
+    assert list(loaded("second")) == ["first", "second"]
+    assert loaded("second", *words) == {"first": (7, 40, 4), "second": (7, 6, 3)}
+    for names in (["first", "second"], ["second", "first"]):
+        assert loaded(*names, *words) == {"first": (7, 6, 3), "second": (7, 6, 3)}
     experiment("third", **CHAIN | {"init_from": "second"})
     experiment("fourth", **CHAIN | {"init_from": "first"})
     assert list(load(["third", "fourth"], {})) == ["first", "second", "third", "fourth"]
-    assert [one.run.seed for one in load(["third", "seed=8"], {}).values()] == [8, 8, 8]
+    assert [seed for seed, _, _ in loaded("third", "seed=8").values()] == [8, 8, 8]
 
 
-def test_a_start_that_is_not_there() -> None:
+def test_a_start_that_is_not_there_or_has_a_mistake_of_its_own() -> None:
     chain()
     assert mistakes("second", "init_from=frist") == [
         "second: init_from: experiments/frist.yaml: no such experiment, did you mean 'first'?"
@@ -585,10 +477,6 @@ def test_a_start_that_is_not_there() -> None:
     assert mistakes("second", "init_from=experiments/first.yaml") == [
         "second: init_from: should be the name of an experiment, got 'experiments/first.yaml'"
     ]
-
-
-def test_a_start_with_a_mistake_of_its_own() -> None:
-    chain()
     experiment("first", base="vit_se_tiny", epochs=0)
     wrong = "experiments/first.yaml: epochs: should be greater than 0, got 0"
     assert mistakes("second") == [f"second: init_from: {wrong}"]
@@ -611,26 +499,19 @@ def test_runs_that_start_from_each_other_in_a_circle() -> None:
 
 def test_a_start_with_another_backbone_or_none() -> None:
     chain()
-    assert mistakes("second", "init_from=swin_nr_fpdls_tiny") == [
-        "command line: init_from: swin_nr_fpdls_tiny has another backbone (swin_tiny_patch4_window7_224); "
-        "give both the same name and settings"
-    ]
-    assert mistakes("second", "model.backbone.depth=3") == [
-        "experiments/second.yaml: init_from: first has another backbone (vit_base_patch16_224_in21k); "
-        "give both the same name and settings"
-    ]
-    assert mistakes("second", "init_from=vgg13_small") == [
-        "command line: init_from: vgg13_small has no backbone; set it to null"
-    ]
-    assert mistakes("vgg13_small", "init_from=first") == [
-        "command line: init_from: model vgg13 has no backbone; set it to null"
-    ]
-    assert mistakes("second", "model.backbone.weights=weights/vit") == [
-        "command line: model.backbone.weights: init_from gives them; set one of the two to null"
-    ]
-    # the same network, whose settings are written out
-    found = load(["second", "model.backbone.dropout=0.0"], {})
-    assert list(found) == ["first", "second"]
+    another = "has another backbone ({}); give both the same name and settings"
+    for words, line in {
+        "second init_from=swin_nr_fpdls_tiny": "command line: init_from: swin_nr_fpdls_tiny "
+        + another.format("swin_tiny_patch4_window7_224"),
+        "second model.backbone.depth=3": "experiments/second.yaml: init_from: first "
+        + another.format("vit_base_patch16_224_in21k"),
+        "second init_from=vgg13_small": "command line: init_from: vgg13_small has no backbone; set it to null",
+        "vgg13_small init_from=first": "command line: init_from: model vgg13 has no backbone; set it to null",
+        "second model.backbone.weights=weights/vit": "command line: model.backbone.weights: init_from gives them; "
+        "set one of the two to null",
+    }.items():
+        assert mistakes(*words.split()) == [line]
+    assert list(load(["second", "model.backbone.dropout=0.0"], {})) == ["first", "second"]  # a default, written out
 
 
 # What is shown
@@ -643,17 +524,16 @@ def test_the_comment_at_the_top() -> None:
     assert head(Path("experiments/x.yaml")) == ""
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_setting_is_shown_once_with_its_value_and_meaning(name: str) -> None:
-    found = one(name)
-    shown = list(values(found))
-    expected = [*flat(found.run.model_dump()), *flat({"resources": found.resources.model_dump()})]
-    assert [(path, value) for path, value, _, _ in shown] == expected
-    assert len({path for path, _, _, _ in shown}) == len(shown)
-    for path, _, source, meaning in shown:
-        assert meaning.endswith((".", ")")), path
-        assert source == DEFAULT or (Path(source).exists() and path in found.origins)
-    assert set(found.origins) <= {path for path, _, _, _ in shown}
+def test_every_setting_is_shown_once_with_its_value_and_meaning() -> None:
+    for name in SHIPPED:
+        found = one(name)
+        shown = list(values(found))
+        expected = [*flat(found.run.model_dump()), *flat({"resources": found.resources.model_dump()})]
+        assert [(path, value) for path, value, _, _ in shown] == expected
+        for path, _, source, meaning in shown:
+            assert meaning.endswith((".", ")")), path
+            assert source == DEFAULT or (Path(source).exists() and path in found.origins)
+        assert set(found.origins) <= {path for path, _, _, _ in shown}
 
 
 def sections(kind: type[Section]) -> set[type[Section]]:
@@ -703,21 +583,10 @@ def test_a_written_file_says_what_differs_from_its_base() -> None:
     assert sorted(os.listdir("experiments")) == sorted(f"{name}.yaml" for name in [*SHIPPED, "found"])
 
 
-def test_a_written_file_keeps_nothing_of_its_base_where_a_section_is_another() -> None:
-    experiment(
-        "lower", model={"name": "classifier", "backbone": SWIN | {"mlp_ratio": 3}}, loss="focal", input=Y["input"]
-    )
-    tree = small_run(loss={"name": "pdls", "alpha": 0.5}).model_dump()
-    write("found", "lower", tree, "x")
-    assert one("found").run == Run.model_validate(tree)
-    write("same", "lower", one("lower").run.model_dump(), "x")
-    assert Path("experiments/same.yaml").read_text() == "# x\n# fer train same\nbase: lower\n"
-
-
 def test_an_experiment_that_cannot_be_written() -> None:
     tree, before = one("vgg13_small").run.model_dump(), sorted(os.listdir("experiments"))
     for name, message in {
-        "doe": "experiments/doe.yaml: is there already; give another name with --as",
+        "doe": "experiments/doe.yaml: exists already; choose another name with --as",
         "a b": "--as a b: an experiment's name is made of letters, digits, _ and -",
         "../x": "--as ../x: an experiment's name is made of letters, digits, _ and -",
         "": "--as : an experiment's name is made of letters, digits, _ and -",
@@ -803,28 +672,20 @@ def test_any_run_is_read_as_it_was_written(data: st.DataObject, base: str) -> No
 # The experiments of the project
 
 
-def test_the_experiments_of_the_project_use_every_model() -> None:
+def test_the_experiments_of_the_project() -> None:
+    """They use every model, are short, and their heads tell how they are trained."""
     found = load(SHIPPED, params.machine(params.load()))
     assert sorted(found) == SHIPPED == experiments.known()
     assert {one.run.model.name for one in found.values()} == set(MODELS)
     published = found["vgg13_ferplus"].run
     assert (published.batch_size, published.optimizer.name, published.epochs) == (32, "sgd", 100)
     assert not any(one.dropped for one in found.values())
-
-
-def test_the_experiments_of_the_project_are_short() -> None:
-    lines = {name: len(Path(f"experiments/{name}.yaml").read_text().splitlines()) for name in SHIPPED}
-    assert max(lines.values()) <= 25
-    assert sum(lines.values()) <= 200
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_head_of_an_experiment_tells_how_it_is_trained(name: str) -> None:
-    lines = one(name).head.splitlines()
-    command = next(line for line in lines if line.startswith("fer train "))
-    words = command.removeprefix("fer train ").split()
-    assert words[0] == name
-    assert list(load(words, {}))[-1] == name
-    assert lines[0] != command  # the list of experiments shows the first line
-    assert "Own score: " in one(name).head
-    assert "Cost: " in one(name).head
+    assert max(len(one.path.read_text().splitlines()) for one in found.values()) <= 25
+    for name, experiment in found.items():
+        lines = experiment.head.splitlines()
+        command = next(line for line in lines if line.startswith("fer train "))
+        words = command.removeprefix("fer train ").split()
+        assert words[0] == name == list(load(words, {}))[-1]
+        assert lines[0] != command  # the list of experiments shows the first line
+        assert "Own score: " in experiment.head
+        assert "Cost: " in experiment.head

@@ -29,22 +29,12 @@ def trial(number: int, state: str, *accuracies: float) -> Trial:
     return Trial(number, {"optimizer.lr": number / 10}, state, None, Path(), tuple(rows))
 
 
-@pytest.mark.parametrize(
-    "same",
-    [
-        "trials=99",
-        "hours=9",
-        "at_once=1",
-        "cpus_per_trial=2",
-        "gpus_per_trial=0.5",
-        "restarts=0",
-        "confirm_seeds=0",
-        "changes.resources.workers=2",
-        "changes.optimizer.lr=5e-4",  # as the base has it
-    ],
-)
-def test_a_larger_budget_or_another_machine_is_the_same_sweep(same: str) -> None:
-    assert plan(same).folder == plan().folder
+def test_a_larger_budget_or_another_machine_is_the_same_sweep() -> None:
+    budget = ("trials=99", "hours=9", "at_once=1", "confirm_seeds=0")
+    machine = ("cpus_per_trial=2", "gpus_per_trial=0.5", "restarts=0", "changes.resources.workers=2")
+    as_it_is = "changes.optimizer.lr=5e-4"
+    for same in (*budget, *machine, as_it_is):
+        assert plan(same).folder == plan().folder
 
 
 @pytest.mark.parametrize(
@@ -68,7 +58,7 @@ def test_a_changed_sweep_is_refused_with_what_changed_unless_a_new_one_is_wished
         sweeps.check_same(after, new=False)
     assert str(caught.value) == (
         f"sweep tiny: {named} from the sweep in {before.folder}; "
-        "change it back to go on with that one, or give --new to start another"
+        "change it back to resume that one, or use --new to start another"
     )
     sweeps.check_same(after, new=True)
     sweeps.begin(after)
@@ -88,25 +78,21 @@ def test_a_sweep_of_another_version_is_not_gone_on_with(missing: str) -> None:
     with pytest.raises(UserError) as caught:
         sweeps.check_same(sweep, new=False)
     assert str(caught.value) == (
-        f"sweep tiny: {other} was begun by another version of this program; give --new to start another"
+        f"sweep tiny: {other} was begun by another version of this program; use --new to start another"
     )
     sweeps.begin(sweep)
     assert [sweeps.read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [20, 20]
     assert sweeps.read_trials(other) == []  # for `fer sweep status`
 
 
-def test_a_changed_base_makes_another_sweep() -> None:
+def test_a_changed_base_or_other_data_make_another_sweep() -> None:
     sweeps.begin(plan())
+    with pytest.raises(UserError, match="sweep tiny: the data differs from the sweep in "):
+        sweeps.check_same(plan(data="e" * 16), new=False)
     path = experiments.path_of("swin_nr_fpdls_tiny")
     path.write_text(path.read_text().replace("loss: focal_pdls", "loss: {name: focal_pdls, gamma: 3.0}"))
     with pytest.raises(UserError, match="sweep tiny: swin_nr_fpdls_tiny.loss.gamma differs from the sweep in "):
         sweeps.check_same(plan(), new=False)
-
-
-def test_other_data_make_another_sweep() -> None:
-    sweeps.begin(plan())
-    with pytest.raises(UserError, match="sweep tiny: the data differs from the sweep in "):
-        sweeps.check_same(plan(data="e" * 16), new=False)
 
 
 def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
@@ -182,9 +168,9 @@ def test_seeds_of_the_confirmation_are_not_that_of_the_search_and_the_base_is_no
 def test_progress_tells_how_far_it_is() -> None:
     about = {"name": "tiny", "budget": {"trials": 6}}
     found = [trial(1, DONE, 0.5, 0.6), trial(2, PRUNED, 0.4), trial(3, RUNNING, 0.9)]
-    line = "2 of 6 trials ended; best so far 60.00 % (trial 1); 4 epochs, 0.4 min of training"
+    line = "2 of 6 trials finished; best so far 60.00 % (trial 1); 4 epochs, 0.4 min of training"
     assert report.progress(found, about, running=True) == line
-    idle = "; no process works on it; `fer sweep tiny` goes on"
+    idle = "; not running; `fer sweep tiny` resumes it"
     assert report.progress(found, about, running=False) == line + idle
 
 
@@ -204,8 +190,8 @@ def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:
     result = sweeps.conclude(sweep, [first, Trial(2, point, DONE, None, Path(), rows)], [])
     note = report.sweep_note({**result, "importance": {"loss.alpha": 0.75}})
     assert "2 trials (1 done, 1 pruned), 2.2 min of training, 22 of 40 epochs (55 %)." in note
-    assert "swin_nr_fpdls_tiny as it is: 50.00 % when it was stopped after epoch 2." in note
-    assert "Importance for a trial's rank: loss.alpha 75 %." in note
+    assert "swin_nr_fpdls_tiny unchanged: 50.00 % when stopped after epoch 2." in note
+    assert "Importance for the rank of a trial: loss.alpha 75 %." in note
     assert report.sweep_line(result) == f"sweep {sweep.folder.name}, trial 2: val 50.00 %, not confirmed"
     base = experiments.load(["swin_nr_fpdls_tiny"], {})["swin_nr_fpdls_tiny"].run
     assert sweeps.best_run(sweep.folder, result) == base.model_copy(update={"loss": FocalPdls(alpha=0.5, gamma=2.0)})

@@ -58,16 +58,13 @@ def base_of(*words: str) -> Run:
 # What is shipped
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_sweep_loads(name: str) -> None:
-    found, sweep, base, space = load(name)
-    assert found == name
-    assert base.run == experiments.load([sweep.base], {})[sweep.base].run
-    assert list(space) == list(sweep.space)
-
-
-def test_there_are_three() -> None:
+def test_every_shipped_sweep_loads() -> None:
     assert SHIPPED == settings.known() == ["fpdls", "sample", "tiny"]
+    for name in SHIPPED:
+        found, sweep, base, space = load(name)
+        assert found == name
+        assert base.run == experiments.load([sweep.base], {})[sweep.base].run
+        assert list(space) == list(sweep.space)
 
 
 def test_a_name_and_a_file_are_the_same_and_a_file_may_lie_elsewhere() -> None:
@@ -87,9 +84,9 @@ def test_a_name_and_a_file_are_the_same_and_a_file_may_lie_elsewhere() -> None:
         (["nope"], "sweeps/nope.yaml: no such sweep; known: fpdls, sample, tiny"),
         (["sampel"], "sweeps/sampel.yaml: no such sweep, did you mean 'sample'?"),
         (["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: no such sweep, did you mean 'tiny'?"),
-        ([], "fer sweep: name one sweep, of fpdls, sample, tiny"),
-        (["trials=3"], "fer sweep: name one sweep, of fpdls, sample, tiny"),
-        (["tiny", "sample"], "fer sweep: name one sweep, of fpdls, sample, tiny"),
+        ([], "fer sweep: name one sweep, one of fpdls, sample, tiny"),
+        (["trials=3"], "fer sweep: name one sweep, one of fpdls, sample, tiny"),
+        (["tiny", "sample"], "fer sweep: name one sweep, one of fpdls, sample, tiny"),
         (["tiny", "=3"], "=3: write it as key=value, for example optimizer.lr=3e-4"),
     ],
 )
@@ -97,15 +94,14 @@ def test_one_sweep_is_named(words: list[str], message: str) -> None:
     assert mistakes(*words) == [message]
 
 
-@pytest.mark.parametrize("name", ["run", "status", "apply", "two words"])
+@pytest.mark.parametrize("name", [*settings.COMMANDS, "two words"])
 def test_a_sweep_cannot_have_the_name_of_a_command(name: str) -> None:
     path = write(name, base="vgg13_small", space=LR)
     assert mistakes(path) == [
         f"{path}: a sweep's name is made of letters, digits, _ and -, and is none of run, status, apply; "
         "rename the file"
     ]
-    commands = [command.name for command in cli.sweeps.registered_commands]
-    assert set(commands) == set(settings.COMMANDS)
+    assert {command.name for command in cli.sweeps.registered_commands} == set(settings.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -129,18 +125,13 @@ def test_a_file_that_is_no_sweep(text: str, message: str) -> None:
     ("change", "message"),
     [
         ("trials=0", "trials: should be greater than 0, got 0"),
-        ("hours=0", "hours: should be greater than 0, got 0"),
-        ("gpus_per_trial=2", "gpus_per_trial: should be less than or equal to 1, got 2"),
-        ("restarts=-1", "restarts: should be greater than or equal to 0, got -1"),
         ("reduction=1", "reduction: should be greater than or equal to 2, got 1"),
         ("search=bayes", "search: should be 'tpe', 'random' or 'grid', got 'bayes'"),
-        ("space=3", "space: should be a table of keys, got 3"),
         ("trails=3", "trails: unknown key, did you mean 'trials'?"),
-        ("max_failures=3", "max_failures: unknown key; known: "),
         ("base=vgg13_smll", "base: experiments/vgg13_smll.yaml: no such experiment, did you mean 'vgg13_small'?"),
         ("grace_epochs=21", "grace_epochs: 21, but the base has 20 epochs; lower it"),
-        ("space={}", "space: holds no key to search; name one at least"),
-        ("search=grid", "search: grid needs choices alone, loss.alpha has a range; use tpe or random"),
+        ("space={}", "space: holds no key to search; give at least one"),
+        ("search=grid", "search: grid needs choices only, loss.alpha has a range; use tpe or random"),
         ("changes={epoch: 9}", "changes: epoch: unknown key, did you mean 'epochs'?"),
         ("changes.epoch=9", "epoch: unknown key, did you mean 'epochs'?"),
         ("changes={optimizer: {lr: -1.0}}", "changes: optimizer.lr: should be greater than 0, got -1.0"),
@@ -194,33 +185,18 @@ def test_dimensions_that_overlap_are_told() -> None:
 def test_a_base_that_starts_from_another_run() -> None:
     write("mine", base="disentangled_doe_tiny", space=LR)
     assert mistakes("mine") == [
-        "sweeps/mine.yaml: base: disentangled_doe_tiny starts from another run (init_from), trials cannot; name another"
+        "sweeps/mine.yaml: base: disentangled_doe_tiny "
+        "starts from another run (init_from), which trials cannot; use another"
     ]
 
 
 def test_a_space_must_hold_the_base_as_it_is_changed() -> None:
     (line,) = mistakes("sample", "changes.optimizer.lr=3e-4")
     assert line == (
-        "sweeps/sample.yaml: space.optimizer.lr: does not hold the base's 0.0003, which is the first trial; "
+        "sweeps/sample.yaml: space.optimizer.lr: does not contain the base's 0.0003, which is the first trial; "
         "add it to the choices"
     )
     assert experiments.load(["vgg13_small", "optimizer.lr=3e-4"], {})["vgg13_small"].run.optimizer.lr == 3e-4
-
-
-# Rules of search and scheduler
-
-
-def test_grace_epochs_are_at_most_those_of_the_base() -> None:
-    assert load("tiny", "grace_epochs=20")[1].grace_epochs == 20
-    (line,) = mistakes("tiny", "grace_epochs=21")
-    assert line == "command line: grace_epochs: 21, but the base has 20 epochs; lower it"
-
-
-def test_grid_takes_choices_alone() -> None:
-    assert load("sample", "search=grid", "scheduler=none")[1].search == "grid"
-    assert mistakes("sample", "search=grid", "space.loss_=3")[0].startswith("sweeps/sample.yaml: space.loss_: give one")
-    (line,) = mistakes("sample", "search=grid", "space.class_weights={float: [0.0, 1.0]}")
-    assert line == "command line: search: grid needs choices alone, class_weights has a range; use tpe or random"
 
 
 # Layers
@@ -258,11 +234,11 @@ def test_changes_as_a_whole_take_the_place_of_those_in_the_file() -> None:
     assert (found.epochs, found.batch_size, found.seed) == (7, 64, 5)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_order_of_changes_on_the_command_line_does_not_matter(order: int) -> None:
+def test_the_order_of_changes_on_the_command_line_does_not_matter() -> None:
     words = ["changes.optimizer=sgd", "changes.optimizer.momentum=0.5", "changes.optimizer.lr=1e-3"]
-    optimizer: Any = base_of("sample", "space={loss: {choice: [cross_entropy, pdls]}}", *words[::order]).optimizer
-    assert (optimizer.name, optimizer.momentum, optimizer.lr) == ("sgd", 0.5, 1e-3)
+    for order in (1, -1):
+        optimizer: Any = base_of("sample", "space={loss: {choice: [cross_entropy, pdls]}}", *words[::order]).optimizer
+        assert (optimizer.name, optimizer.momentum, optimizer.lr) == ("sgd", 0.5, 1e-3)
 
 
 def test_the_command_line_is_laid_over_the_file() -> None:
@@ -275,9 +251,8 @@ def test_the_command_line_is_laid_over_the_file() -> None:
 
 
 def test_the_machine_is_below_everything() -> None:
-    assert load("tiny", machine={"cpus_per_worker": 3})[2].resources.cpus_per_worker == 3
-    words = ["tiny", "changes.resources.cpus_per_worker=2"]
-    assert load(*words, machine={"cpus_per_worker": 3})[2].resources.cpus_per_worker == 2
+    for words, cpus in ((["tiny"], 3), (["tiny", "changes.resources.cpus_per_worker=2"], 2)):
+        assert load(*words, machine={"cpus_per_worker": 3})[2].resources.cpus_per_worker == cpus
 
 
 # What is kept of it
@@ -335,7 +310,7 @@ def test_apply_names_it_after_the_sweep_and_does_not_write_over_anything(
     assert experiments.load(["tiny_best"], {})["tiny_best"].run == run
     text = experiments.path_of("tiny_best").read_text()
     for name, message in [
-        ("tiny_best", "experiments/tiny_best.yaml: is there already; give another name with --as"),
+        ("tiny_best", "experiments/tiny_best.yaml: exists already; choose another name with --as"),
         ("a/b", "--as a/b: an experiment's name is made of letters, digits, _ and -"),
     ]:
         capsys.readouterr()

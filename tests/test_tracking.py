@@ -4,30 +4,46 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CPU, small_run
+from conftest import BIN, CPU, answers, free_port, make_data, small_run, wait_for
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.predict import Predictor
-from fer.run import Run, run_id
 from fer.train import fit
 from pipelines import tracking
 from pipelines.experiments import Job
 from pipelines.processes import process_id
-from pipelines.tracking import Tracker, _Follower, final_metrics, flatten, tracking_uri
+from pipelines.tracking import Tracker, final_metrics, flatten, tracking_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and beside them a run of two epochs, evaluated."""
+    data = make_data(tmp_path_factory.mktemp("bars") / "data")
+    folder = fit("small", small_run(epochs=2), CPU, data, data / "runs")
+    evaluate(folder, data, CPU)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, with data of its own."""
+    shutil.copytree(finished.parents[1], tmp_path / "data")
+    return tmp_path / "data/runs" / finished.name
 
 
 @pytest.fixture
@@ -37,47 +53,66 @@ def tracker(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) 
     return Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test")
 
 
-def facts(data: Path) -> dict:
+def facts(data: Path) -> dict[str, Any]:
     opened = open_data(data)
     return {**opened.summary, "hash": opened.hash}
 
 
-def train(data: Path, tracker: Tracker, name: str = "small", **changes: object) -> Path:
-    made = job(data, name, small_run(**{"epochs": 2, **changes}))
-    with tracker.record(made, facts(data)):
-        fit(name, made.run, CPU, data, data / "runs")
-        evaluate(made.folder, data, CPU)
-    return made.folder
+def job(folder: Path) -> Job:
+    return Job("small", small_run(epochs=2), CPU, folder)
 
 
-def job(data: Path, name: str, run: Run) -> Job:
-    return Job(name, run, CPU, data / "runs" / run_id(name, run, open_data(data).hash))
+def record(tracker: Tracker, folder: Path, inside: Callable[[], object] = lambda: None) -> None:
+    """What the flow does around a run, which is in `folder` or written there `inside`."""
+    with tracker.record(job(folder), facts(folder.parents[1])):
+        inside()
+
+
+def copy(folder: Path, number: int, accuracy: float | None = None) -> Path:
+    """Another finished run like this one, with that val accuracy."""
+    other = folder.with_name(f"small-s{number}-00000000")
+    shutil.copytree(folder, other)
+    summary = json.loads((other / "summary.json").read_text()) | {"run_id": other.name}
+    summary["val"]["accuracy"] = accuracy or summary["val"]["accuracy"]
+    (other / "summary.json").write_text(json.dumps(summary))
+    return other
 
 
 def only_run(tracker: Tracker) -> mlflow.entities.Run:
-    runs = tracker.client.search_runs([tracker.experiment])
-    assert len(runs) == 1
-    return runs[0]
+    (run,) = tracker.client.search_runs([tracker.experiment])
+    return run
 
 
-def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_predicts(data: Path, tracker: Tracker):
-    folder = train(data, tracker)
-    run, summary = only_run(tracker), json.loads((folder / "summary.json").read_text())
-    assert run.info.status == "FINISHED"
+def points(tracker: Tracker, key: str = "val_accuracy") -> list[tuple[int, float]]:
+    return [(p.step, p.value) for p in tracker.client.get_metric_history(only_run(tracker).info.run_id, key)]
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def inside() -> None:
+        raise error
+
+    return inside
+
+
+def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_predicts(folder: Path, tracker: Tracker):
+    """Recorded again, it gets no second run, version or point; another experiment has it once it is recorded there."""
+    data, summary = folder.parents[1], json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert not tracker.recorded(folder)
+    for _ in range(2):
+        record(tracker, folder)
+        run = only_run(tracker)
+        assert run.info.status == "FINISHED"
+        assert points(tracker) == [(row["epoch"], row["val_accuracy"]) for row in rows]
+        assert len(tracker.client.search_model_versions("name = 'fer-bars'")) == 1
+        assert tracker.recorded(folder)
     assert run.info.run_name == run.data.tags["fer.run_id"] == folder.name
-    assert run.data.params["name"] == "small"
-    assert run.data.params["model.name"] == "vgg13"
-    assert run.data.params["optimizer.lr"] == "0.01"
-    assert run.data.params["augment.flip"] == "0.5"
+    some = {"name": "small", "model.name": "vgg13", "optimizer.lr": "0.01", "augment.flip": "0.5"}
+    assert some.items() <= run.data.params.items()
     assert not [key for key in run.data.params if key.startswith("resources")]  # no part of what the run is
     assert run.data.tags["data_hash"] == summary["data_hash"]
-    assert run.data.metrics["final/test_accuracy"] == summary["test"]["accuracy"]
-    for part in ("test_unleaked", "test_without_train"):
+    for part in ("val", "test", "test_unleaked", "test_without_train"):
         assert run.data.metrics[f"final/{part}_accuracy"] == summary[part]["accuracy"]
-    assert run.data.metrics["final/val_accuracy"] == summary["val"]["accuracy"]
-    history = tracker.client.get_metric_history(run.info.run_id, "val_accuracy")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(point.step, point.value) for point in history] == [(row["epoch"], row["val_accuracy"]) for row in rows]
     files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
     assert {"confusion_matrix.png", "predictions_test.csv", "predictions_val.csv", "summary.json"} <= files
     assert run.inputs.dataset_inputs[0].dataset.digest == summary["data_hash"]
@@ -89,35 +124,28 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     stored = Path(mlflow.artifacts.download_artifacts("models:/fer-bars@champion"))
     assert not [path for path in stored.rglob("*") if path.suffix in (".pkl", ".pickle")]
 
-
-def test_recording_a_run_again_makes_no_second_run_version_or_point(data: Path, tracker: Tracker):
-    folder = train(data, tracker)
-    assert tracker.recorded(folder)
-    before = only_run(tracker)
-    train(data, tracker)
-    after = only_run(tracker)
-    assert after.info.status == "FINISHED"
-    assert len(tracker.client.get_metric_history(after.info.run_id, "val_accuracy")) == 2
-    assert after.data.metrics == before.data.metrics
-    assert len(tracker.client.search_model_versions("name = 'fer-bars'")) == 1
+    other = Tracker(tracker.uri, "other")
+    assert not other.recorded(folder)
+    record(other, folder)
+    assert other.recorded(folder)
+    assert only_run(other).info.run_id != only_run(tracker).info.run_id
 
 
-def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version(data: Path, tracker: Tracker):
-    folder = train(data, tracker)
-    before, predicted = only_run(tracker), pd.read_csv(folder / "predictions_test.csv")
+def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version(folder: Path, tracker: Tracker):
+    record(tracker, folder)
+    predicted = pd.read_csv(folder / "predictions_test.csv")
     wrong = (predicted["label"] != predicted["prediction"]).to_numpy()
     assert 0 < wrong.sum() < len(wrong)
-    test = data / "splits" / "test.csv"
+    test = folder.parents[1] / "splits" / "test.csv"
     pd.read_csv(test, keep_default_na=False)[wrong].to_csv(test, index=False)
-    assert tracker.recorded(folder)
-    evaluate(folder, data, CPU)
+    evaluate(folder, folder.parents[1], CPU)
     assert not tracker.recorded(folder)
 
-    train(data, tracker)
+    record(tracker, folder)
     assert tracker.recorded(folder)
     after = only_run(tracker)
     assert after.info.status == "FINISHED"
-    assert before.data.metrics["final/test_accuracy"] > after.data.metrics["final/test_accuracy"] == 0
+    assert after.data.metrics["final/test_accuracy"] == 0
     assert f"of {wrong.sum()} test images" in after.data.tags["mlflow.note.content"]
     (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
     assert version.run_id == after.info.run_id
@@ -125,18 +153,7 @@ def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version
     assert kept == json.loads((folder / "summary.json").read_text())
 
 
-def test_another_experiment_has_the_run_only_once_it_is_recorded_there(data: Path, tracker: Tracker):
-    folder = train(data, tracker)
-    other = Tracker(tracker.uri, "other")
-    assert tracker.recorded(folder)
-    assert not other.recorded(folder)
-    train(data, other)
-    assert other.recorded(folder)
-    assert only_run(other).info.status == "FINISHED"
-    assert only_run(other).info.run_id != only_run(tracker).info.run_id
-
-
-def test_a_note_of_recording_counts_for_its_server_and_experiment_alone(tmp_path: Path, tracker: Tracker):
+def test_a_note_of_recording_counts_whole_and_for_its_server_and_experiment_alone(tmp_path: Path, tracker: Tracker):
     note = {"uri": tracker.uri, "experiment": "test", "mlflow_run": "1", "registered": "fer-bars", "version": 1}
     note["finished"] = 12.5
     (tmp_path / "summary.json").write_text(json.dumps({"finished": 12.5}))
@@ -145,149 +162,132 @@ def test_a_note_of_recording_counts_for_its_server_and_experiment_alone(tmp_path
         (tmp_path / "tracked.json").write_text(text)
         return tracker.recorded(tmp_path)
 
-    assert not tracker.recorded(tmp_path)
     assert recorded(json.dumps(note))
-    assert not recorded(json.dumps(note | {"uri": "sqlite:////elsewhere/mlflow.db"}))
-    assert not recorded(json.dumps(note | {"experiment": "other"}))
-    assert not recorded(json.dumps(note | {"finished": 12.0}))  # it was evaluated again since
-    for key in ("uri", "experiment", "finished"):
+    others = {"uri": "sqlite:////elsewhere/mlflow.db", "experiment": "other", "finished": 12.0}  # evaluated again
+    for key, other in others.items():
+        assert not recorded(json.dumps(note | {key: other}))
         assert not recorded(json.dumps({name: value for name, value in note.items() if name != key}))
+    for broken in ("", "{", "[]", "null", '"uri"', '{"uri": ', "\x00", "{}"):
+        assert not recorded(broken)
     (tmp_path / "summary.json").unlink()
     assert not recorded(json.dumps(note))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"uri"', '{"uri": ', "\x00", "{}"])
-def test_a_broken_note_of_recording_is_none(text: str, tmp_path: Path, tracker: Tracker):
-    (tmp_path / "summary.json").write_text(json.dumps({"finished": 12.5}))
-    (tmp_path / "tracked.json").write_text(text)
-    assert not tracker.recorded(tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("found", "tags"),
+    ("found", "commit"),
     [
-        (("ab" * 20, False), {"mlflow.source.git.commit": "ab" * 20}),
-        (("ab" * 20, True), {"mlflow.source.git.commit": "ab" * 20 + " (with changes)"}),
-        (("ab" * 20, "unknown"), {"mlflow.source.git.commit": "ab" * 20}),
-        (("unknown", "unknown"), {}),
+        (("ab" * 20, False), "ab" * 20),
+        (("ab" * 20, True), "ab" * 20 + " (with changes)"),
+        (("ab" * 20, "unknown"), "ab" * 20),
+        (("unknown", "unknown"), None),
     ],
 )
-def test_a_run_is_tagged_with_the_commit_where_it_is_known(found: tuple, tags: dict[str, str], monkeypatch):
+def test_a_run_is_tagged_with_the_commit_where_it_is_known(
+    found: tuple, commit: str | None, folder: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(tracking, "repository", lambda: found)
-    assert tracking._git_commit() == tags
+    with pytest.raises(KeyboardInterrupt):
+        record(tracker, folder, raising(KeyboardInterrupt()))
+    assert only_run(tracker).data.tags.get("mlflow.source.git.commit") == commit
 
 
-def test_an_error_ends_the_run_failed_with_its_reason_and_the_next_try_continues_it(data: Path, tracker: Tracker):
-    made = job(data, "small", small_run(epochs=2))
-
-    def stop(row: dict) -> None:
-        raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError, match="power cut"), tracker.record(made, facts(data)):
-        fit("small", made.run, CPU, data, data / "runs", on_epoch=stop)
+def test_an_error_ends_the_run_failed_with_its_reason_and_the_next_try_continues_it(folder: Path, tracker: Tracker):
+    rows = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(rows.splitlines(keepends=True)[0])
+    with pytest.raises(RuntimeError, match="power cut"):
+        record(tracker, folder, raising(RuntimeError("power cut\nat night")))
     assert only_run(tracker).info.status == "FAILED"
     assert only_run(tracker).data.tags["fer.error"] == "power cut"
-    assert not tracker.recorded(made.folder)
-    train(data, tracker)
+    assert not tracker.recorded(folder)
+    assert len(points(tracker)) == 1
+    record(tracker, folder, lambda: (folder / "metrics.jsonl").write_text(rows))
     assert only_run(tracker).info.status == "FINISHED"
     assert "fer.error" not in only_run(tracker).data.tags
-    assert [p.step for p in tracker.client.get_metric_history(only_run(tracker).info.run_id, "val_loss")] == [1, 2]
+    assert [step for step, _ in points(tracker)] == [1, 2]
 
 
-def test_a_run_killed_before_its_parameters_were_written_gets_them_on_the_next_try(data: Path, tracker: Tracker):
-    ours = job(data, "small", small_run(epochs=2)).folder.name
-    tracker.client.create_run(tracker.experiment, run_name=ours, tags={"fer.run_id": ours})
-    train(data, tracker)
+def test_a_run_killed_before_its_parameters_were_written_gets_them_on_the_next_try(folder: Path, tracker: Tracker):
+    tracker.client.create_run(tracker.experiment, run_name=folder.name, tags={"fer.run_id": folder.name})
+    record(tracker, folder)
     assert only_run(tracker).data.params["optimizer.lr"] == "0.01"
     assert only_run(tracker).inputs.dataset_inputs
 
 
-def test_champion_moves_only_when_val_accuracy_improves(data: Path, tracker: Tracker):
-    def version() -> str:
-        return tracker.client.get_model_version_by_alias("fer-bars", "champion").tags["fer.run_id"]
-
-    accuracies = {}
-    for seed, lr in ((1, 1e-5), (2, 2e-2), (3, 1e-5)):
-        folder = train(data, tracker, seed=seed, optimizer={"lr": lr}, epochs=6)
-        accuracies[folder.name] = json.loads((folder / "summary.json").read_text())["val"]["accuracy"]
-        # on a tie the earlier one stays: max() takes the first
-        assert version() == max(accuracies, key=lambda name: accuracies[name])
-    values = list(accuracies.values())
-    assert values[1] > max(values[0], values[2])  # so the alias moved once, and stayed when the third came
-    assert tracker.champions()["fer-bars"]["version"] == "2"
+def test_champion_moves_only_when_val_accuracy_improves(folder: Path, tracker: Tracker):
+    champions = []
+    for number, accuracy in enumerate((0.5, 0.6, 0.6, 0.4), 1):
+        record(tracker, copy(folder, number, accuracy))
+        champions.append(tracker.champions()["fer-bars"])
+    assert [found["fer.run_id"].split("-")[1] for found in champions] == ["s1", "s2", "s2", "s2"]
+    assert (champions[-1]["version"], champions[-1]["val_accuracy"]) == ("2", "0.600000")
 
 
-def test_runs_of_dead_processes_are_closed_and_those_of_live_ones_left(data: Path, tracker: Tracker):
-    run = small_run()
-    live = tracker._open("live-s1-00000000", "live", run, facts(data))
-    dead = tracker._open("dead-s1-00000000", "dead", run, facts(data))
-    tracker.client.set_tag(dead, "fer.process", "999999999:1")
-    assert tracker.close_abandoned() == ["dead-s1-00000000"]
-    assert tracker.client.get_run(dead).info.status == "FAILED"
-    assert tracker.client.get_run(live).info.status == "RUNNING"
+def test_the_store_is_safe_for_runs_recorded_at_the_same_time(folder: Path, tracker: Tracker):
+    folders = [copy(folder, number) for number in (1, 2, 3, 4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: record(tracker, one), folders))
+    runs = tracker.client.search_runs([tracker.experiment])
+    assert sorted(run.data.tags["fer.run_id"] for run in runs) == [one.name for one in folders]
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_guard_closes_the_runs_of_a_process_that_is_killed(data: Path, tracker: Tracker):
+def test_runs_of_dead_processes_are_closed_and_those_of_live_ones_left(folder: Path, tracker: Tracker):
+    live, dead = copy(folder, 1), copy(folder, 2)
+
+    def status(name: str) -> str:
+        (run,) = tracker.client.search_runs([tracker.experiment], f"tags.`fer.run_id` = '{name}'")
+        return run.info.status
+
+    def inside() -> None:
+        (run,) = tracker.client.search_runs([tracker.experiment], f"tags.`fer.run_id` = '{dead.name}'")
+        tracker.client.set_tag(run.info.run_id, "fer.process", "999999999:1")
+        assert tracker.close_abandoned() == [dead.name]
+        assert (status(live.name), status(dead.name)) == ("RUNNING", "FAILED")
+
+    record(tracker, live, lambda: record(tracker, dead, inside))
+
+
+def test_guard_closes_the_runs_of_a_process_that_is_killed(folder: Path, tracker: Tracker):
     program = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from conftest import CPU, small_run
-from pipelines.experiments import Job
 from pipelines.guard import guarded
 from pipelines.processes import mark_children
-from test_tracking import Tracker, facts
+from test_tracking import Tracker, record
 tracker = Tracker({tracker.uri!r}, "test")
-data = Path({str(data)!r})
 mark_children()
 import subprocess
-left = subprocess.Popen(["bash", "-c", "env -i sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+left = subprocess.Popen(["bash", "-c", "env -i sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
 unmarked = left.stdout.readline().strip()
-job = Job("doomed", small_run(), CPU, data / "runs" / "doomed-s1-00000000")
-with guarded(tracker.uri, "test"), tracker.record(job, facts(data)):
-    print(left.pid, unmarked, flush=True)
-    time.sleep(60)
+with guarded(tracker.uri, "test"):
+    record(tracker, Path({str(folder)!r}), lambda: (print(left.pid, unmarked, flush=True), time.sleep(600)))
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     left = [int(pid) for pid in process.stdout.readline().split()]
     assert only_run(tracker).info.status == "RUNNING"
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    deadline = time.monotonic() + 60
-    while only_run(tracker).info.status == "RUNNING" and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert only_run(tracker).info.status == "FAILED"
-    assert [process_id(pid) for pid in left] == [str(pid) for pid in left]  # gone, also one without the mark
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    process.communicate()
+    wait_for(lambda: only_run(tracker).info.status == "FAILED")
+    wait_for(lambda: [process_id(pid) for pid in left] == [str(pid) for pid in left])  # also one without the mark
 
 
 @pytest.fixture
-def server(tmp_path: Path):
-    """start() -> a real tracking server on 127.0.0.1, always on the same store and port."""
+def server(tmp_path: Path) -> Iterator[Callable]:
+    """start() -> address and process of a real tracking server on 127.0.0.1, always on the same store and port."""
     port, processes = free_port(), []
-    command = [Path(sys.executable).parent / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1"]
+    command = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
 
-    def start() -> subprocess.Popen:
+    def start() -> tuple[str, subprocess.Popen]:
         process = subprocess.Popen(
             command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         processes.append(process)
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return process
-            time.sleep(0.1)
-        raise AssertionError("the server did not start")
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
+        return f"http://127.0.0.1:{port}", process
 
-    start.uri = f"http://127.0.0.1:{port}"  # type: ignore[attr-defined]
     yield start
     for process in processes:
         if process.poll() is None:
@@ -295,48 +295,33 @@ def server(tmp_path: Path):
         process.wait()
 
 
-def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(data: Path, tmp_path: Path, server, monkeypatch):
+def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(
+    folder: Path, tmp_path: Path, server: Callable, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.chdir(tmp_path)
-    process = server()
-    tracker = Tracker(server.uri, "test")
-    made = job(data, "small", small_run(epochs=3))
+    shutil.copy(empty_store, tmp_path / "server.db")
+    uri, process = server()
 
-    def kill_in_first(row: dict) -> None:
-        if row["epoch"] == 1:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    def kill() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    with (
-        pytest.raises(UserError, match="does not answer any more.*safe on disk"),
-        tracker.record(made, facts(data)),
-    ):
-        fit("small", made.run, CPU, data, data / "runs", on_epoch=kill_in_first)
-        evaluate(made.folder, data, CPU)
-    assert (made.folder / "summary.json").exists()
-
+    with pytest.raises(UserError, match="no longer answers; .*safe on disk"):
+        record(Tracker(uri, "test"), folder, kill)
     server()
-    again = Tracker(server.uri, "test")
-    with again.record(made, facts(data)):
-        pass  # nothing is left to train
-    found = only_run(again)
-    assert found.info.status == "FINISHED"
-    assert [point.step for point in again.client.get_metric_history(found.info.run_id, "val_loss")] == [1, 2, 3]
-
-
-def test_sending_rows_twice_changes_nothing(data: Path, tracker: Tracker):
-    folder = train(data, tracker)
-    run_id = only_run(tracker).info.run_id
-    assert _Follower(tracker.client, lambda: [(run_id, folder / "metrics.jsonl")]).close()
-    assert len(tracker.client.get_metric_history(run_id, "val_accuracy")) == 2
+    again = Tracker(uri, "test")
+    assert only_run(again).info.status == "RUNNING"
+    record(again, folder)
+    assert only_run(again).info.status == "FINISHED"
+    assert [step for step, _ in points(again)] == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
         ("http://127.0.0.1:PORT", "no server answers at"),
-        ("./mlruns", "'./mlruns' is no tracking store; give sqlite:///FILE"),
-        ("ftp://x", "is no tracking store"),
+        ("./mlruns", "'./mlruns' is no tracking store; use sqlite:///FILE"),
         ("postgresql://me:secret@127.0.0.1:PORT/x", "no server answers at postgresql://me:***@127.0.0.1:"),
         ("sqlite:////nowhere/mlflow.db", "cannot write /nowhere/mlflow.db (unable to open database file); free some"),
     ],
@@ -374,20 +359,3 @@ def test_flatten_and_final_metrics():
     assert "final/test_recall_y" not in values
     assert values["final/test_unleaked_accuracy"] == 0.25
     assert "final/test_without_train_accuracy" not in values
-
-
-def test_the_store_is_safe_for_runs_recorded_at_the_same_time(data: Path, tracker: Tracker):
-    from concurrent.futures import ThreadPoolExecutor
-
-    finished = [train(data, tracker, seed=seed) for seed in (1, 2, 3, 4)]
-    fresh = Tracker(tracker.uri, "again")
-
-    def record(folder: Path) -> None:
-        with fresh.record(Job("small", small_run(), CPU, folder), facts(data)):
-            pass
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(record, finished))
-    runs = fresh.client.search_runs([fresh.experiment])
-    assert sorted(run.data.tags["fer.run_id"] for run in runs) == sorted(folder.name for folder in finished)
-    assert {run.info.status for run in runs} == {"FINISHED"}

@@ -1,6 +1,6 @@
-"""A sweep on disk, the one truth about it: sweep.json, and a run's folder for each trial.
+"""A sweep on disk, which is its only state: sweep.json, and a run folder per trial.
 
-data/sweeps/<name>-<8 hex of base, space, search and data>/runs/<run id>/: what `fer.train` writes, and trial.json.
+data/sweeps/<name>-<8 hex digits of base, space, search, data>/runs/<run id>/: files of `fer.train`, and trial.json.
 """
 
 import csv
@@ -28,20 +28,21 @@ from pipelines.sweeps.space import Known, Params, Space
 from pipelines.work import is_held
 
 SWEEPS = Path("data/sweeps")
-LAYOUT = 3  # of what stands here: 1 and 2 had trials/<number>/ and other schedulers
-RUNNING, DONE, PRUNED, FAILED = "running", "done", "pruned", "failed"  # of a trial; pruned: it was stopped, or cut
-# what makes it another sweep; the budget may grow and the machine may change
+LAYOUT = 3  # of a sweep's folder; 1 and 2 had trials/<number>/ and other schedulers
+# states of a trial; pruned: stopped by the scheduler, or interrupted
+RUNNING, DONE, PRUNED, FAILED = "running", "done", "pruned", "failed"
+# settings that make it another sweep if they change; the budget may grow and the machine may change
 SAME = ("base", "seed", "search", "scheduler", "grace_epochs", "reduction", "space")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep as its file has it now, and its folder."""
+    """A sweep with its current settings, and its folder."""
 
     name: str
     sweep: Sweep
     base: Experiment
-    resources: Resources  # of a trial: one process
+    resources: Resources  # of a trial, which is a single process
     space: Space
     data_hash: str
     folder: Path
@@ -53,23 +54,25 @@ class Plan:
         return spaces.params_of(self.base.run, self.space)
 
     def run(self, params: Params) -> Run:
+        """The run of a point. Raises UserError if its values do not fit together."""
         run, faults = spaces.changed(self.base.run, self.space, Known(params))
         if run is None:
             raise UserError(f"sweep {self.name}: space: {params} cannot work: {faults[0]}")
         return run
 
     def id_of(self, params: Params) -> str:
+        """The run id of a point."""
         return run_id(self.base.name, self.run(params), self.data_hash)
 
     def job(self, params: Params) -> Job:
-        """A trial as a run of its own, in the sweep's folder."""
+        """The trial of a point: a run in the sweep's folder."""
         folder = self.root / self.folder / "runs" / self.id_of(params)
         return Job(self.base.name, self.run(params), self.resources, folder)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: what it was given, and how far it came."""
+    """A trial: its point, and how far it got."""
 
     number: int  # the first is 1, the base
     point: Params
@@ -80,24 +83,27 @@ class Trial:
 
     @property
     def epoch(self) -> int:
+        """Epochs that are done."""
         return self.rows[-1]["epoch"] if self.rows else 0
 
     @property
     def best(self) -> float | None:
+        """The best val accuracy so far."""
         return max((row["val_accuracy"] for row in self.rows), default=None)
 
     @property
     def seconds(self) -> float:
+        """Training time."""
         return sum(row["seconds"] for row in self.rows)
 
     @property
     def rank(self) -> tuple[bool, int, float]:
-        """Order of merit: those that came further first, as those that were stopped were worse."""
+        """Sorts trials from worst to best; trials that got further are better, as worse ones were stopped."""
         return self.state != FAILED, self.epoch, self.best or 0.0
 
 
 def plan(words: list[str], machine: dict[str, Any], data_hash: str) -> Plan:
-    """The sweep named in `words`, with the changes there. Raises UserError when there is none, or it cannot work."""
+    """The sweep named in `words`, with the changes there. Raises UserError if it does not exist or cannot work."""
     name, sweep, base, space = settings.load(words, machine)
     device = base.resources.device if sweep.gpus_per_trial else "cpu"
     of_trial = {"workers": 1, "cpus_per_worker": sweep.cpus_per_trial, "gpus_per_worker": 1.0, "device": device}
@@ -107,7 +113,7 @@ def plan(words: list[str], machine: dict[str, Any], data_hash: str) -> Plan:
 
 
 def _about(name: str, sweep: Sweep, run: Run, data_hash: str) -> dict[str, Any]:
-    """What stands in sweep.json and decides the sweep's id."""
+    """The part of sweep.json that the sweep's id is made of."""
     return {
         "layout": LAYOUT,
         "format": FORMAT,
@@ -123,14 +129,14 @@ def _digest(content: Any) -> str:
 
 
 def check_same(plan: Plan, new: bool) -> None:
-    """Raises UserError where a sweep of that name was begun with other settings, unless a `new` one is wished."""
+    """Raises UserError if a sweep of that name was begun with other settings, unless `new` allows another one."""
     others = folders(plan.name)
     if others and plan.folder not in others and not new:
         raise UserError(_changed(plan, _about(plan.name, plan.sweep, plan.base.run, plan.data_hash), others[0]))
 
 
 def begin(plan: Plan) -> None:
-    """Make the folder and sweep.json, with the budget as it is now."""
+    """Create the folder, and write sweep.json with the current budget."""
     (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
     about = _about(plan.name, plan.sweep, plan.base.run, plan.data_hash)
     beside = {"epochs": plan.base.run.epochs, "first": plan.id_of(plan.published), "budget": _budget(plan)}
@@ -138,13 +144,13 @@ def begin(plan: Plan) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """sweep.json, also of format 1."""
+    """sweep.json, including that of format 1."""
     about = json.loads((folder / "sweep.json").read_text())
     return about if "epochs" in about else {**about, "epochs": about["run"]["epochs"]}
 
 
 def complete(plan: Plan) -> bool:
-    """Whether there is a result, and the budget has not changed since."""
+    """Whether there is a result for the current budget."""
     found = result(plan.folder)
     return found is not None and found["budget"] == _budget(plan)
 
@@ -156,7 +162,7 @@ def _budget(plan: Plan) -> dict[str, Any]:
 def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     before, prefix = read_about(other), f"sweep {plan.name}"
     if before.get("layout") != LAYOUT or format_of(before) != FORMAT:
-        return f"{prefix}: {other} was begun by another version of this program; give --new to start another"
+        return f"{prefix}: {other} was begun by another version of this program; use --new to start another"
     names = []
     for key in about:
         if about[key] != before.get(key):
@@ -166,17 +172,17 @@ def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     verb = "differ" if len(names) > 1 else "differs"
     return (
         f"{prefix}: {', '.join(names)} {verb} from the sweep in {other}; "
-        "change it back to go on with that one, or give --new to start another"
+        "change it back to resume that one, or use --new to start another"
     )
 
 
 def _of_runs(run: Run, before: dict[str, Any]) -> list[str]:
-    """The dotted keys in which a run differs from that of a sweep.json."""
+    """The dotted keys in which a run differs from the one in a sweep.json."""
     return _differing(run.model_dump(), Run.model_validate(before).model_dump(), deep=True)
 
 
 def _differing(one: Any, other: Any, deep: bool = False) -> list[str]:
-    """The keys in which two tables differ, dotted where `deep`; [""] where one of them is none."""
+    """The keys in which two tables differ, dotted if `deep`; [""] if one of them is not a table."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return [""]
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
@@ -187,7 +193,7 @@ def _differing(one: Any, other: Any, deep: bool = False) -> list[str]:
 
 
 def folders(name: str | None = None) -> list[Path]:
-    """The sweeps of that name (all without), the one worked on last first."""
+    """Folders of the sweeps of that name, or of all sweeps; the last active one first."""
     found = [path.parent for path in SWEEPS.glob("*/sweep.json")]
     found = [path for path in found if name is None or path.name.rpartition("-")[0] == name]
     return sorted(found, key=lambda path: -_touched(path))
@@ -198,32 +204,32 @@ def _touched(folder: Path) -> float:
 
 
 def begin_trial(folder: Path, params: Params) -> None:
-    """Note what the run in `folder` was given, and when; nothing changes where that stands there already."""
+    """Write trial.json with the point and the time, unless it is there already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "trial.json").exists():
         write_json(folder / "trial.json", {"point": params, "began": time.time(), "done": False, "error": None})
 
 
 def end_trial(folder: Path, error: str | None = None) -> None:
-    """Note that a trial has come to its end, or why it cannot."""
+    """Record in trial.json that a trial is done, or why it failed."""
     ended = {"done": error is None, "error": error}
     write_json(folder / "trial.json", {**json.loads((folder / "trial.json").read_text()), **ended})
 
 
 def read_error(folder: Path) -> str | None:
-    """Why a trial cannot be gone on with."""
+    """Why a trial failed; None if it did not."""
     return json.loads((folder / "trial.json").read_text())["error"]
 
 
 def drop_weights(folder: Path) -> None:
-    """Trials are there for their numbers: dozens of checkpoints would fill the disk."""
+    """Delete the weights of all trials: only their metrics matter, and dozens of checkpoints would fill the disk."""
     for name in (LAST, BEST):
         for path in folder.glob(f"runs/*/{name}"):
             shutil.rmtree(path)
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """All trials, the base and then in the order in which they began, each with what it has written so far."""
+    """All trials with their rows so far: the base, then in the order in which they began."""
     sweep, found = read_about(folder), []
     for path in folder.glob("runs/*/trial.json"):
         found.append((json.loads(path.read_text()), path.parent, tuple(read_rows(path.parent))))
@@ -243,7 +249,7 @@ def _state(about: dict[str, Any], run: Path) -> str:
 
 
 def best_of(trials: list[Trial]) -> Trial | None:
-    """The best of those that came furthest; None when no trial ended an epoch."""
+    """The best finished trial, or else the best of those that got furthest; None if no trial finished an epoch."""
     fit = [trial for trial in trials if trial.rows and trial.state != FAILED]
     whole = [trial for trial in fit if trial.state == DONE]
     if whole:
@@ -252,12 +258,12 @@ def best_of(trials: list[Trial]) -> Trial | None:
 
 
 def spent(trials: list[Trial], at_once: int) -> float:
-    """Seconds of search so far: those of all epochs, of which so many ran beside each other."""
+    """Seconds of search so far: training time of all trials, of which `at_once` run in parallel."""
     return sum(trial.seconds for trial in trials) / at_once
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """result.json; None before the sweep's end."""
+    """result.json; None if the sweep is not finished."""
     try:
         return json.loads((folder / "result.json").read_text())
     except FileNotFoundError:
@@ -265,13 +271,13 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 
 def best_run(folder: Path, result: dict[str, Any]) -> Run:
-    """The best run of a result, also of format 1."""
+    """The best run of a result, including one of format 1."""
     content = {"format": format_of(result), "config": result["run"]}
     return read_run(content, folder / "result.json")
 
 
 def compared(ours: list[float], base: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of both, and of the differences of each seed's pair."""
+    """Mean and standard deviation over seeds, of best and base and of their paired differences."""
     differences = [one - other for one, other in zip(ours, base)]
 
     def both(values: list[float]) -> dict[str, Any]:
@@ -282,17 +288,17 @@ def compared(ours: list[float], base: list[float]) -> dict[str, Any]:
 
 
 def best_name(plan: Plan) -> str:
-    """The name under which the best is trained, and written by `fer sweep apply` unless another is given."""
+    """The experiment's name under which the best is trained, and the default of `fer sweep apply`."""
     return f"{plan.name}_best"
 
 
 def seeds(plan: Plan, best: Trial) -> list[int]:
-    """Seeds that the search did not use; none where the base itself is the best."""
+    """Seeds for the confirmation, which the search did not use; none if the base itself is the best."""
     return [] if best.number == 1 else [plan.base.run.seed + 1 + i for i in range(plan.sweep.confirm_seeds)]
 
 
 def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str, Any]:
-    """result.json. `confirmed`: folders of the finished runs of best and base, in turns, a pair for each seed."""
+    """Content of result.json. `confirmed`: folders of finished runs of best and base, alternating, a pair per seed."""
     best = best_of(trials)
     assert best is not None
     summaries = [summary for folder in confirmed if (summary := read_summary(folder)) is not None]
@@ -319,7 +325,7 @@ def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str
 
 
 def write_table(plan: Plan, trials: list[Trial]) -> Path:
-    """trials.csv, a line for each trial."""
+    """Write trials.csv, one line per trial."""
     path = plan.folder / "trials.csv"
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
@@ -332,7 +338,7 @@ def write_table(plan: Plan, trials: list[Trial]) -> Path:
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
-    """The metrics of the sweep's own run in MLflow."""
+    """The metrics of the sweep's MLflow run."""
     values = {"final/best_val_accuracy": result["best"]["val_accuracy"], "final/epochs": result["epochs"]}
     for name, found in (result["confirmed"] or {}).items():
         values |= {f"final/{name}_mean": found["mean"], f"final/{name}_sd": found["sd"]}

@@ -1,8 +1,8 @@
-"""The only user of Ray Tune and Optuna: runs the trials of a sweep, several at once, by the two's own parts.
+"""The only module that uses Ray Tune and Optuna: runs the trials of a sweep, several in parallel.
 
-What is known stands in the folders of the trials. Each start is a new search that is told all of them first: a trial
-tells its rows and is done, or goes on from its last epoch. So nothing of Tune's own state is kept, and a larger budget,
-another machine and another version of Ray are the same case as a process that was killed.
+The state is in the folders of the trials. Each start is a new search that first replays all of them: a trial reports
+its rows, and then is done or resumes from its last epoch. So none of Tune's own state is kept, and a larger budget,
+another machine or another version of Ray is the same case as a killed process.
 """
 
 import logging
@@ -32,13 +32,13 @@ from pipelines.sweeps.space import Params, changed, grid
 from pipelines.work import work
 
 METRIC, TIME = "best", "epoch"
-WORST = 0.0  # of a trial that fails
+WORST = 0.0  # reported for a trial that fails
 logging.getLogger("ray.tune").setLevel(logging.ERROR)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def check(plan: Plan) -> None:
-    """Raises UserError where the started Ray has no room for a trial, or the space no points that work."""
+    """Raises UserError if the cluster has no room for a trial, or if points drawn from the space cannot work."""
     have, sweep, prefix = ray.cluster_resources(), plan.sweep, f"sweep {plan.name}"
     for kind, need in (("cpu", sweep.cpus_per_trial), ("gpu", sweep.gpus_per_trial)):
         if need > have.get(kind.upper(), 0):
@@ -52,7 +52,7 @@ def check(plan: Plan) -> None:
 
 
 def _fault(plan: Plan, drawn: optuna.Trial) -> str | None:
-    """Why a run cannot have this point, whose values may each be well; confirmed, it has the base's resources."""
+    """Why a point cannot work, though each of its values may. The confirming runs have the base's resources."""
     run, found = changed(plan.base.run, plan.space, drawn)
     if run is not None:
         found = resource_faults(run, plan.resources) or resource_faults(run, plan.base.resources)
@@ -60,13 +60,14 @@ def _fault(plan: Plan, drawn: optuna.Trial) -> str | None:
 
 
 def search(plan: Plan) -> list[Trial]:
-    """Run trials until the budget is used up; what was done before counts. Returns all trials.
+    """Run trials until the budget is used up, including what was done before; returns all trials.
 
-    Raises UserError for what stops every trial, RuntimeError when each of them failed.
+    Raises UserError for a mistake that would stop every trial, RuntimeError if all of them failed.
     """
     before = sorted(read_trials(plan.folder), key=lambda trial: trial.rank, reverse=True)
     points = [plan.published] + (list(grid(plan.space)) if plan.sweep.search == "grid" else [])
-    known = {trial.folder.name: trial.point for trial in before}  # the best first, with whom the others compare
+    # the best first, as the scheduler compares the others with them
+    known = {trial.folder.name: trial.point for trial in before}
     for params in points:
         known.setdefault(plan.id_of(params), params)
     wanted = len(known) if plan.sweep.search == "grid" else max(plan.sweep.trials, len(known))
@@ -83,13 +84,13 @@ def search(plan: Plan) -> list[Trial]:
 
 def _seconds_left(plan: Plan, before: list[Trial]) -> float:
     hours = plan.sweep.hours
-    return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, _at_once(plan)))
+    return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, trials_at_once(plan)))
 
 
 def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) -> None:
-    """One search by Tune for so many trials, which begins with the points that are known."""
+    """Search with Tune until there are `wanted` trials, of which the `known` points come first."""
     sweep, storage = plan.sweep, (plan.folder / ".tune").resolve()
-    shutil.rmtree(storage, ignore_errors=True)  # of a start that was killed; nothing in it is read
+    shutil.rmtree(storage, ignore_errors=True)  # left by a killed process; it is never read
     mistake = _Mistake()
     tuner = tune.Tuner(
         tune.with_resources(
@@ -103,7 +104,7 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
             metric=METRIC,
             mode="max",
             num_samples=wanted,
-            max_concurrent_trials=_at_once(plan),
+            max_concurrent_trials=trials_at_once(plan),
             reuse_actors=True,
             time_budget_s=seconds,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -120,8 +121,8 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
         found = tuner.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    if mistake.told:
-        raise UserError(mistake.told)
+    if mistake.message:
+        raise UserError(mistake.message)
     for index in range(len(found)):
         result = found[index]
         if result.error is not None and result.config is not None:
@@ -130,7 +131,7 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
 
 @dataclass(frozen=True)
 class _Draw:
-    """Optuna's define-by-run function: draws what the space has, and no key that a choice leaves out."""
+    """Optuna's define-by-run function: draws a point, without the ranges of choices that are not taken."""
 
     plan: Plan
 
@@ -138,8 +139,8 @@ class _Draw:
         changed(self.plan.base.run, self.plan.space, drawn)
 
 
-def _at_once(plan: Plan) -> int:
-    """As many trials as are wished, or as there is room for."""
+def trials_at_once(plan: Plan) -> int:
+    """How many trials run in parallel: `at_once`, or as many as there is room for."""
     have, sweep = ray.cluster_resources(), plan.sweep
     room = have["CPU"] // sweep.cpus_per_trial
     if sweep.gpus_per_trial:
@@ -147,14 +148,14 @@ def _at_once(plan: Plan) -> int:
     return int(min(room, sweep.at_once or room))
 
 
-def _sampler(plan: Plan, told: int) -> optuna.samplers.BaseSampler:
-    """Seeded by how many trials are known, too: else it would ask for its first points again."""
-    seed = plan.sweep.seed + told
+def _sampler(plan: Plan, known: int) -> optuna.samplers.BaseSampler:
+    """The seed depends on the number of known trials, as a resumed search would draw its first points again."""
+    seed = plan.sweep.seed + known
     if plan.sweep.search != "tpe":
         return optuna.samplers.RandomSampler(seed=seed)
     start = min(10, max(4, plan.sweep.trials // 4))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group: for keys of a choice alone
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group: for ranges inside choices
         return optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=start
         )
@@ -170,41 +171,41 @@ def _scheduler(plan: Plan) -> TrialScheduler:
 
 
 class _Mistake(tune.Stopper):
-    """Ends the search when a trial met what would stop every other."""
+    """Ends the search when a trial meets a mistake that would stop all others."""
 
     def __init__(self) -> None:
-        self.told: str | None = None
+        self.message: str | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self.told = self.told or result.get("mistake")
+        self.message = self.message or result.get("mistake")
         return False
 
     def stop_all(self) -> bool:
-        return self.told is not None
+        return self.message is not None
 
 
 def _trial(config: dict[str, Any], plan: Plan) -> None:
-    """On a worker: tell the rows that are on disk, then train on from there.
+    """On a worker: report the rows that are on disk, then resume training.
 
-    Divergence and an error of the code are values, the worst; the death of the process alone is tried again.
+    A trial that diverges or meets an error in the code reports the worst value. Only a dead process is tried again.
     """
     with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(plan.root)  # paths in settings are relative to the project, Ray starts workers elsewhere
+        os.chdir(plan.root)  # paths in settings are relative to the project; Ray starts workers elsewhere
     job = plan.job(config)
     disk.begin_trial(job.folder, config)
     rows, error = read_rows(job.folder), disk.read_error(job.folder)
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
 
-    def tell(row: dict[str, Any]) -> None:
-        told.append(row)
-        if error is None and job.run.is_over(told):
-            disk.end_trial(job.folder)  # before Tune, which lets no trial go on after its last epoch, hears of it
-        tune.report({TIME: row["epoch"], METRIC: max(row["val_accuracy"] for row in told)})
+    def report(row: dict[str, Any]) -> None:
+        reported.append(row)
+        if error is None and job.run.is_over(reported):
+            disk.end_trial(job.folder)  # before the report, as Tune stops a trial after its last epoch
+        tune.report({TIME: row["epoch"], METRIC: max(row["val_accuracy"] for row in reported)})
 
     for row in rows:
-        tell(row)
+        report(row)
     if error is None and (not rows or (job.folder / LAST).exists()):
-        ended = work(job, plan.root / "data", evaluated=False, on_epoch=tell, patience=math.inf)
+        ended = work(job, plan.root / "data", evaluated=False, on_epoch=report, patience=math.inf)
         if ended.kind == "mistake":
             tune.report({TIME: len(rows) + 1, METRIC: WORST, "mistake": ended.message})
         if ended.kind in ("stopped", "terminated", "died"):
@@ -217,7 +218,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
 
 
 def _study(plan: Plan, values: list[tuple[Trial, float]]) -> optuna.Study:
-    """Trials as they are on disk, each with a value."""
+    """A study of finished trials, each with a value."""
     study = optuna.create_study(direction="maximize")
     for trial, value in values:
         drawn = FixedTrial(trial.point)
@@ -227,9 +228,9 @@ def _study(plan: Plan, values: list[tuple[Trial, float]]) -> optuna.Study:
 
 
 def importance(plan: Plan, trials: list[Trial]) -> dict[str, float]:
-    """Share of each key in what decides a trial's rank (fANOVA), the largest first; {} where trials are too few.
+    """Importance of each key for the rank of a trial (fANOVA), the largest first; {} if there are too few trials.
 
-    By rank, since the accuracies of trials that ended at different epochs do not compare.
+    By rank, because accuracies of trials that were stopped after different epochs are not comparable.
     """
     places = sorted({trial.rank for trial in trials})
     if len(trials) < 5 or len(places) == 1:
@@ -240,7 +241,7 @@ def importance(plan: Plan, trials: list[Trial]) -> dict[str, float]:
 
 
 def draw(plan: Plan, trials: list[Trial]) -> list[Path]:
-    """Optuna's pictures of the trials, by best val accuracy: a line for each across all keys, and each key alone."""
+    """Optuna's plots of the best val accuracy: parallel coordinates of all keys, and a slice per key."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")

@@ -21,33 +21,33 @@ class Sweep(Section):
     """A search for better settings of one experiment, on val."""
 
     base: str
-    """Experiment that is the first trial, and what the others change."""
+    """Experiment that is the first trial, and that the others change."""
     changes: dict[str, Any] = {}
     """Settings of every trial that differ from the base's."""
     seed: Annotated[int, Field(ge=0)] = 1111
-    """Of the search; trials have that of the base."""
+    """Seed of the search; trials have the seed of the base."""
     search: Literal["tpe", "random", "grid"] = "tpe"
-    """grid: every point of a space of choices, whatever `trials` says."""
+    """grid: every point of a space of choices, regardless of `trials`."""
     scheduler: Literal["asha", "hyperband", "none"] = "asha"
-    """asha: a trial ends at a rung where it is not among the best that came there; hyperband: once all are there."""
+    """asha: stop a trial at a rung unless it is among the best so far; hyperband: wait until all have reached it."""
     grace_epochs: Positive = 1
-    """asha: epochs that every trial gets."""
+    """asha: epochs before the first rung, which every trial gets."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """One of so many goes on at each rung; with asha these are at grace_epochs times 1, 3, 9, ..."""
+    """One in this many trials continues at each rung; with asha and 3 these are at grace_epochs times 1, 3, 9, ..."""
     trials: Positive = 16
-    """How many settings are tried."""
+    """Number of trials."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """No trial goes on after this time of search, by the seconds of its epochs; null: no limit."""
+    """Stop all trials after this time of search, measured by their epochs; null: no limit."""
     at_once: Positive | None = None
-    """Trials at the same time; null: as many as there is room for."""
+    """Trials in parallel; null: as many as there is room for."""
     cpus_per_trial: Positive = 1
-    """CPU cores of a trial."""
+    """CPU cores per trial."""
     gpus_per_trial: Fraction = 0.0
-    """0.5: two trials share one; 0: on the CPU."""
+    """GPUs per trial; 0.5: two trials share one; 0: train on the CPU."""
     restarts: Annotated[int, Field(ge=0)] = 2
-    """Of a trial whose process dies, from its last epoch."""
+    """How often a trial whose process dies is restarted, from its last epoch."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 3
-    """Best and base are trained with so many other seeds each; 0: not at all."""
+    """Number of other seeds that best and base are trained with at the end; 0: none."""
     space: dict[str, Any]
     """Key of the experiment -> {int | float | log | factor: [low, high]} or {choice: [...]} (docs/sweeps.md)."""
 
@@ -58,7 +58,7 @@ def known() -> list[str]:
 
 
 def path_of(word: str) -> Path:
-    """The file that a name or a path of a file means. Raises UserError for an unknown name."""
+    """The file of a sweep, given its name or path. Raises UserError for an unknown or invalid name."""
     path = Path(word) if word.endswith((".yaml", ".yml")) else FOLDER / f"{word}.yaml"
     if not path.exists():
         raise UserError(f"{path}: no such sweep{nearest(path.stem, known())}")
@@ -73,12 +73,12 @@ def path_of(word: str) -> Path:
 def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experiment, spaces.Space]:
     """Name and settings of the sweep in `words`, with the changes `key=value` there; its base, and its space.
 
-    `changes.KEY=value` and `space.KEY=value` leave the other keys there as they are. Raises UserError with every fault,
-    one a line.
+    `changes.KEY=value` and `space.KEY=value` leave the other keys as they are. Raises UserError with one line per
+    mistake.
     """
     names, changes = experiments.split(words)
     if len(names) != 1:
-        raise UserError(f"fer sweep: name one sweep, of {', '.join(known())}")
+        raise UserError(f"fer sweep: name one sweep, one of {', '.join(known())}")
     path = path_of(names[0])
     layers = Layers(Sweep)
     layers.lay(read_yaml(path, "write at least its base and space there"), str(path))
@@ -102,7 +102,7 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
 
 
 def _tree_of(change: str, tree: dict[str, Any]) -> dict[str, Any]:
-    """A change as a table of keys; `space.loss.gamma` is the key `loss.gamma` beside the others of the space."""
+    """A change as a nested table; `space.loss.gamma` sets the key `loss.gamma` of the space and keeps its others."""
     path, _, text = change.partition("=")
     table, _, key = path.partition(".")
     before = tree.get(table)
@@ -112,20 +112,20 @@ def _tree_of(change: str, tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str) -> spaces.Space:
-    """The space of a sweep. Raises UserError, a line for each fault: in it, or between the sweep and its base."""
+    """The space of a sweep. Raises UserError with one line per mistake, in it or between the sweep and its base."""
     run, found, grace = base.run, [], f"{origins['grace_epochs']}: grace_epochs: {sweep.grace_epochs}"
     if run.init_from is not None:
-        other = f"{base.name} starts from another run (init_from), trials cannot; name another"
+        other = f"{base.name} starts from another run (init_from), which trials cannot; use another"
         found.append(f"{origins['base']}: base: {other}")
     if sweep.grace_epochs > run.epochs:
         found.append(f"{grace}, but the base has {run.epochs} epochs; lower it")
     if not sweep.space:
-        found.append(f"{origins['space']}: space: holds no key to search; name one at least")
+        found.append(f"{origins['space']}: space: holds no key to search; give at least one")
     space = spaces.read(sweep.space, run, f"{file}: space", found)
     ranges = [key for key, given in space.items() if spaces.ranges(given, key)]
     if sweep.search == "grid" and ranges:
         where = f"{origins['search']}: search"
-        found.append(f"{where}: grid needs choices alone, {ranges[0]} has a range; use tpe or random")
+        found.append(f"{where}: grid needs choices only, {ranges[0]} has a range; use tpe or random")
     if found:
         raise UserError(*found)
     return space

@@ -1,8 +1,8 @@
-"""The space of a sweep: which keys of a run vary, within what, and the run that a drawn point of it gives.
+"""The space of a sweep: which keys of a run vary in which ranges, and the run at a point drawn from it.
 
-A range is a table of one key: {int | float | log: [low, high]}, {factor: [low, high]}, of the base's number or of all
-numbers of its table, or {choice: [...]}. A choice may hold tables, and these again ranges, so that what a loss has
-stands with it: {choice: [{name: focal_pdls, gamma: {float: [0, 4]}}, label_smoothing]}.
+A range is a table with one key: {int | float | log: [low, high]}, {factor: [low, high]}, which multiplies the base's
+number or all numbers of its table, or {choice: [...]}. A choice may hold tables, and these may hold ranges, so that a
+loss brings its own settings: {choice: [{name: focal_pdls, gamma: {float: [0, 4]}}, label_smoothing]}.
 """
 
 import itertools
@@ -17,37 +17,45 @@ from pipelines.experiments import NAME, Layers
 RANGES = ("int", "float", "log", "factor")
 KINDS = (*RANGES, "choice")
 HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]}, {factor: [low, high]}, {choice: [...]}"
-NEVER = ("init_from", "seed", "epochs")  # not what a search is for
+NEVER = ("init_from", "seed", "epochs")  # not meant to be searched
 Space = dict[str, Any]  # key of the run -> a range
-Params = dict[str, Any]  # name of a range -> its number, or the label of a choice; what Optuna knows of a trial
+Params = dict[str, Any]  # a point, as Optuna stores it: name of a range -> number, or label of a choice
 
 
 class Draw(Protocol):
-    """What gives the value of each range: a trial of Optuna, or known values (`Known`)."""
+    """Source of a value for each range: a trial of Optuna, or known values (`Known`)."""
 
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """A number of an int range."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number of a float, log or factor range."""
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        """A label of a choice."""
 
 
 class Known:
-    """Gives the values of a known point, one end of each range where it has none."""
+    """Gives the values of a known point, and an end of the range, by `high`, for those that it lacks."""
 
     def __init__(self, params: Params, high: bool = False):
         self.params, self.high = params, high
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
+        """See `Draw`."""
         return self.params.get(name, high if self.high else low)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """See `Draw`."""
         return self.params.get(name, high if self.high else low)
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        """See `Draw`."""
         return self.params.get(name, choices[-1 if self.high else 0])
 
 
 def changed(base: Run, space: Space, draw: Draw) -> tuple[Run | None, list[Fault]]:
-    """The base run with a drawn point's values, or None and why they do not fit together."""
+    """The base run with the values of a drawn point, or None and why they do not fit together."""
     whole = base.model_dump()
     layers = Layers(Run, whole)
     for key, given in space.items():
@@ -74,7 +82,7 @@ def _drawn(given: Any, name: str, draw: Draw, base: Any = None) -> Any:
 
 
 def _range(given: Any) -> tuple[str | None, Any]:
-    """Kind and values of a range; None where it is a plain value or a table of keys."""
+    """Kind and values of a range; the kind is None for a plain value or a table of keys."""
     if isinstance(given, dict) and len(given) == 1:
         ((kind, values),) = given.items()
         if kind in KINDS:
@@ -83,7 +91,7 @@ def _range(given: Any) -> tuple[str | None, Any]:
 
 
 def _labels(values: list[Any]) -> list[Any]:
-    """The choices as plain values: a section by its name where no other has it, another table or list as its JSON."""
+    """Labels of choices: a section's name if it is unique, the JSON of any other table or list, else the value."""
     names = [value.get("name") for value in values if isinstance(value, dict)]
 
     def label(value: Any) -> Any:
@@ -96,18 +104,18 @@ def _labels(values: list[Any]) -> list[Any]:
 
 
 def _below(name: str, labels: list[Any], place: int) -> str:
-    """Of the ranges in a choice: `loss.focal.gamma`; a choice that has no name goes by its number."""
+    """Prefix for ranges inside a choice, as in `loss.focal.gamma`; a choice without a name goes by its number."""
     label = labels[place]
     return f"{name}.{label}" if isinstance(label, str) and NAME.fullmatch(label) else f"{name}.{place + 1}"
 
 
 def _rounded(value: float, low: float, high: float) -> float:
-    """Four digits are enough, and can be read; within the range."""
+    """Round to four significant digits, within the range, to be readable."""
     return min(max(float(f"{value:.4g}"), low), high)
 
 
 def params_of(base: Run, space: Space) -> Params:
-    """The point that leaves the base as it is; KeyError names a key of the space that has none."""
+    """The point that leaves the base as it is. Raises KeyError with a key of the space that cannot."""
     whole = base.model_dump()
     params: Params = {}
     for key, given in space.items():
@@ -119,7 +127,7 @@ def params_of(base: Run, space: Space) -> Params:
 
 
 def _params(given: Any, name: str, value: Any) -> Params | None:
-    """The params below `name` that give `value`; None where none do."""
+    """The params below `name` that give `value`; None if there are none."""
     kind, values = _range(given)
     if kind == "factor":
         return {name: 1.0} if values[0] <= 1 <= values[1] else None
@@ -141,13 +149,13 @@ def _params(given: Any, name: str, value: Any) -> Params | None:
 
 
 def grid(space: Space) -> Iterator[Params]:
-    """Every point of a space of choices without ranges in them."""
+    """Yield every point of a space of choices without ranges in them."""
     for labels in itertools.product(*(_labels(given["choice"]) for given in space.values())):
         yield dict(zip(space, labels))
 
 
 def ranges(given: Any, name: str) -> list[str]:
-    """Names of the ranges in it that are no choices."""
+    """Names of the ranges in it that are not choices."""
     kind, values = _range(given)
     if kind in RANGES:
         return [name]
@@ -156,7 +164,7 @@ def ranges(given: Any, name: str) -> list[str]:
 
 
 def read(given: dict[str, Any], base: Run, prefix: str, found: list[str]) -> Space:
-    """The space of a sweep's file; what is wrong with it goes to `found`, a line for each key."""
+    """The space given in a sweep's file; appends one line per mistake to `found`."""
     space: Space = {}
     whole = base.model_dump()
     for key, value in given.items():
@@ -175,7 +183,7 @@ def read(given: dict[str, Any], base: Run, prefix: str, found: list[str]) -> Spa
 
 
 def _sections(given: dict[str, Any]) -> dict[str, Any]:
-    """A name among the choices of a section is short for a table of it alone."""
+    """Expand names among the choices of a section to tables with that name."""
     kind, values = _range(given)
     if kind != "choice":
         return given
@@ -188,15 +196,15 @@ def _form_fault(given: Any) -> str | None:
         return HOW
     ((kind, values),) = given.items()
     if kind not in KINDS:
-        return f"no kind of range '{kind}'; {HOW}"
+        return f"unknown kind of range '{kind}'; {HOW}"
     if not isinstance(values, list):
         return f"{kind} needs a list, got {values!r}"
     if kind == "choice":
         if len(values) < 2:
-            return f"choice needs two values at least, got {values}"
+            return f"choice needs at least two values, got {values}"
         inner = [part for value in values if isinstance(value, dict) for part in value.values()]
         faults = [_form_fault(part) for part in inner if _range(part)[0] is not None]
-        faults += ["a factor cannot stand inside a choice" for part in inner if _range(part)[0] == "factor"]
+        faults += ["a factor cannot be inside a choice" for part in inner if _range(part)[0] == "factor"]
         return next(filter(None, faults), None)
     if len(values) != 2 or not all(_is_number(value) for value in values):
         return f"{kind} needs two numbers, [low, high], got {values}"
@@ -204,7 +212,7 @@ def _form_fault(given: Any) -> str | None:
     if low >= high:
         return f"the range [{low}, {high}] is empty; low must be below high"
     if kind == "log" and low <= 0:
-        return f"a log range must begin above 0, got {low}"
+        return f"a log range must start above 0, got {low}"
     if kind == "factor" and low < 0:
         return f"a factor must not be negative, got {low}"
     if kind == "int" and not all(isinstance(value, int) for value in values):
@@ -213,7 +221,7 @@ def _form_fault(given: Any) -> str | None:
 
 
 def _key_fault(tree: dict[str, Any], key: str, given: dict[str, Any]) -> str | None:
-    """Whether the key is there, may be searched, and has the type of the range."""
+    """What is wrong with a key: it is unknown, cannot be searched, or does not have the type of the range."""
     at: Any = tree
     for part in key.split("."):
         if not isinstance(at, dict):
@@ -240,7 +248,7 @@ def _kinds_for(value: Any) -> str:
 
 
 def _value_faults(base: Run, one: Space) -> list[str]:
-    """Each choice, and both ends of each range, set in the base alone."""
+    """What is wrong with a choice or with the ends of a range, each set alone in the base."""
     ((key, given),) = one.items()
     kind, values = _range(given)
     if kind != "choice":
@@ -249,13 +257,13 @@ def _value_faults(base: Run, one: Space) -> list[str]:
         labels = _labels(values)
         twice = [label for i, label in enumerate(labels) if label in labels[:i]]
         if twice:
-            return [f"{twice[0]!r} stands in the choices twice"]
+            return [f"{twice[0]!r} is twice in the choices"]
         ends = [(label, Known({key: label}, high)) for label in labels for high in (False, True)]
     return [f"{value!r} cannot work: {fault}" for value, draw in ends for fault in changed(base, one, draw)[1]]
 
 
 def _base_faults(space: Space, base: Run, prefix: str) -> list[str]:
-    """The first trial is the base, so the space must hold it."""
+    """The space must contain the base, which is the first trial."""
     lines = []
     for key, given in space.items():
         try:
@@ -263,7 +271,7 @@ def _base_faults(space: Space, base: Run, prefix: str) -> list[str]:
         except KeyError:
             value = 1 if "factor" in given else _find(base.model_dump(), key)
             remedy = "add it to the choices" if "choice" in given else "widen the range or use choice"
-            lines.append(f"{prefix}.{key}: does not hold the base's {value!r}, which is the first trial; {remedy}")
+            lines.append(f"{prefix}.{key}: does not contain the base's {value!r}, which is the first trial; {remedy}")
     return lines
 
 
@@ -283,7 +291,7 @@ def _within(path: str, other: str) -> bool:
 
 
 def _set_by(key: str, space: Space) -> set[str]:
-    """Dotted keys that a range sets; the whole of a section where it chooses among names."""
+    """Dotted keys that a range sets; a whole section if it chooses among names."""
 
     def ends(value: Any, path: str) -> set[str]:
         if not isinstance(value, dict) or "name" in value or _range(value)[0] is not None:
@@ -301,7 +309,7 @@ def _find(tree: dict[str, Any], key: str) -> Any:
 
 
 def _times(value: Any, factor: float) -> Any:
-    """Every number times `factor`, but for `flip`: a mirror image is not a stronger change."""
+    """Multiply every number but `flip`, as a larger probability of mirroring is not a stronger augmentation."""
     if isinstance(value, dict):
         return {key: item if key == "flip" else _times(item, factor) for key, item in value.items()}
     return value if factor == 1 else float(f"{value * factor:.4g}")
