@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -342,24 +343,26 @@ def ui(
 ) -> None:
     """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
     from pipelines.params import load
-    from pipelines.tracking import tracking_uri, without_password
-    from pipelines.ui import serve
+    from pipelines.tracking import Tracker, without_password
+    from pipelines.ui import Server, serve
 
-    uri = tracking_uri(load().tracking.uri)
-    servers = {}
-    if uri.startswith("http"):
-        console.print(f"MLflow runs at [bold]{without_password(uri)}[/]")
+    tracking = load().tracking
+    tracker = Tracker(tracking.uri, tracking.experiment)
+    servers = []
+    if tracker.uri.startswith("http"):
+        console.print(f"MLflow: {without_password(tracker.uri).rstrip('/')}{tracker.page}", soft_wrap=True)
     else:
-        words = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-        servers["MLflow", mlflow_port] = _server(words, mlflow_port)
-    servers["Prefect", prefect_port] = _server(["prefect", "server", "start"], prefect_port)
-    serve(servers, Path("data/logs"), console.print)
+        command = _server("mlflow", mlflow_port, "server", "--backend-store-uri", tracker.uri, "--workers", "1")
+        servers.append(Server("MLflow", mlflow_port, command, tracker.page))
+    # where the page finds its data, which else is port 4200
+    about = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
+    servers.append(Server("Prefect", prefect_port, _server("prefect", prefect_port, "server", "start"), "", about))
+    serve(servers, Path("data/logs"), partial(console.print, soft_wrap=True))
 
 
-def _server(words: list[str], port: int) -> list[str]:
+def _server(program: str, port: int, *words: str) -> list[str]:
     """The full command line of a server that is installed beside this Python."""
-    program, *options = words
-    return [str(Path(sys.executable).parent / program), *options, "--host", "127.0.0.1", "--port", str(port)]
+    return [str(Path(sys.executable).parent / program), *words, "--host", "127.0.0.1", "--port", str(port)]
 
 
 class _Board:

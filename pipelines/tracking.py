@@ -56,6 +56,11 @@ NOT_METRICS = ("epoch", "time")
 RENAMED = {"lr": "train/lr", "seconds": "train/seconds"}  # metrics.jsonl -> MLflow, where accuracies come first
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
 BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
+COLUMNS = [  # of MLflow's table of runs, as `fer ui` opens it
+    f"metrics.`{BEST_VAL}`", "metrics.`final/test_accuracy`", "metrics.`final/test_unleaked_accuracy`",
+    "metrics.`final/test_balanced_accuracy`", "params.`super_resolution.method`", "params.`epochs`", "params.`seed`",
+    "attributes.`Dataset`",
+]  # fmt: skip
 COMPARED = (  # settings that every run has as params; of the others those that differ from the defaults
     "model.name", "seed", "epochs", "batch_size", "input.image_size", "loss.name", "optimizer.name", "optimizer.lr",
     "optimizer.weight_decay", "schedule.name", "precision",
@@ -100,7 +105,14 @@ class Tracker:
         chosen = mlflow.set_experiment(experiment).experiment_id
         # else the UI opens with tools for language models
         self.client.set_experiment_tag(chosen, "mlflow.experimentKind", "custom_model_development")
+        view = {"selectedColumns": COLUMNS, "columnOrder": COLUMNS, "orderByKey": COLUMNS[0], "orderByAsc": False}
+        self.client.set_experiment_tag(chosen, "mlflow.sharedViewState.fer", json.dumps(view))  # a view to share
         return chosen
+
+    @property
+    def page(self) -> str:
+        """The experiment's page on MLflow's server, with the columns to compare first."""
+        return f"/#/experiments/{self.experiment}/runs?viewStateShareKey=fer&workflowType=machine_learning"
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -339,7 +351,7 @@ class _Follower:
         followed: Callable[[], Iterable[tuple[str, Path]]],
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ):
-        """`followed`: MLflow run id and file of each run to follow, asked every second or so; `on_row`: see `record`."""
+        """`followed`: MLflow run id and file of each run to follow, asked every second; `on_row`: see `record`."""
         self.client, self.followed, self.on_row = client, followed, on_row
         self.sent: dict[str, int] = {}  # MLflow run id -> number of lines sent
         self._stop = threading.Event()

@@ -5,7 +5,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fer.errors import UserError
@@ -14,24 +15,35 @@ PATIENCE = 15.0  # seconds that a server gets to shut down
 TAIL = 1 << 16  # bytes at the end of a log to search for its last line
 
 
-def serve(servers: dict[tuple[str, int], list[str]], logs: Path, say: Callable[[str], None]) -> None:
-    """Run servers, (name, port on 127.0.0.1) -> command, until one of them exits, or Ctrl-C or SIGTERM; then stop all.
+@dataclass(frozen=True)
+class Server:
+    """A program that serves pages on 127.0.0.1."""
+
+    name: str
+    port: int
+    command: list[str]
+    page: str = ""  # path of the page to open
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside that of this process
+
+
+def serve(servers: Sequence[Server], logs: Path, say: Callable[[str], None]) -> None:
+    """Run the servers until one of them exits, or Ctrl-C or SIGTERM; then stop all.
 
     Their output goes to `logs`/<name>.log, emptied first. Raises UserError if a port is in use, or a server exits.
     """
-    for name, port in servers:
-        _check_free(name, port)
+    for server in servers:
+        _check_free(server)
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for (name, port), command in servers.items():
-            running[name] = _start(command, _log(logs, name))
-            say(f"{name}: http://127.0.0.1:{port}")
+        for server in servers:
+            running[server.name] = _start(server, _log(logs, server.name))
+            say(f"{server.name}: http://127.0.0.1:{server.port}{server.page}")
         say(f"Logs: {logs}. Ctrl-C stops them.")
-        while all(server.poll() is None for server in running.values()):
+        while all(process.poll() is None for process in running.values()):
             time.sleep(0.3)
-        name = next(name for name, server in running.items() if server.poll() is not None)
+        name = next(name for name, process in running.items() if process.poll() is not None)
         raise UserError(_why(name, running[name], _log(logs, name)))
     except KeyboardInterrupt:
         say("Stopped.")
@@ -40,20 +52,27 @@ def serve(servers: dict[tuple[str, int], list[str]], logs: Path, say: Callable[[
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_free(name: str, port: int) -> None:
+def _check_free(server: Server) -> None:
     with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"--{name.lower()}-port {port}: the port is in use; stop what uses it or choose another")
+        if probe.connect_ex(("127.0.0.1", server.port)) == 0:
+            option = f"--{server.name.lower()}-port {server.port}"
+            raise UserError(f"{option}: the port is in use; stop what uses it or choose another")
 
 
 def _log(logs: Path, name: str) -> Path:
     return logs / f"{name.lower()}.log"
 
 
-def _start(command: list[str], log: Path) -> subprocess.Popen:
+def _start(server: Server, log: Path) -> subprocess.Popen:
     """In its own session, so that Ctrl-C reaches this process only, and the server's child processes end with it."""
     with log.open("wb") as file:
-        return subprocess.Popen(command, start_new_session=True, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            server.command,
+            env={**os.environ, **server.environment},
+            start_new_session=True,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _end(servers: Iterable[subprocess.Popen]) -> None:

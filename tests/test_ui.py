@@ -14,7 +14,7 @@ from conftest import free_port, wait_for
 from fer.errors import UserError
 from pipelines import ui
 from pipelines.processes import process_id
-from pipelines.ui import serve
+from pipelines.ui import Server, serve
 
 
 def shell(code: str) -> list[str]:
@@ -61,11 +61,11 @@ def test_a_signal_ends_all_servers_and_what_they_started_and_none_is_stopped_by_
     """A pipe that nobody reads would hold 64 kB."""
     wrote, pid, child = (tmp_path / name for name in ("wrote", "pid", "child"))
     line = "warning " * 12
-    loud = f"for i in {{1..2000}}; do echo $i: {line} >&2; echo served; done; touch {wrote}; exec sleep 600"
-    servers = {
-        ("Loud", free_port()): shell(loud),
-        ("Quiet", free_port()): shell(f"bash -c '{sleeper(child)}' & {sleeper(pid)}"),
-    }
+    loud = f"for i in {{1..2000}}; do echo $i: $line >&2; echo served; done; touch {wrote}; exec sleep 600"
+    servers = [
+        Server("Loud", free_port(), shell(loud), "/runs", {"line": line}),
+        Server("Quiet", free_port(), shell(f"bash -c '{sleeper(child)}' & {sleeper(pid)}")),
+    ]
     said: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
     with signalled_when(lambda: all(path.exists() for path in (wrote, pid, child)), number):
@@ -75,7 +75,7 @@ def test_a_signal_ends_all_servers_and_what_they_started_and_none_is_stopped_by_
     log = (tmp_path / "made" / "logs" / "loud.log").read_text()
     assert len(log) > 200_000
     assert "served" in log
-    assert said[:2] == [f"{name}: http://127.0.0.1:{port}" for name, port in servers]
+    assert said[:2] == [f"{one.name}: http://127.0.0.1:{one.port}{one.page}" for one in servers]
     assert said[-1] == "Stopped."
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -93,7 +93,7 @@ def test_the_end_of_a_server_is_told_with_its_last_words_and_ends_the_other(
     pid, log = tmp_path / "pid", tmp_path / "short.log"
     log.write_text("of the last time\n" * 10)
     short = f"until [ -e {pid} ]; do sleep 0.05; done; {code}"
-    servers = {("Quiet", free_port()): shell(sleeper(pid)), ("Short", free_port()): shell(short)}
+    servers = [Server("Quiet", free_port(), shell(sleeper(pid))), Server("Short", free_port(), shell(short))]
     with pytest.raises(UserError) as caught:
         serve(servers, tmp_path, lambda line: None)
     assert str(caught.value) == f"Short exited: {reason}; its whole output is in {log}"
@@ -106,7 +106,8 @@ def test_a_port_in_use_is_one_line_and_nothing_starts(tmp_path: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        servers = {("First", free_port()): shell(sleeper(tmp_path / "pid")), ("MLflow", port): shell("sleep 600")}
+        first = Server("First", free_port(), shell(sleeper(tmp_path / "pid")))
+        servers = [first, Server("MLflow", port, shell("sleep 600"))]
         with pytest.raises(UserError) as caught:
             serve(servers, tmp_path / "logs", lambda line: None)
     assert str(caught.value).startswith(f"--mlflow-port {port}: the port is in use; ")
@@ -118,5 +119,5 @@ def test_a_server_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ui, "PATIENCE", 0.5)
     pid = tmp_path / "pid"
     with signalled_when(pid.exists, signal.SIGINT):
-        serve({("Deaf", free_port()): shell(f"trap '' TERM; {sleeper(pid)}")}, tmp_path, lambda line: None)
+        serve([Server("Deaf", free_port(), shell(f"trap '' TERM; {sleeper(pid)}"))], tmp_path, lambda line: None)
     assert gone(pid)
