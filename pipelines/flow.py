@@ -165,15 +165,27 @@ def _run_name() -> str:
     return ", ".join(flow_run.parameters["words"])
 
 
-def _words(kind: str, known: list[str], *example: str) -> Any:
-    """The help for the parameter `words` in Prefect's run form."""
-    text = f"{kind} to run, and settings to change, as KEY=VALUE. {kind}: {', '.join(known)}."
-    return Field(description=text, examples=[list(example)])
+def _form(**known: list[str]) -> Callable[[Callable], Callable]:
+    """Fill the names that exist into a flow's docstring, from which Prefect takes the help of its run form."""
+
+    def filled(function: Callable) -> Callable:
+        names = {key: ", ".join(values) for key, values in known.items()}
+        function.__doc__ = (function.__doc__ or "").format(**names)
+        return function
+
+    return filled
 
 
 @flow(name="train", flow_run_name=_run_name, validate_parameters=False)
-def train(words: Annotated[list[str], _words("Experiments", experiments.known(), "vgg13_small", "epochs=20")]) -> State:
-    """Train experiments, evaluate and compare them, record them in MLflow and register the best."""
+@_form(experiments=experiments.known())
+def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20"]])]) -> State:
+    """Train experiments, evaluate and compare them, record them in MLflow and register the best.
+
+    The state's data is name -> error of each run that failed. Raises UserError if nothing can start.
+
+    Args:
+        words: Experiments to train, and KEY=VALUE for settings to change. Experiments: {experiments}.
+    """
     mark_children()
     if not experiments.split(words)[0]:
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
@@ -289,11 +301,16 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
 
 
 @flow(name="sweep", flow_run_name=_run_name, validate_parameters=False)
-def sweep(
-    words: Annotated[list[str], _words("Sweeps", sweep_settings.known(), "tiny", "budget.trials=20")],
-    new: Annotated[bool, Field(description="Begin another sweep where settings differ from the one begun.")] = False,
-) -> State:
-    """Search for better settings of an experiment and confirm them with other seeds; record all in MLflow."""
+@_form(sweeps=sweep_settings.known())
+def sweep(words: Annotated[list[str], Field(examples=[["tiny", "trials=20"]])], new: bool = False) -> State:
+    """Search for better settings of an experiment and confirm them with other seeds; record all in MLflow.
+
+    Raises UserError for what a user can fix, RuntimeError for other failures.
+
+    Args:
+        words: A sweep to run, and KEY=VALUE for its own settings. Sweeps: {sweeps}.
+        new: Begin another sweep if the settings differ from those of the one begun.
+    """
     mark_children()
     plan, tracker = prepare_sweep(words, new)
     data = open_data(DATA)
