@@ -1,4 +1,4 @@
-"""Drawn faces in both forms: the arrays of the pipeline, and a PNG file each in class folders."""
+"""Drawn faces in two forms: the arrays of the pipeline, and PNG files in class folders."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from fer.data.sample import draw_face
 def write_faces(folder: Path, side: int, **counts: int) -> None:
     """Write `folder`/upscaled and `folder`/splits as the stages do, and `folder`/png/<split>/<number>_<class>/*.png.
 
-    `counts`: images of train, val and test, one at least each; grey, `side` px, enlarged from 48 px (bicubic). PNG
-    files of enlarged ones are in colour, as published super-resolution writes them.
+    `counts`: images of train, val and test, at least one each; grey, enlarged by bicubic from 48 to `side` pixels. PNGs
+    of enlarged images are in colour, as published super-resolution code writes them.
     """
     rng, total = np.random.default_rng(0), sum(counts.values())
     labels = np.arange(total) % len(CLASSES)

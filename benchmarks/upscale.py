@@ -1,4 +1,4 @@
-"""Super-resolution in batches against the plain loop: one image at a time, fp32, the layout that torch starts with."""
+"""Super-resolution in batches against a plain loop: one image at a time, fp32, torch's default memory layout."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,10 @@ Case = tuple[str, Callable[[], int], str, Callable[[], int]]
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Networks have random weights of the published sizes: their speed is that of the trained ones."""
+    """Name, our function, name of the reference, reference; each function returns the number of images it processed.
+
+    The networks have the published sizes and random weights, which does not change their speed.
+    """
     from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
     rng = np.random.default_rng(0)
@@ -24,7 +27,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for name, kernel in (("bicubic", Image.Resampling.BICUBIC), ("lanczos", Image.Resampling.LANCZOS)):
         yield _interpolation(name, kernel, faces)
     gpu = device.type == "cuda"
-    # a CPU computes minutes on one 48x48 face
+    # a CPU needs minutes for one 48x48 face
     few = faces[:64] if gpu else np.ascontiguousarray(faces[:4, :16, :16])
     yield _network("DIC x8", Dic(**PUBLISHED), few, device)
     sizes: dict[str, Any] = {"depths": [6] * 6, "num_heads": [6] * 6, "embed_dim": 180, "window_size": 8}

@@ -21,8 +21,8 @@ class OutOfMemory(Exception):
 
 DISK_FAULTS = {
     errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EROFS: "the file system is read-only: choose a place that can be written",
+    errno.EDQUOT: "the disk quota is exceeded: free some space",
+    errno.EROFS: "the file system is read-only: choose another place",
     errno.EACCES: "permission denied: change the owner or mode, or choose another place",
     errno.EPERM: "permission denied: change the owner or mode, or choose another place",
     errno.EFBIG: "the file would exceed the size limit: raise it (ulimit -f)",

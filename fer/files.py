@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, then renamed."""
+"""Atomic writes: a file or folder is written under another name, then renamed, so it is complete or absent."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any, durable: bool = True) -> None:
-    """Replace `path` at once; floats must be finite."""
+    """Replace `path` atomically. Raises ValueError for NaN or infinity, TypeError for what JSON cannot hold."""
     write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode(), durable)
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replace `path` at once; where `durable`, what is written outlasts a power cut once this returns."""
+    """Replace `path` atomically; with `durable`, the content survives a power failure once this returns."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     if durable:
@@ -26,7 +26,7 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,11 +36,10 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path, resumable: bool = False) -> Iterator[Path]:
-    """A folder to write in that takes the place of `target` when the block ends, and vanishes when it fails.
+    """A folder to write to that replaces `target` when the block ends and is deleted when the block fails.
 
-    A process killed at any point, or a power cut, leaves the old or the new content, found again by `recover`. A
-    `resumable` folder
-    does not vanish unless it is empty: the next block for this target goes on in it.
+    A kill or a power failure at any point leaves either the old or the new content; `recover` finds it. A `resumable`
+    folder is kept on failure unless it is empty, and the next resumable block for this target continues in it.
     """
     recover(target)
     partial, old = _beside(target)
@@ -64,7 +63,7 @@ def new_folder(target: Path, resumable: bool = False) -> Iterator[Path]:
 
 
 def recover(target: Path) -> bool:
-    """Put back the old folder where a process was killed between the two renames; True when `target` is there."""
+    """Restore the old folder if a process was killed between the two renames; True if `target` exists then."""
     _, old = _beside(target)
     if old.exists():
         if target.exists():

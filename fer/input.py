@@ -1,4 +1,4 @@
-"""From uint8 images to what a network sees: resize, perhaps change, normalise; on the device of the images."""
+"""From uint8 images to the input of a network: resize, optionally augment, normalise; on the device of the images."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from fer.settings import Fault, Fraction, Positive, Section, Unfit
 
-CACHED = 2**18  # pixels that stay in a CPU's cache from one operation to the next
-Change = Callable[[Tensor, slice], Tensor]  # images, and in which rows of their batch they stand -> changed images
+CACHED = 2**18  # pixels that stay in a CPU's cache between operations
+Change = Callable[[Tensor, slice], Tensor]  # images and their rows in the batch -> augmented images
 
 
 class Input(Section):
-    """What a network sees of an image."""
+    """How an image is prepared for the network."""
 
     image_size: Positive = 48
-    """Side of the square that the network sees, in pixels."""
+    """Side of the network's square input, in pixels."""
     channels: Literal[1, 3] = 3
-    """Grey images are repeated for 3 channels, colour ones become their luma for 1."""
+    """Channels of the input: with 3, grey images are repeated; with 1, colour images become luma."""
     mean: list[Fraction] = [0.5]
-    """Subtracted from pixels in [0, 1]: one number for all channels, or one per channel."""
+    """Subtracted from the pixels, which are in [0, 1]: one number for all channels, or one per channel."""
     std: list[Annotated[float, Field(gt=0)]] = [0.25]
-    """What pixels are divided by then: one number for all channels, or one per channel."""
+    """The pixels are then divided by this: one number for all channels, or one per channel."""
 
     @model_validator(mode="after")
     def _per_channel(self) -> "Input":
@@ -48,22 +48,22 @@ class Input(Section):
 
 
 def luma(images: Tensor) -> Tensor:
-    """Colour float [B, 3, H, W] -> its grey [B, 1, H, W] (ITU-R BT.601)."""
+    """Float RGB [B, 3, H, W] -> luma [B, 1, H, W] (ITU-R BT.601)."""
     red, green, blue = images.split(1, 1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def model_input(pixels: Tensor, settings: Input, change: Change | None = None) -> Tensor:
-    """uint8 [B, H, W] or [B, H, W, 3] -> the network's input float32 [B, channels, S, S], normalised.
+    """uint8 [B, H, W] or [B, H, W, 3] -> normalised float32 [B, channels, S, S], S = `image_size`.
 
-    `change(images, rows)` gets those images float32 [b, 1 or 3, S, S] in [0, 1] that stand in `rows` of the batch: all
-    at once on a GPU, on a CPU a few at a time in each of torch's threads.
+    `change(images, rows)` augments the images in `rows` of the batch, float32 [b, 1 or 3, S, S] in [0, 1]: on a GPU the
+    whole batch at once, on a CPU a few images at a time in each of torch's threads.
     """
     count, side, inference = len(pixels), settings.image_size, torch.is_inference_mode_enabled()
     found = torch.empty(count, settings.channels, side, side, device=pixels.device)
 
     def make(rows: slice) -> None:
-        with torch.inference_mode(inference):  # which a thread does not inherit
+        with torch.inference_mode(inference):  # threads do not inherit it
             images = to_float(pixels[rows], side)
             normalize(change(images, rows) if change else images, settings, found[rows])
 
@@ -81,16 +81,16 @@ def model_input(pixels: Tensor, settings: Input, change: Change | None = None) -
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """That many threads in which torch uses one each: a few images are too little to be shared out by torch itself."""
+    """Threads in which torch uses one thread each: a few images are too little work for torch to split further."""
     pool, all_here = ThreadPoolExecutor(threads), Barrier(threads)
 
     def alone(_: int) -> None:
         all_here.wait()
-        torch.get_num_threads()  # else the first operation takes back what is set here
+        torch.get_num_threads()  # initialises the thread; otherwise its first operation would reset the number
         torch.set_num_threads(1)
 
     list(pool.map(alone, range(threads)))
-    torch.set_num_threads(threads)  # for threads that are yet to start
+    torch.set_num_threads(threads)  # the default of threads that start later
     return pool
 
 
@@ -105,7 +105,7 @@ def to_float(pixels: Tensor, image_size: int) -> Tensor:
 
 
 def normalize(images: Tensor, settings: Input, out: Tensor) -> None:
-    """float32 [B, 1 or 3, S, S] in [0, 1] -> (x - mean) / std in `out` [B, channels, S, S]."""
+    """Write (x - mean) / std of float32 images [B, 1 or 3, S, S] in [0, 1] to `out` [B, channels, S, S]."""
     if images.shape[1] > settings.channels:
         images = luma(images)
     for channel, (mean, std) in enumerate(settings.normalisation()):

@@ -184,7 +184,8 @@ def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20
     The state's data is name -> error of each run that failed. Raises UserError if nothing can start.
 
     Args:
-        words: Experiments to train, and KEY=VALUE for settings to change. Experiments: {experiments}.
+        words: Experiments to train, and KEY=VALUE for settings to change, each an item of the list: vgg13_small,
+            epochs=20. Experiments: {experiments}.
     """
     mark_children()
     if not experiments.split(words)[0]:
@@ -308,7 +309,8 @@ def sweep(words: Annotated[list[str], Field(examples=[["tiny", "trials=20"]])], 
     Raises UserError for what a user can fix, RuntimeError for other failures.
 
     Args:
-        words: A sweep to run, and KEY=VALUE for its own settings. Sweeps: {sweeps}.
+        words: A sweep to run, and KEY=VALUE for its own settings, each an item of the list: tiny, trials=20. Sweeps:
+            {sweeps}.
         new: Begin another sweep if the settings differ from those of the one begun.
     """
     mark_children()

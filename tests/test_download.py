@@ -106,7 +106,7 @@ def test_an_empty_folder_says_how_to_fill_it(project: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     (project / "faces").mkdir()
     with pytest.raises(
-        UserError, match=r"^faces: holds no data set, and https://www.kaggle.com/competitions/.* by hand"
+        UserError, match=r"^faces: contains no data set, and https://www.kaggle.com/competitions/.* by hand"
     ):
         download(params(dataset="ferplus", path="faces"))
     assert not (project / "data").exists()

@@ -379,7 +379,7 @@ def test_full_and_read_only_disks_are_one_line_and_leave_nothing_half_written(sm
     for stage in STAGES:
         assert stage_error(small_disk, stage) == (
             f"error: cannot write data/{FOLDERS[stage]}.partial: the file system is read-only:"
-            " choose a place that can be written and run the command again\n"
+            " choose another place and run the command again\n"
         )
 
 

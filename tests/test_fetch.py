@@ -131,8 +131,9 @@ def test_a_folder_with_something_else_is_left_alone(content: str, folder: Path, 
 
 def told(folder: Path, reason: str) -> str:
     return (
-        f"{folder}: holds no data set, and {PAGE} could not be fetched ({reason}): accept the rules at {PAGE}/rules, "
-        "`pip install kagglehub`, set KAGGLE_API_TOKEN to a token of https://www.kaggle.com/settings and run the "
+        f"{folder}: contains no data set, and {PAGE} could not be downloaded ({reason}): "
+        f"accept the rules at {PAGE}/rules, `pip install kagglehub`, set KAGGLE_API_TOKEN "
+        "to a token of https://www.kaggle.com/settings and run the "
         "command again, or put fer2013.csv or fer2013.tar.gz or icml_face_data.csv and fer2013new.csv into "
         f"{folder} by hand"
     )
@@ -184,21 +185,21 @@ def test_a_competition_without_the_images(folder: Path, kagglehub: list[str], tm
     for name in ("fer2013.tar.gz", "icml_face_data.csv"):
         (tmp_path / "cache" / name).unlink()
     message = refused(fill, folder, COMPETITION, NOWHERE, SHA256)
-    assert message == told(folder, "it holds none of fer2013.csv, fer2013.tar.gz, icml_face_data.csv")
+    assert message == told(folder, "it has none of fer2013.csv, fer2013.tar.gz, icml_face_data.csv")
     assert names(folder) == [".gitkeep", "README.md"]
 
 
 @pytest.mark.parametrize(
     ("page", "sha256", "fault"),
     [
-        ("{url}/votes.csv", "0" * 64, f"has sha256 {SHA256} instead of {'0' * 64}, nothing was kept: correct "
+        ("{url}/votes.csv", "0" * 64, f"has SHA-256 {SHA256} instead of {'0' * 64} and was not kept: correct "
          "data.votes_url or data.votes_sha256"),
-        ("{url}/missing.csv", SHA256, "cannot be fetched (HTTP Error 404: Not Found): check the connection"),
+        ("{url}/missing.csv", SHA256, "cannot be downloaded (HTTP Error 404: Not Found): check the connection"),
         ("{url}/cut.csv", SHA256,
-         "cannot be fetched (IncompleteRead(100 bytes read, 24900 more expected)): check the connection"),
+         "cannot be downloaded (IncompleteRead(100 bytes read, 24900 more expected)): check the connection"),
         (NOWHERE, SHA256,
-         "cannot be fetched (<urlopen error [Errno 111] Connection refused>): check the connection"),
-        ("http://[", SHA256, "cannot be fetched (Invalid IPv6 URL): check the connection"),
+         "cannot be downloaded (<urlopen error [Errno 111] Connection refused>): check the connection"),
+        ("http://[", SHA256, "cannot be downloaded (Invalid IPv6 URL): check the connection"),
     ],
 )  # fmt: skip
 def test_votes_that_do_not_come(page: str, sha256: str, fault: str, folder: Path, url: str) -> None:

@@ -94,17 +94,18 @@ def test_references_are_different_neutral_faces_each_as_likely() -> None:
 # What the data do not hold
 
 
-NO_SUBJECTS = "same_subject needs data that name subjects; take random_neutral or prototype"
+NO_SUBJECTS = "same_subject needs data that name subjects; choose random_neutral or prototype"
 ALONE = (
-    "subject c has no neutral face beside the image itself; leave the subject out or take random_neutral or prototype"
+    "subject c has no neutral face besides the image itself; "
+    "leave the subject out or choose random_neutral or prototype"
 )
 
 
 @pytest.mark.parametrize(
     ("labels", "subjects", "same_subject", "message"),
     [
-        ([ANGER, FEAR], "aa", False, "train has 0 neutral faces; two are needed"),
-        ([ANGER, FEAR, NEUTRAL], "aaa", True, "train has 1 neutral faces; two are needed"),
+        ([ANGER, FEAR], "aa", False, "train has 0 neutral faces, at least two are needed"),
+        ([ANGER, FEAR, NEUTRAL], "aaa", True, "train has 1 neutral faces, at least two are needed"),
         (LABELS, ["", *SUBJECTS[1:]], True, NO_SUBJECTS),
         ([*LABELS, ANGER], [*SUBJECTS, "c"], True, ALONE),  # no neutral face at all
         ([*LABELS, NEUTRAL], [*SUBJECTS, "c"], True, ALONE),  # one, which is itself to be told
@@ -119,7 +120,7 @@ def test_data_that_do_not_hold_the_pairs(
 
 def test_data_without_a_neutral_class() -> None:
     assert refused(split_of(LABELS), False, ["anger", "Neutral", "fear"]) == (
-        "model.pairing: the data have no class 'neutral', with which this model compares"
+        "model.pairing: the data have no class 'neutral', which this model compares with"
     )
 
 

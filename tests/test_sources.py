@@ -217,8 +217,8 @@ PIXELS = " ".join(map(str, IMAGES[1].ravel()))
 ROWS = images_csv().splitlines(keepends=True)
 HALF_TAR = tar_gz(images_csv())[:9000]
 DAMAGED_ZIP = zipped({"fer2013.csv": images_csv()}, zipfile.ZIP_STORED).replace(b"emotion,", b"emotioN,")
-CUT = "the file is cut or edited; download it again"
-NUMBERS = "pixels must be whole numbers divided by blanks: download the file again"
+CUT = "the file is truncated or edited; fetch it again"
+NUMBERS = "pixels must be whole numbers separated by blanks: download the file again"
 USAGE = "unknown Usage '{}': must be Training, PublicTest, PrivateTest"
 VOTES_RULE = "votes: must be a whole number, 0 or more"
 NO_COLUMNS = " line 1: lacks the columns pixels, Usage: use fer2013.csv or icml_face_data.csv as Kaggle ships it"
@@ -228,9 +228,9 @@ NO_USAGE = ": training, validation and test images are all needed"
 KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
     "nothing there": (
         remove("fer2013.csv", "fer2013new.csv"),
-        "{root}: holds nothing of FER+: looked for the folders FER2013Train, FER2013Valid, FER2013Test, for "
-        "fer2013.csv, fer2013.tar.gz, icml_face_data.csv, and for a .zip with one of the csv files: "
-        "put one of them with fer2013new.csv there or correct data.path",
+        "{root}: no FER+ found, neither the folders FER2013Train, FER2013Valid, FER2013Test nor fer2013.csv, "
+        "fer2013.tar.gz, icml_face_data.csv nor a .zip with one of the csv files: "
+        "put one of them there, with fer2013new.csv, or correct data.path",
     ),
     "no votes": (
         remove("fer2013new.csv"),
@@ -238,7 +238,7 @@ KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "file cut between rows": (
         edit("fer2013.csv", lambda text: "".join(ROWS[:5])),
-        "{images}: ends after 4 rows but {votes} has 6: the file is cut; download it again",
+        "{images}: ends after 4 rows but {votes} has 6: the file is incomplete; fetch it again",
     ),
     "file cut in a row": (
         edit("fer2013.csv", lambda text: "".join(ROWS[:6]) + ROWS[6][:5000]),
@@ -268,12 +268,12 @@ KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "more images than votes": (
         set_line("fer2013new.csv", 7, ""),
-        "{images} line 7: has no partner, {votes} ends after 5 rows: use two files that belong together",
+        "{images} line 7: {votes} ends after 5 rows, before this one: use two files that belong together",
     ),
     "another order": (
         edit("fer2013.csv", lambda text: images_csv(usages=USAGES[::-1])),
         "{images} line 2: Usage is PrivateTest but Training in the same row of {votes}: "
-        "rows pair by position, so both files must be in their published order",
+        "rows correspond by position, so both files must be in their published order",
     ),
     "unknown usage": (
         replace("fer2013.csv", "PublicTest", "Public"), "{images} line 4: " + USAGE.format("Public"),
@@ -299,27 +299,27 @@ KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "a split without images": (
         lambda root: put(root, {"fer2013.csv": "".join(ROWS[:5]), "fer2013new.csv": votes_csv(USAGES[:4])}),
-        "{images}: holds no image of PrivateTest" + NO_USAGE,
+        "{images}: contains no image of PrivateTest" + NO_USAGE,
     ),
     "a cut tar.gz": (
         instead("fer2013.tar.gz", HALF_TAR),
-        "{root}/fer2013.tar.gz: is cut or damaged (unexpected end of data): download it again",
+        "{root}/fer2013.tar.gz: is truncated or damaged (unexpected end of data): download it again",
     ),
     "a tar.gz that is none": (
         instead("fer2013.tar.gz", b"<html>sign in</html>"),
-        "{root}/fer2013.tar.gz: is cut or damaged (not a gzip file): download it again",
+        "{root}/fer2013.tar.gz: is truncated or damaged (not a gzip file): download it again",
     ),
     "a tar.gz without the csv": (
         instead("fer2013.tar.gz", tar_gz("x", "fer2013/other.csv")),
-        "{root}/fer2013.tar.gz: holds neither fer2013.csv nor icml_face_data.csv: download fer2013.tar.gz again",
+        "{root}/fer2013.tar.gz: contains neither fer2013.csv nor icml_face_data.csv: download fer2013.tar.gz again",
     ),
     "a zip that is none": (
         instead("kaggle.zip", b"<html>sign in</html>"),
-        "{root}/kaggle.zip: is cut or damaged (File is not a zip file): download it again",
+        "{root}/kaggle.zip: is truncated or damaged (File is not a zip file): download it again",
     ),
     "a damaged zip": (
         instead("kaggle.zip", DAMAGED_ZIP),
-        "{root}/kaggle.zip: is cut or damaged (Bad CRC-32 for file 'fer2013.csv'): download it again",
+        "{root}/kaggle.zip: is truncated or damaged (Bad CRC-32 for file 'fer2013.csv'): download it again",
     ),
 }  # fmt: skip
 
@@ -331,7 +331,7 @@ FOLDER_MISTAKES: dict[str, tuple[Edit, str]] = {
         "or set data.label_source to fer2013new",
     ),
     "empty label.csv": (
-        edit("FER2013Valid/label.csv", lambda text: ""), "{root}: holds no image of PublicTest" + NO_USAGE,
+        edit("FER2013Valid/label.csv", lambda text: ""), "{root}: contains no image of PublicTest" + NO_USAGE,
     ),
     "label.csv lacks a column": (
         set_line(LABELS, 2, LINE[:-2]), "{labels} line 2: has 11 columns instead of 12: " + CUT,
@@ -343,7 +343,7 @@ FOLDER_MISTAKES: dict[str, tuple[Edit, str]] = {
     "broken votes": (set_line(LABELS, 2, LINE[:-1] + "1.5"), "{labels} line 2: NF has '1.5' " + VOTES_RULE),
     "two lines that differ": (
         edit(LABELS, lambda text: text + LINE + "\n"),
-        "{labels} line 3: b.png has other votes than in line 2: keep the right one of the two lines",
+        "{labels} line 3: b.png has different votes in line 2: delete the wrong line",
     ),
     "a name that leaves the folder": (
         set_line(LABELS, 2, "../" + LINE),
@@ -358,13 +358,14 @@ FOLDER_MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "a cut picture": (
         lambda root: put(root, {"FER2013Valid/d.png": (root / "FER2013Valid/d.png").read_bytes()[:500]}),
-        "{picture}: is not a readable PNG picture: replace it by the original",
+        "{picture}: is not a readable PNG: replace it with the original",
     ),
     "a picture of another size": (
-        picture(Image.new("L", (96, 48))), "{picture}: is 96x48 pixels instead of 48x48: replace it by the original",
+        picture(Image.new("L", (96, 48))), "{picture}: is 96x48 pixels instead of 48x48: replace it with the original",
     ),
     "a picture of 16 bits": (
-        picture(Image.new("I;16", (48, 48))), "{picture}: has 16 bits a pixel instead of 8: replace it by the original",
+        picture(Image.new("I;16", (48, 48))),
+        "{picture}: has 16 bits per pixel instead of 8: replace it with the original",
     ),
 }  # fmt: skip
 
@@ -404,7 +405,7 @@ def test_mistakes_with_the_path_and_the_label_source(tmp_path: Path) -> None:
     assert_refused(folders, "fer2013new", votes)
     put(tmp_path, {"empty.zip": zipped({"a.txt": "x"}), "fer2013new.csv": votes_csv()})
     files = "fer2013.csv, icml_face_data.csv"
-    empty = f"{tmp_path}/empty.zip: holds none of {files}: download the competition's files again"
+    empty = f"{tmp_path}/empty.zip: contains none of {files}: download the competition's files again"
     assert_refused(tmp_path / "empty.zip", "auto", empty)
 
 

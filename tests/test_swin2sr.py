@@ -121,35 +121,35 @@ def reconfigured(folder: Path, **changes: Any) -> Path:
 
 def test_another_scale(folders: dict[int, str], tmp_path: Path) -> None:
     assert refused(folders[2], 4) == (
-        f"'{folders[2]}' makes images 2 times as large, here scale is 4; set scale to 2 or name another network"
+        f"'{folders[2]}' enlarges images by 2, but scale is 4; set scale to 2 or use another network"
     )
     tiny(upscale=2, upsampler="").save_pretrained(tmp_path)  # for clearer images of the same size
-    assert refused(tmp_path).startswith(f"'{tmp_path}' makes images 1 times as large, here scale is 2; ")
+    assert refused(tmp_path).startswith(f"'{tmp_path}' enlarges images by 1, but scale is 2; ")
 
 
 def test_another_kind_of_network(folder: Path) -> None:
     reconfigured(folder, num_channels=3, num_channels_out=1)
     assert refused(folder) == (
-        f"'{folder}' makes images of 1 channels out of 3, here both must be 3; name a network for colour images"
+        f"'{folder}' takes 3 channels and returns 1, but both must be 3; use a network for colour images"
     )
     reconfigured(folder, model_type="swin")
     assert refused(folder) == (
-        f"'{folder}' is a network of type swin, not swin2sr; name one such as caidas/swin2SR-classical-sr-x2-64"
+        f"'{folder}' is a network of type swin, not swin2sr; use one such as caidas/swin2SR-classical-sr-x2-64"
     )
-    assert refused(folder, 4).endswith("name one such as caidas/swin2SR-classical-sr-x4-64")
+    assert refused(folder, 4).endswith("use one such as caidas/swin2SR-classical-sr-x4-64")
 
 
 def test_tensors_that_do_not_fit(folder: Path) -> None:
-    path, ending = folder / "model.safetensors", "fetch it again or name another network"
+    path, ending = folder / "model.safetensors", "download it again or use another network"
     whole = load_file(path)
     first, second = "swin2sr.first_convolution.weight", "upsample.final_convolution.bias"
     save_file({name: tensor for name, tensor in whole.items() if name not in (first, second)}, path)
     assert refused(folder) == (
-        f"'{folder}' does not fit its config.json: tensor {first} is missing (2 tensors in all); {ending}"
+        f"'{folder}' does not match its config.json: tensor {first} is missing (2 tensors in all); {ending}"
     )
     save_file(whole | {second: torch.ones(4)}, path)
     assert refused(folder) == (
-        f"'{folder}' does not fit its config.json: tensor {second} has shape [4], the network needs [3] "
+        f"'{folder}' does not match its config.json: tensor {second} has shape [4], the network needs [3] "
         f"(1 tensors in all); {ending}"
     )
 
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_loaded(damage: str, folder: Path) -> None:
     message = refused(folder)
     assert message.startswith(f"cannot load '{folder}': ")
     assert message.endswith(
-        ". Give a hub id that can be reached or a local folder with config.json and model.safetensors"
+        ". Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
     )
 
 
@@ -184,5 +184,5 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
     assert refused("some/network", 4) == (
         "cannot load 'some/network': We couldn't connect to 'https://huggingface.co' to load the "
-        "files. Give a hub id that can be reached or a local folder with config.json and model.safetensors"
+        "files. Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
     )

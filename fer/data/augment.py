@@ -1,6 +1,6 @@
-"""Random changes of training images, in batches, on the device of the batch.
+"""Augmentation of training images, batch by batch, on the device of the batch.
 
-Every random number of a step comes from one seed, so that a step can be repeated without those before it.
+All random numbers of a step come from one seed, so a resumed run can repeat a step without the ones before it.
 """
 
 from dataclasses import dataclass
@@ -17,44 +17,45 @@ from fer.settings import Fraction, NonNegative, Section
 
 
 class Augment(Section):
-    """Random changes of a training image; evaluation sees none of them."""
+    """Random changes of training images; evaluation uses none of them."""
 
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
-    """Degrees; the angle is uniform in +-rotation."""
+    """The angle is uniform in +-rotation, degrees."""
     scale: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The zoom is uniform in 1 +- scale."""
     translation: Fraction = 0.06
-    """Share of the side; the shift is uniform in +-translation on each axis."""
+    """The shift along each axis is uniform in +-translation, as a fraction of the side."""
     brightness: NonNegative = 0.2
-    """The factor on brightness is uniform in 1 +- brightness."""
+    """The brightness factor is uniform in 1 +- brightness."""
     contrast: NonNegative = 0.2
-    """The factor on contrast, around the image's mean, is uniform in 1 +- contrast."""
+    """The contrast factor, around the mean of the image, is uniform in 1 +- contrast."""
     saturation: NonNegative = 0.0
-    """The factor on saturation, around each pixel's luma, is uniform in 1 +- saturation; grey images have none."""
+    """The saturation factor, around the luma of each pixel, is uniform in 1 +- saturation; no effect on grey images."""
     erasing: Fraction = 0.0
-    """Probability that one random rectangle is set to the image's mean."""
+    """Probability that a random rectangle is set to the mean of the image."""
     mixup: NonNegative = 0.0
-    """a of Beta(a, a), from which the share of the other image is drawn, e.g. 0.2; 0: off."""
+    """a of Beta(a, a), from which the weight of the other image is drawn, e.g. 0.2; 0: off."""
     cutmix: NonNegative = 0.0
-    """a of Beta(a, a), from which the other image's share of the area is drawn, e.g. 1.0; beside mixup: by chance."""
+    """a of Beta(a, a), from which the other image's share of the area is drawn, e.g. 1.0; with mixup, one is chosen."""
     unmixed_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the end of training without mixup and cutmix."""
+    """Number of epochs at the end of training without mixup and cutmix."""
 
     @property
     def changes_images(self) -> bool:
+        """Whether anything is switched on."""
         return any(self.model_dump(exclude={"unmixed_epochs"}).values())
 
 
 class Augmenter:
     """Random flip, rotation, zoom and shift in one warp, then brightness, contrast, saturation and erasing; in place.
 
-    The random numbers of a whole batch are drawn on every rank and each takes its part, so that a run gives the same
-    images on any number of workers.
+    Every rank draws the random numbers of the whole batch and uses its part, so a run sees the same images on any
+    number of workers.
     """
 
-    PER_IMAGE = 13
+    PER_IMAGE = 13  # random numbers
 
     def __init__(self, settings: Augment, device: torch.device):
         self.settings = settings
@@ -70,9 +71,9 @@ class Augmenter:
         return self.changes(draws, images.shape[-1])(images, slice(None))
 
     def changes(self, draws: Tensor, side: int) -> Change:
-        """What `draws` [B, PER_IMAGE] make of images of `side` px, worked out for the whole batch at once.
+        """The augmentation that `draws` [B, PER_IMAGE] describe, for images of `side` pixels.
 
-        Images given to it may be overwritten.
+        Its parameters are computed for the whole batch at once. It may overwrite the images it is given.
         """
         made = (make(draws, side) for make in (self._warp, self._jitter, self._saturate, self._erase))
         changes = [change for change in made if change is not None]
@@ -91,15 +92,17 @@ class Augmenter:
         angle = torch.deg2rad((2 * draws[:, 0] - 1) * s.rotation)
         zoom = 1 + (2 * draws[:, 1] - 1) * s.scale
         flip = torch.where(draws[:, 2] < s.flip, -1.0, 1.0)
-        shift = (2 * draws[:, 3:5] - 1) * 2 * s.translation  # the grid runs from -1 to 1: a side is 2
+        shift = (2 * draws[:, 3:5] - 1) * 2 * s.translation  # grid coordinates run from -1 to 1, so a side is 2
         cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
         line = (2 * torch.arange(side, device=draws.device) + 1) / side - 1
         by_column = (torch.stack([cos * flip, sin * flip], 1)[..., None] * line)[:, :, None, :]  # [B, 2, 1, S]
         by_row = (torch.stack([-sin, cos], 1)[..., None] * line + shift[..., None])[..., None]  # [B, 2, S, 1]
-        once = 2**0.5 / (1 - s.scale) + 2 * s.translation <= 3  # one reflection at most: 2 clamp(x) - x is faster
+        once = (
+            2**0.5 / (1 - s.scale) + 2 * s.translation <= 3
+        )  # at most one reflection, for which 2 clamp(x) - x is faster
 
         def warp(images: Tensor, rows: slice) -> Tensor:
-            # two planes seen as [b, S, S, 2]: faster than pairs of numbers, of which affine_grid makes them
+            # two planes viewed as [b, S, S, 2]: faster than the interleaved pairs that affine_grid makes
             grid = by_column[rows] + by_row[rows]
             if once:
                 grid.lerp_(grid.clamp(-1, 1), 2.0)
@@ -109,7 +112,7 @@ class Augmenter:
         return warp
 
     def _jitter(self, draws: Tensor, side: int) -> Change | None:
-        """b x, then its contrast c around the mean m of that: c b x + (1 - c) b m."""
+        """Brightness b, then contrast c around the mean m: c b x + (1 - c) b m."""
         s = self.settings
         if not s.brightness and not s.contrast:
             return None
@@ -139,7 +142,7 @@ class Augmenter:
     def _erase(self, draws: Tensor, side: int) -> Change | None:
         if not self.settings.erasing:
             return None
-        height, width = (0.15 + 0.3 * draws[:, 8:10]).unbind(1)  # shares of the side: 2 to 20 % of the area
+        height, width = (0.15 + 0.3 * draws[:, 8:10]).unbind(1)  # fractions of the side: 2 to 20 % of the area
         top, left = draws[:, 10] * (1 - height), draws[:, 11] * (1 - width)
         line = (torch.arange(side, device=draws.device) + 0.5) / side
         chosen = (draws[:, 7] < self.settings.erasing)[:, None]
@@ -155,14 +158,14 @@ class Augmenter:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a batch is mixed with: image i and its neighbour, which the shuffled order made a random one."""
+    """How a batch is mixed: each image with its neighbour, a random one since the order is shuffled."""
 
-    share: float  # of the image itself in pixels and loss, .5 to 1
-    box: tuple[slice, slice] | None  # cutmix: rows and columns that come from the neighbour; None: mixup
+    share: float  # weight of the image itself, in pixels and loss, .5 to 1
+    box: tuple[slice, slice] | None  # CutMix: rows and columns taken from the neighbour; None: mixup
 
     @staticmethod
     def partner(images: Tensor) -> Tensor:
-        """For [b, ...] the index 1, 0, 3, 2, ..., int64 [b] on its device; a last one alone is its own."""
+        """For [b, ...] the partners 1, 0, 3, 2, ..., int64 [b] on its device; an odd last image is its own partner."""
         return torch.arange(len(images), device=images.device).bitwise_xor(1).clamp_(max=len(images) - 1)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -178,8 +181,8 @@ class Mixture:
 def draw_mixture(settings: Augment, side: int, seed: int) -> Mixture | None:
     """Mixup (Zhang et al. 2018, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899) of one batch.
 
-    Where both are on, each batch gets one of them by chance. The share is that of the larger part, as either image may
-    stand for the first.
+    If both are on, one is chosen at random for each batch, with odds cutmix : mixup. `share` is the larger of the two
+    parts, which is no restriction, since either image may come first.
     """
     if not (settings.mixup or settings.cutmix):
         return None

@@ -1,4 +1,4 @@
-"""Pictures of a data set, drawn with Pillow alone: bars of the class balance, a sheet of faces."""
+"""Pictures of a data set, drawn with Pillow alone: a bar chart of the class balance and a contact sheet of faces."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,7 +8,7 @@ MARGIN = 16
 
 
 def bar_chart(counts: dict[str, dict[str, int]]) -> Image.Image:
-    """One panel per split, one bar per class with its number; every panel has its own scale, as train is far larger."""
+    """One panel per split, one bar per class with its count. Each panel has its own scale, as train is far larger."""
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
     names = list(next(iter(counts.values())))
     step, gutter, bar, number = 28, 110, 180, 60

@@ -1,7 +1,7 @@
-"""The splits as arrays: images stay in one memory-mapped file, a split is row numbers, labels and targets.
+"""The splits as arrays: all images are in one memory-mapped file; a split holds row numbers, labels and targets.
 
-Who opens the data gets the images that the splits were made of, or a UserError: see `open_data`. What they are is said
-in three short hashes: of what training reads, of test, and of the marks of leaked images.
+`open_data` verifies that the images are those that the splits were made from. Three short hashes identify the data: of
+what training reads, of test, and of the marks of leaked images.
 """
 
 import hashlib
@@ -30,34 +30,34 @@ VERIFIED = "images.verified.json"
 
 @dataclass(frozen=True)
 class Split:
-    """n images of one split; `images` is the array of the whole data set."""
+    """The n images of one split, as rows of `images`, the array of the whole data set."""
 
     name: str
     images: np.ndarray  # uint8 [N, H, W] or [N, H, W, 3], memory-mapped
     rows: np.ndarray  # int64 [n], indexes `images`
     names: list[str]
-    subjects: list[str]  # "" where the data name none
+    subjects: list[str]  # "" where the subject is unknown
     labels: torch.Tensor  # int64 [n]
-    targets: torch.Tensor  # float32 [n, C], sums to 1
-    in_train: torch.Tensor  # bool [n], an image of train has the same pixels; False for train itself
-    in_val: torch.Tensor  # bool [n], an image of val has the same pixels and none of train; False for train and val
+    targets: torch.Tensor  # float32 [n, C], rows sum to 1
+    in_train: torch.Tensor  # bool [n]: train holds an image with the same pixels; False for train itself
+    in_val: torch.Tensor  # bool [n]: val does, and train does not; False for train and val
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def leaked(self) -> torch.Tensor:
-        """bool [n]: seen in training or when the epoch was chosen."""
+        """bool [n]: the same pixels were seen in training or when the best epoch was selected."""
         return self.in_train | self.in_val
 
     def pixels(self, index: np.ndarray) -> torch.Tensor:
-        """uint8 [B, H, W] or [B, H, W, 3] of the images at `index` of this split."""
+        """The images at positions `index` of this split: uint8 [B, H, W] or [B, H, W, 3]."""
         return torch.from_numpy(self.images[self.rows[index]])
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What `dvc repro` made of the data, as training needs it. Every split is read once and kept."""
+    """The output of `dvc repro`, as training needs it. Each split is read once and cached."""
 
     folder: Path
     images: np.ndarray
@@ -66,13 +66,14 @@ class DataSet:
 
     @property
     def classes(self) -> list[str]:
+        """The class names, in the order of the labels."""
         return self.summary["classes"]
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits of all that training reads: equal for equal images, train, val, classes and class prior.
+        """16 hex digits of all that training reads: images, train, val, classes and class prior.
 
-        Neither the format of the files counts nor the names and leak marks of images, nor anything of test.
+        File formats, names and leak marks of images do not count, nor does anything about test.
         """
         digest = hashlib.sha256()
         feed(digest, "images", [self.summary["images_sha256"]])
@@ -91,18 +92,18 @@ class DataSet:
 
     @cached_property
     def leak_hash(self) -> str:
-        """16 hex digits of which images of test are in train and which in val."""
+        """16 hex digits of which test images are also in train and which in val."""
         digest, test = hashlib.sha256(), self.split("test")
         feed(digest, "in_train", test.in_train.numpy())
         feed(digest, "in_val", test.in_val.numpy())
         return digest.hexdigest()[:16]
 
     def prior(self) -> torch.Tensor:
-        """Class prior D, float32 [C, C], row = label."""
+        """Class prior, float32 [C, C], row = label (see `labels.class_prior`)."""
         return torch.tensor(self.summary["class_prior"], dtype=torch.float32)
 
     def split(self, name: str) -> Split:
-        """Train, val or test. Raises UserError when its table is missing or does not fit images and classes."""
+        """Train, val or test. Raises UserError if its table is missing or does not fit the images and classes."""
         if name not in self._splits:
             self._splits[name] = self._read(name)
         return self._splits[name]
@@ -136,11 +137,11 @@ class DataSet:
 
 
 def open_data(folder: str | Path = "data") -> DataSet:
-    """Open `folder`/upscaled and `folder`/splits.
+    """Open `folder`/upscaled and `folder`/splits, and verify that they belong together.
 
-    The images are those that the splits were made of: their number and shape are compared with summary.json, and the
-    SHA-256 of the file, which is computed once for each (size, mtime) of it and kept in `folder`/images.verified.json.
-    Raises UserError when something is not there, not whole, or not of one piece.
+    Number, shape and SHA-256 of the images must be those in summary.json. The SHA-256 is computed only when size or
+    mtime of the file have changed, and cached in `folder`/images.verified.json. Raises UserError for anything missing,
+    damaged or mismatched.
     """
     folder = Path(folder)
     summary = _read_summary(folder / "splits" / "summary.json")
@@ -154,11 +155,11 @@ def open_data(folder: str | Path = "data") -> DataSet:
 
 
 def feed(digest: "hashlib._Hash", name: str, content: np.ndarray | Sequence[str]) -> None:
-    """Add one named array of numbers or list of texts to `digest`; no two sequences of such calls add the same bytes.
+    """Add a named array of numbers or list of strings to `digest`; different sequences of calls add different bytes.
 
-    Added are the name, then an array's type, number of dimensions, shape and values in C order, or "text", the number
-    of texts and the texts. Every count is a little-endian uint64, every string is UTF-8 after its length in bytes, and
-    values are little-endian whatever the machine.
+    The bytes are the name, then dtype, number of dimensions, shape and values in C order for an array, or "text", the
+    number of strings and the strings. Counts are little-endian uint64, strings are UTF-8 preceded by their length in
+    bytes, and values are little-endian on every machine.
     """
 
     def number(value: int) -> None:
@@ -209,7 +210,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path, shape: tuple[int, ...], summary: dict[str, Any]) -> None:
-    """Raise UserError unless upscaled/images.npy, an array of `shape`, is the one that `summary` describes."""
+    """Raise UserError unless upscaled/images.npy, an array of `shape`, is the file that `summary` describes."""
     path, source = folder / "upscaled" / "images.npy", folder / "splits" / "summary.json"
     found, expected = list(shape), [summary["images"], *summary["image_shape"]]
     if found != expected:
@@ -225,18 +226,20 @@ def _verify(folder: Path, shape: tuple[int, ...], summary: dict[str, Any]) -> No
 
 
 def _sha256_once(path: Path, memory: Path) -> str:
-    """The SHA-256 of `path`, from `memory` if it was computed for a file of the same size and time of change.
+    """The SHA-256 of `path`, from the file `memory` if that has it for the same size and mtime.
 
-    A `memory` that cannot be read or written is no error: then it is computed again next time.
+    It is no error if `memory` cannot be read or written; the hash is then computed again next time.
     """
-    state = path.stat()  # before the file is read: a change meanwhile is noticed next time
+    state = path.stat()  # before reading, so that a change in the meantime is noticed next time
     entry: dict[str, Any] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memory.read_text())
         if (known["size"], known["mtime_ns"]) == (state.st_size, state.st_mtime_ns):
             return str(known["sha256"])
     entry["sha256"] = sha256(path)
-    partial = memory.with_name(f"{memory.name}.{uuid.uuid4().hex}.partial")  # own name: several processes at once
+    partial = memory.with_name(
+        f"{memory.name}.{uuid.uuid4().hex}.partial"
+    )  # unique: several processes may do this at once
     with suppress(OSError):
         partial.write_text(json.dumps(entry) + "\n")
         os.replace(partial, memory)

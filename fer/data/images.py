@@ -1,4 +1,4 @@
-"""The one array that holds all images of a data set: `images.npy`, uint8 [N, H, W] or [N, H, W, 3]."""
+"""`images.npy`, the array of all images of a data set: uint8 [N, H, W] or [N, H, W, 3]."""
 
 import hashlib
 import os
@@ -12,9 +12,9 @@ from fer.errors import UserError
 
 
 def open_images(path: str | Path, stage: str) -> np.memmap:
-    """The array of `path`, memory-mapped and read-only: uint8 [N, H, W] or [N, H, W, 3], N >= 1.
+    """The array in `path`, memory-mapped and read-only: uint8 [N, H, W] or [N, H, W, 3], N >= 1.
 
-    Raises UserError that names the stage to run again when the file is missing, damaged or of another form.
+    Raises UserError, which names the stage to run again, if the file is missing, damaged or has another type or shape.
     """
     remedy = f"run `dvc repro --force --single-item {stage}` to make it again"
     try:
@@ -35,15 +35,15 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
 
 
 def write_images(path: Path, images: np.ndarray) -> None:
-    """The .npy file of uint8 `images`. Raises as `allocate_images` does."""
+    """Write uint8 `images` as a .npy file. Raises as `allocate_images` does."""
     allocate_images(path, images.shape)
     write_rows(path, 0, images)
 
 
 def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
-    """The .npy file of uint8 images of `shape`, all zero, its bytes reserved on the disk.
+    """Write a .npy file of zeros, uint8 `shape`, with all its space reserved on the disk.
 
-    Raises UserError where the disk is too small, OSError where it is full nevertheless: then nothing is left.
+    Raises UserError if there is too little free space, OSError if the disk fills up anyway; no file is left then.
     """
     needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -63,9 +63,10 @@ def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def write_rows(path: Path, first: int, images: np.ndarray) -> None:
-    """Put uint8 `images` into the file of `allocate_images` from row `first` on; from several processes at once, too.
+    """Write uint8 `images` to rows `first`, `first` + 1, ... of an allocated file; several processes may do so at once.
 
-    Plain writes, not a memory map: where the disk fails a map kills the process without a word.
+    Raises ValueError if they do not fit. Uses plain writes, since a disk error under a memory map kills the process
+    without a message.
     """
     with open(path, "r+b") as file:
         np.lib.format.read_magic(file)

@@ -1,4 +1,4 @@
-"""Class names, and the published rules that turn the ten crowd votes of a FER+ image into a label and a target."""
+"""Class names, and the published rules that turn the crowd votes on a FER+ image into a label and a target."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from fer.errors import UserError
 
 CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
 NO_EMOTION = ("unknown", "NF")  # NF: not a face
-VOTE_COLUMNS = CLASSES + NO_EMOTION  # the order of every votes array
+VOTE_COLUMNS = CLASSES + NO_EMOTION  # the columns of every votes array
 LABEL_MODES = ("majority", "probability", "cross_entropy", "multi_target")
 
 DROPPED = -1  # label of an image that the rule drops
-MOST_EMOTIONS = 3  # probability: an image on which more emotions stand out says nothing
+MOST_EMOTIONS = 3  # in mode probability, an image with more leading emotions is dropped as unclear
 
 
 def label_distribution(votes: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -18,13 +18,14 @@ def label_distribution(votes: np.ndarray, mode: str) -> tuple[np.ndarray, np.nda
 
     Returns keep bool [N], label int64 [N] and target float64 [N, 8]. A dropped image has label -1, target 0.
 
-    Single votes are noise and count as none. Then `majority` keeps an image whose winner has more than half of what is
-    left; `probability` and `cross_entropy` (one rule, two losses) take the leading emotions until three quarters of the
-    votes are in; `multi_target` takes every emotion with at least 30 %. An image won by unknown or NF is dropped.
+    Single votes are noise and are ignored. Of the rest, `majority` keeps an image whose winner has more than half;
+    `probability` and `cross_entropy` (the same rule, for two losses) accept the leading emotions until they hold three
+    quarters of the votes; `multi_target` accepts every emotion with at least 30 %. An image won by unknown or NF is
+    dropped. These are the rules of the official FER+ trainer (Barsoum et al. 2016, arXiv 1608.01041).
 
-    The target is the share of the accepted votes. In `majority` that would repeat the label, so there it is the share
-    of the image's own raw votes over the eight classes, single votes included: what a loss on the distribution needs.
-    Raises ValueError for another mode or shape.
+    The target is the distribution of the accepted votes. For `majority` that would only repeat the label, so the target
+    is the distribution of the raw votes over the eight classes, single votes included, for losses that learn from it.
+    Raises ValueError for an unknown mode or a wrong shape.
     """
     votes = np.asarray(votes)
     if votes.ndim != 2 or votes.shape[1] != len(VOTE_COLUMNS):
@@ -41,7 +42,7 @@ def label_distribution(votes: np.ndarray, mode: str) -> tuple[np.ndarray, np.nda
 
 
 def _majority(votes: np.ndarray) -> np.ndarray:
-    """Only the winner's votes [N, 10]; nothing where it has half of them or less."""
+    """The votes [N, 10] of the winner alone; zeros where it has half of them or less."""
     winner = np.zeros_like(votes)
     rows = np.arange(len(votes))
     column = votes.argmax(axis=1)
@@ -50,22 +51,22 @@ def _majority(votes: np.ndarray) -> np.ndarray:
 
 
 def _probability(votes: np.ndarray) -> np.ndarray:
-    """The leading emotions' votes [N, 10], taken from the highest down until three quarters of all votes are in."""
+    """The votes [N, 10] of the leading emotions, from the highest down until they hold three quarters of all votes."""
     left = votes.copy()
     total = votes.sum(axis=1)
     accepted = np.zeros_like(votes)
     count = np.zeros(len(votes), dtype=np.int64)
-    for _ in range(MOST_EMOTIONS):  # each round accepts one emotion or more, all that have the same number of votes
+    for _ in range(MOST_EMOTIONS):  # each round accepts all emotions that tie for the most votes
         searching = (4 * accepted.sum(axis=1) < 3 * total) & (count < MOST_EMOTIONS)
         hit = searching[:, None] & (left == left.max(axis=1, keepdims=True))
-        hit[:, len(CLASSES) :] = False  # unknown and NF are never taken, so that once on top they end the search
+        hit[:, len(CLASSES) :] = False  # unknown and NF are never accepted, so the search ends when one leads
         accepted[hit], left[hit] = left[hit], 0
         count += hit.sum(axis=1)
     return accepted * ((2 * accepted.sum(axis=1) > total) & (count <= MOST_EMOTIONS))[:, None]
 
 
 def _multi_target(votes: np.ndarray) -> np.ndarray:
-    """The votes [N, 10] of every emotion with 30 % or more; nothing where these make up half or less."""
+    """The votes [N, 10] of every emotion with 30 % or more; zeros where these hold half of the votes or less."""
     total = votes.sum(axis=1, keepdims=True)
     accepted = votes * (10 * votes >= 3 * total)
     return accepted * (2 * accepted.sum(axis=1, keepdims=True) > total)
@@ -80,11 +81,11 @@ _RULES = {
 
 
 def class_prior(votes: np.ndarray, names: np.ndarray, min_votes: int) -> np.ndarray:
-    """How voters split on an image of each class: [8, 8], row = class, each row sums to 1 (PDLS, arXiv 2004.00180).
+    """Mean distribution of votes on images of each class: [8, 8], row = class, rows sum to 1 (PDLS, arXiv 2004.00180).
 
-    `votes` [N, 10] and `names` [N] are those of the training images. Counted are the first image of each name (an
-    empty name is no image) whose raw votes are won by one of the eight classes, ties to the lowest column, with
-    `min_votes` or more. Raises UserError naming every class that has no such image.
+    `votes` [N, 10] and `names` [N] are those of the training images. An image counts if one of the eight classes wins
+    its raw votes (ties go to the lowest column) with at least `min_votes`, and it is the first of its name; images
+    without a name do not count. Raises UserError naming every class without such an image.
     """
     names = np.asarray(names).astype(str)
     first = np.zeros(len(names), dtype=bool)

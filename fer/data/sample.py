@@ -1,4 +1,4 @@
-"""The sample data set: drawn faces with simulated voters, written as the files a user of FER+ has. Made on the spot."""
+"""The sample data set: drawn faces with simulated voters, written in the file format of FER+."""
 
 import csv
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from fer.data.sources import SIDE, VOTES_CSV
 
 VOTERS = 10
 CLEAR_VOTES = 6  # out of ten: a winner under every vote rule and for the class prior
-CLEAR_IMAGES = 2  # of each class and split have so many votes, so that no class goes missing in a small sample
-NO_EMOTION_CHANCE = (0.015, 0.005)  # of a vote for unknown, for NF
-COPIES = 100  # one image in so many is replaced by a copy of a training image, as in FER2013
+CLEAR_IMAGES = 2  # per class and split get that many votes, so that no class is missing from a small sample
+NO_EMOTION_CHANCE = (0.015, 0.005)  # probability of a vote for unknown, for NF
+COPIES = 100  # one image in this many is replaced by a copy of a training image, as happens in FER2013
 
-FREQUENCIES = (0.33, 0.27, 0.13, 0.12, 0.07, 0.02, 0.04, 0.02)  # about FER+'s, the rare classes less rare
-# How FER+ voters split on an image of each class: labels.class_prior of the published fer2013new.csv, rounded.
+FREQUENCIES = (0.33, 0.27, 0.13, 0.12, 0.07, 0.02, 0.04, 0.02)  # about those of FER+, with the rare classes less rare
+# Mean votes on an image of each class: `labels.class_prior` of the published fer2013new.csv, rounded.
 CONFUSION = (
     (0.777, 0.033, 0.017, 0.114, 0.026, 0.007, 0.004, 0.021),
     (0.043, 0.918, 0.023, 0.005, 0.004, 0.002, 0.002, 0.004),
@@ -34,7 +34,7 @@ FEATURES = (
     "brow_raise", "brow_inner", "brow_skew", "eye_open", "squint", "mouth_width", "mouth_curve",
     "mouth_open", "mouth_skew", "teeth", "nose_wrinkle", "cheek_line",
 )  # fmt: skip
-# Change of each feature at full intensity. Raised, inner end up, one side up; corners up, one corner up: positive.
+# Change of each feature at full intensity. Positive: brow raised, inner end up, one side up; mouth corners up, one up.
 EXPRESSIONS = {
     "neutral":   (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
     "happiness": (0.1, 0.0, 0.0, -0.2, 0.7, 0.4, 1.0, 0.45, 0.0, 1.0, 0.0, 1.0),
@@ -47,17 +47,17 @@ EXPRESSIONS = {
 }  # fmt: skip
 JITTER = 0.13  # standard deviation of every feature: no two people look alike
 
-_ZOOM = 4  # drawn at this multiple of the side, then averaged
-_FER2013_EMOTIONS = (6, 3, 5, 4, 0, 1, 2, 6)  # that csv's own numbers; it has no contempt
+_ZOOM = 4  # faces are drawn at this multiple of the final size, then averaged
+_FER2013_EMOTIONS = (6, 3, 5, 4, 0, 1, 2, 6)  # the class numbers of fer2013.csv, which has no contempt
 _USAGES = ("Training", "PublicTest", "PrivateTest")
 _DECIMALS = [str(value) for value in range(256)]
 
 
 def write_sample(folder: Path, train: int, val: int, test: int, seed: int) -> None:
-    """Write fer2013.csv and fer2013new.csv with `train` + `val` + `test` drawn faces; equal bytes for an equal seed.
+    """Write fer2013.csv and fer2013new.csv with `train` + `val` + `test` drawn faces; the same bytes for the same seed.
 
-    Every split holds every class, so each needs 24 images or more. One image in a hundred is a pixel-identical copy of
-    a training image with votes of its own.
+    Every split contains every class, so each needs at least 24 images. One image in a hundred is a pixel-identical copy
+    of a training image, with votes of its own.
     """
     rng = np.random.default_rng(seed)
     counts = (train, val, test)
@@ -72,7 +72,7 @@ def write_sample(folder: Path, train: int, val: int, test: int, seed: int) -> No
 
 
 def draw_face(rng: np.random.Generator, expression: str) -> np.ndarray:
-    """One cartoon face uint8 [48, 48]; person, pose, light and intensity of the expression are drawn from `rng`."""
+    """A cartoon face, uint8 [48, 48]; `rng` decides person, pose, light and intensity of the expression."""
     change = np.array(EXPRESSIONS[expression]) * rng.uniform(0.4, 1.0)
     look = dict(zip(FEATURES, change + rng.normal(0, JITTER, len(FEATURES))))
     background, skin = rng.uniform(20, 235), rng.uniform(95, 225)
@@ -88,7 +88,7 @@ def draw_face(rng: np.random.Generator, expression: str) -> np.ndarray:
 
 
 class _Canvas:
-    """A picture in the coordinates of the face: x to the right, y down, the head about 1 high and 0.8 wide each way."""
+    """A picture in face coordinates: x to the right, y down, the head from about -0.8 to 0.8 and from -1 to 1."""
 
     def __init__(self, rng: np.random.Generator, background: float) -> None:
         side = SIDE * _ZOOM
@@ -202,7 +202,7 @@ def _glasses(face: _Canvas, tone: float) -> None:
 
 
 def _photograph(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """Shrink to 48x48, light from one side, blur and noise."""
+    """Shrink to 48x48, blur, light from one side, add noise."""
     small = image.reduce(_ZOOM).filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.8)))
     slope = rng.normal(0, 0.2, 2)
     ramp = np.linspace(-1, 1, SIDE)
@@ -212,14 +212,14 @@ def _photograph(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
 
 
 def _true_classes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """`count` class indices in random order: three of each class, the rest by frequency."""
+    """`count` class indices in random order: three of each class, the rest by FREQUENCIES."""
     floor = np.tile(np.arange(len(CLASSES)), CLEAR_IMAGES + 1)
     rest = rng.choice(len(CLASSES), count - len(floor), p=np.array(FREQUENCIES) / sum(FREQUENCIES))
     return rng.permutation(np.concatenate([floor, rest]))
 
 
 def _votes(rng: np.random.Generator, classes: np.ndarray) -> np.ndarray:
-    """Ten votes per image, int64 [N, 10]; the first images of each class are voted on until they are clear."""
+    """Ten votes per image, int64 [N, 10]; votes on the first images of each class are redrawn until they are clear."""
     chances = np.array(CONFUSION)
     chances *= (1 - sum(NO_EMOTION_CHANCE)) / chances.sum(axis=1, keepdims=True)
     chances = np.concatenate([chances, np.tile(NO_EMOTION_CHANCE, (len(CLASSES), 1))], axis=1)
@@ -234,7 +234,7 @@ def _votes(rng: np.random.Generator, classes: np.ndarray) -> np.ndarray:
 def _copy_faces(
     rng: np.random.Generator, sources: np.ndarray, labels: np.ndarray, images: np.ndarray, classes: np.ndarray
 ) -> None:
-    """Replace one image in COPIES, and one at least, by a training image of the same class, in place."""
+    """Replace one image in COPIES, at least one, with a training image of the same class; in place."""
     for row in rng.choice(len(images), max(1, len(images) // COPIES), replace=False):
         same = np.flatnonzero(labels == classes[row])
         others = same[same != row] if images is sources else same

@@ -1,4 +1,4 @@
-"""Readers of the data sets that a user brings, as their publishers ship them: one array of images and one table."""
+"""Readers of data sets in the form their publishers ship: one array of images and one table."""
 
 import csv
 import tarfile
@@ -25,7 +25,7 @@ USAGES = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # of
 FOLDERS = {"FER2013Train": "Training", "FER2013Valid": "PublicTest", "FER2013Test": "PrivateTest"}
 IMAGE_CSVS = ("fer2013.csv", "icml_face_data.csv")
 TARBALL = "fer2013.tar.gz"  # holds fer2013/fer2013.csv
-KAGGLE_FILES = (IMAGE_CSVS[0], TARBALL, IMAGE_CSVS[1])  # the first that is there is read
+KAGGLE_FILES = (IMAGE_CSVS[0], TARBALL, IMAGE_CSVS[1])  # the first that exists is read
 TARBALLS = (".tar.gz", ".tgz")
 VOTES_CSV = "fer2013new.csv"
 LABEL_CSV = "label.csv"
@@ -38,21 +38,22 @@ _DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its publisher ships it, nothing dropped."""
+    """A data set as its publisher ships it, with no image dropped."""
 
     images: np.ndarray  # uint8 [N, 48, 48]
-    table: pd.DataFrame  # N rows in the same order, columns TABLE_COLUMNS; usage is train, val or test; votes int64
+    table: pd.DataFrame  # row i describes image i; TABLE_COLUMNS; usage is train, val or test; votes are int64
     facts: dict[str, str]  # dataset, form, label_source
 
 
 def read_ferplus(path: Path, label_source: str) -> Source:
-    """Read FER+ from a folder or file: the official folder layout, or the Kaggle rows with fer2013new.csv.
+    """Read FER+ from a folder or file: the official folder layout, or a Kaggle csv with fer2013new.csv.
 
-    `label_source` is label_csv, fer2013new or auto (label_csv for the folders, fer2013new for Kaggle rows). The rows
-    stand in the order of the file that holds the votes; an image that fer2013new.csv names twice makes two rows. Kaggle
-    rows without a name (not a face) are kept with an empty name.
+    `label_source` is label_csv, fer2013new or auto (label_csv for the folders, fer2013new for a Kaggle csv). Rows are
+    in the order of the file with the votes; an image that fer2013new.csv names twice gives two rows. Kaggle rows
+    without a name (not a face) are kept, with an empty name.
 
-    Raises UserError, one line with the file, the line and the remedy, for whatever is missing, damaged or inconsistent.
+    Raises UserError, one line with file, line and remedy, for anything missing, damaged or inconsistent; ValueError for
+    an unknown `label_source`.
     """
     if label_source not in LABEL_SOURCES:
         raise ValueError(f"unknown label source '{label_source}'; known: {', '.join(LABEL_SOURCES)}")
@@ -61,9 +62,8 @@ def read_ferplus(path: Path, label_source: str) -> Source:
     found = find_ferplus(path)
     if found is None:
         raise UserError(
-            f"{path}: holds nothing of FER+: looked for the folders {', '.join(FOLDERS)}, for "
-            f"{', '.join(KAGGLE_FILES)}, and for a .zip with one of the csv files: "
-            f"put one of them with {VOTES_CSV} there or correct data.path"
+            f"{path}: no FER+ found, neither the folders {', '.join(FOLDERS)} nor {', '.join(KAGGLE_FILES)} nor a .zip "
+            f"with one of the csv files: put one of them there, with {VOTES_CSV}, or correct data.path"
         )
     if not found.is_dir():
         if label_source == "label_csv":
@@ -77,9 +77,9 @@ def read_ferplus(path: Path, label_source: str) -> Source:
 
 
 def find_ferplus(path: Path) -> Path | None:
-    """The folder that holds FER2013Train and the others, or the Kaggle file, which is `path` or lies in it.
+    """The folder that contains FER2013Train and the others, or the Kaggle file: `path` itself or something in it.
 
-    A folder is searched itself, then its direct subfolders. None where nothing is recognised.
+    Searches the folder first, then its direct subfolders. None if nothing is recognised.
     """
     if path.is_file():
         return path if path.name.endswith((".csv", ".zip", *TARBALLS)) else None
@@ -95,7 +95,7 @@ def find_ferplus(path: Path) -> Path | None:
 
 
 def find_votes(found: Path, path: Path) -> Path | None:
-    """The fer2013new.csv that belongs to `found` (see find_ferplus): beside it, in `path`, or a .zip that holds it."""
+    """The fer2013new.csv for `found` (see `find_ferplus`): next to it, in `path`, or in `found` if that is a .zip."""
     beside = found if found.is_dir() else found.parent
     for file in (beside / VOTES_CSV, path / VOTES_CSV):
         if file.is_file():
@@ -114,11 +114,11 @@ def _votes_file(found: Path, path: Path) -> Path:
 
 
 def _read_kaggle(found: Path, votes_file: Path) -> Source:
-    """One image per row of a Kaggle csv; the rows of fer2013new.csv pair with them by position."""
+    """Read a Kaggle csv, one image per row. Its rows correspond to those of fer2013new.csv by position."""
     table = _votes_rows(votes_file)
     member = _zip_member(found, IMAGE_CSVS) if found.suffix == ".zip" else None
     if found.suffix == ".zip" and member is None:
-        raise UserError(f"{found}: holds none of {', '.join(IMAGE_CSVS)}: download the competition's files again")
+        raise UserError(f"{found}: contains none of {', '.join(IMAGE_CSVS)}: download the competition's files again")
     with _opened(found, IMAGE_CSVS) as stream:
         images = _pixel_rows(stream, found, table["usage"].tolist(), votes_file)
     form = f"{found.name}/{PurePosixPath(member).name}" if member else found.name
@@ -126,7 +126,7 @@ def _read_kaggle(found: Path, votes_file: Path) -> Source:
 
 
 def _pixel_rows(stream: IO[bytes], file: Path, usages: list[str], votes_file: Path) -> np.ndarray:
-    """The images uint8 [N, 48, 48] of a Kaggle csv, whose N rows must have these official usages."""
+    """The images of a Kaggle csv, uint8 [N, 48, 48]; its N rows must have these usages."""
     header = [name.strip(' "') for name in stream.readline().decode("utf-8-sig", "replace").strip().split(",")]
     missing = [name for name in ("pixels", "Usage") if name not in header]
     if missing:
@@ -138,7 +138,7 @@ def _pixel_rows(stream: IO[bytes], file: Path, usages: list[str], votes_file: Pa
     rows = 0
     bar = tqdm(stream, desc=file.name, total=len(usages), unit=" rows", disable=None)
     with bar, warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # how NumPy before 2.3 says that a text holds no number
+        warnings.simplefilter("error", DeprecationWarning)  # NumPy before 2.3 warns of text that is no number
         for number, line in enumerate(bar, start=2):
             fields = line.strip().split(b",")
             if fields == [b""]:
@@ -147,7 +147,7 @@ def _pixel_rows(stream: IO[bytes], file: Path, usages: list[str], votes_file: Pa
             _check_columns(len(fields), len(header), where)
             if rows == len(usages):
                 raise UserError(
-                    f"{where}: has no partner, {votes_file} ends after {rows} rows: use two files that belong together"
+                    f"{where}: {votes_file} ends after {rows} rows, before this one: use two files that belong together"
                 )
             if (own := fields[usage].decode("utf-8", "replace").strip(' "')) != usages[rows]:
                 _refuse_usage(where, own, usages[rows], votes_file)
@@ -155,7 +155,7 @@ def _pixel_rows(stream: IO[bytes], file: Path, usages: list[str], votes_file: Pa
             rows += 1
     if rows != len(usages):
         raise UserError(
-            f"{file}: ends after {rows} rows but {votes_file} has {len(usages)}: the file is cut; download it again"
+            f"{file}: ends after {rows} rows but {votes_file} has {len(usages)}: the file is incomplete; fetch it again"
         )
     return images.reshape(-1, SIDE, SIDE)
 
@@ -165,7 +165,7 @@ def _refuse_usage(where: str, own: str, other: str, votes_file: Path) -> NoRetur
         raise UserError(f"{where}: unknown Usage '{own}': must be {', '.join(USAGES)}")
     raise UserError(
         f"{where}: Usage is {own} but {other} in the same row of {votes_file}: "
-        "rows pair by position, so both files must be in their published order"
+        "rows correspond by position, so both files must be in their published order"
     )
 
 
@@ -173,10 +173,11 @@ def _pixels(text: bytes, where: str) -> np.ndarray:
     try:
         values = np.fromstring(text, dtype=np.int64, sep=" ")
     except (ValueError, DeprecationWarning):
-        raise UserError(f"{where}: pixels must be whole numbers divided by blanks: download the file again") from None
+        raise UserError(f"{where}: pixels must be whole numbers separated by blanks: download the file again") from None
     if values.size != SIDE * SIDE:
         raise UserError(
-            f"{where}: has {values.size} pixels instead of {SIDE * SIDE}: the file is cut or edited; download it again"
+            f"{where}: has {values.size} pixels instead of {SIDE * SIDE}: the file is truncated or edited; "
+            "fetch it again"
         )
     if values.min() < 0 or values.max() > 255:
         raise UserError(f"{where}: a pixel is outside 0..255: download the file again")
@@ -184,7 +185,7 @@ def _pixels(text: bytes, where: str) -> np.ndarray:
 
 
 def _votes_rows(file: Path) -> pd.DataFrame:
-    """fer2013new.csv as TABLE_COLUMNS, row by row, with the official usages."""
+    """The rows of fer2013new.csv as TABLE_COLUMNS, with the official usages."""
     wanted = ("Usage", "Image name", *VOTE_COLUMNS)
     rows = []
     with _opened(file, (VOTES_CSV,)) as stream:
@@ -211,7 +212,7 @@ def _named_rows(file: Path) -> pd.DataFrame:
 
 
 def _label_rows(root: Path, folder: str) -> pd.DataFrame:
-    """The label.csv of one folder as TABLE_COLUMNS."""
+    """The rows of one folder's label.csv as TABLE_COLUMNS."""
     file = root / folder / LABEL_CSV
     if not file.is_file():
         raise UserError(f"{file}: not found: restore it from microsoft/FERPlus, or set data.label_source to fer2013new")
@@ -228,15 +229,13 @@ def _label_rows(root: Path, folder: str) -> pd.DataFrame:
             votes = _votes(texts, where)
             first, others = seen.setdefault(name, (number, votes))
             if votes != others:
-                raise UserError(
-                    f"{where}: {name} has other votes than in line {first}: keep the right one of the two lines"
-                )
+                raise UserError(f"{where}: {name} has different votes in line {first}: delete the wrong line")
             rows.append((name, FOLDERS[folder], "", *votes))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
 
 def _csv_lines(stream: IO[bytes], file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and stripped fields of every line that is not empty."""
+    """Line number and stripped fields of every non-empty line."""
     reader = csv.reader(line.decode("utf-8", "replace").removeprefix("\ufeff") for line in stream)
     try:
         for fields in reader:
@@ -249,7 +248,7 @@ def _csv_lines(stream: IO[bytes], file: Path) -> Iterator[tuple[int, list[str]]]
 def _check_columns(own: int, expected: int, where: str) -> None:
     if own != expected:
         raise UserError(
-            f"{where}: has {own} columns instead of {expected}: the file is cut or edited; download it again"
+            f"{where}: has {own} columns instead of {expected}: the file is truncated or edited; fetch it again"
         )
 
 
@@ -262,7 +261,7 @@ def _votes(texts: Iterable[str], where: str) -> list[int]:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Nothing outside its folder is read, whatever a label file names."""
+    """Raise UserError for a name that would read a file outside its folder."""
     if "/" in name or "\\" in name or name in (".", ".."):
         raise UserError(f"{where}: '{name}' must be a plain file name: remove its folder part")
 
@@ -282,26 +281,28 @@ def _picture(file: Path, named_in: str) -> np.ndarray:
         with Image.open(file, formats=("PNG",)) as image:
             if image.size != (SIDE, SIDE):
                 size = f"{image.width}x{image.height}"
-                raise UserError(f"{file}: is {size} pixels instead of {SIDE}x{SIDE}: replace it by the original")
+                raise UserError(f"{file}: is {size} pixels instead of {SIDE}x{SIDE}: replace it with the original")
             if image.mode.startswith("I"):
-                raise UserError(f"{file}: has 16 bits a pixel instead of 8: replace it by the original")
+                raise UserError(f"{file}: has 16 bits per pixel instead of 8: replace it with the original")
             return np.asarray(image if image.mode == "L" else image.convert("L"))
     except FileNotFoundError:
         raise UserError(f"{file}: not found, but {named_in} names it: restore the picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{file}: is not a readable PNG picture: replace it by the original") from None
+        raise UserError(f"{file}: is not a readable PNG: replace it with the original") from None
 
 
 def _source(images: np.ndarray, table: pd.DataFrame, form: str, label_source: str, where: Path) -> Source:
     for usage in USAGES:
         if not (table["usage"] == usage).any():
-            raise UserError(f"{where}: holds no image of {usage}: training, validation and test images are all needed")
+            raise UserError(
+                f"{where}: contains no image of {usage}: training, validation and test images are all needed"
+            )
     table = table.assign(usage=table["usage"].map(USAGES)).reset_index(drop=True)
     return Source(images, table, {"dataset": "ferplus", "form": form, "label_source": label_source})
 
 
 def _zip_member(file: Path, names: tuple[str, ...]) -> str | None:
-    """The member of a .zip whose file name comes first in `names`."""
+    """The member of a .zip with one of these file names; the earliest in `names` wins."""
     try:
         with zipfile.ZipFile(file) as archive:
             return _member(archive, names)
@@ -316,7 +317,7 @@ def _member(archive: zipfile.ZipFile, names: tuple[str, ...]) -> str | None:
 
 @contextmanager
 def _opened(file: Path, names: tuple[str, ...]) -> Iterator[IO[bytes]]:
-    """The bytes of a csv, or of the csv in a .tar.gz, or of the member of a .zip named in `names`; all as a stream."""
+    """A stream of a csv: the file itself, the csv in a .tar.gz, or the member of a .zip that `names` lists."""
     try:
         with ExitStack() as stack:
             if file.name.endswith(".zip"):
@@ -333,18 +334,18 @@ def _opened(file: Path, names: tuple[str, ...]) -> Iterator[IO[bytes]]:
 def _open_member(archive: zipfile.ZipFile, name: str, file: Path) -> IO[bytes]:
     try:
         return archive.open(name)
-    except RuntimeError:  # how zipfile says: encrypted, or an unknown compression
-        raise UserError(f"{file}: {name} is locked or packed in an unknown way: unpack it by hand") from None
+    except RuntimeError:  # zipfile raises it for encryption and unknown compression
+        raise UserError(f"{file}: {name} is encrypted or has an unknown compression: unpack it by hand") from None
 
 
 def _tar_entry(tar: tarfile.TarFile, file: Path) -> IO[bytes]:
     for entry in tar:
         if PurePosixPath(entry.name).name in IMAGE_CSVS and (stream := tar.extractfile(entry)) is not None:
             return stream
-    raise UserError(f"{file}: holds neither {' nor '.join(IMAGE_CSVS)}: download {TARBALL} again")
+    raise UserError(f"{file}: contains neither {' nor '.join(IMAGE_CSVS)}: download {TARBALL} again")
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"{file}: cannot be read ({error.strerror}): correct its permissions or replace it")
-    return UserError(f"{file}: is cut or damaged ({error}): download it again")
+    return UserError(f"{file}: is truncated or damaged ({error}): download it again")

@@ -1,4 +1,4 @@
-"""Which image is in train, val or test, with which label, and which images stand there more than once."""
+"""Which image is in train, val or test, with which label, and which images are duplicates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from fer.errors import UserError
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("row", "name", "label", *CLASSES, "subject", "duplicate_of", "duplicate_in")
-TWINS_IN = {"train": ("train",), "val": ("train",), "test": ("train", "val")}  # where a twin is looked for, in order
+SEARCHED = {"train": ("train",), "val": ("train",), "test": ("train", "val")}  # for duplicates, in this order
 
 
 @dataclass(frozen=True)
 class Splits:
-    """`tables`: COLUMNS by split; `class_prior`: [8, 8], row = label; `dropped`: training images left out as leaked."""
+    """The result of `make_splits`."""
 
-    tables: dict[str, pd.DataFrame]
-    class_prior: np.ndarray
-    dropped: int
+    tables: dict[str, pd.DataFrame]  # by split, with COLUMNS
+    class_prior: np.ndarray  # float64 [8, 8], row = label
+    dropped: int  # training images left out because val or test hold the same pixels
 
 
 def read_labels(path: str | Path, images: int) -> pd.DataFrame:
-    """The table of all images: row, name, usage, subject, VOTE_COLUMNS, sha1; rows 0 .. images-1 in this order.
+    """The table of all images: row, name, usage, subject, VOTE_COLUMNS, sha1; row i describes image i.
 
-    Raises UserError when it is missing, not such a table, or does not describe `images` images.
+    Raises UserError if it is missing, malformed or does not have exactly `images` rows.
     """
     remedy = "run `dvc repro --force --single-item download` to make it again"
     text = {"name": str, "usage": str, "subject": str, "sha1": str}
@@ -53,18 +53,18 @@ def read_labels(path: str | Path, images: int) -> pd.DataFrame:
 def make_splits(
     rows: pd.DataFrame, label_mode: str, drop_leaked_train: bool, prior_min_votes: int, train_share: float, seed: int
 ) -> Splits:
-    """Label, mark duplicates and compute the class prior; `rows` as read_labels returns them.
+    """Label the images, mark duplicates and compute the class prior; `rows` as `read_labels` returns them.
 
-    `label_mode` holds for train; val and test always take the majority, as in the official trainer.
-    `duplicate_of` names the pixel-identical image: for test the one in train, else the one in val; for val the one in
-    train; for train the first copy. It is a name, or a row where the image has none; of several copies the first.
-    `duplicate_in` is the split in which that image stands; both are empty where there is none.
-    With `drop_leaked_train` train loses the images that val or test keep.
-    Of what is left train keeps `train_share` (above 0, 1 at most) of each class: round(share n) images, one at least,
-    drawn with `seed`; a smaller share is part of a larger one. Copies of images that were left out are not marked.
-    The prior comes from all raw rows of train, by the published recipe (labels.class_prior), less the dropped ones: it
+    `label_mode` applies to train; val and test always use the majority, as in the official trainer.
+    `duplicate_of` names an image with the same pixels: for test one in train, otherwise one in val; for val one in
+    train; for train the first copy. It is the image's name, or its row if it has none; the first if there are several.
+    `duplicate_in` is the split of that image. Both are empty if there is none.
+    `drop_leaked_train` removes from train every image that val or test hold.
+    Of the rest, train keeps the fraction `train_share` (in (0, 1]) of each class: round(share n) images, at least one,
+    drawn with `seed`; a smaller share is a subset of a larger one. Images left out do not count as duplicates.
+    The prior comes from all raw rows of train but the leaked ones, by the published recipe (`labels.class_prior`). It
     describes the voters, so `train_share` does not change it.
-    Raises UserError for an empty split and for a class without a training image.
+    Raises UserError for an empty split or a class without a training image.
     """
     tables = {
         split: _labelled(rows[rows["usage"] == split], label_mode if split == "train" else "majority")
@@ -85,7 +85,7 @@ def make_splits(
 
 
 def count_classes(table: pd.DataFrame) -> dict[str, int]:
-    """Images per class of one split, every class named."""
+    """Images per class of one split, including classes without any."""
     counts = np.bincount(table["label"], minlength=len(CLASSES))
     return dict(zip(CLASSES, counts.tolist(), strict=True))
 
@@ -113,7 +113,7 @@ def _refuse_gaps(tables: dict[str, pd.DataFrame], label_mode: str) -> None:
 
 
 def _share(train: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
-    """The first images of a random order of each class, in the order of the rows."""
+    """A random subset of each class, in the order of the rows."""
     rng = np.random.default_rng(seed)
     kept = []
     for label in range(len(CLASSES)):
@@ -126,27 +126,27 @@ def _mark_duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
     firsts = {split: _first_copies(tables[split]) for split in ("train", "val")}
     marked = {}
     for split, table in tables.items():
-        twin = pd.Series("", index=table.index, dtype=object)
-        place = twin.copy()
-        for other in TWINS_IN[split]:
+        original = pd.Series("", index=table.index, dtype=object)
+        place = original.copy()
+        for other in SEARCHED[split]:
             found = table["sha1"].map(firsts[other])
             here = found.notna() & (place == "")
             if split == other:
                 here &= table["sha1"].duplicated()  # the first copy is the original
-            twin[here], place[here] = found[here], other
-        marked[split] = table.assign(duplicate_of=twin, duplicate_in=place)[list(COLUMNS)]
+            original[here], place[here] = found[here], other
+        marked[split] = table.assign(duplicate_of=original, duplicate_in=place)[list(COLUMNS)]
     return marked
 
 
 def _first_copies(table: pd.DataFrame) -> pd.Series:
-    """What the first image of each sha1 is called: its name, or its row where it has none."""
+    """By sha1, the name of its first image, or the row if it has no name."""
     first = table[~table["sha1"].duplicated()]
     called = first["name"].where(first["name"] != "", first["row"].astype(str))
     return pd.Series(called.to_numpy(), index=first["sha1"])
 
 
 def duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """How many images have a twin, from `duplicate_in`; `test_in_val` counts those that have none in train."""
+    """How many images have a duplicate, from `duplicate_in`; `test_in_val` counts those that are not in train."""
 
     def count(split: str, place: str) -> int:
         return int((tables[split]["duplicate_in"] == place).sum())
@@ -160,5 +160,5 @@ def duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, int]:
 
 
 def write_table(table: pd.DataFrame, path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """One split as CSV: `\\n` line ends, numbers in their shortest exact form, so that equal tables are equal bytes."""
+    """Write one split as CSV with `\\n` line ends and shortest exact numbers, so that equal tables give equal bytes."""
     table.to_csv(path, columns=list(columns), index=False, lineterminator="\n")

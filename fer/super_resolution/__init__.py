@@ -1,1 +1,1 @@
-"""Larger images out of small ones: one function per method, all of the form upscale(images, scale)."""
+"""Super-resolution: interpolation, DIC, Swin2SR, and how well they restore images."""

@@ -1,4 +1,4 @@
-"""DIC: faces and their landmarks restored in turns, each with the help of the other, eight times as large."""
+"""DIC: x8 super-resolution of faces, which restores image and landmarks in turn, each with the help of the other."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from fer.weights import load_strictly, read_tensors
 
 SCALE = 8
 MEAN = (0.509, 0.424, 0.378)  # red, green, blue of the training images in [0, 1]
-# the model trained on Helen's faces
+# the sizes of the published model, trained on the Helen data set
 PUBLISHED = {
     "num_features": 48, "num_steps": 4, "num_groups": 6, "hg_features": 256, "num_keypoints": 68,
     "num_fusion_blocks": 7,
 }  # fmt: skip
-# first and last + 1 of the 68 landmarks: left eye, right eye, nose, mouth, jaw with the brows
+# ranges of the 68 landmarks: left eye, right eye, nose, mouth, jaw with the brows
 REGIONS = ((36, 42), (42, 48), (27, 36), (48, 68), (0, 27))
 SMALLEST_PEAK = 0.05
 
@@ -23,10 +23,10 @@ SMALLEST_PEAK = 0.05
 class Dic(nn.Module):
     """Deep face super-resolution with iterative collaboration (Ma et al., CVPR 2020, arXiv 2003.13063).
 
-    Each of `num_steps` steps makes an image and, from that, landmark heatmaps and a hidden state; the next step attends
-    by the heatmaps. `num_features` are the channels of the image branch, `num_groups` its pairs of up- and
-    down-sampling, `num_fusion_blocks` the residual blocks of its attention; `hg_features` are half the channels of
-    the landmark branch, an hourglass; `REGIONS` divide 68 keypoints. The `PUBLISHED` sizes: 21,803,849 parameters.
+    Each of `num_steps` steps restores an image and derives landmark heatmaps and a hidden state from it; the heatmaps
+    guide the attention of the next step. `num_features` is the number of channels of the image branch, `num_groups` the
+    number of its pairs of up- and downsampling, `num_fusion_blocks` the number of residual blocks of its attention. The
+    landmark branch is an hourglass with 2 `hg_features` channels. With the `PUBLISHED` sizes: 21,803,849 parameters.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Dic(nn.Module):
         return (restored + mean).clamp(0, 1)[:, :, : SCALE * height, : SCALE * width]
 
     def steps(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """RGB less MEAN, [B, 3, H, W], H and W multiples of 8 -> of each step what it restores and its heatmaps.
+        """RGB minus MEAN, [B, 3, H, W], H and W multiples of 8 -> the image and heatmaps of each step.
 
-        These are [B, 3, 8H, 8W], less MEAN too, and [B, num_keypoints, 2H, 2W].
+        Shapes [B, 3, 8H, 8W], also minus MEAN, and [B, num_keypoints, 2H, 2W].
         """
         coarse = F.interpolate(images, scale_factor=SCALE, mode="bilinear", align_corners=False)
         shallow = self.conv_in(images)
@@ -75,9 +75,9 @@ class Dic(nn.Module):
 
 
 def load_dic(path: str | Path, key: str) -> Dic:
-    """The published network with the weights of a file, in eval mode.
+    """The published network with the weights in `path`, in eval mode.
 
-    Raises UserError, beginning with the configuration's `key`, as `read_tensors` and `load_strictly` do.
+    Raises UserError, beginning with the setting `key`, as `read_tensors` and `load_strictly` do.
     """
     tensors = read_tensors(path, key)
     model = Dic(**PUBLISHED)
@@ -86,9 +86,9 @@ def load_dic(path: str | Path, key: str) -> Dic:
 
 
 def pad(images: Tensor, multiple: int) -> Tensor:
-    """[B, C, H, W] with H and W filled up to multiples, at the bottom and right, by reflection.
+    """[B, C, H, W], padded at the bottom and right by reflection to multiples of `multiple`.
 
-    Too few pixels to reflect are filled up with the last one.
+    An image too small to reflect is padded with its last row and column.
     """
     height, width = images.shape[2:]
     bottom, right = -height % multiple, -width % multiple
@@ -99,9 +99,9 @@ def pad(images: Tensor, multiple: int) -> Tensor:
 
 
 def merge(heatmaps: Tensor) -> Tensor:
-    """Landmarks' heatmaps [B, 68, H, W] -> sums over the REGIONS [B, 5, H, W], each map with its peak scaled to 1.
+    """Landmark heatmaps [B, 68, H, W], each scaled to a peak of 1 -> their sums over the REGIONS, [B, 5, H, W].
 
-    A map whose peak is below SMALLEST_PEAK shows nothing and is scaled as if it were that.
+    A peak below SMALLEST_PEAK is noise, so such a map is scaled as if its peak were SMALLEST_PEAK.
     """
     heatmaps = _exact(heatmaps)
     scaled = heatmaps / heatmaps.amax((2, 3), keepdim=True).clamp(min=SMALLEST_PEAK)
@@ -109,7 +109,7 @@ def merge(heatmaps: Tensor) -> Tensor:
 
 
 def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least, under autocast too."""
+    """At least float32, also under autocast."""
     return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
@@ -122,7 +122,7 @@ def _scaling(layer: type[nn.Conv2d] | type[nn.ConvTranspose2d], features: int, k
 
 
 class _Feedback(nn.Module):
-    """Maps eight times as large and back, in dense groups: [B, before, H, W] -> [B, features, H, W]."""
+    """Upsamples x8 and back in densely connected groups: [B, before, H, W] -> [B, features, H, W]."""
 
     def __init__(self, before: int, features: int, groups: int):
         super().__init__()
@@ -147,7 +147,7 @@ class _Feedback(nn.Module):
 
 
 class _AttentiveFeedback(_Feedback):
-    """The same on the shallow maps beside those of the step before, after attention to the face's regions."""
+    """The same on the shallow maps and those of the previous step, after attention to the regions of the face."""
 
     def __init__(self, features: int, groups: int, fusion_blocks: int):
         super().__init__(2 * features, features, groups)
@@ -159,7 +159,7 @@ class _AttentiveFeedback(_Feedback):
 
 
 class _Fusion(nn.Module):
-    """Own maps for each region, weighted by the softmax over the regions' heatmaps."""
+    """Separate maps for each region, weighted by the softmax of the region heatmaps."""
 
     def __init__(self, features: int, blocks: int):
         super().__init__()
@@ -212,7 +212,7 @@ class _Landmarks(nn.Module):
 
 
 class _Hourglass(nn.Module):
-    """Four times to half the size and back, each size with a branch of its own (Newell et al., arXiv 1603.06937)."""
+    """Halves the size four times and restores it, with a skip branch at each size (Newell et al., arXiv 1603.06937)."""
 
     DEPTH = 4
 
@@ -252,7 +252,7 @@ class _Residual(nn.Module):
 
 
 class _Dense(nn.Module):
-    """A linear layer at each place."""
+    """A 1x1 convolution and ReLU."""
 
     def __init__(self, features: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Super-resolution without weights. The bytes are those of Pillow's `Image.resize`, image by image."""
+"""Super-resolution by interpolation, with the exact bytes of Pillow's `Image.resize`."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,26 +8,26 @@ from PIL import Image
 
 
 def none(images: np.ndarray, scale: int) -> np.ndarray:
-    """The images as they are. Raises ValueError for any scale but 1."""
+    """The images unchanged. Raises ValueError for any scale but 1."""
     if scale != 1:
         raise ValueError(f"method none keeps the size, so scale must be 1, got {scale}")
     return images
 
 
 def bicubic(images: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 [B, H, W] or [B, H, W, 3] -> uint8 [B, H*scale, W*scale(, 3)], cubic convolution with a = -0.5."""
+    """uint8 [B, H, W(, 3)] -> uint8 [B, H*scale, W*scale(, 3)] by cubic convolution, a = -0.5."""
     return _resize(images, scale, Image.Resampling.BICUBIC)
 
 
 def lanczos(images: np.ndarray, scale: int) -> np.ndarray:
-    """uint8 [B, H, W] or [B, H, W, 3] -> uint8 [B, H*scale, W*scale(, 3)], windowed sinc over three pixels."""
+    """uint8 [B, H, W(, 3)] -> uint8 [B, H*scale, W*scale(, 3)] by a windowed sinc of radius 3 pixels."""
     return _resize(images, scale, Image.Resampling.LANCZOS)
 
 
 def _resize(images: np.ndarray, scale: int, kernel: Image.Resampling) -> np.ndarray:
-    """One thread per core: Pillow resizes outside the interpreter lock."""
+    """One thread per core, as Pillow releases the interpreter lock while it resizes."""
     if scale < 1:
-        raise ValueError(f"scale must be a whole number from 1 on, got {scale}")
+        raise ValueError(f"scale must be a whole number of at least 1, got {scale}")
     count, height, width, *channels = images.shape
     out = np.empty((count, height * scale, width * scale, *channels), np.uint8)
 

@@ -1,4 +1,4 @@
-"""Swin2SR: transformers' network with shifted windows, two or four times as large."""
+"""Swin2SR: x2 or x4 super-resolution with the network of transformers."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PUBLISHED = {2: "caidas/swin2SR-classical-sr-x2-64", 4: "caidas/swin2SR-classica
 
 
 class Swin2Sr(nn.Module):
-    """A `Swin2SRForImageSuperResolution` (Conde et al. 2022, arXiv 2209.11345) for images of any size."""
+    """`Swin2SRForImageSuperResolution` (Conde et al. 2022, arXiv 2209.11345) for images of any size."""
 
     def __init__(self, network: Any, scale: int):
         super().__init__()
@@ -22,17 +22,17 @@ class Swin2Sr(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """RGB in [0, 1], [B, 3, H, W] -> [B, 3, scale*H, scale*W] in [0, 1]."""
         height, width = images.shape[2:]
-        # transformers' own padding ends in an error, as it forgets the padded size; whole windows it leaves alone
+        # pad here: the padding of transformers fails, as it forgets the padded size, but it skips whole windows
         whole = pad(images, self.network.config.window_size)
         larger = self.network(pixel_values=whole).reconstruction
         return larger.clamp(0, 1)[:, :, : self.scale * height, : self.scale * width]
 
 
 def load_swin2sr(source: str, scale: int, key: str) -> nn.Module:
-    """The network of a hub id or a local folder, in float32 and eval mode, which makes images `scale` times as large.
+    """The network in `source`, a hub id or local folder, in float32 and eval mode.
 
-    Raises UserError, beginning with the configuration's `key`, when it cannot be loaded, is of another kind or scale,
-    or lacks weights.
+    Raises UserError, beginning with the setting `key`, if it cannot be loaded, is of another kind or scale, or lacks
+    weights.
     """
     from transformers import AutoConfig, Swin2SRForImageSuperResolution
 
@@ -43,20 +43,20 @@ def load_swin2sr(source: str, scale: int, key: str) -> nn.Module:
         network, report = kind.from_pretrained(
             source,
             config=config,
-            ignore_mismatched_sizes=True,  # reported below, by name
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             use_safetensors=True,
-            dtype=torch.float32,  # else that of the file
+            dtype=torch.float32,  # otherwise the dtype of the file
             output_loading_info=True,
         )
     except HUB_ERRORS as error:
         reason = str(error).splitlines()[0].rstrip(".:")
         raise UserError(
             f"{key}: cannot load '{source}': {reason}. "
-            "Give a hub id that can be reached or a local folder with config.json and model.safetensors"
+            "Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
         ) from None
     if wrong := misfit(report):
         raise UserError(
-            f"{key}: '{source}' does not fit its config.json: {wrong}; fetch it again or name another network"
+            f"{key}: '{source}' does not match its config.json: {wrong}; download it again or use another network"
         )
     return Swin2Sr(network, scale).eval()
 
@@ -64,16 +64,15 @@ def load_swin2sr(source: str, scale: int, key: str) -> nn.Module:
 def _refuse_another(config: Any, where: str, scale: int) -> None:
     if config.model_type != "swin2sr":
         another = PUBLISHED.get(scale, PUBLISHED[2])
-        raise UserError(f"{where} is a network of type {config.model_type}, not swin2sr; name one such as {another}")
+        raise UserError(f"{where} is a network of type {config.model_type}, not swin2sr; use one such as {another}")
     factor = config.upscale if config.upsampler else 1
     if factor != scale:
         raise UserError(
-            f"{where} makes images {factor} times as large, here scale is {scale}; "
-            f"set scale to {factor} or name another network"
+            f"{where} enlarges images by {factor}, but scale is {scale}; set scale to {factor} or use another network"
         )
     channels = config.num_channels, config.num_channels_out
     if channels != (3, 3):
         raise UserError(
-            f"{where} makes images of {channels[1]} channels out of {channels[0]}, here both must be 3; "
-            "name a network for colour images"
+            f"{where} takes {channels[0]} channels and returns {channels[1]}, but both must be 3; "
+            "use a network for colour images"
         )

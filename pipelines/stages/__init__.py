@@ -1,4 +1,4 @@
-"""The DVC stages. Each is run as `python -m pipelines.stages.<name>` in the project's root folder."""
+"""The DVC stages. Each runs as `python -m pipelines.stages.<name>` in the root folder of the project."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pipelines.params import Params, load
 
 
 def run(stage: Callable[[Params], None]) -> None:
-    """Run a stage with the checked params.yaml; a user's mistake ends in one line and exit status 2."""
+    """Run a stage with the validated params.yaml; a UserError or a disk error is printed and the exit status is 2."""
     try:
         stage(load())
     except UserError as error:

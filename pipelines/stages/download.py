@@ -1,4 +1,4 @@
-"""Stage download: the data set named in params.yaml as data/raw, one array of images and one table of votes."""
+"""Stage download: the data set that params.yaml names -> data/raw, an array of images and a table of votes."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ TARGET = Path("data/raw")
 
 
 def download(params: Params) -> None:
-    """Write images.npy, labels.csv and source.json to data/raw, equal bytes for equal input.
+    """Write images.npy, labels.csv and source.json to data/raw; the same bytes for the same input.
 
-    Raises UserError for a data set that is missing, damaged or inconsistent; data/raw then stays as it was.
+    Raises UserError if the data set is missing, damaged or inconsistent; data/raw then stays as it was.
     """
     source = _sample(params.data) if params.data.dataset == "sample" else _ferplus(params.data)
     table = source.table.assign(row=range(len(source.table)))
@@ -36,7 +36,7 @@ def download(params: Params) -> None:
 
 
 def _sample(data: Data) -> Source:
-    """The drawn faces, by way of the files that a user of FER+ would have."""
+    """The drawn faces, read from the same files as FER+."""
     with tempfile.TemporaryDirectory() as name:
         write_sample(Path(name), data.sample.train, data.sample.val, data.sample.test, data.sample.seed)
         source = read_ferplus(Path(name), "auto")

@@ -1,4 +1,4 @@
-"""Stage split: data/splits/{train,val,test}.csv, which point into data/upscaled/images.npy, and their summary."""
+"""Stage split: data/splits/{train,val,test}.csv, which index data/upscaled/images.npy, a summary and plots."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,10 @@ SPLITS = Path("data/splits")
 
 
 def split(params: Params) -> None:
-    """Label the images, take the share of train, mark duplicates, sum up."""
+    """Label the images, mark duplicates, and write the splits, summary.json and plots to data/splits.
+
+    Raises UserError if a stage before left no valid data, or a split or class would be empty.
+    """
     config = params.split
     source = _facts(RAW / "source.json", "download", "dataset", "label_source")
     images = open_images(IMAGES, "upscale")
@@ -46,7 +49,7 @@ def split(params: Params) -> None:
 
 
 def _facts(path: Path, stage: str, *keys: str) -> dict:
-    """A JSON file that `stage` wrote, with these keys at least. Raises UserError when it is not that."""
+    """The JSON file that `stage` wrote. Raises UserError if it is missing, invalid or lacks one of `keys`."""
     remedy = f"run `dvc repro --force --single-item {stage}` to make it again"
     try:
         facts = json.loads(path.read_text())
@@ -77,7 +80,7 @@ def _summary(splits: Splits, source: dict, images: np.ndarray) -> dict:
 
 
 def _plots(folder: Path, splits: Splits, images: np.ndarray, dataset: str) -> None:
-    """The class balance as table and picture; a sheet of faces for the drawn ones only: real faces are not shared."""
+    """The class balance as table and picture; a contact sheet for the drawn faces only, as real ones are private."""
     folder.mkdir()
     counts = {name: count_classes(table) for name, table in splits.tables.items()}
     lines = [(name, label, count) for name, classes in counts.items() for label, count in classes.items()]
