@@ -78,7 +78,7 @@ with chdir(ROOT):
     SHIPPED = {name: experiment.run for name, experiment in experiments.load(experiments.known(), {}).items()}
 # those for a CPU; a frozen encoder without weights, such as that of step two, gives all images one embedding
 TINY = [name for name, run in SHIPPED.items() if ("tiny" in name or "small" in name) and not run.init_from]
-LEARNING = ["vit", "swin", "stn, neural resizer, head", "ViT-SE", "DoE", "emotion encoder", "vgg13"]
+LEARNING = ["vit", "stn, neural resizer, head", "ViT-SE", "DoE", "vgg13"]
 
 
 def run_of(name: str) -> Run:
