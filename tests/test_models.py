@@ -240,16 +240,6 @@ def test_sixteen_images_are_learned_by_heart(name: str) -> None:
     assert nn.functional.cross_entropy(logits, labels) < 0.2
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["vit", "swin", "mobilenet", "resnet", "lite0", "vgg13", "emotion encoder"])
-def test_grey_and_colour(name: str, channels: int) -> None:
-    run = small_run(**SMALL[name] | {"input": {"channels": channels, "image_size": 32}})
-    model = build(run)
-    inputs = inputs_for(run, model)
-    assert inputs["pixel_values"].shape[1] == channels
-    assert model(**inputs).shape == (4, LABELS)
-
-
 # The published systems, whole: their sizes, without their weights
 
 # head of 512 with batch norm on 1024 features, 8 classes

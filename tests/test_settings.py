@@ -19,8 +19,6 @@ from fer.settings import (
     check,
     differing,
     nearest,
-    section_at,
-    table_of,
 )
 
 
@@ -175,30 +173,6 @@ def test_a_section_is_typed_and_frozen() -> None:
     for section, key in ((picture, "zoom"), (picture.second, "side"), (picture.frame, "width")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, 1)
-
-
-def test_a_section_survives_json() -> None:
-    picture, _ = check(Picture, CASES["all written"][0] | {"second": {"name": "square", "side": 2}})
-    assert picture is not None
-    plain = json.loads(json.dumps(picture.model_dump()))
-    assert plain["shape"]["border"] == {"name": "dashed", "dash": 1, "gap": 2}  # those of the kind, not of its base
-    assert check(Picture, plain) == (picture, [])
-
-
-def test_the_table_of_a_key() -> None:
-    assert table_of(Picture, "shape") is SHAPES
-    assert table_of(Square, "border") is BORDERS
-    for key in ("frame", "title", "xyz"):
-        assert table_of(Picture, key) == {}
-
-
-def test_the_section_at_a_key() -> None:
-    assert section_at(Picture, "frame", None) is Frame
-    assert section_at(Picture, "shape", {"name": "square"}) is Square
-    for value in ({"name": "xyz"}, {"name": 3}, {}, None, "square"):
-        assert section_at(Picture, "shape", value) is None
-    for key in ("title", "zoom", "xyz"):
-        assert section_at(Picture, key, {}) is None
 
 
 # What differs from the defaults
