@@ -158,9 +158,11 @@ class Steps:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
     def step(self, inputs: dict[str, Tensor], labels: Tensor, targets: Tensor) -> None:
+        """A step of the engine, in the precision of the run."""
         self.stepper([Part(inputs, labels, targets, 1.0)], self.loss, None, 1e-4, self.run.seed)
 
     def plain_step(self, images: Tensor, labels: Tensor) -> None:
+        """A step of the reference."""
         reference.train_step(self.model, images, labels, plain_loss(self.loss), self.optimizer)
 
 

@@ -1,7 +1,7 @@
 """Reads the settings of runs that earlier versions wrote. Such runs can be used, but not trained further.
 
-Format 1 (until November 2026): flat keys, `options` for the model, settings of the machine beside the others, no key
-`format`. Its meaning has changed in four ways that the settings do not show: colour images became grey by the plain
+Format 1 (until November 2026): flat keys, `options` for the model, machine settings among the others, no key `format`.
+Its meaning has changed in four ways that the settings do not show: colour images became grey by the plain
 mean (now luma), class tokens and position embeddings decayed, averaged weights (`ema_decay`) had no warm-up, and the
 val loss of vote_sampling was drawn at random.
 """

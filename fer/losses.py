@@ -111,7 +111,7 @@ class VoteCrossEntropy(LossKind):
 
 
 class VoteSampling(LossKind):
-    """-log p[k] with k drawn anew from the votes of each image (Barsoum et al. 2016, section 3.3)."""
+    """-log p[k] with k redrawn in each step from the votes of each image (Barsoum et al. 2016, section 3.3)."""
 
     name: Literal["vote_sampling"] = "vote_sampling"
 

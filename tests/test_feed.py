@@ -106,17 +106,6 @@ def test_with_augmentation_the_encoder_sees_every_batch(data: Path) -> None:
     assert seen == [40]
 
 
-@pytest.mark.parametrize("key", [key for key in NO_AUGMENT if key != "unmixed_epochs"])
-def test_any_augmentation_counts(key: str, data: Path) -> None:
-    run = small_run(**emotion_encoder(augment=NO_AUGMENT | {key: 0.1}))
-    model = network(run)
-    seen = calls(model.identity)
-    assert "embedding" not in fed(feed_of(model, run, open_data(data).split("train")), INDEX)
-    assert seen == []
-    assert "embedding" in fed(feed_of(model, run, open_data(data).split("val")), INDEX % 40)
-    assert seen == [40]
-
-
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
@@ -173,17 +162,6 @@ def test_the_emotion_encoder_gets_pixels_and_embedding(data: Path) -> None:
     with torch.no_grad():
         given = model.identity.eval()(inputs["pixel_values"])
     torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_other_networks_get_pixels_alone(data: Path) -> None:
-    run, split = small_run(), open_data(data).split("train")
-    feed = feed_of(network(run), run, split)
-    feed.begin()
-    feed.start_epoch(0)
-    inputs = fed(feed, INDEX, darker)
-    assert inputs.keys() == {"pixel_values"}
-    wanted = (split.pixels(INDEX)[:, None].float() / 255 / 2 - 0.5) / 0.25
-    torch.testing.assert_close(inputs["pixel_values"], wanted)
 
 
 # Neutral faces

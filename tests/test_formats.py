@@ -70,11 +70,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("vgg13_small", {"epochs": 3}, {"epochs": 3}),
     ("vgg13_small", {"batch_size": 3}, {"batch_size": 3}),
     ("vgg13_small", {"image_size": 32}, {"input.image_size": 32}),
-    (
-        "vgg13_small",
-        {"channels": 3, "pixel_mean": [0.4, 0.4, 0.4], "pixel_std": [0.1, 0.2, 0.2]},
-        {"input.channels": 3, "input.mean": [0.4], "input.std": [0.1, 0.2, 0.2]},
-    ),
+    ("vgg13_small", {"channels": 3, "pixel_mean": [0.4, 0.4, 0.4], "pixel_std": [0.1, 0.2, 0.2]},
+        {"input.channels": 3, "input.mean": [0.4], "input.std": [0.1, 0.2, 0.2]}),
     ("vgg13_small", {"pixel_mean": [0.4]}, {"input.mean": [0.4]}),
     ("vgg13_small", {"pixel_std": [0.4]}, {"input.std": [0.4]}),
     ("vgg13_small", {"class_weights": 0.4}, {"class_weights": 0.4}),
@@ -107,24 +104,14 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("swin_nr_fpdls", {"options.resizer_channels": 3}, {"model.resizer.channels": 3}),
     ("swin_nr_fpdls", {"options.resizer_scale": None}, {"model.resizer.scale": None}),
     ("swin_nr_fpdls", {"options.resizer": "bilinear"}, {"model.resizer": {"name": "bilinear", "size": 224}}),
-    (
-        "efficientnet_lite0",
-        {"options.resizer": "bilinear", "options.resizer_size": 64},
-        {"model.resizer": {"name": "bilinear", "size": 64}},
-    ),
-    (
-        "swin_nr_fpdls",
-        {"options.resizer_size": 448, "image_size": 768},
-        {"model.resizer.size": 448, "input.image_size": 768},
-    ),
+    ("efficientnet_lite0", {"options.resizer": "bilinear", "options.resizer_size": 64},
+        {"model.resizer": {"name": "bilinear", "size": 64}}),
+    ("swin_nr_fpdls", {"options.resizer_size": 448, "image_size": 768},
+        {"model.resizer.size": 448, "input.image_size": 768}),
     ("swin_nr_fpdls", {"options.head": [3]}, {"model.head": [3]}),
     ("swin_nr_fpdls", {"options.head_dropout": 0.4}, {"model.head_dropout": 0.4}),
     ("swin_nr_fpdls", {"options.backbone.weights": "a.pth"}, {"model.backbone.weights": "a.pth"}),
-    (
-        "swin_nr_fpdls",
-        {"options.backbone.settings.drop_path_rate": 0.4},
-        {"model.backbone.drop_path_rate": 0.4},
-    ),
+    ("swin_nr_fpdls", {"options.backbone.settings.drop_path_rate": 0.4}, {"model.backbone.drop_path_rate": 0.4}),
     ("vit_se", {"options.reduction": 3}, {"model.reduction": 3}),
     ("vit_se", {"options.gate": "sigmoid"}, {"model.gate": "sigmoid"}),
     ("doe", {"options.references": 3}, {"model.pairing.references": 3}),
@@ -135,22 +122,16 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("emotion_encoder", {"options.identity.weights": None}, {"model.identity.weights": None}),
     ("disentangled_doe", {"init_from": "other"}, {"init_from": "other"}),
     ("vgg13_small", {"optimizer": "adam"}, {"optimizer": {"name": "adam", "lr": 0.002, "weight_decay": 0.01}}),
-    (
-        "vgg13_small",
-        {"optimizer": "sgd"},
-        {"optimizer": {"name": "sgd", "lr": 0.002, "weight_decay": 0.01, "momentum": 0.9}},
-    ),
+    ("vgg13_small", {"optimizer": "sgd"},
+        {"optimizer": {"name": "sgd", "lr": 0.002, "weight_decay": 0.01, "momentum": 0.9}}),
     ("vgg13_small", {"schedule": "constant"}, {"schedule": {"name": "constant", "warmup_epochs": 1.0}}),
-    (
-        "vgg13_small",
-        {"schedule": "step"},
-        {"schedule": {"name": "step", "warmup_epochs": 1.0, "step_epochs": [15], "step_factors": [0.25]}},
-    ),
+    ("vgg13_small", {"schedule": "step"},
+        {"schedule": {"name": "step", "warmup_epochs": 1.0, "step_epochs": [15], "step_factors": [0.25]}}),
     *(
         ("vgg13_small", {f"augment.{key}": 0.375}, {f"augment.{key}": 0.375})
         for key in CONFIGS["vgg13_small"]["augment"]
     ),
-]
+]  # fmt: skip
 # what a run of format 1 kept and did not use
 UNUSED: list[tuple[str, dict[str, Any]]] = [
     ("vgg13_small", {"loss_alpha": 0.4, "loss_gamma": 0.4, "momentum": 0.4, "step_epochs": [3], "step_factors": [0.4]}),
@@ -159,7 +140,7 @@ UNUSED: list[tuple[str, dict[str, Any]]] = [
     ("efficientnet_lite0", {"options.head_dropout": 0.4}),  # there is no hidden layer
     ("efficientnet_lite0", {"options.resizer_size": 3, "options.resizer_blocks": 3, "options.resizer_channels": 3}),
     ("efficientnet_lite0", {"options.resizer_scale": 0.4}),
-]
+]  # fmt: skip
 
 
 def changed(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -239,38 +220,22 @@ GOOD = small_run().model_dump()
 VGG_1 = CONFIGS["vgg13_small"]
 BROKEN: dict[str, tuple[Any, str]] = {
     "no settings": ({}, "holds no settings of a run (KeyError: 'config')"),
-    "a key is missing": (
-        {"format": 2, "config": {key: value for key, value in GOOD.items() if key != "model"}},
-        "config.model: missing; its settings cannot be read",
-    ),
-    "format 1 under the number 2": (
-        {"format": 2, "config": VGG_1},
-        "config.model: should be a table of keys, got 'vgg13'; its settings cannot be read",
-    ),
-    "format 1 without a key": (
-        {"config": {key: value for key, value in VGG_1.items() if key != "image_size"}},
-        "holds no settings of a run (KeyError: 'image_size')",
-    ),
+    "a key is missing": ({"format": 2, "config": {key: value for key, value in GOOD.items() if key != "model"}},
+        "config.model: missing; its settings cannot be read"),
+    "format 1 under the number 2": ({"format": 2, "config": VGG_1},
+        "config.model: should be a table of keys, got 'vgg13'; its settings cannot be read"),
+    "format 1 without a key": ({"config": {key: value for key, value in VGG_1.items() if key != "image_size"}},
+        "holds no settings of a run (KeyError: 'image_size')"),
     "format 1 without a table": ({"config": {**VGG_1, "options": None}}, "holds no settings of a run (TypeError: "),
-    "format 1 with an unknown model": (
-        {"config": {**VGG_1, "model": "resnet9000", "options": {}}},
-        "config.model.name: unknown model 'resnet9000'; known: classifier, difference_of_embeddings,",
-    ),
-    "format 1 with an unknown schedule": (
-        {"config": {**VGG_1, "schedule": "linear"}},
-        "holds no settings of a run (KeyError: 'linear')",
-    ),
-    "format 1 with a backbone that is gone": (
-        {
-            "config": changed(
-                CONFIGS["efficientnet_lite0"],
-                {"options.backbone": {"name": "convnextv2_tiny", "weights": None, "settings": {}}},
-            )
-        },
-        "config.model.backbone.name: unknown backbone 'convnextv2_tiny'; known: deit_base_patch16_224,",
-    ),
+    "format 1 with an unknown model": ({"config": {**VGG_1, "model": "resnet9000", "options": {}}},
+        "config.model.name: unknown model 'resnet9000'; known: classifier, difference_of_embeddings,"),
+    "format 1 with an unknown schedule": ({"config": {**VGG_1, "schedule": "linear"}},
+        "holds no settings of a run (KeyError: 'linear')"),
+    "format 1 with a backbone that is gone": ({"config": changed(CONFIGS["efficientnet_lite0"],
+        {"options.backbone": {"name": "convnextv2_tiny", "weights": None, "settings": {}}})},
+        "config.model.backbone.name: unknown backbone 'convnextv2_tiny'; known: deit_base_patch16_224,"),
     "null": (None, "holds no settings of a run"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN)

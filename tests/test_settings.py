@@ -19,8 +19,6 @@ from fer.settings import (
     check,
     differing,
     nearest,
-    section_at,
-    table_of,
 )
 
 
@@ -95,40 +93,23 @@ def faults(**tree: Any) -> list[str]:
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "right": ({}, []),
-    "all written": (
-        {
-            "shape": {"name": "square", "side": 2, "border": {"name": "dashed", "dash": 1}, "corners": []},
-            "frame": {"width": 2, "colour": "white", "border": {"name": "plain"}},
-            "title": "x",
-            "zoom": 2,
-        },
-        [],
-    ),
+    "all written": ({"shape": {"name": "square", "side": 2, "border": {"name": "dashed", "dash": 1}, "corners": []},
+        "frame": {"width": 2, "colour": "white", "border": {"name": "plain"}}, "title": "x", "zoom": 2},
+        []),
     # unknown keys
     "near": ({"tittle": "x"}, ["tittle: unknown key, did you mean 'title'?"]),
     "far": ({"xyz": 1}, ["xyz: unknown key; known: frame, second, shape, title, zoom"]),
-    "near, in a named one": (
-        {"shape": {"name": "square", "side": 1, "sides": 1}},
-        ["shape.sides: unknown key of 'square', did you mean 'side'?"],
-    ),
-    "where there are none": (
-        {"frame": {"border": {"name": "plain", "dash": 1}}},
-        ["frame.border.dash: unknown key: 'plain' has no keys"],
-    ),
-    "two levels down": (
-        {"shape": {"name": "square", "side": 1, "border": {"name": "dashed", "dsah": 1}}},
-        ["shape.border.dsah: unknown key of 'dashed', did you mean 'dash'?"],
-    ),
+    "near, in a named one": ({"shape": {"name": "square", "side": 1, "sides": 1}},
+        ["shape.sides: unknown key of 'square', did you mean 'side'?"]),
+    "where there are none": ({"frame": {"border": {"name": "plain", "dash": 1}}},
+        ["frame.border.dash: unknown key: 'plain' has no keys"]),
+    "two levels down": ({"shape": {"name": "square", "side": 1, "border": {"name": "dashed", "dsah": 1}}},
+        ["shape.border.dsah: unknown key of 'dashed', did you mean 'dash'?"]),
     # names
-    "unknown name, near": (
-        {"shape": {"name": "squar"}},
-        ["shape.name: unknown shape 'squar', did you mean 'square'?"],
-    ),
+    "unknown name, near": ({"shape": {"name": "squar"}}, ["shape.name: unknown shape 'squar', did you mean 'square'?"]),
     "unknown name, far": ({"shape": {"name": "xyz"}}, ["shape.name: unknown shape 'xyz'; known: round, square"]),
-    "unknown name, below": (
-        {"shape": {"name": "square", "side": 1, "border": {"name": "dotted"}}},
-        ["shape.border.name: unknown border 'dotted'; known: dashed, plain"],
-    ),
+    "unknown name, below": ({"shape": {"name": "square", "side": 1, "border": {"name": "dotted"}}},
+        ["shape.border.name: unknown border 'dotted'; known: dashed, plain"]),
     "no name": ({"shape": {"radius": 1.0}}, ["shape.name: missing"]),
     "name of another type": ({"shape": {"name": 3}}, ["shape.name: unknown shape '3'; known: round, square"]),
     # what is not there
@@ -138,35 +119,22 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "text for a number": ({"zoom": "1"}, ["zoom: should be a valid number, got '1'"]),
     "bool for an int": ({"frame": {"width": True}}, ["frame.width: should be a valid integer, got True"]),
     "infinite": ({"zoom": math.inf}, ["zoom: should be a finite number, got inf"]),
-    "element of a list": (
-        {"shape": {"name": "square", "side": 1, "corners": [0.1, 2]}},
-        ["shape.corners.1: should be less than or equal to 1, got 2"],
-    ),
+    "element of a list": ({"shape": {"name": "square", "side": 1, "corners": [0.1, 2]}},
+        ["shape.corners.1: should be less than or equal to 1, got 2"]),
     # what does not fit together
-    "unfit, at the top": (
-        {"shape": {"name": "square", "side": 2}, "zoom": 3},
-        ["shape.side: 2 is below zoom 3", "too large"],
-    ),
-    "unfit, in a section of a section": (
-        {"frame": {"border": {"name": "dashed", "gap": 99}}},
-        ["frame.border.gap: 99 hides dash 3", "frame.border.dash: is too short"],
-    ),
-    "unfit, in a named one of a named one": (
-        {"shape": {"name": "square", "side": 9, "border": {"name": "dashed", "dash": 1, "gap": 11}}},
-        ["shape.border.gap: 11 hides dash 1", "shape.border.dash: is too short"],
-    ),
+    "unfit, at the top": ({"shape": {"name": "square", "side": 2}, "zoom": 3},
+        ["shape.side: 2 is below zoom 3", "too large"]),
+    "unfit, in a section of a section": ({"frame": {"border": {"name": "dashed", "gap": 99}}},
+        ["frame.border.gap: 99 hides dash 3", "frame.border.dash: is too short"]),
+    "unfit, in a named one of a named one": ({"shape": {"name": "square", "side": 9, "border": {"name": "dashed",
+        "dash": 1, "gap": 11}}},
+        ["shape.border.gap: 11 hides dash 1", "shape.border.dash: is too short"]),
     # several at once
-    "all of them": (
-        {"zoom": 0, "tittle": "x", "frame": {"width": "2", "q": 1}, "shape": {"name": "squar"}},
-        [
-            "frame.q: unknown key; known: border, colour, width",
-            "frame.width: should be a valid integer, got '2'",
-            "shape.name: unknown shape 'squar', did you mean 'square'?",
-            "tittle: unknown key, did you mean 'title'?",
-            "zoom: should be greater than 0, got 0",
-        ],
-    ),
-}
+    "all of them": ({"zoom": 0, "tittle": "x", "frame": {"width": "2", "q": 1}, "shape": {"name": "squar"}},
+        ["frame.q: unknown key; known: border, colour, width", "frame.width: should be a valid integer, got '2'",
+        "shape.name: unknown shape 'squar', did you mean 'square'?", "tittle: unknown key, did you mean 'title'?",
+        "zoom: should be greater than 0, got 0"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -207,30 +175,6 @@ def test_a_section_is_typed_and_frozen() -> None:
             setattr(section, key, 1)
 
 
-def test_a_section_survives_json() -> None:
-    picture, _ = check(Picture, CASES["all written"][0] | {"second": {"name": "square", "side": 2}})
-    assert picture is not None
-    plain = json.loads(json.dumps(picture.model_dump()))
-    assert plain["shape"]["border"] == {"name": "dashed", "dash": 1, "gap": 2}  # those of the kind, not of its base
-    assert check(Picture, plain) == (picture, [])
-
-
-def test_the_table_of_a_key() -> None:
-    assert table_of(Picture, "shape") is SHAPES
-    assert table_of(Square, "border") is BORDERS
-    for key in ("frame", "title", "xyz"):
-        assert table_of(Picture, key) == {}
-
-
-def test_the_section_at_a_key() -> None:
-    assert section_at(Picture, "frame", None) is Frame
-    assert section_at(Picture, "shape", {"name": "square"}) is Square
-    for value in ({"name": "xyz"}, {"name": 3}, {}, None, "square"):
-        assert section_at(Picture, "shape", value) is None
-    for key in ("title", "zoom", "xyz"):
-        assert section_at(Picture, key, {}) is None
-
-
 # What differs from the defaults
 
 
@@ -248,24 +192,17 @@ DIFFERING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a default, written out": ({"zoom": 1.0, "frame": {"width": 1, "border": {"name": "dashed", "gap": 2}}}, {}),
     "a whole number for a float": ({"zoom": 1}, {}),
     "in a section": ({"frame": {"width": 2}}, {"frame": {"width": 2}}),
-    "in the named one that is the default": (
-        {"shape": {"name": "round", "radius": 2}},
-        {"shape": {"name": "round", "radius": 2.0}},
-    ),
+    "in the named one that is the default": ({"shape": {"name": "round", "radius": 2}},
+        {"shape": {"name": "round", "radius": 2.0}}),
     "another name": ({"frame": {"border": {"name": "plain"}}}, {"frame": {"border": {"name": "plain"}}}),
-    "another name, with a key": (
-        {"shape": {"name": "square", "side": 4, "border": {"name": "plain"}, "corners": [0.5]}},
-        {"shape": {"name": "square", "side": 4}},
-    ),
-    "two levels down": (
-        {"shape": {"name": "square", "side": 4, "border": {"name": "dashed", "dash": 3, "gap": 3}}},
-        {"shape": {"name": "square", "side": 4, "border": {"name": "dashed", "gap": 3}}},
-    ),
-    "a list": (
-        {"shape": {"name": "square", "side": 4, "corners": [1]}},
-        {"shape": {"name": "square", "side": 4, "corners": [1.0]}},
-    ),
-}
+    "another name, with a key": ({"shape": {"name": "square", "side": 4, "border": {"name": "plain"},
+        "corners": [0.5]}},
+        {"shape": {"name": "square", "side": 4}}),
+    "two levels down": ({"shape": {"name": "square", "side": 4, "border": {"name": "dashed", "dash": 3, "gap": 3}}},
+        {"shape": {"name": "square", "side": 4, "border": {"name": "dashed", "gap": 3}}}),
+    "a list": ({"shape": {"name": "square", "side": 4, "corners": [1]}},
+        {"shape": {"name": "square", "side": 4, "corners": [1.0]}}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DIFFERING)
