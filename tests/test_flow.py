@@ -132,7 +132,7 @@ def reached(folder: Path) -> tuple[int, int]:
     return (progress["epoch"], progress["step"]) if progress else (0, 0)
 
 
-@pytest.mark.timeout(600)  # three commands
+@pytest.mark.timeout(900)  # four commands
 def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     project: Path, tmp_path: Path, prefect_server: str, ray_here: None, here: Here
 ):
