@@ -132,7 +132,7 @@ def reached(folder: Path) -> tuple[int, int]:
     return (progress["epoch"], progress["step"]) if progress else (0, 0)
 
 
-@pytest.mark.timeout(600)  # three commands
+@pytest.mark.timeout(900)  # four commands
 def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     project: Path, tmp_path: Path, prefect_server: str, ray_here: None, here: Here
 ):
@@ -156,8 +156,7 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
             "stopping: every run saves its state; Ctrl-C again exits at once\nstopped: the same command resumes",
         )
         at = saved(folder)
-        assert at >= reached(folder)
-        assert at[1] > 0, "saved in mid-epoch"
+        assert at >= reached(folder) > (0, 0)
         wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "FAILED")
         assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
 

@@ -79,7 +79,7 @@ def epochs_of(folder: Path) -> int:
     return sum(trial.epoch for trial in sweeps.read_trials(folder)) if (folder / "sweep.json").exists() else 0
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)  # five commands
 def test_a_sweep_from_search_to_model(project: Path, prefect_server: str, here, ray_here):
     """Killed on the way, it goes on from its epochs. One choice brings a range of its own."""
     own = ["confirm_seeds=1", "changes.optimizer.lr=1e-7"]  # so that the base is not the best, which needs no other run
