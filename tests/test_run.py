@@ -159,7 +159,10 @@ OTHER: dict[str, Any] = {
 INNER: dict[str, list[dict[str, Any]]] = {
     "input": [{"channels": 3}, {"mean": [0.4]}, {"std": [0.3]}],
     "model": [{"batch_norm": False}, {"conv_dropout": 0.0}, {"dense_dropout": 0.0}],
-    "optimizer": [{"lr": 0.02}, {"weight_decay": 0.02}, {"name": "sgd"}, {"name": "sgd", "momentum": 0.8}, {"name": "sgd", "nesterov": True}],
+    "optimizer": [
+        {"lr": 0.02}, {"weight_decay": 0.02}, {"name": "sgd"}, {"name": "sgd", "momentum": 0.8},
+        {"name": "sgd", "nesterov": True},
+    ],
     "schedule": [
         {"warmup_epochs": 1}, {"min_lr_ratio": 0.5}, {"name": "linear"}, {"name": "linear", "min_lr_ratio": 0.5},
         {"name": "step", "step_epochs": [2], "step_factors": [0.75]},
