@@ -30,10 +30,15 @@ class Data(Section):
     dataset: Literal["sample", "ferplus"]
     path: str
     label_source: Literal["auto", "label_csv", "fer2013new"]
-    kaggle_competition: str
-    votes_url: str
-    votes_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     sample: Sample
+    kaggle_competition: str = "challenges-in-representation-learning-facial-expression-recognition-challenge"
+    """From which an empty `path` is filled."""
+    votes_url: str = "https://raw.githubusercontent.com/microsoft/FERPlus/master/fer2013new.csv"
+    """Where the votes are fetched from if they are not in `path`."""
+    votes_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = (
+        "9206e20d62f56475939f516847d61753e4860caeac9718b560129541b776fc2c"
+    )
+    """What the fetched votes must hash to."""
 
 
 class SuperResolution(Section):

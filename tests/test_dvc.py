@@ -15,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
@@ -167,7 +168,7 @@ def project(built: Path, tmp_path: Path) -> Path:
 def test_first_repro_leaves_the_lock_file_and_its_outputs_and_the_second_nothing(built: Path) -> None:
     assert call(built, "git", "status", "--short").split() == ["??", "dvc.lock"]
     plots = [f"splits/plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
-    tables = [f"splits/{name}" for name in ("summary.json", "test.csv", "train.csv", "val.csv")]
+    tables = [f"splits/{name}" for name in ("metrics.json", "summary.json", "test.csv", "train.csv", "val.csv")]
     raw = ["raw/images.npy", "raw/labels.csv", "raw/source.json"]
     assert list(outputs(built)) == [*raw, *plots, *tables, "upscaled/images.npy", "upscaled/upscale.json"]
     assert repro(built) == []
@@ -389,8 +390,13 @@ def test_metrics_and_plots_are_shown(project: Path) -> None:
     set_params(project, "super_resolution.method=lanczos", "super_resolution.scale=2")
     assert repro(project) == ["upscale", "split"]
     shown = json.loads(call(project, "dvc", "metrics", "show", "--json"))[""]["data"]
-    assert shown["data/splits/summary.json"]["data"]["totals"]["train"] > 0
-    restored = shown["data/upscaled/upscale.json"]["data"]["restored"]
+    metrics = shown["data/splits/metrics.json"]["data"]
+    counts = {name: len(pd.read_csv(project / f"data/splits/{name}.csv")) for name in ("train", "val", "test")}
+    assert {key: metrics[key] for key in counts} == counts
+    summary = json.loads((project / "data/splits/summary.json").read_text())
+    assert metrics["leaked"] == {key: summary["duplicates"][key] for key in metrics["leaked"]}
+    assert metrics["leaked"]["test_in_train"] > 0
+    restored = metrics["restored"]
     assert sorted(restored) == ["bicubic", "lanczos"]
     for quality in restored.values():
         assert 20 < quality["psnr"] < 60

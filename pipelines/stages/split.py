@@ -44,8 +44,23 @@ def split(params: Params) -> None:
             "super_resolution": _facts(UPSCALED / "upscale.json", "upscale", "method", "scale"),
             "raw_rows": {name: int((rows["usage"] == name).sum()) for name in splits.tables},
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        _write(folder / "summary.json", summary)
+        _write(folder / "metrics.json", _metrics(summary))
         _plots(folder / "plots", splits, images, source["dataset"])
+
+
+def _metrics(summary: dict) -> dict:
+    """What `dvc metrics` and `dvc exp show` compare: counts, images in two splits, how well upscaling restores."""
+    restored = summary["super_resolution"].get("restored")
+    return {
+        **summary["totals"],
+        "leaked": {key: count for key, count in summary["duplicates"].items() if key != "within_train"},
+        **({"restored": restored} if restored else {}),
+    }
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _facts(path: Path, stage: str, *keys: str) -> dict:
