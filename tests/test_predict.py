@@ -105,8 +105,10 @@ def test_same_subject_compares_with_the_face_that_is_given(
     evaluate(folder, people, Resources(device="cpu", eval_batch_size=16))
     wanted = pd.read_csv(folder / "predictions_test.csv", keep_default_na=False)[CLASSES].to_numpy()
     images, partners = faces_of(people)
-    found = Predictor(folder / "best").probabilities(images, neutral=partners)
-    np.testing.assert_allclose(found, wanted, atol=rounding)
+    predictor = Predictor(folder / "best")
+    for predictor.batch_size in (256, 7):
+        found = predictor.probabilities(images, neutral=partners)
+        np.testing.assert_allclose(found, wanted, atol=rounding)
     one = Predictor(folder / "best").probabilities(images[3:4], neutral=partners[3:4])
     np.testing.assert_allclose(one, wanted[3:4], atol=rounding)
     with pytest.raises(UserError) as caught:
