@@ -9,7 +9,8 @@ from pathlib import Path
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_HOME": str(Path.cwd() / ".prefect"),
+    # the project may be read-only but for data/, as in containers
+    "PREFECT_HOME": str(Path.cwd() / (".prefect" if os.access(".", os.W_OK) else "data/.prefect")),
     "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN": "1",  # otherwise Prefect's temporary server waits 5 s for its own clients
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default 20 is too short on a loaded machine
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -34,3 +35,6 @@ _DEFAULTS = {
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+for _name in ("no_proxy", "NO_PROXY"):  # servers on this machine are never behind a proxy
+    _known = [_host for _host in os.environ.get(_name, "").split(",") if _host]
+    os.environ[_name] = ",".join(dict.fromkeys([*_known, "127.0.0.1", "localhost"]))
