@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import mlflow
 import numpy as np
@@ -74,6 +74,7 @@ DATA_PARAMS = {  # summary.json of the splits -> params
     "seed": "split.seed",
     "dropped_leaked_train": "split.dropped_leaked_train",
 }
+SQLITE = "sqlite:///"
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -101,7 +102,10 @@ class Tracker:
                 f"tracking.experiment: '{experiment}' was deleted; bring it back with "
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}` or name another one"
             )
-        # once and before any thread: two first uses at a time break the store
+        if found is None and self.uri.startswith(SQLITE):  # MLflow's own choice is a folder of the working directory
+            artifacts = Path(self.uri.removeprefix(SQLITE)).parent / "mlruns" / quote(experiment, safe="")
+            self.client.create_experiment(experiment, artifacts.as_uri())
+        # once, before there are threads: concurrent first use breaks the store
         chosen = mlflow.set_experiment(experiment).experiment_id
         # else the UI opens with tools for language models
         self.client.set_experiment_tag(chosen, "mlflow.experimentKind", "custom_model_development")
@@ -480,9 +484,8 @@ def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
 def tracking_uri(configured: str) -> str:
     """MLFLOW_TRACKING_URI, or else `configured`; a relative SQLite path becomes absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        return prefix + str(Path(uri.removeprefix(prefix)).resolve())
+    if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
+        return SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
     return uri
 
 
