@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -22,6 +23,7 @@ from fer.errors import UserError
 from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
 from pipelines.experiments import Job
+from pipelines.processes import other_drivers
 from pipelines.work import Ended, work
 
 FREE_MEMORY = (
@@ -49,17 +51,35 @@ def start_ray() -> None:
     }
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        try:
-            _knock(address)
-            ray.init(**options)
-        except (OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"RAY_ADDRESS: no cluster answers at {address} ({reason}); start it, or unset the variable to run here"
-            ) from None
-    else:
+        _join(address, options)
+        return
+    try:
         # without "local", Ray joins the cluster last started on this machine, whether it still runs or not
         ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **options)
+    except OSError as error:
+        raise UserError(
+            f"RAY_TMPDIR: Ray cannot keep its files in {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} "
+            f"({_first_line(error)}); set it to a folder of your own with a short path"
+        ) from None
+    _refuse_shared_gpus()
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    """Connect to a cluster. Raises UserError if it does not answer, or does not let this process in."""
+    try:
+        _knock(address)
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS: no cluster answers at {address} ({_first_line(error)}); "
+            "start it, or unset the variable to run here"
+        ) from None
+    try:
+        ray.init(**options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: cannot join the cluster at {address} ({_first_line(error)}); is it running, and are "
+            "RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN, ~/.ray/auth_token) those that it was started with?"
+        ) from None
 
 
 def _knock(address: str) -> None:
@@ -67,6 +87,23 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _refuse_shared_gpus() -> None:
+    """Raises UserError if another driver's Ray holds the GPUs of this machine: each believes that all are its own."""
+    if not ray.cluster_resources().get("GPU"):
+        return
+    others = other_drivers("raylet")
+    if others:
+        ray.shutdown()
+        raise UserError(
+            f"process {others[0]} already trains on the GPUs of this machine; wait for it, or let both share one Ray: "
+            "`ray start --head`, and RAY_ADDRESS=auto for each"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_resources(jobs: Iterable[Job]) -> None:

@@ -25,3 +25,18 @@ def alive(process: str) -> bool:
 def mark_children() -> None:
     """Mark every process that this one starts from now on as its own."""
     os.environ[MARK] = process_id(os.getpid())
+
+
+def other_drivers(program: str) -> list[int]:
+    """Process ids of other living drivers of this machine that have started `program`."""
+    import psutil
+
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(MARK, "") if process.name() == program else ""
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if mark != os.environ.get(MARK) and alive(mark):
+            found.add(int(mark.partition(":")[0]))
+    return sorted(found)

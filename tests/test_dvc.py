@@ -170,14 +170,7 @@ def test_first_repro_leaves_the_lock_file_and_its_outputs_and_the_second_nothing
     plots = [f"splits/plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
     tables = [f"splits/{name}" for name in ("metrics.json", "summary.json", "test.csv", "train.csv", "val.csv")]
     raw = ["raw/images.npy", "raw/labels.csv", "raw/source.json"]
-    assert list(outputs(built)) == [
-        *raw,
-        tables[0],
-        *plots,
-        *tables[1:],
-        "upscaled/images.npy",
-        "upscaled/upscale.json",
-    ]
+    assert list(outputs(built)) == sorted([*raw, *plots, *tables, "upscaled/images.npy", "upscaled/upscale.json"])
     assert repro(built) == []
 
 
