@@ -168,6 +168,8 @@ def test_brightness_and_contrast_are_factors(draw: float, factor: float) -> None
     torch.testing.assert_close(brighter, (factor * images).clamp(0, 1), atol=1e-6, rtol=0)
     steeper = fixed(images, {CONTRAST: draw}, contrast=0.5)
     torch.testing.assert_close(steeper, (mean + factor * (images - mean)).clamp(0, 1), atol=1e-6, rtol=0)
+    both = fixed(images, {BRIGHTNESS: 0.0, CONTRAST: draw}, brightness=0.5, contrast=0.5)  # half as bright, then that
+    torch.testing.assert_close(both, 0.5 * (mean + factor * (images - mean)).clamp(0, 2), atol=1e-6, rtol=0)
 
 
 def colours(*pixels: tuple[float, float, float]) -> Tensor:

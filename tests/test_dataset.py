@@ -73,7 +73,7 @@ def test_classes_and_prior_come_from_the_split_stage(data: Path) -> None:
     torch.testing.assert_close(opened.prior(), 0.7 * torch.eye(8) + 0.0375)
 
 
-def test_leaked_are_those_with_a_twin_in_train_or_val(data: Path) -> None:
+def test_leaked_are_those_with_a_duplicate_in_train_or_val(data: Path) -> None:
     set_cell("train", 5, duplicate_of="2.png", duplicate_in="train")(data)  # a copy within train is no leak
     set_cell("val", 7, duplicate_of="0.png", duplicate_in="train")(data)
     set_cell("test", 5, duplicate_of="96.png", duplicate_in="val")(data)

@@ -336,54 +336,6 @@ def test_kill_in_the_middle_then_repro_finishes(
     assert not list(project.glob("data/*.partial"))
 
 
-def mount(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
-
-
-@pytest.fixture
-def small_disk(project: Path) -> Iterator[Path]:
-    """The project with data/ on a file system of its own, of 1.3 MB, with the input of each stage; only root has it."""
-    raw, upscaled = project.parent / "raw", project.parent / "upscaled"
-    shutil.move(project / "data" / "raw", raw)
-    shutil.move(project / "data" / "upscaled", upscaled)
-    mount("mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", str(project / "data"))
-    try:
-        shutil.move(raw, project / "data" / "raw")
-        (project / "data" / "upscaled").symlink_to(upscaled)
-        yield project
-    finally:
-        subprocess.run(["umount", project / "data"], check=True)
-
-
-def stage_error(project: Path, stage: str) -> str:
-    """Run a stage that must fail as a user's mistake does: status 2, one line `error: ...`."""
-    printed = call(project, "python", "-m", f"pipelines.stages.{stage}", status=2)
-    assert printed.startswith("error: ")
-    assert printed.count("\n") == 1, printed
-    return printed
-
-
-@slow
-def test_full_and_read_only_disks_are_one_line_and_leave_nothing_half_written(small_disk: Path) -> None:
-    free = shutil.disk_usage(small_disk / "data").free
-    (small_disk / "data" / "filler").write_bytes(bytes(free - 8192))
-    before = outputs(small_disk)
-    for stage in STAGES:
-        message = stage_error(small_disk, stage)
-        assert message.startswith("error: cannot write data")
-        assert message.endswith("free some space and run the command again\n")
-        assert outputs(small_disk) == before
-        assert not list(small_disk.glob("data/*.partial"))
-    mount("mount", "-o", "remount,ro", str(small_disk / "data"))
-    for stage in STAGES:
-        assert stage_error(small_disk, stage) == (
-            f"error: cannot write data/{FOLDERS[stage]}.partial: the file system is read-only:"
-            " choose another place and run the command again\n"
-        )
-
-
 @slow
 @needs_dvc
 def test_metrics_and_plots_are_shown(project: Path) -> None:

@@ -1,4 +1,4 @@
-"""Filling an empty folder: a local web server stands in for GitHub, a module of our own for kagglehub."""
+"""Filling an empty folder, with a local web server for GitHub and a fake module for kagglehub."""
 
 import errno
 import hashlib
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A kagglehub that serves three files; the handles it was asked for."""
+    """A kagglehub that serves three files; returns the handles of all requests."""
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     served = tmp_path / "cache"
     served.mkdir()

@@ -81,7 +81,7 @@ def test_a_resized_image_is_grey_as_before_and_does_not_depend_on_its_batch() ->
     ("side", "colour", "parts"), [(48, False, [9]), (200, False, [6, 3]), (200, True, [2, 2, 2, 2, 1])]
 )
 def test_images_are_changed_a_few_at_a_time(side: int, colour: bool, parts: list[int]) -> None:
-    """As many as stay in the cache; `rows` tells which they are."""
+    """As many as stay in the cache; `rows` are their places in the batch."""
     shape = (9, side, side, 3) if colour else (9, side, side)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
     added = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)

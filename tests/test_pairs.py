@@ -66,7 +66,7 @@ def test_partners_of_images_and_epochs_are_drawn_apart() -> None:
 def test_partners_come_from_seed_and_epoch(same_subject: bool) -> None:
     split = split_of(LABELS * 5, SUBJECTS * 5)
     one, other = Pairs(split, CLASSES, same_subject), Pairs(split, CLASSES, same_subject)
-    other.drawn(9, 9)  # what was drawn before is no matter
+    other.drawn(9, 9)  # earlier draws do not matter
     assert one.drawn(1, 2).tolist() == other.drawn(1, 2).tolist()
     drawn = {tuple(one.drawn(seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(drawn) == 9

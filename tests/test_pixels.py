@@ -1,4 +1,4 @@
-"""The images of a split come in the order that is asked for, from memory or read ahead by other processes."""
+"""The images of a split come in the requested order, from memory or prefetched by other processes."""
 
 import json
 import multiprocessing

@@ -20,7 +20,7 @@ SPLITS = ["train", "train", "val", "val", "test", "test"]
 NAMES = ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 48, 48), dtype=np.uint8)
 VOTES = np.arange(60).reshape(6, 10)
-LABEL_CSV_VOTES = VOTES + 100  # a panel of its own, to tell the two label sources apart
+LABEL_CSV_VOTES = VOTES + 100  # others, to distinguish the two label sources
 
 
 def images_csv(header: str = "emotion,pixels,Usage", usages: list[str] = USAGES, images: np.ndarray = IMAGES) -> str:
@@ -305,7 +305,7 @@ KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
         instead("fer2013.tar.gz", HALF_TAR),
         "{root}/fer2013.tar.gz: is truncated or damaged (unexpected end of data): download it again",
     ),
-    "a tar.gz that is none": (
+    "a tar.gz that is html": (
         instead("fer2013.tar.gz", b"<html>sign in</html>"),
         "{root}/fer2013.tar.gz: is truncated or damaged (not a gzip file): download it again",
     ),
@@ -313,7 +313,7 @@ KAGGLE_MISTAKES: dict[str, tuple[Edit, str]] = {
         instead("fer2013.tar.gz", tar_gz("x", "fer2013/other.csv")),
         "{root}/fer2013.tar.gz: contains neither fer2013.csv nor icml_face_data.csv: download fer2013.tar.gz again",
     ),
-    "a zip that is none": (
+    "a zip that is html": (
         instead("kaggle.zip", b"<html>sign in</html>"),
         "{root}/kaggle.zip: is truncated or damaged (File is not a zip file): download it again",
     ),

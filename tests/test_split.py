@@ -95,13 +95,13 @@ def test_duplicates_are_marked_with_the_training_image_or_that_of_val() -> None:
             row("train", "unclear", fear=5, sadness=5),
             row("val", "copy", name="v", fear=9),
             row("test", "copy", name="t", anger=9),  # in train and in val
-            row("test", "unclear", fear=9),  # its twin is not in the train split: no leak
-            row("val", "val-anger", name="twin in val", anger=9),  # a copy within val is no leak
+            row("test", "unclear", fear=9),  # its duplicate is not in the train split: no leak
+            row("val", "val-anger", name="copy in val", anger=9),  # a copy within val is no leak
             row("test", "val-anger", name="a", anger=9),  # in val twice: the first is named
             row("test", "val-anger", name="b", anger=9),
             row("val", "dropped", fear=5, sadness=5),
-            row("test", "dropped", fear=9),  # its twin is not in the val split
-            row("test", "test-fear", name="twin in test", fear=9),  # a copy within test is no leak
+            row("test", "dropped", fear=9),  # its duplicate is not in the val split
+            row("test", "test-fear", name="copy in test", fear=9),  # a copy within test is no leak
         )
     )
     assert marked(splits, "train") == {"third": "second", "": "second"}
@@ -209,7 +209,7 @@ def test_only_kept_training_images_are_duplicates() -> None:
         assert marked(half, "val") == {"v": first}
         assert marked(half, "test") == {"t": first}
         firsts.add(first)
-    assert firsts > {"copy 0"}  # by some seeds it is left out, and the first of the kept ones stands in for it
+    assert firsts > {"copy 0"}  # some seeds leave it out; then the first that is kept is the original
 
 
 def test_train_share_is_of_what_the_leaked_images_leave() -> None:

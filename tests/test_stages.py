@@ -1,5 +1,6 @@
 """The stages as commands: their exit status, what they print, and what they import."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -40,9 +41,19 @@ def test_no_stage_loads_torch_where_no_network_upscales(tmp_path: Path) -> None:
     [
         (UserError("data.path: one", "data.path: two"), "error: data.path: one\nerror: data.path: two\n"),
         (
-            PermissionError(13, "Permission denied", "data/raw"),
+            PermissionError(errno.EACCES, "Permission denied", "data/raw"),
             "error: cannot write data/raw: permission denied: change the owner or mode, or choose another place and run"
             " the command again\n",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "data/raw.partial"),
+            "error: cannot write data/raw.partial: the file system is read-only: choose another place and run the"
+            " command again\n",
+        ),
+        (
+            OSError(errno.EFBIG, "File too large"),
+            "error: cannot write data: the file would exceed the size limit: raise it (ulimit -f) and run the command"
+            " again\n",
         ),
     ],
 )
@@ -63,7 +74,7 @@ def test_a_users_mistake_is_printed_and_the_status_is_2(
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(params: Params) -> None:
-        raise OSError(5, "Input/output error")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.chdir(ROOT)
     with pytest.raises(OSError, match="Input/output error"):

@@ -1,4 +1,4 @@
-"""Swin2SR: shapes, transformers' own numbers on whole windows, and every network that is not the one asked for."""
+"""Swin2SR: the numbers of transformers, padding to whole windows, and networks that do not fit."""
 
 import json
 import os

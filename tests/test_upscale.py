@@ -172,7 +172,7 @@ def tinted(images: np.ndarray, scale: int = 2, shift: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tint]:
-    """Puts a Tint in the place of Swin2SR, with a file of weights that is as good as any."""
+    """Puts a Tint in the place of Swin2SR, with some file of weights."""
 
     def put(*args: Any, **keys: Any) -> Tint:
         network = Tint(*args, **keys)
@@ -294,7 +294,7 @@ def test_the_batch_is_halved_for_the_whole_output_when_memory_runs_out(
     )
 
 
-def test_the_halved_batch_outlives_the_process(
+def test_the_halved_batch_survives_the_process(
     raw: Path, shards: list[int], pretend: Callable[..., Tint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(2, 40, room=[4])
@@ -445,7 +445,7 @@ CHANGES: dict[str, tuple[Callable[[], object], dict[str, object], bool]] = {
     "another network of the hub": (lambda: None, {"hub_id": "other/network"}, False),
     "scale": (lambda: None, {"scale": 4}, False),
     "progress.json": (lambda: (PARTIAL / "progress.json").write_bytes(b""), {}, False),
-    "progress.json, torn": (lambda: (PARTIAL / "progress.json").write_text('{"fingerp'), {}, False),
+    "progress.json, truncated": (lambda: (PARTIAL / "progress.json").write_text('{"fingerp'), {}, False),
 }
 
 
@@ -466,7 +466,7 @@ def test_progress_is_kept_unless_something_else_would_come_out(
     assert beside() == ["raw", "upscaled"]
 
 
-def test_progress_is_thrown_away_when_rows_or_shards_have_another_size(
+def test_progress_is_discarded_when_rows_or_shards_have_another_size(
     raw: Path, shards: list[int], pretend: Callable[..., Tint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that turns out to keep grey, as on another device; then shards of another size."""

@@ -1,0 +1,1 @@
+"""Data sets: labels, readers, splits, augmentation."""

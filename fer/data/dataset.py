@@ -122,7 +122,7 @@ class DataSet:
             raise UserError(f"{path}: holds no image; {AGAIN}")
         if table["row"].max() >= len(self.images):
             raise UserError(f"{path}: row {table['row'].max()} is not in upscaled/images.npy; run `dvc repro`")
-        twin_in = table["duplicate_in"].to_numpy(str) if name != "train" else np.full(len(table), "")
+        found_in = table["duplicate_in"].to_numpy(str) if name != "train" else np.full(len(table), "")
         return Split(
             name=name,
             images=self.images,
@@ -131,8 +131,8 @@ class DataSet:
             subjects=table["subject"].tolist(),
             labels=torch.tensor(table["label"].to_numpy(np.int64)),
             targets=torch.tensor(table[self.classes].to_numpy(np.float32)),
-            in_train=torch.tensor(twin_in == "train"),
-            in_val=torch.tensor(twin_in == "val"),
+            in_train=torch.tensor(found_in == "train"),
+            in_val=torch.tensor(found_in == "val"),
         )
 
 
