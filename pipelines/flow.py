@@ -192,7 +192,8 @@ def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
     jobs, tracker = prepare(words)
     flow_page.introduce({*(job.name for job in jobs.values()), *experiments.split(words)[1]})
-    close_abandoned(tracker)
+    tracker.close_abandoned()
+    flow_page.close_abandoned()
     launcher = Launcher()
     with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: launcher.stop(PATIENCE), tracker):
         failed = _train_all(jobs, tracker, launcher, {})
@@ -247,12 +248,6 @@ def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[N
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
-
-
-def close_abandoned(tracker: Tracker) -> None:
-    """Close the MLflow and Prefect runs that killed processes of this host left open."""
-    tracker.close_abandoned()
-    flow_page.close_abandoned()
 
 
 def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> dict[str, BaseException]:
@@ -317,7 +312,8 @@ def sweep(words: Annotated[list[str], Field(examples=[["tiny", "trials=20"]])], 
     plan, tracker = prepare_sweep(words, new)
     data = open_data(DATA)
     flow_page.introduce({plan.name, plan.base.name, *experiments.split(words)[1]})
-    close_abandoned(tracker)
+    tracker.close_abandoned()
+    flow_page.close_abandoned()
     launcher = Launcher()
     with (
         guarded(tracker.uri, tracker.name),

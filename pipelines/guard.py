@@ -37,7 +37,7 @@ def main() -> None:
     uri, experiment = sys.stdin.read().splitlines()
     import psutil
 
-    from pipelines import flow  # takes seconds, which a starting driver needs for itself
+    from pipelines import flow_page  # takes seconds, which a starting driver needs for itself
     from pipelines.tracking import Tracker
 
     left = set()
@@ -51,7 +51,8 @@ def main() -> None:
     for process in left - {psutil.Process()}:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    flow.close_abandoned(Tracker(uri, experiment))
+    Tracker(uri, experiment).close_abandoned()
+    flow_page.close_abandoned()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ FRAMEWORKS = {
 LAZY = {"pipelines.stages.fetch": {"kagglehub"}, "pipelines.stages.upscale": {"pipelines.launch"}}
 # framework -> the modules that import it, at whatever place
 OWNERS = {
-    "prefect": {"pipelines.flow"},
+    "prefect": {"pipelines.flow", "pipelines.flow_page"},
     "mlflow": {"pipelines.tracking"},
     "ray": {"pipelines.launch", "pipelines.sweeps.search"},
     "optuna": {"pipelines.sweeps.search"},
@@ -46,7 +46,7 @@ LAYERS = [
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
     {"pipelines.params", "pipelines.processes", "pipelines.ui"},
-    {"pipelines.experiments"},
+    {"pipelines.experiments", "pipelines.flow_page"},
     {"pipelines.work"},
     {"pipelines.launch", "pipelines.sweeps.settings", "pipelines.sweeps.space"},
     {"pipelines.sweeps.folder"},

@@ -15,12 +15,13 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN, CPU, answers, free_port, make_data, small_run, wait_for
+from conftest import BIN, CLASSES, CPU, answers, free_port, make_data, small_run, wait_for
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.predict import Predictor
+from fer.signals import Stopped
 from fer.train import fit
 from pipelines import tracking
 from pipelines.experiments import Job
@@ -107,19 +108,34 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
         assert len(tracker.client.search_model_versions("name = 'fer-bars'")) == 1
         assert tracker.recorded(folder)
     assert run.info.run_name == run.data.tags["fer.run_id"] == folder.name
-    some = {"name": "small", "model.name": "vgg13", "optimizer.lr": "0.01", "augment.flip": "0.5"}
-    assert some.items() <= run.data.params.items()
+    settings = {"experiment": "small", "model.name": "vgg13", "optimizer.lr": "0.01", "model.width": "0.0625"}
+    made = {"data.dataset": "bars", "split.label_mode": "majority"}
+    assert (settings | made).items() <= run.data.params.items()
+    assert "augment.flip" not in run.data.params  # a default
     assert not [key for key in run.data.params if key.startswith("resources")]  # no part of what the run is
+    assert run.data.tags["experiment"] == "small"
+    assert run.data.metrics["best_val_accuracy"] == summary["val"]["accuracy"]
+    assert {"train/lr", "train/seconds"} <= run.data.metrics.keys()
+    final = tracker.client.get_metric_history(run.info.run_id, "final/test_accuracy")
+    assert {point.step for point in final} == {0}  # drawn as a bar
     assert run.data.tags["data_hash"] == summary["data_hash"]
     for part in ("val", "test", "test_unleaked", "test_without_train"):
         assert run.data.metrics[f"final/{part}_accuracy"] == summary[part]["accuracy"]
     files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
     assert {"confusion_matrix.png", "predictions_test.csv", "predictions_val.csv", "summary.json"} <= files
-    assert run.inputs.dataset_inputs[0].dataset.digest == summary["data_hash"]
+    inputs = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+    assert {key: data.digest for key, data in inputs.items()} == {
+        key: f"{summary['data_hash']}-{key}" for key in ("train", "val", "test")
+    }
+    assert json.loads(inputs["val"].profile)["images"] == 40
+    (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
+    assert version.description == run.data.tags["mlflow.note.content"]
 
     model = mlflow.pyfunc.load_model("models:/fer-bars@champion")
     images = np.load(data / "upscaled" / "images.npy")[:5]
-    np.testing.assert_allclose(model.predict(images), Predictor(folder / "best").probabilities(images), atol=1e-6)
+    served = model.predict(images)
+    assert list(served.columns) == CLASSES
+    np.testing.assert_allclose(served, Predictor(folder / "best").probabilities(images), atol=1e-6)
     assert "python_function" in model.metadata.flavors
     stored = Path(mlflow.artifacts.download_artifacts("models:/fer-bars@champion"))
     assert not [path for path in stored.rglob("*") if path.suffix in (".pkl", ".pickle")]
@@ -153,26 +169,6 @@ def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version
     assert kept == json.loads((folder / "summary.json").read_text())
 
 
-def test_a_note_of_recording_counts_whole_and_for_its_server_and_experiment_alone(tmp_path: Path, tracker: Tracker):
-    note = {"uri": tracker.uri, "experiment": "test", "mlflow_run": "1", "registered": "fer-bars", "version": 1}
-    note["finished"] = 12.5
-    (tmp_path / "summary.json").write_text(json.dumps({"finished": 12.5}))
-
-    def recorded(text: str) -> bool:
-        (tmp_path / "tracked.json").write_text(text)
-        return tracker.recorded(tmp_path)
-
-    assert recorded(json.dumps(note))
-    others = {"uri": "sqlite:////elsewhere/mlflow.db", "experiment": "other", "finished": 12.0}  # evaluated again
-    for key, other in others.items():
-        assert not recorded(json.dumps(note | {key: other}))
-        assert not recorded(json.dumps({name: value for name, value in note.items() if name != key}))
-    for broken in ("", "{", "[]", "null", '"uri"', '{"uri": ', "\x00", "{}"):
-        assert not recorded(broken)
-    (tmp_path / "summary.json").unlink()
-    assert not recorded(json.dumps(note))
-
-
 @pytest.mark.parametrize(
     ("found", "commit"),
     [
@@ -204,6 +200,46 @@ def test_an_error_ends_the_run_failed_with_its_reason_and_the_next_try_continues
     assert only_run(tracker).info.status == "FINISHED"
     assert "fer.error" not in only_run(tracker).data.tags
     assert [step for step, _ in points(tracker)] == [1, 2]
+
+
+def test_a_run_that_a_person_stopped_is_killed_and_says_how_it_goes_on(folder: Path, tracker: Tracker):
+    with pytest.raises(Stopped):
+        record(tracker, folder, raising(Stopped("stopped in epoch 2; run the same command to resume")))
+    run = only_run(tracker)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["fer.error"] == "stopped in epoch 2; run the same command to resume"
+
+
+def test_what_the_server_has_lost_is_recorded_again(folder: Path, tracker: Tracker):
+    record(tracker, folder)
+    tracker.client.delete_run(only_run(tracker).info.run_id)
+    assert not tracker.recorded(folder)
+    record(tracker, folder)
+    assert tracker.recorded(folder)
+
+
+def test_a_deleted_experiment_is_one_line(tracker: Tracker):
+    tracker.client.delete_experiment(tracker.experiment)
+    with pytest.raises(UserError) as caught:
+        Tracker(tracker.uri, "test")
+    assert str(caught.value) == (
+        f"tracking.experiment: 'test' was deleted; bring it back with `mlflow experiments restore --experiment-id "
+        f"{tracker.experiment}` or name another one"
+    )
+
+
+def test_how_the_data_were_made_is_told_by_params_and_the_note(folder: Path, tracker: Tracker):
+    data = folder.parents[1]
+    for path in (data / "splits/summary.json", folder / "summary.json"):
+        content = json.loads(path.read_text())
+        about = content.get("data", content)
+        about["super_resolution"] = {"method": "lanczos", "scale": 2}
+        path.write_text(json.dumps(content))
+    record(tracker, folder)
+    run = only_run(tracker)
+    assert run.data.params["super_resolution.method"] == "lanczos"
+    assert run.data.params["super_resolution.scale"] == "2"
+    assert "upscaled by lanczos x2" in run.data.tags["mlflow.note.content"]
 
 
 def test_a_run_killed_before_its_parameters_were_written_gets_them_on_the_next_try(folder: Path, tracker: Tracker):
@@ -244,7 +280,8 @@ def test_runs_of_dead_processes_are_closed_and_those_of_live_ones_left(folder: P
         assert tracker.close_abandoned() == [dead.name]
         assert (status(live.name), status(dead.name)) == ("RUNNING", "FAILED")
 
-    record(tracker, live, lambda: record(tracker, dead, inside))
+    with ThreadPoolExecutor(1) as other:  # as a flow's tasks
+        record(tracker, live, lambda: other.submit(record, tracker, dead, inside).result())
 
 
 def test_guard_closes_the_runs_of_a_process_that_is_killed(folder: Path, tracker: Tracker):
