@@ -17,6 +17,14 @@ from pipelines.processes import process_id
 from pipelines.ui import Server, serve
 
 
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def shell(code: str) -> list[str]:
     return ["bash", "-c", code]
 
