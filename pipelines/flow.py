@@ -19,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.futures import wait
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Completed, Failed, State
+from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
@@ -232,8 +232,7 @@ def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[N
         threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal as well
         try:
             tracker.leave()
-            with get_client(sync_client=True) as client:
-                client.set_flow_run_state(run_id, Cancelled(message=signal.Signals(signum).name), force=True)
+            flow_page.cancel(run_id, signal.Signals(signum).name)
         finally:
             os._exit(128 + signum)
 

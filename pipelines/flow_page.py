@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
-from prefect.states import Crashed, State
+from prefect.states import Cancelled, Crashed, State
 
 from fer.errors import UserError
 from pipelines.processes import alive, process_id
@@ -66,16 +66,24 @@ def close_abandoned() -> None:
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN))),
         )
         for run in found:
-            if run.labels.get(HOST) != socket.gethostname() or alive(str(run.labels.get(PROCESS, ""))):
-                continue
-            state: State = Crashed(message="the process was killed; the same command resumes its runs")
-            tasks = client.read_task_runs(
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
-                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
-            )
-            for task in tasks:
-                client.set_task_run_state(task.id, state, force=True)
-            client.set_flow_run_state(run.id, state, force=True)
+            if run.labels.get(HOST) == socket.gethostname() and not alive(str(run.labels.get(PROCESS, ""))):
+                _close(client, run.id, Crashed(message="the process was killed; run the same command to resume"))
+
+
+def cancel(run_id: str, reason: str) -> None:
+    """Set a flow run and its tasks CANCELLED."""
+    with get_client(sync_client=True) as client:
+        _close(client, UUID(run_id), Cancelled(message=reason))
+
+
+def _close(client: Any, run_id: UUID, state: State) -> None:
+    tasks = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
+    )
+    for task in tasks:
+        client.set_task_run_state(task.id, state, force=True)
+    client.set_flow_run_state(run_id, state, force=True)
 
 
 class Progress:

@@ -157,7 +157,9 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
         )
         at = saved(folder)
         assert at >= reached(folder) > (0, 0)
-        wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "FAILED")
+        wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "KILLED")
+        if not everywhere:
+            wait_for(lambda: last_flow_run() == ("CANCELLED", {"small"}))
         assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
 
     killed = start_fer(project, "train", "small", PREFECT_API_URL=prefect_server)
@@ -165,6 +167,7 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     killed.kill()
     killed.communicate()
     wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "FAILED")
+    wait_for(lambda: last_flow_run() == ("CRASHED", {"small"}))
     assert at[0] < len(epochs_done(project)["small"]) < last
     assert not (folder / "summary.json").exists()
 
@@ -175,6 +178,17 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     uncut = fit("small", run, Resources(), project / "data", tmp_path / "uncut")
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (folder / name).read_bytes() == (uncut / name).read_bytes()
+
+
+def last_flow_run() -> tuple[str, set[str]]:
+    """State and tags of the flow run that was started last; it has the state of its tasks."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert run.state is not None
+    return run.state.type.value, set(run.tags)
 
 
 # Dead workers and errors
