@@ -191,9 +191,10 @@ class Pixels:
         if self.streams:
             free, _ = torch.cuda.mem_get_info(device)
             if len(split) * split.images[0].nbytes <= data_share * free:
-                self._load()
+                self.load()
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Keep the whole split on the device from here on."""
         self.streams, step = False, 1024
         shape = (len(self.split), *self.split.images.shape[1:])
         self.resident = torch.empty(shape, dtype=torch.uint8, device=self.device)

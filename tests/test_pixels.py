@@ -63,7 +63,7 @@ def test_batches_that_are_read_ahead_come_in_their_order(split: Split) -> None:
 def test_images_that_the_device_holds(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = Pixels(split, CPU, 0.5, 2)
     from_file = [pixels(index).numpy() for index in PLAN]
-    pixels._load()
+    pixels.load()
     assert pixels.resident is not None
     monkeypatch.setattr(Split, "pixels", None)  # the file is not read again
     for index, batch, before in zip(PLAN, pixels.ahead(PLAN), from_file):
@@ -83,7 +83,7 @@ def test_a_split_is_held_where_it_takes_no_more_than_its_share(
 ) -> None:
     loaded: list[int] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 40 * split.images[0].nbytes, 10**12))
-    monkeypatch.setattr(Pixels, "_load", lambda pixels: loaded.append(len(pixels.split)))
+    monkeypatch.setattr(Pixels, "load", lambda pixels: loaded.append(len(pixels.split)))
     Pixels(split, Gpu(), share, 2)  # type: ignore[arg-type]
     assert loaded == ([40] if held else [])
 
@@ -98,7 +98,7 @@ def test_a_run_is_the_same_wherever_its_images_are(tmp_path: Path, monkeypatch: 
             real(pixels, *arguments)
             pixels.streams = place == "ahead"
             if place == "device":
-                pixels._load()
+                pixels.load()
 
         with monkeypatch.context() as patch:
             patch.setattr(Pixels, "__init__", placed)

@@ -1,15 +1,14 @@
 """The only module that uses Ray Tune and Optuna: runs the trials of a sweep, several in parallel.
 
 The state is in the folders of the trials. Each start is a new search that first replays all of them: a trial reports
-its rows, and then is done or resumes from its last epoch. So none of Tune's own state is kept, and a larger budget,
-another machine or another version of Ray is the same case as a killed process.
+its rows, and then is done or resumes from its last epoch. So a larger budget, another machine or another version of Ray
+is the same case as a killed process. Tune's own state, in tune/, is never read; it is left for Ray's own tools.
 """
 
 import logging
 import math
 import os
 import shutil
-import uuid
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pipelines.sweeps.space import Params, changed, grid
 from pipelines.work import work
 
 METRIC, TIME = "best", "epoch"
+TUNE = "tune"  # folder of Tune's state in that of the sweep
 WORST = 0.0  # reported for a trial that fails
 logging.getLogger("ray.tune").setLevel(logging.ERROR)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -89,8 +89,8 @@ def _seconds_left(plan: Plan, before: list[Trial]) -> float:
 
 def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) -> None:
     """Search with Tune until there are `wanted` trials, of which the `known` points come first."""
-    sweep, storage = plan.sweep, (plan.folder / ".tune").resolve()
-    shutil.rmtree(storage, ignore_errors=True)  # left by a killed process; it is never read
+    sweep, storage = plan.sweep, plan.folder.resolve()
+    shutil.rmtree(storage / TUNE, ignore_errors=True)  # of the last start; Tune would silently continue it
     mistake = _Mistake()
     tuner = tune.Tuner(
         tune.with_resources(
@@ -110,17 +110,14 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=uuid.uuid4().hex,
+            name=TUNE,
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=sweep.restarts),
             stop=mistake,
             verbose=0,
         ),
     )
-    try:
-        found = tuner.fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
+    found = tuner.fit()
     if mistake.message:
         raise UserError(mistake.message)
     for index in range(len(found)):
