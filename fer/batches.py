@@ -50,7 +50,7 @@ class TrainBatches:
         share = sum(len(index) for index, _ in parts)
         draws = self.augment.draw(share * self.world, seed_of(*here))
         mixture = None
-        if epoch < run.epochs - run.augment.unmixed_epochs:
+        if epoch < run.epochs - run.unmixed_epochs:
             mixture = draw_mixture(run.augment, run.input.image_size, seed_of(*here, 1))
         fed = []
         for (index, part), (_, raw) in zip(parts, pixels):

@@ -58,6 +58,8 @@ class Run(Section):
     """Precision of the forward pass (autocast); weights and loss stay fp32."""
     augment: Augment = Augment()
     """Random augmentation of training images."""
+    unmixed_epochs: Annotated[int, Field(ge=0)] = 0
+    """Number of epochs at the end of training without augment.mixup and augment.cutmix."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from contextvars import copy_context
 from typing import Any
 from uuid import UUID
 
@@ -91,6 +92,7 @@ class Progress:
 
     def __init__(self, run_id: str, epochs: int, link: str):
         self.run_id, self.epochs = run_id, epochs
+        self.context = copy_context()  # rows come in another thread, which knows nothing of Prefect's server
         self.logger = get_run_logger()
         key = re.sub("[^a-z0-9]+", "-", run_id.lower())
         create_link_artifact(link, link_text=f"{run_id} in MLflow", key=f"mlflow-{key}")
@@ -103,6 +105,6 @@ class Progress:
             self.run_id, row["epoch"], self.epochs, row["train_loss"], row["val_loss"], 100 * row["val_accuracy"],
         )  # fmt: skip
         try:
-            update_progress_artifact(self.bar, 100 * row["epoch"] / self.epochs)
+            self.context.run(update_progress_artifact, self.bar, 100 * row["epoch"] / self.epochs)
         except (httpx.HTTPError, PrefectException) as error:  # the page is not worth a run
             self.logger.warning("%s: no progress bar: %s", self.run_id, error)

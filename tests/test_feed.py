@@ -265,7 +265,7 @@ def test_subjects_are_needed_where_they_are_compared(tmp_path: Path) -> None:
 
 
 def test_the_last_epochs_are_not_mixed(data: Path) -> None:
-    run = small_run(augment={"mixup": 0.4, "unmixed_epochs": 1}, epochs=3)
+    run = small_run(augment={"mixup": 0.4}, unmixed_epochs=1, epochs=3)
     batches = TrainBatches(feed_of(network(run), run, open_data(data).split("train")), run, 1, 0, 1)
     mixed = [{mixture is not None for _, mixture in batches.epoch(epoch)} for epoch in range(3)]
     assert mixed == [{True}, {True}, {False}]

@@ -123,7 +123,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("disentangled_doe", {"init_from": "other"}, {"init_from": "other"}),
     ("vgg13_small", {"optimizer": "adam"}, {"optimizer": {"name": "adam", "lr": 0.002, "weight_decay": 0.01}}),
     ("vgg13_small", {"optimizer": "sgd"},
-        {"optimizer": {"name": "sgd", "lr": 0.002, "weight_decay": 0.01, "momentum": 0.9}}),
+        {"optimizer": {"name": "sgd", "lr": 0.002, "weight_decay": 0.01, "momentum": 0.9, "nesterov": False}}),
     ("vgg13_small", {"schedule": "constant"}, {"schedule": {"name": "constant", "warmup_epochs": 1.0}}),
     ("vgg13_small", {"schedule": "step"},
         {"schedule": {"name": "step", "warmup_epochs": 1.0, "step_epochs": [15], "step_factors": [0.25]}}),

@@ -152,7 +152,7 @@ def test_run_id_is_stable_over_releases() -> None:
 OTHER: dict[str, Any] = {
     "seed": 7, "epochs": 4, "patience": 2, "batch_size": 32, "loss": {"name": "focal", "gamma": 3.0},
     "class_weights": 0.5, "balanced_sampling": 0.5, "clip_grad_norm": None, "ema_decay": 0.9, "sam_rho": 0.05,
-    "precision": "bf16",
+    "precision": "bf16", "unmixed_epochs": 2,
     "model": {"width": 0.125}, "input": {"image_size": 32}, "optimizer": {"name": "adam", "lr": 0.01},
     "schedule": {"name": "constant"}, "augment": {"flip": 0.25},
 }  # fmt: skip
@@ -173,7 +173,7 @@ INNER: dict[str, list[dict[str, Any]]] = {
         *({"name": name} for name in LOSSES if name != "cross_entropy"),
         {"name": "focal_pdls", "alpha": 0.7}, {"name": "focal_pdls", "gamma": 1.0},
     ],
-    "augment": [{key: 0.125} for key in Augment.model_fields if key != "unmixed_epochs"] + [{"unmixed_epochs": 2}],
+    "augment": [{key: 0.125} for key in Augment.model_fields],
 }  # fmt: skip
 PARTS: list[dict[str, Any]] = [
     {}, {"stn": True}, {"head": [8]}, {"head": [8], "head_dropout": 0.25}, {"resizer": {"name": "neural", "size": 32}},

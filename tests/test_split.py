@@ -272,7 +272,7 @@ def test_stage_writes_splits_summary_and_plots_to_the_byte(stage_input: pd.DataF
     split(params())
     found = written()
     plots = [f"plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
-    assert list(found) == [*plots, "summary.json", "test.csv", "train.csv", "val.csv"]
+    assert list(found) == ["metrics.json", *plots, "summary.json", "test.csv", "train.csv", "val.csv"]
     lines = found["test.csv"].decode().splitlines()
     assert lines[0] == (
         "row,name,label,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,"

@@ -39,13 +39,11 @@ class Augment(Section):
     """a of Beta(a, a), from which the weight of the other image is drawn, e.g. 0.2; 0: off."""
     cutmix: NonNegative = 0.0
     """a of Beta(a, a), from which the other image's share of the area is drawn, e.g. 1.0; with mixup, one is chosen."""
-    unmixed_epochs: Annotated[int, Field(ge=0)] = 0
-    """Number of epochs at the end of training without mixup and cutmix."""
 
     @property
     def changes_images(self) -> bool:
         """Whether anything is switched on."""
-        return any(self.model_dump(exclude={"unmixed_epochs"}).values())
+        return any(self.model_dump().values())
 
 
 class Augmenter:
