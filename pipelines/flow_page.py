@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import copy_context
 from typing import Any
 from uuid import UUID
@@ -98,13 +98,14 @@ class Progress:
         create_link_artifact(link, link_text=f"{run_id} in MLflow", key=f"mlflow-{key}")
         self.bar: Any = create_progress_artifact(0.0, key=f"progress-{key}", description=run_id)
 
-    def __call__(self, row: dict[str, Any]) -> None:
-        """`row`: of metrics.jsonl."""
-        self.logger.info(
-            "%s: epoch %d of %d: train loss %.4f, val loss %.4f, val accuracy %.2f %%",
-            self.run_id, row["epoch"], self.epochs, row["train_loss"], row["val_loss"], 100 * row["val_accuracy"],
-        )  # fmt: skip
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Show new rows of metrics.jsonl."""
+        for row in rows:
+            self.logger.info(
+                "%s: epoch %d of %d: train loss %.4f, val loss %.4f, val accuracy %.2f %%",
+                self.run_id, row["epoch"], self.epochs, row["train_loss"], row["val_loss"], 100 * row["val_accuracy"],
+            )  # fmt: skip
         try:
-            self.context.run(update_progress_artifact, self.bar, 100 * row["epoch"] / self.epochs)
+            self.context.run(update_progress_artifact, self.bar, 100 * rows[-1]["epoch"] / self.epochs)
         except (httpx.HTTPError, PrefectException) as error:  # the page is not worth a run
             self.logger.warning("%s: no progress bar: %s", self.run_id, error)

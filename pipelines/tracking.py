@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
@@ -74,6 +74,8 @@ DATA_PARAMS = {  # summary.json of the splits -> params
     "seed": "split.seed",
     "dropped_leaked_train": "split.dropped_leaked_train",
 }
+AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
+OnRows = Callable[[Sequence[dict[str, Any]]], None]
 SQLITE = "sqlite:///"
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -132,18 +134,18 @@ class Tracker:
         job: Job,
         data: dict[str, Any],
         tags: Mapping[str, str] | None = None,
-        page: Callable[[str], Callable[[dict[str, Any]], None]] | None = None,
+        page: Callable[[str], OnRows] | None = None,
     ) -> Iterator[None]:
         """Record a run: its MLflow run is RUNNING inside the block, then FINISHED.
 
         If the block raises, it is KILLED where a person stopped the run, else FAILED. `page` gets the address of the
-        run in MLflow, and returns what to call with every new row of metrics.jsonl. Raises UserError if the server no
+        run in MLflow, and returns what to call with the new rows of metrics.jsonl. Raises UserError if the server no
         longer answers at the end.
         """
         with self._one_line():
             run_id = self._open(job.folder.name, job.name, job.run, data, tags)
-        on_row = page(self._address(run_id)) if page else lambda row: None
-        follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)], on_row)
+        on_rows: OnRows = page(self._address(run_id)) if page else lambda rows: None
+        follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)], on_rows)
         try:
             with self._system_metrics(run_id):
                 yield
@@ -353,10 +355,10 @@ class _Follower:
         self,
         client: MlflowClient,
         followed: Callable[[], Iterable[tuple[str, Path]]],
-        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_rows: OnRows = lambda rows: None,
     ):
-        """`followed`: MLflow run id and file of each run to follow, asked every second; `on_row`: see `record`."""
-        self.client, self.followed, self.on_row = client, followed, on_row
+        """`followed`: MLflow run id and file of each run to follow, asked every second; `on_rows`: see `record`."""
+        self.client, self.followed, self.on_rows = client, followed, on_rows
         self.sent: dict[str, int] = {}  # MLflow run id -> number of lines sent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -377,10 +379,10 @@ class _Follower:
         try:
             for run_id, path in self.followed():
                 lines = path.read_text().splitlines() if path.exists() else []
-                for line in lines[self.sent.get(run_id, 0) :]:
-                    self.client.log_batch(run_id, metrics=_points(json.loads(line)))
-                    self.sent[run_id] = self.sent.get(run_id, 0) + 1
-                    self.on_row(json.loads(line))
+                for part in _parts(lines[self.sent.get(run_id, 0) :]):
+                    self.client.log_batch(run_id, metrics=[point for row in part for point in _points(row)])
+                    self.sent[run_id] = self.sent.get(run_id, 0) + len(part)
+                    self.on_rows(part)
         except MlflowException:
             return False
         return True
@@ -439,6 +441,11 @@ class _Trials:
         if best is not None and best.best is not None:
             self.client.log_metric(self.parent, BEST_VAL, best.best, step=len(self.ended))
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
+
+
+def _parts(lines: list[str]) -> Iterator[list[dict[str, Any]]]:
+    for first in range(0, len(lines), AT_ONCE):
+        yield [json.loads(line) for line in lines[first : first + AT_ONCE]]
 
 
 def _points(row: dict[str, Any]) -> list[Metric]:
