@@ -120,13 +120,16 @@ class Agreement:
         return Request(int(request))
 
 
-def ask_to_stop(folders: list[Path], seconds: float) -> None:
-    """Ask the runs that are training in these folders to stop, and wait up to `seconds` for them to save."""
+def ask_to_stop(folders: list[Path], seconds: float, is_alive: Callable[[Path], bool] = lambda folder: True) -> None:
+    """Ask the runs that are training in these folders to stop, and wait up to `seconds` for them to save.
+
+    A run that `is_alive` no longer sees at work in its folder is not waited for.
+    """
     asked = []
     for folder in folders:
         with suppress(FileNotFoundError):
             (folder / TRAINING).rename(folder / ASKED)
             asked.append(folder / ASKED)
     until = time.monotonic() + seconds
-    while time.monotonic() < until and any(file.exists() for file in asked):
+    while time.monotonic() < until and any(file.exists() and is_alive(file.parent) for file in asked):
         time.sleep(0.05)

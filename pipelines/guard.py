@@ -37,9 +37,6 @@ def main() -> None:
     uri, experiment = sys.stdin.read().splitlines()
     import psutil
 
-    from pipelines import flow_page  # takes seconds, which a starting driver needs for itself
-    from pipelines.tracking import Tracker
-
     left = set()
     for process in psutil.process_iter():
         try:
@@ -51,8 +48,13 @@ def main() -> None:
     for process in left - {psutil.Process()}:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    from pipelines.tracking import Tracker  # takes seconds, which a starting driver needs for itself
+
     Tracker(uri, experiment).close_abandoned()
-    flow_page.close_abandoned()
+    if os.environ.get("PREFECT_API_URL"):  # otherwise the next start does it, on the server that it starts
+        from pipelines import flow_page
+
+        flow_page.close_abandoned()
 
 
 if __name__ == "__main__":

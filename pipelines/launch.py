@@ -24,7 +24,7 @@ from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
 from pipelines.experiments import Job
 from pipelines.processes import other_drivers
-from pipelines.work import Ended, work
+from pipelines.work import Ended, is_held, work
 
 FREE_MEMORY = (
     "the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
@@ -156,7 +156,8 @@ class Launcher:
     def stop(self, seconds: float, beside: Iterable[Path] = ()) -> None:
         """Ask all runs, and those in the folders `beside`, to save and stop; wait at most `seconds`. None restarts."""
         self.stopping = True
-        ask_to_stop([*self.running, *beside], seconds)
+        local = not os.environ.get("RAY_ADDRESS")  # locks of another machine may not be seen here
+        ask_to_stop([*self.running, *beside], seconds, is_held if local else lambda folder: True)
 
     def launch(self, job: Job, data_dir: Path) -> None:
         """Train and evaluate a run into its folder, as soon as Ray has the resources for it.
