@@ -343,7 +343,8 @@ def ui(
 ) -> None:
     """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
     from pipelines.params import load
-    from pipelines.tracking import Tracker, without_password
+    from pipelines.store import without_password
+    from pipelines.tracking import Tracker
     from pipelines.ui import Server, serve
 
     tracking = load().tracking
@@ -516,7 +517,7 @@ def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> N
 
 
 def _print_champions(tracker: Any) -> None:
-    for name, tags in tracker.champions().items():
+    for name, tags in tracker.registry.champions().items():
         accuracy = 100 * float(tags["val_accuracy"])
         console.print(f"models:/{name}@champion: version {tags['version']}, {tags['fer.run_id']}, val {accuracy:.2f} %")
 

@@ -9,18 +9,14 @@ import json
 import logging
 import os
 import socket
-import sqlite3
 import threading
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import mlflow
 import numpy as np
@@ -28,25 +24,22 @@ from mlflow import MlflowClient
 from mlflow.data.schema import TensorDatasetSchema
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.models.model import ModelInfo
-from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types import Schema, TensorSpec
 
-import fer
 from fer.errors import UserError
-from fer.formats import read_run
 from fer.made_by import UNKNOWN, repository
-from fer.models import origin, packages
+from fer.models import origin
 from fer.run import Run
-from fer.run_folder import BEST, CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY, read_summary
+from fer.run_folder import CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY, read_summary
 from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.processes import alive, process_id
+from pipelines.registry import RUN_ID, Registry
 from pipelines.report import confusion_picture, note
+from pipelines.store import SQLITE, check_answers, first_line, tracking_uri, without_password
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
-RUN_ID = "fer.run_id"  # tag: our run id; there is one MLflow run for each
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
 ERROR = "fer.error"  # tag: why the run is not finished
 SWEEP = "fer.sweep"  # tag: the sweep that a run belongs to
@@ -76,8 +69,6 @@ DATA_PARAMS = {  # summary.json of the splits -> params
 }
 AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
-SQLITE = "sqlite:///"
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class Tracker:
@@ -85,7 +76,7 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str):
         self.uri, self.name = tracking_uri(uri), experiment
-        _check_answers(self.uri)
+        check_answers(self.uri)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self.uri)
@@ -93,7 +84,7 @@ class Tracker:
         with self._one_line():
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
-        self._registry = threading.Lock()
+        self.registry = Registry(self.client)
         self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
 
     def _choose(self, experiment: str) -> str:
@@ -126,7 +117,7 @@ class Tracker:
         try:
             yield
         except MlflowException as error:
-            raise UserError(f"tracking.uri: {without_password(self.uri)}: {_first_line(error)}") from error
+            raise UserError(f"tracking.uri: {without_password(self.uri)}: {first_line(error)}") from error
 
     @contextmanager
     def record(
@@ -237,15 +228,6 @@ class Tracker:
                 closed.append(found.data.tags[RUN_ID])
         return closed
 
-    def champions(self) -> dict[str, dict[str, str]]:
-        """Registered model -> tags of its champion version, and `version`, its number."""
-        found = {}
-        for model in self.client.search_registered_models():
-            if "champion" in model.aliases:
-                champion = self.client.get_model_version_by_alias(model.name, "champion")
-                found[model.name] = {**champion.tags, "version": str(champion.version)}
-        return found
-
     def _open(
         self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str] | None = None
     ) -> str:
@@ -303,33 +285,7 @@ class Tracker:
             *folder.glob("log*.txt"),
         ):
             self.client.log_artifact(run_id, str(path))
-        self._register(run_id, folder, summary)
-
-    def _register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
-        """One version of `fer-<dataset>` per run; moves the alias if its val accuracy is the best so far."""
-        name, accuracy = f"fer-{summary['data']['dataset']}", summary["val"]["accuracy"]
-        with self._registry:
-            found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-            if found:
-                number = found[0].version
-            else:
-                tags = {"val_accuracy": f"{accuracy:.6f}", RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
-                model = _log_model(run_id, folder, summary)
-                number = self._new_version(name, run_id, model, tags, note(summary))
-            champion = self.client.get_registered_model(name).aliases.get("champion")
-            if champion is None or accuracy > float(self.client.get_model_version(name, champion).tags["val_accuracy"]):
-                self.client.set_registered_model_alias(name, "champion", str(number))
-
-    def _new_version(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> str:
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        made = self.client.create_model_version(
-            name, model.model_uri, run_id, tags=tags, description=text, model_id=model.model_id
-        )
-        return str(made.version)
+        self.registry.register(run_id, folder, summary)
 
     def _fail(self, run_id: str, error: BaseException, log: Path | None = None) -> None:
         try:
@@ -488,14 +444,6 @@ def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
     return found
 
 
-def tracking_uri(configured: str) -> str:
-    """MLFLOW_TRACKING_URI, or else `configured`; a relative SQLite path becomes absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
-    if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
-        return SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
-    return uri
-
-
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
     values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
@@ -516,75 +464,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
-    """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
-    path = folder / CONFIG
-    run = read_run(json.loads(path.read_text()), path)
-    shape = (-1, *summary["data"]["image_shape"])
-    beside = [name for name, needed in run.model.images_beside().items() if needed]
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), shape, name) for name in ["images", *beside]]),
-        outputs=Schema([ColSpec(DataType.float, name) for name in summary["classes"]]),
-    )
-    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run.model))
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is enough
-        return mlflow.pyfunc.log_model(
-            name=summary["name"],
-            loader_module="fer.predict",
-            data_path=str(folder / BEST),
-            code_paths=[str(Path(fer.__file__).parent)],
-            signature=signature,
-            pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in needs],
-            metadata={"classes": summary["classes"], "run_id": summary["run_id"]},
-        )
-
-
-def _check_answers(uri: str) -> None:
-    """Try the server once, as mlflow retries for minutes. Raises UserError, which does not show a password in `uri`."""
-    parts = urlsplit(uri)
-    remedy = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
-    kind = parts.scheme.partition("+")[0]
-    try:
-        if kind in ("http", "https"):
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
-        elif kind == "sqlite":
-            _check_writable(Path(parts.path.removeprefix("/")))
-        elif kind in PORTS:
-            socket.create_connection((parts.hostname or "localhost", parts.port or PORTS[kind]), timeout=5).close()
-        else:
-            known = "sqlite:///FILE, postgresql://... or http://..."
-            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; use {known}")
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 404):  # it answers; mlflow handles credentials
-            answer = f"{error.code} {error.reason}"
-            raise UserError(f"tracking.uri: {without_password(uri)} answers {answer}; {remedy}") from None
-    except (OSError, ValueError) as error:
-        where = without_password(uri)
-        raise UserError(f"tracking.uri: no server answers at {where} ({_first_line(error)}); {remedy}") from None
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        with closing(sqlite3.connect(path)) as store:
-            store.execute("begin immediate")
-    except sqlite3.OperationalError as error:
-        if "locked" not in str(error):  # another process is writing
-            raise UserError(
-                f"tracking.uri: cannot write {path} ({error}); free some space or choose a writable file"
-            ) from None
-
-
-def without_password(uri: str) -> str:
-    """`uri` with *** for its password, to be shown or stored."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _git_commit() -> dict[str, str]:

@@ -18,7 +18,7 @@ LAZY = {"pipelines.stages.fetch": {"kagglehub"}, "pipelines.stages.upscale": {"p
 # framework -> the modules that import it, at whatever place
 OWNERS = {
     "prefect": {"pipelines.flow", "pipelines.flow_page"},
-    "mlflow": {"pipelines.tracking"},
+    "mlflow": {"pipelines.registry", "pipelines.tracking"},
     "ray": {"pipelines.launch", "pipelines.sweeps.search"},
     "optuna": {"pipelines.sweeps.search"},
     "ruamel": {"pipelines.params"},
@@ -45,12 +45,13 @@ LAYERS = [
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
-    {"pipelines.params", "pipelines.processes", "pipelines.ui"},
+    {"pipelines.params", "pipelines.processes", "pipelines.store", "pipelines.ui"},
     {"pipelines.experiments", "pipelines.flow_page"},
     {"pipelines.work"},
     {"pipelines.launch", "pipelines.sweeps.settings", "pipelines.sweeps.space"},
     {"pipelines.sweeps.folder"},
     {"pipelines.sweeps.search", "pipelines.report"},
+    {"pipelines.registry"},
     {"pipelines.tracking"},
     {"pipelines.guard"},
     {"pipelines.flow"},

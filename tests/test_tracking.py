@@ -26,7 +26,8 @@ from fer.train import fit
 from pipelines import tracking
 from pipelines.experiments import Job
 from pipelines.processes import process_id
-from pipelines.tracking import Tracker, final_metrics, flatten, tracking_uri
+from pipelines.store import tracking_uri
+from pipelines.tracking import Tracker, final_metrics, flatten
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -253,7 +254,7 @@ def test_champion_moves_only_when_val_accuracy_improves(folder: Path, tracker: T
     champions = []
     for number, accuracy in enumerate((0.5, 0.6, 0.6, 0.4), 1):
         record(tracker, copy(folder, number, accuracy))
-        champions.append(tracker.champions()["fer-bars"])
+        champions.append(tracker.registry.champions()["fer-bars"])
     assert [found["fer.run_id"].split("-")[1] for found in champions] == ["s1", "s2", "s2", "s2"]
     assert (champions[-1]["version"], champions[-1]["val_accuracy"]) == ("2", "0.600000")
 
