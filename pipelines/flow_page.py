@@ -100,12 +100,15 @@ class Progress:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
         """Show new rows of metrics.jsonl."""
+        self.context.run(self._show, rows)
+
+    def _show(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             self.logger.info(
                 "%s: epoch %d of %d: train loss %.4f, val loss %.4f, val accuracy %.2f %%",
                 self.run_id, row["epoch"], self.epochs, row["train_loss"], row["val_loss"], 100 * row["val_accuracy"],
             )  # fmt: skip
         try:
-            self.context.run(update_progress_artifact, self.bar, 100 * rows[-1]["epoch"] / self.epochs)
+            update_progress_artifact(self.bar, 100 * rows[-1]["epoch"] / self.epochs)
         except (httpx.HTTPError, PrefectException) as error:  # the page is not worth a run
             self.logger.warning("%s: no progress bar: %s", self.run_id, error)
