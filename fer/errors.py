@@ -15,6 +15,11 @@ class UserError(Exception):
         return "\n".join(self.lines)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class OutOfMemory(Exception):
     """A batch does not fit into the GPU's memory; a smaller one may."""
 

@@ -28,7 +28,7 @@ from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed, State
 
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from pipelines.processes import alive, process_id
 
 FLOWS = ["train", "sweep"]
@@ -42,11 +42,10 @@ def check_server() -> None:
     if not address:
         return
     try:
-        httpx.get(f"{address.rstrip('/')}/health", timeout=10).raise_for_status()
+        httpx.get(f"{address.rstrip('/')}/health", timeout=10)  # any answer will do: credentials are Prefect's matter
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"PREFECT_API_URL: no Prefect server answers at {address} ({reason}); "
+            f"PREFECT_API_URL: no Prefect server answers at {address} ({first_line(error)}); "
             "start it (`fer ui`, `prefect server start`), or unset the variable"
         ) from None
 

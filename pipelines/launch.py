@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import ActorPool, get_current_placement_group, remove_placement_group
 
 from fer.device import share_heaps
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
 from pipelines.experiments import Job
@@ -59,7 +59,7 @@ def start_ray() -> None:
     except OSError as error:
         raise UserError(
             f"RAY_TMPDIR: Ray cannot keep its files in {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} "
-            f"({_first_line(error)}); set it to a folder of your own with a short path"
+            f"({first_line(error)}); set it to a folder of your own with a short path"
         ) from None
     _refuse_shared_gpus()
 
@@ -70,14 +70,14 @@ def _join(address: str, options: dict[str, Any]) -> None:
         _knock(address)
     except OSError as error:
         raise UserError(
-            f"RAY_ADDRESS: no cluster answers at {address} ({_first_line(error)}); "
+            f"RAY_ADDRESS: no cluster answers at {address} ({first_line(error)}); "
             "start it, or unset the variable to run here"
         ) from None
     try:
         ray.init(**options)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"RAY_ADDRESS: cannot join the cluster at {address} ({_first_line(error)}); is it running, and are "
+            f"RAY_ADDRESS: cannot join the cluster at {address} ({first_line(error)}); is it running, and are "
             "RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN, ~/.ray/auth_token) those that it was started with?"
         ) from None
 
@@ -100,10 +100,6 @@ def _refuse_shared_gpus() -> None:
             f"process {others[0]} already trains on the GPUs of this machine; wait for it, or let both share one Ray: "
             "`ray start --head`, and RAY_ADDRESS=auto for each"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_resources(jobs: Iterable[Job]) -> None:

@@ -26,7 +26,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, View
 from mlflow.exceptions import MlflowException
 from mlflow.types import Schema, TensorSpec
 
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
 from fer.run import Run
@@ -37,7 +37,7 @@ from pipelines.experiments import Job
 from pipelines.processes import alive, process_id
 from pipelines.registry import RUN_ID, Registry
 from pipelines.report import confusion_picture, note
-from pipelines.store import SQLITE, check_answers, first_line, tracking_uri, without_password
+from pipelines.store import SQLITE, check_answers, tracking_uri, without_password
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
