@@ -84,6 +84,7 @@ class Tracker:
         with self._one_line():
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
+        self._closing = threading.RLock()  # a run is closed once: by its thread, or by `leave` in a signal handler
         self.registry = Registry(self.client)
         self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
 
@@ -144,7 +145,7 @@ class Tracker:
             self._finish(run_id, job.folder)
         except BaseException as error:
             follower.close()
-            self._fail(run_id, error, job.folder / LOG)
+            self._fail(job.folder.name, error, job.folder / LOG)
             raise
         finally:
             self._runs.pop(job.folder.name, None)
@@ -161,7 +162,8 @@ class Tracker:
         try:
             yield
         finally:
-            mlflow.end_run("RUNNING")
+            with self._closing:
+                mlflow.end_run("RUNNING" if run_id in self._runs.values() else "KILLED")  # as `leave` has set it
 
     def _address(self, run_id: str) -> str:
         """The page of a run; on the server that `fer ui` starts where the store is a database."""
@@ -170,8 +172,8 @@ class Tracker:
 
     def leave(self) -> None:
         """Mark the runs of this process as KILLED, as a person stopped it and it is about to exit."""
-        for run_id in list(self._runs.values()):
-            self._fail(run_id, Stopped("stopped; the same command resumes it"))
+        for ours in list(self._runs):
+            self._fail(ours, Stopped("stopped; the same command resumes it"))
 
     @contextmanager
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
@@ -192,7 +194,7 @@ class Tracker:
         except BaseException as error:
             follower.close()
             trials.leave()
-            self._fail(run_id, error)
+            self._fail(plan.folder.name, error)
             raise
         finally:
             self._runs.pop(plan.folder.name, None)
@@ -287,15 +289,20 @@ class Tracker:
             self.client.log_artifact(run_id, str(path))
         self.registry.register(run_id, folder, summary)
 
-    def _fail(self, run_id: str, error: BaseException, log: Path | None = None) -> None:
-        try:
-            if log is not None and log.exists():
-                self.client.log_artifact(run_id, str(log))
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.client.set_tag(run_id, ERROR, reason[:500])
-            self.client.set_terminated(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
-        except MlflowException:
-            raise UserError(self._silent("runs")) from error
+    def _fail(self, ours: str, error: BaseException, log: Path | None = None) -> None:
+        """Close a run of this process, unless that is done."""
+        with self._closing:
+            run_id = self._runs.pop(ours, None)
+            if run_id is None:
+                return
+            try:
+                if log is not None and log.exists():
+                    self.client.log_artifact(run_id, str(log))
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.client.set_tag(run_id, ERROR, reason[:500])
+                self.client.set_terminated(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
+            except MlflowException:
+                raise UserError(self._silent("runs")) from error
 
     def _silent(self, what: str) -> str:
         return (

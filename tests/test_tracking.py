@@ -211,6 +211,18 @@ def test_a_run_that_a_person_stopped_is_killed_and_says_how_it_goes_on(folder: P
     assert run.data.tags["fer.error"] == "stopped in epoch 2; run the same command to resume"
 
 
+def test_after_leave_a_thread_that_still_runs_writes_nothing_more(folder: Path, tracker: Tracker):
+    """The signal handler closes the runs; their threads end at about the same time, each in its own way."""
+    def stopped() -> None:
+        tracker.leave()
+        raise RuntimeError("too late to be told")
+
+    with pytest.raises(RuntimeError):
+        record(tracker, folder, stopped)
+    run = only_run(tracker)
+    assert (run.info.status, run.data.tags["fer.error"]) == ("KILLED", "stopped; the same command resumes it")
+
+
 def test_what_the_server_has_lost_is_recorded_again(folder: Path, tracker: Tracker):
     record(tracker, folder)
     tracker.client.delete_run(only_run(tracker).info.run_id)
