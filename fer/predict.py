@@ -1,6 +1,6 @@
 """A checkpoint as a self-contained classifier: class order and preprocessing come from its checkpoint.json."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,59 @@ from fer.errors import UserError
 from fer.formats import read_run
 from fer.input import model_input
 from fer.models import build_model
+from fer.pictures import Faces, Picture, batch_of
 from fer.resources import Resources
+from fer.run_folder import BEST
 
 
 class Predictor:
-    """Loads a checkpoint folder (`data/runs/<run id>/best`). Raises UserError if it is missing or damaged."""
+    """A checkpoint, given the folder of a run or of the checkpoint itself (`data/runs/<run id>/best`).
+
+    Raises UserError if it is missing or damaged.
+    """
 
     def __init__(self, folder: str | Path, device: str = "auto"):
-        meta = checkpoint.load_meta(Path(folder))
-        self.run = read_run(meta, Path(folder) / checkpoint.META)
+        folder = Path(folder)
+        if (folder / BEST).is_dir():
+            folder = folder / BEST
+        meta = checkpoint.load_meta(folder)
+        self.run = read_run(meta, folder / checkpoint.META)
         self.classes: list[str] = meta["classes"]
+        self.faces = Faces.of(meta["data"])
         self.device = pick_device(device)
         self.batch_size = Resources().eval_batch_size
         network = build_model(self.run.model, self.run.input, len(self.classes), pretrained=False)
         self.model: Any = network.to(self.device).eval()
-        checkpoint.load_weights(Path(folder), self.model)
+        checkpoint.load_weights(folder, self.model)
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray, **beside: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W] or [B, H, W, 3], as in data/upscaled/images.npy -> float32 [B, C], in the order of `classes`.
+    def probabilities(self, images: Picture | Iterable[Picture], **beside: Picture | Iterable[Picture]) -> np.ndarray:
+        """Faces -> float32 [B, C], a row for each, in the order of `classes`.
 
-        `beside`: further images of the same shape that the model takes. A model that compares faces takes `neutral`, a
-        neutral face of the person in each image. It is required if the model was trained with pairing same_subject, and
-        otherwise replaces the fixed references. Raises UserError if an image is missing or of no use to the
-        model.
+        `images`: uint8 [H, W], [B, H, W], [B, H, W, 1] or [B, H, W, 3], the path of a picture, or a list of paths or
+        arrays. Faces of another size than the training data are resized, upscaled and made grey as those were. An array
+        [3, H, W] is three grey faces.
+
+        `beside`: further images that the model takes. A model that compares faces takes `neutral`, a neutral face of
+        the person in each image. It is required if the model was trained with pairing same_subject, and otherwise
+        replaces the fixed references.
+
+        Raises UserError for what is no such image, and if one is missing or of no use to the model.
         """
-        self._check(len(images), beside)
+        faces = batch_of(images)
+        others = {name: batch_of(given) for name, given in beside.items()}
+        self._check(len(faces), others)
         found = []
-        for first in range(0, len(images), self.batch_size):
+        for first in range(0, len(faces), self.batch_size):
             part = slice(first, first + self.batch_size)
             with autocast(self.run.precision, self.device):
-                inputs = {"pixel_values": self._pixels(images[part])}
-                inputs |= {name: self.model.embed(self._pixels(given[part])).float() for name, given in beside.items()}
+                inputs = {"pixel_values": self._pixels(faces[part])}
+                inputs |= {name: self.model.embed(self._pixels(given[part])).float() for name, given in others.items()}
                 logits = self.model(**inputs).float()
             found.append(torch.softmax(logits, 1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
 
-    def _check(self, count: int, beside: Mapping[str, np.ndarray]) -> None:
+    def _check(self, count: int, beside: Mapping[str, Sized]) -> None:
         known = self.run.model.images_beside()
         for name, given in beside.items():
             if name not in known or len(given) != count:
@@ -59,8 +75,8 @@ class Predictor:
         if missing:
             raise UserError(f"{missing[0]}: this model needs such a face of the same person with every image")
 
-    def _pixels(self, images: np.ndarray) -> torch.Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+    def _pixels(self, pictures: np.ndarray | list[Picture]) -> torch.Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(self.faces.prepare(pictures))).to(self.device)
         return model_input(pixels, self.run.input)
 
 
@@ -70,11 +86,21 @@ class _Served:
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
 
-    def predict(self, model_input: dict[str, np.ndarray]) -> pd.DataFrame:
-        """{"images": uint8 [B, H, W] or [B, H, W, 3], perhaps "neutral" of that shape} -> a column for each class."""
-        beside = {name: given for name, given in model_input.items() if name != "images"}
-        found = self.predictor.probabilities(model_input["images"], **beside)
+    def predict(self, model_input: Any) -> pd.DataFrame:
+        """What `Predictor.probabilities` takes, or a table or dict of it under `images` and perhaps `neutral`.
+
+        Nested lists, as JSON has them, are arrays. Returns a column for each class.
+        """
+        given = model_input if isinstance(model_input, dict | pd.DataFrame) else {"images": model_input}
+        found = self.predictor.probabilities(**{str(name): _plain(given[name]) for name in given})
         return pd.DataFrame(found, columns=self.predictor.classes)
+
+
+def _plain(pictures: Any) -> Any:
+    """Arrays for nested lists of numbers, a list for a column."""
+    if isinstance(pictures, np.ndarray | str | Path | bytes):
+        return pictures
+    return [np.asarray(picture) if isinstance(picture, list) else picture for picture in pictures]
 
 
 def _load_pyfunc(path: str) -> _Served:

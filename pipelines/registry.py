@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
-from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, Schema
 
 import fer
 from fer.formats import read_run
@@ -70,13 +69,10 @@ def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
     path = folder / CONFIG
     run = read_run(json.loads(path.read_text()), path)
-    shape = (-1, *summary["data"]["image_shape"])
-    beside = [name for name, needed in run.model.images_beside().items() if needed]
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), shape, name) for name in ["images", *beside]]),
-        outputs=Schema([ColSpec(DataType.float, name) for name in summary["classes"]]),
-    )
-    needs = ("torch", "transformers", "numpy", "pandas", "safetensors", "pydantic", *packages(run.model))
+        outputs=Schema([ColSpec(DataType.float, name) for name in summary["classes"]])
+    )  # no inputs: `fer.predict` takes arrays of any size and paths, and refuses in one line where MLflow prints pixels
+    needs = ("torch", "transformers", "numpy", "pandas", "pillow", "safetensors", "pydantic", *packages(run.model))
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is enough
         return mlflow.pyfunc.log_model(

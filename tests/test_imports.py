@@ -36,7 +36,7 @@ LAYERS = [
     {"fer.device", "fer.signals", "fer.weights", "fer.input", "fer.losses", "fer.optimizer", "fer.schedule",
      "fer.resources", "fer.run_folder"},
     {"fer.checkpoint", "fer.data", "fer.super_resolution"},
-    {"fer.models"},
+    {"fer.models", "fer.pictures"},
     {"fer.run"},
     {"fer.formats", "fer.step"},
     {"fer.batches"},

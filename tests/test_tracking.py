@@ -137,6 +137,10 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     served = model.predict(images)
     assert list(served.columns) == CLASSES
     np.testing.assert_allclose(served, Predictor(folder / "best").probabilities(images), atol=1e-6)
+    np.testing.assert_array_equal(model.predict({"images": [image.tolist() for image in images]}), served)  # JSON
+    with pytest.raises(UserError) as caught:
+        model.predict(images / 255)
+    assert str(caught.value).startswith("images: float64; wanted: uint8 [H, W]")
     assert "python_function" in model.metadata.flavors
     stored = Path(mlflow.artifacts.download_artifacts("models:/fer-bars@champion"))
     assert not [path for path in stored.rglob("*") if path.suffix in (".pkl", ".pickle")]
@@ -213,6 +217,7 @@ def test_a_run_that_a_person_stopped_is_killed_and_says_how_it_goes_on(folder: P
 
 def test_after_leave_a_thread_that_still_runs_writes_nothing_more(folder: Path, tracker: Tracker):
     """The signal handler closes the runs; their threads end at about the same time, each in its own way."""
+
     def stopped() -> None:
         tracker.leave()
         raise RuntimeError("too late to be told")

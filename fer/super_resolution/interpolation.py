@@ -16,24 +16,31 @@ def none(images: np.ndarray, scale: int) -> np.ndarray:
 
 def bicubic(images: np.ndarray, scale: int) -> np.ndarray:
     """uint8 [B, H, W(, 3)] -> uint8 [B, H*scale, W*scale(, 3)] by cubic convolution, a = -0.5."""
-    return _resize(images, scale, Image.Resampling.BICUBIC)
+    return _enlarged(images, scale, Image.Resampling.BICUBIC)
 
 
 def lanczos(images: np.ndarray, scale: int) -> np.ndarray:
     """uint8 [B, H, W(, 3)] -> uint8 [B, H*scale, W*scale(, 3)] by a windowed sinc of radius 3 pixels."""
-    return _resize(images, scale, Image.Resampling.LANCZOS)
+    return _enlarged(images, scale, Image.Resampling.LANCZOS)
 
 
-def _resize(images: np.ndarray, scale: int, kernel: Image.Resampling) -> np.ndarray:
-    """One thread per core, as Pillow releases the interpreter lock while it resizes."""
+def _enlarged(images: np.ndarray, scale: int, kernel: Image.Resampling) -> np.ndarray:
     if scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, got {scale}")
-    count, height, width, *channels = images.shape
-    out = np.empty((count, height * scale, width * scale, *channels), np.uint8)
+    return resize(images, images.shape[1] * scale, images.shape[2] * scale, kernel)
+
+
+def resize(images: np.ndarray, height: int, width: int, kernel: Image.Resampling) -> np.ndarray:
+    """uint8 [B, H, W(, 3)] -> uint8 [B, height, width(, 3)].
+
+    One thread per core, as Pillow releases the interpreter lock while it resizes.
+    """
+    count, channels = len(images), images.shape[3:]
+    out = np.empty((count, height, width, *channels), np.uint8)
 
     def fill(rows: range) -> None:
         for row in rows:
-            out[row] = np.asarray(Image.fromarray(images[row]).resize((width * scale, height * scale), kernel))
+            out[row] = np.asarray(Image.fromarray(images[row]).resize((width, height), kernel))
 
     workers = max(1, min(os.cpu_count() or 1, count))
     with ThreadPoolExecutor(workers) as pool:
