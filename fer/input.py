@@ -24,6 +24,12 @@ class Input(Section):
     """Side of the network's square input, in pixels."""
     channels: Literal[1, 3] = 3
     """Channels of the input: with 3, grey images are repeated; with 1, colour images become luma."""
+    equalize: bool = False
+    """Histogram equalisation of each image, as in Barsoum et al. 2016 with the next two."""
+    flatten: bool = False
+    """Subtract from each image the plane that fits its brightness best: light from one side."""
+    standardize: bool = False
+    """Subtract from each image its mean and divide it by its standard deviation; with it, mean is [0] and std [1]."""
     mean: list[Fraction] = [0.5]
     """Subtracted from the pixels, which are in [0, 1]: one number for all channels, or one per channel."""
     std: list[Annotated[float, Field(gt=0)]] = [0.25]
@@ -37,6 +43,8 @@ class Input(Section):
                 found.append(Fault(key, f"has {len(values)} numbers but channels is {self.channels}; give one for all"))
             elif len(values) > 1 and len(set(values)) == 1:
                 found.append(Fault(key, f"is the same for all channels; write it once: [{values[0]:g}]"))
+        if self.standardize and (set(self.mean), set(self.std)) != ({0.0}, {1.0}):
+            found.append(Fault("standardize", "makes mean 0 and standard deviation 1; set mean to [0], std to [1]"))
         if found:
             raise Unfit(found)
         return self
@@ -104,10 +112,37 @@ def to_float(pixels: Tensor, image_size: int) -> Tensor:
     return resized.clamp_(0, 1)
 
 
+def even_light(images: Tensor, settings: Input) -> Tensor:
+    """float32 [B, C, S, S] in [0, 1] -> each channel with `equalize`, `flatten` and `standardize` done, in that order.
+
+    The published code (`img_util.py` of microsoft/FERPlus) does all three, on equalised values in [-1, 1], which the
+    last step makes the same.
+    """
+    count, channels, side, _ = images.shape
+    flat = images.reshape(count * channels, side * side)
+    if settings.equalize:
+        levels = (flat * 255).round().long()
+        histogram = torch.zeros(len(flat), 256, device=flat.device)
+        shares = histogram.scatter_add_(1, levels, torch.ones_like(flat)).cumsum(1) / flat.shape[1]
+        flat = shares.gather(1, levels)
+    if settings.flatten:
+        line = torch.linspace(-1, 1, side, device=flat.device) if side > 1 else torch.zeros(1, device=flat.device)
+        plane = torch.stack([torch.ones(side, side, device=flat.device), *torch.meshgrid(line, line, indexing="ij")])
+        base = F.normalize(plane.reshape(3, -1), dim=1)  # orthogonal, as the axes are centred
+        flat = flat - flat @ base.T @ base
+    if settings.standardize:
+        flat = flat - flat.mean(1, keepdim=True)
+        deviation = flat.square().mean(1, keepdim=True).sqrt()
+        flat = flat / torch.where(deviation > 1e-6, deviation, 1)
+    return flat.reshape(images.shape)
+
+
 def normalize(images: Tensor, settings: Input, out: Tensor) -> None:
     """Write (x - mean) / std of float32 images [B, 1 or 3, S, S] in [0, 1] to `out` [B, channels, S, S]."""
     if images.shape[1] > settings.channels:
         images = luma(images)
+    if settings.equalize or settings.flatten or settings.standardize:
+        images = even_light(images, settings)
     for channel, (mean, std) in enumerate(settings.normalisation()):
         source = images[:, min(channel, images.shape[1] - 1)]
         torch.add(images.new_full((), -mean / std), source, alpha=1 / std, out=out[:, channel])

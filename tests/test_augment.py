@@ -11,12 +11,13 @@ from fer.data.augment import Augment, Augmenter, Mixture, draw_mixture
 
 CPU = torch.device("cpu")
 NOTHING = {
-    "flip": 0.0, "rotation": 0.0, "scale": 0.0, "translation": 0.0,
+    "flip": 0.0, "rotation": 0.0, "scale": 0.0, "stretch": 0.0, "skew": 0.0, "translation": 0.0,
     "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "erasing": 0.0,
     "mixup": 0.0, "cutmix": 0.0,
 }  # fmt: skip
 # places of the draws
 ANGLE, ZOOM, FLIP, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, ERASING, HEIGHT, WIDTH, TOP, LEFT, SATURATION = range(13)
+STRETCH_X, STRETCH_Y, SKEW_X, SKEW_Y = range(13, 17)
 WARP: dict[str, Any] = {"flip": 0.5, "rotation": 30.0, "scale": 0.3, "translation": 0.2}
 LIGHT: dict[str, Any] = {"brightness": 0.8, "contrast": 0.8}
 
@@ -32,7 +33,7 @@ def changed(images: Tensor, seed: int = 0, **settings: Any) -> Tensor:
 
 def fixed(images: Tensor, draws: dict[int, float], **settings: Any) -> Tensor:
     """With draws that are given: 0 is the low end of each range, .5 the middle, 1 the high end."""
-    given = torch.full((len(images), Augmenter.PER_IMAGE), 0.5)
+    given = torch.full((len(images), Augmenter.PER_IMAGE + 4), 0.5)
     for index, value in draws.items():
         given[:, index] = value
     return augmenter(**settings)(images.clone(), given)
@@ -69,6 +70,9 @@ def test_draws_are_uniform_and_come_from_the_seed() -> None:
     assert torch.corrcoef(draws.T).sub(torch.eye(13)).abs().max() < 0.08  # standard error .016
     assert not torch.equal(augment.draw(4000, 4), draws)
     assert torch.equal(augment.draw(4000, 3), draws)  # what was drawn before does not matter
+    wider = augmenter(skew=0.1).draw(4000, 3)
+    assert torch.equal(wider[:, : Augmenter.PER_IMAGE], draws)
+    torch.testing.assert_close(wider[:, Augmenter.PER_IMAGE :].mean(0), torch.full((4,), 0.5), atol=0.025, rtol=0)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -124,6 +128,18 @@ def test_zoom_enlarges_around_the_centre(draw: float, factor: float) -> None:
     row, column = place(fixed(dot(16, 26), {ZOOM: draw}, scale=0.2))
     assert row == pytest.approx(16, abs=0.05)
     assert column - 16 == pytest.approx(10 * factor, abs=0.2)
+
+
+@pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.8), (1.0, 1.2)])
+def test_stretch_enlarges_one_axis_and_skew_moves_one_along_the_other(draw: float, factor: float) -> None:
+    right, below, close = dot(16, 26), dot(26, 16), 0.2
+    for number, image, wanted in ((STRETCH_X, right, (0, 10 * factor)), (STRETCH_Y, below, (10 * factor, 0))):
+        row, column = place(fixed(image, {number: draw}, stretch=0.2))
+        assert (row - 16, column - 16) == (pytest.approx(wanted[0], abs=close), pytest.approx(wanted[1], abs=close))
+    moved = 10 * (1 - factor)
+    for number, image, wanted in ((SKEW_X, right, (moved, 10)), (SKEW_Y, below, (10, moved))):
+        row, column = place(fixed(image, {number: draw}, skew=0.2))
+        assert (row - 16, column - 16) == (pytest.approx(wanted[0], abs=close), pytest.approx(wanted[1], abs=close))
 
 
 @pytest.mark.parametrize(("draw", "pixels"), [(0.0, 4.0), (1.0, -4.0)])

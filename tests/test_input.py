@@ -4,11 +4,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fer.input import Input, luma, model_input, to_float
+from fer.settings import check
 
 MEANS, STDS = [0.5, 0.4, 0.3], [0.5, 0.25, 0.1]
 COLOUR = [[51, 102, 204], [255, 0, 0], [0, 255, 0], [0, 0, 255]]  # four pixels, of which a 2x2 image is made
@@ -72,6 +74,48 @@ def test_a_resized_image_is_grey_as_before_and_does_not_depend_on_its_batch() ->
     torch.testing.assert_close(model_input(pixels, one), luma(colour), atol=1e-6, rtol=0)
     assert 0 <= colour.min() < colour.max() <= 1
     assert all(torch.equal(to_float(pixels[i : i + 1], 64)[0], to_float(pixels, 64)[i]) for i in range(3))
+
+
+# Light
+
+
+def published(image: np.ndarray) -> np.ndarray:
+    """uint8 [S, S] as FERPlus's training code prepares it: equalise, subtract the fitted plane, scale."""
+    shares = np.bincount(image.ravel(), minlength=256).cumsum() / image.size
+    equal = (2 * shares - 1)[image.ravel()]
+    down, across = np.mgrid[: len(image), : len(image)].reshape(2, -1)
+    columns = np.stack([down, across, np.ones(image.size)], 1)
+    rest = equal - columns @ np.linalg.lstsq(columns, equal, rcond=None)[0]
+    return (rest / max(np.sqrt(np.mean(rest**2)), 1e-6)).reshape(image.shape)
+
+
+def test_equalised_flattened_and_standardised_as_published() -> None:
+    every = Input(image_size=16, channels=1, equalize=True, flatten=True, standardize=True, mean=[0.0], std=[1.0])
+    pixels = torch.randint(256, (4, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0)) // 5 * 3
+    pixels[1] //= 40  # a dark one
+    found = model_input(pixels, every)
+    wanted = np.stack([published(image) for image in pixels.numpy()])
+    np.testing.assert_allclose(found[:, 0].numpy(), wanted, atol=1e-4)
+    changed = model_input(pixels, every, lambda images, rows: images.flip(3))  # light comes after augmentation
+    torch.testing.assert_close(changed, found.flip(3), atol=1e-4, rtol=0)
+    blank = torch.full((1, 16, 16), 7, dtype=torch.uint8)
+    torch.testing.assert_close(model_input(blank, every), torch.zeros(1, 1, 16, 16), atol=1e-4, rtol=0)
+
+
+def test_each_step_of_light_alone() -> None:
+    line = torch.arange(8) * 10
+    slope = (line[:, None] + 2 * line).to(torch.uint8)[None]
+    plain = {"image_size": 8, "channels": 1, "mean": [0.0], "std": [1.0]}
+    flat = model_input(slope, Input(**plain, flatten=True))
+    torch.testing.assert_close(flat, torch.zeros(1, 1, 8, 8), atol=1e-5, rtol=0)
+    standard = model_input(slope, Input(**plain, standardize=True))
+    assert float(standard.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(standard.std(correction=0)) == pytest.approx(1, abs=1e-5)
+    two = torch.tensor([[[10, 10], [10, 200]]], dtype=torch.uint8)
+    equal = model_input(two, Input(**(plain | {"image_size": 2}), equalize=True))
+    torch.testing.assert_close(equal.flatten(), torch.tensor([0.75, 0.75, 0.75, 1.0]))
+    _, (fault,) = check(Input, {"standardize": True})
+    assert str(fault) == "standardize: makes mean 0 and standard deviation 1; set mean to [0], std to [1]"
 
 
 # Parts and threads

@@ -25,6 +25,10 @@ class Augment(Section):
     """The angle is uniform in +-rotation, degrees."""
     scale: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The zoom is uniform in 1 +- scale."""
+    stretch: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Each axis is zoomed by a factor of its own as well, uniform in 1 +- stretch."""
+    skew: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Each axis is sheared along the other one by a tangent uniform in +-skew."""
     translation: Fraction = 0.06
     """The shift along each axis is uniform in +-translation, as a fraction of the side."""
     brightness: NonNegative = 0.2
@@ -47,7 +51,7 @@ class Augment(Section):
 
 
 class Augmenter:
-    """Random flip, rotation, zoom and shift in one warp, then brightness, contrast, saturation and erasing; in place.
+    """Random flip, rotation, zoom, shear and shift in one warp, then brightness to erasing; in place.
 
     Every rank draws the random numbers of the whole batch and uses its part, so a run sees the same images on any
     number of workers.
@@ -60,16 +64,18 @@ class Augmenter:
         self.generator = torch.Generator(device)
 
     def draw(self, batch_size: int, seed: int) -> Tensor:
-        """Uniform numbers for a batch, [batch_size, PER_IMAGE]."""
+        """Uniform numbers for a batch, [batch_size, PER_IMAGE], or 4 more with stretch or skew."""
         self.generator.manual_seed(seed)
-        return torch.rand(batch_size, self.PER_IMAGE, generator=self.generator, device=self.generator.device)
+        sizes = [self.PER_IMAGE, 4] if self.settings.stretch or self.settings.skew else [self.PER_IMAGE]
+        device = self.generator.device
+        return torch.cat([torch.rand(batch_size, n, generator=self.generator, device=device) for n in sizes], 1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """float32 [b, C, S, S] in [0, 1] and [b, PER_IMAGE] -> same shape and range; `images` may be overwritten."""
+        """float32 [b, C, S, S] in [0, 1] and a row of `draw` each -> same shape and range; may overwrite `images`."""
         return self.changes(draws, images.shape[-1])(images, slice(None))
 
     def changes(self, draws: Tensor, side: int) -> Change:
-        """The augmentation that `draws` [B, PER_IMAGE] describe, for images of `side` pixels.
+        """The augmentation that the `draws` of a batch describe, for images of `side` pixels.
 
         Its parameters are computed for the whole batch at once. It may overwrite the images it is given.
         """
@@ -85,19 +91,24 @@ class Augmenter:
 
     def _warp(self, draws: Tensor, side: int) -> Change | None:
         s = self.settings
-        if not (s.flip or s.rotation or s.scale or s.translation):
+        if not (s.flip or s.rotation or s.scale or s.stretch or s.skew or s.translation):
             return None
         angle = torch.deg2rad((2 * draws[:, 0] - 1) * s.rotation)
         zoom = 1 + (2 * draws[:, 1] - 1) * s.scale
         flip = torch.where(draws[:, 2] < s.flip, -1.0, 1.0)
         shift = (2 * draws[:, 3:5] - 1) * 2 * s.translation  # grid coordinates run from -1 to 1, so a side is 2
         cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+        across, down = torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)  # where the axes point in the image
+        if s.stretch or s.skew:
+            factors = 1 + (2 * draws[:, self.PER_IMAGE : self.PER_IMAGE + 2] - 1) * s.stretch
+            tangents = (2 * draws[:, self.PER_IMAGE + 2 :] - 1) * s.skew
+            across, down = across + tangents[:, :1] * down, down + tangents[:, 1:] * across
+            across, down = across / factors[:, :1], down / factors[:, 1:]
         line = (2 * torch.arange(side, device=draws.device) + 1) / side - 1
-        by_column = (torch.stack([cos * flip, sin * flip], 1)[..., None] * line)[:, :, None, :]  # [B, 2, 1, S]
-        by_row = (torch.stack([-sin, cos], 1)[..., None] * line + shift[..., None])[..., None]  # [B, 2, S, 1]
-        once = (
-            2**0.5 / (1 - s.scale) + 2 * s.translation <= 3
-        )  # at most one reflection, for which 2 clamp(x) - x is faster
+        by_column = ((across * flip[:, None])[..., None] * line)[:, :, None, :]  # [B, 2, 1, S]
+        by_row = (down[..., None] * line + shift[..., None])[..., None]  # [B, 2, S, 1]
+        furthest = 2**0.5 / (1 - s.scale) * (1 + s.skew) / (1 - s.stretch) + 2 * s.translation
+        once = furthest <= 3  # at most one reflection, for which 2 clamp(x) - x is faster
 
         def warp(images: Tensor, rows: slice) -> Tensor:
             # two planes viewed as [b, S, S, 2]: faster than the interleaved pairs that affine_grid makes

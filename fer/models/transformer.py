@@ -1,8 +1,9 @@
 """Backbones from transformers: ViT and DeiT, Swin, in named or custom sizes."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fer.errors import UserError
@@ -26,6 +27,8 @@ class Vit(Backbone):
     """Width of the hidden layer of a block's MLP, as a multiple of hidden_size."""
     dropout: Fraction
     """Dropout after the embeddings and dense layers."""
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    """Added to the variance in layer norm; ViT and DeiT were trained with 1e-6, transformers' files say 1e-12."""
     pool: Literal["token", "pooler"]
     """The embedding: the class token (token), or that after a dense layer with tanh (pooler)."""
 
@@ -41,6 +44,7 @@ class Vit(Backbone):
             num_attention_heads=self.num_heads,
             intermediate_size=self.hidden_size * self.mlp_ratio,
             hidden_dropout_prob=self.dropout,
+            layer_norm_eps=self.layer_norm_eps,
             pooler_output_size=self.hidden_size,
         )
         return Transformer(ViTModel(config, add_pooling_layer=self.pool == "pooler"), self.pool, self.hidden_size)
