@@ -190,7 +190,7 @@ def emotion_encoder(**changes: Any) -> dict[str, Any]:
 BIN = Path(sys.executable).parent
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 250) -> Any:
     """The first true value of `condition()`; the limit is only there to end a test that has failed."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -150,7 +150,7 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
         for child in psutil.Process(running.pid).children(recursive=True) if everywhere else ():
             child.send_signal(number)
         running.send_signal(number)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=250)
         assert (running.returncode, said.strip()) == (
             128 + number,
             "stopping: every run saves its state; Ctrl-C again exits at once\nstopped: the same command resumes",
