@@ -1,0 +1,40 @@
+"""Near duplicates: the same photograph with another watermark, brightness, shift or scale, or mirrored.
+
+Two images are compared by the cosine of their thumbnails of 24x24 pixels without their means. On FER+, of pairs above
+.94 all that were looked at were the same photograph (72 of 72), between .93 and .94 13 of 14, between .91 and .92 about
+9 of 14.
+"""
+
+import numpy as np
+from PIL import Image
+
+SIDE = 24  # pixels of a thumbnail
+ROWS = 512  # compared at once with all others: bounds memory
+
+
+def thumbnails(images: np.ndarray, mirrored: bool = False) -> np.ndarray:
+    """uint8 [N, H, W] or [N, H, W, 3] -> float32 [N, 576], without its mean and of length 1; zeros for a blank image."""
+    found = np.empty((len(images), SIDE * SIDE), np.float32)
+    for row, image in enumerate(images):
+        small = Image.fromarray(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+        pixels = np.asarray(small, np.float32)
+        found[row] = (pixels[:, ::-1] if mirrored else pixels).ravel()
+    found -= found.mean(1, keepdims=True)
+    length = np.linalg.norm(found, axis=1, keepdims=True)
+    return np.divide(found, length, out=np.zeros_like(found), where=length > 0)
+
+
+def nearest(queries: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of the `thumbnails` [M, 576] the most similar one of [N, 576], the first of equals: row and cosine.
+
+    Returns int64 [M] and float32 [M]; without any to compare with, rows of -1 and cosines of -1.
+    """
+    rows, cosines = np.full(len(queries), -1, np.int64), np.full(len(queries), -1, np.float32)
+    if not len(among):
+        return rows, cosines
+    for first in range(0, len(queries), ROWS):
+        part = slice(first, first + ROWS)
+        similar = queries[part] @ among.T
+        rows[part] = similar.argmax(1)
+        cosines[part] = similar.max(1)
+    return rows, cosines

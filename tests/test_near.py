@@ -1,0 +1,54 @@
+"""Near duplicates: the same photograph changed a little is found, another one is not."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from fer.data.near import nearest, thumbnails
+
+RNG = np.random.default_rng(1)
+# smooth noise: as different from each other as photographs of different people
+PHOTOS = np.stack(
+    [np.asarray(Image.fromarray(RNG.integers(0, 256, (6, 6), np.uint8)).resize((48, 48), 3)) for _ in range(40)]
+)
+
+
+def watermarked(photo: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(photo)
+    ImageDraw.Draw(image).text((3, 36), "st", fill=220)
+    return np.asarray(image)
+
+
+CHANGES = {
+    "equal": lambda photo: photo,
+    "watermark": watermarked,
+    "brighter": lambda photo: (photo * 0.7 + 60).astype(np.uint8),
+    "shifted": lambda photo: np.roll(photo, 1, axis=1),
+    "larger": lambda photo: np.asarray(Image.fromarray(photo).resize((96, 96), 3)),
+    "in colour": lambda photo: np.repeat(photo[..., None], 3, axis=2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_nearest_to_its_original_and_above_the_threshold(change: str) -> None:
+    changed = np.stack([CHANGES[change](photo) for photo in PHOTOS[::-1]])
+    rows, cosines = nearest(thumbnails(changed), thumbnails(PHOTOS))
+    assert rows.tolist() == list(range(39, -1, -1))
+    assert cosines.min() > 0.94
+    # the originals are not among them
+    others = nearest(thumbnails(changed[:20]), thumbnails(PHOTOS[:20]))[1]
+    assert others.max() < 0.9
+
+
+def test_a_mirrored_copy_is_found_among_mirrored_thumbnails() -> None:
+    rows, cosines = nearest(thumbnails(PHOTOS[:, :, ::-1], mirrored=True), thumbnails(PHOTOS))
+    assert rows.tolist() == list(range(40))
+    assert cosines.min() > 0.99
+    assert nearest(thumbnails(PHOTOS[:, :, ::-1]), thumbnails(PHOTOS))[1].max() < 0.94
+
+
+def test_a_blank_image_is_like_none_and_nothing_is_near_to_nothing() -> None:
+    blank = thumbnails(np.full((1, 48, 48), 9, np.uint8))
+    assert nearest(blank, thumbnails(PHOTOS))[1].tolist() == [0.0]
+    rows, cosines = nearest(thumbnails(PHOTOS[:2]), blank[:0])
+    assert (rows.tolist(), cosines.tolist()) == ([-1, -1], [-1.0, -1.0])
