@@ -13,7 +13,7 @@ ROWS = 512  # compared at once with all others: bounds memory
 
 
 def thumbnails(images: np.ndarray, mirrored: bool = False) -> np.ndarray:
-    """uint8 [N, H, W] or [N, H, W, 3] -> float32 [N, 576], without its mean and of length 1; zeros for a blank image."""
+    """uint8 [N, H, W] or [N, H, W, 3] -> float32 [N, 576], without its mean, of length 1; blank images: zeros."""
     found = np.empty((len(images), SIDE * SIDE), np.float32)
     for row, image in enumerate(images):
         small = Image.fromarray(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
