@@ -1,0 +1,144 @@
+"""Intervals and tests against exact values, published tables, other implementations and simulation."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import brier_score_loss, log_loss
+
+from fer.statistics import (
+    Interval,
+    between_seeds,
+    brier,
+    detectable,
+    difference,
+    divergence,
+    mcnemar,
+    negative_log_likelihood,
+    share,
+    softened,
+    temperature,
+)  # fmt: skip
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_of_newcombe_1998(hits: int, trials: int, low: float, high: float) -> None:
+    """Statistics in Medicine 17, table I, method 3."""
+    found = share(hits, trials)
+    assert (found.value, found.low, found.high) == (
+        hits / trials,
+        *(pytest.approx(bound, abs=5e-5) for bound in (low, high)),
+    )
+
+
+def test_without_images_a_share_is_unknown() -> None:
+    found = share(0, 0)
+    assert math.isnan(found.value)
+    assert (found.low, found.high) == (0, 1)
+
+
+def test_mcnemar_counts_all_outcomes() -> None:
+    """By enumeration: of n images on which one alone is right, how often is the split as uneven as seen?"""
+    for first, second in [(0, 0), (3, 3), (1, 5), (0, 8), (9, 2)]:
+        right = np.array([True] * first + [False] * second + [True, False])
+        other = np.array([False] * first + [True] * second + [True, False])
+        uneven = [abs(2 * sum(coins) - first - second) for coins in product((0, 1), repeat=first + second)]
+        wanted = np.mean(np.array(uneven) >= abs(first - second))
+        assert mcnemar(right, other) == pytest.approx(wanted)
+
+
+def test_two_runs_that_differ_on_8_percent_of_3137_images_need_a_point() -> None:
+    assert detectable(3137, 0.08) == pytest.approx(0.0099, abs=5e-5)
+
+
+def test_difference_of_accuracy_agrees_with_the_normal_approximation() -> None:
+    right, other = RNG.random(2000) < 0.9, RNG.random(2000) < 0.86
+    found = difference(right, other, np.zeros(2000, int), np.arange(2000), balanced=False)
+    gain = right.astype(float) - other
+    assert found.value == pytest.approx(gain.mean())
+    error = gain.std() / 2000**0.5
+    assert found.low == pytest.approx(gain.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(gain.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_difference_of_mean_recall_weighs_classes_alike() -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    right, other = np.ones(100, bool), np.ones(100, bool)
+    other[[0, 90, 91]] = False
+    found = difference(right, other, labels, np.arange(100), balanced=True)
+    assert found.value == pytest.approx((1 / 90 + 2 / 10) / 2)
+    assert found.low < found.value < found.high
+
+
+def test_copies_of_a_photograph_count_as_one() -> None:
+    right, other = RNG.random(300) < 0.8, RNG.random(300) < 0.7
+    labels, alone = np.zeros(300, int), np.arange(300)
+    once = difference(right, other, labels, alone, balanced=False)
+    fourfold = [np.tile(values, 4) for values in (right, other, labels, alone)]
+    grouped = difference(*fourfold, balanced=False)
+    apart = difference(*fourfold[:3], np.arange(1200), balanced=False)
+    assert (grouped.low, grouped.high) == (pytest.approx(once.low), pytest.approx(once.high))
+    assert apart.high - apart.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
+
+
+def test_equal_runs_differ_by_nothing() -> None:
+    right = RNG.random(50) < 0.5
+    assert difference(right, right, np.zeros(50, int), np.arange(50), balanced=True) == Interval(0, 0, 0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("balanced", [False, True])
+def test_95_percent_intervals_hold_the_truth_95_times_in_100(balanced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two classes, 400 images, 600 draws: the share of hits has a standard error of .9 points."""
+    monkeypatch.setattr("fer.statistics.RESAMPLES", 999)
+    labels = np.repeat([0, 1], [300, 100])
+    chances = np.array([[0.9, 0.6], [0.86, 0.5]])[:, labels]
+    truth = 0.5 * (0.04 + 0.1) if balanced else 0.75 * 0.04 + 0.25 * 0.1
+    hits = 0
+    for seed in range(600):
+        right, other = np.random.default_rng(seed).random((2, 400)) < chances
+        hits += truth in difference(right, other, labels, np.arange(400), balanced, seed)
+    assert 0.93 <= hits / 600 <= 0.97
+
+
+def test_scores_agree_with_scikit_learn() -> None:
+    probabilities, labels = RNG.dirichlet(np.ones(4), 200), RNG.integers(0, 4, 200)
+    assert negative_log_likelihood(probabilities, labels) == pytest.approx(log_loss(labels, probabilities))
+    assert brier(probabilities, labels) == pytest.approx(brier_score_loss(labels, probabilities, labels=range(4)))
+    assert negative_log_likelihood(np.array([[0.0, 1.0]]), np.array([0])) > 80  # finite
+
+
+def test_divergence_is_that_of_scipy() -> None:
+    targets, probabilities = RNG.dirichlet(np.ones(4), 50), RNG.dirichlet(np.ones(4), 50)
+    targets[0] = [0, 0, 1, 0]
+    assert divergence(targets, probabilities) == pytest.approx(stats.entropy(targets, probabilities, axis=1).mean())
+    assert divergence(targets, targets) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
+def test_temperature_is_found_again(true: float) -> None:
+    logits = RNG.normal(size=(20_000, 4)) * 2
+    calibrated = softened(logits, true)
+    labels = (calibrated.cumsum(1) > RNG.random((20_000, 1))).argmax(1)
+    assert temperature(softened(logits, 1.0), labels) == pytest.approx(true, rel=0.05)
+
+
+def test_welch_between_seeds_by_the_formula() -> None:
+    ours, theirs = [0.87, 0.88, 0.875], [0.86, 0.862, 0.864]
+    found, p = between_seeds(ours, theirs)
+    parts = [np.var(values, ddof=1) / 3 for values in (ours, theirs)]
+    freedom = sum(parts) ** 2 / sum(part**2 / 2 for part in parts)
+    t = (np.mean(ours) - np.mean(theirs)) / sum(parts) ** 0.5
+    assert p == pytest.approx(2 * stats.t.sf(abs(t), freedom))
+    half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    assert found.low == pytest.approx(found.value - half)
+    assert found.high == pytest.approx(found.value + half)
+    with pytest.raises(ValueError, match="two runs or more"):
+        between_seeds(ours, theirs[:1])
