@@ -179,8 +179,67 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or its first cha
 
 
 @app.command()
-def compare() -> None:
-    """Compare all finished runs on the same data, with the published results on that data set."""
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Run ids, or the start of several ids that differ in their seed alone; all if none.",
+        ),
+    ] = None,
+) -> None:
+    """Compare finished runs on the same test images, with intervals and tests; without names, list all of them."""
+    if runs:
+        _compare_pairs(runs)
+    else:
+        _compare_all()
+
+
+def _compare_pairs(words: list[str]) -> None:
+    from fer.data.dataset import open_data
+    from pipelines import comparison
+
+    sides = [comparison.side(word, RUNS) for word in words]
+    _print_table([summary for side in sides for summary in side.summaries])
+    try:
+        data = open_data("data")
+    except UserError as error:
+        data = None
+        console.print(f"Copies of a photograph count as images of their own: {error}", style="yellow")
+    found = [side.scores() for side in sides]
+    scores = _table("mean over seeds", *found[0])
+    for side, values in zip(sides, found):
+        scores.add_row(side.name, *(f"{value:.4f}" for value in values.values()))
+    console.print(scores)
+    recalls = _table("recall %, 95 %", *(side.name for side in sides))
+    for name, row in zip(sides[0].classes, zip(*(side.recalls() for side in sides))):
+        recalls.add_row(name, *(_percents(recall) for recall in row))
+    console.print(recalls)
+    if len(sides) > 1:
+        _print_pairs(comparison.pairs(sides, data))
+
+
+def _print_pairs(pairs: list[Any]) -> None:
+    table = _table("difference, 95 %", "accuracy", "UAR", "differ on", "p")
+    for pair in pairs:
+        p = "-" if pair.p is None else f"{pair.p:.2g} ({pair.test})"
+        gaps = (_percents(gap, sign="+") for gap in (pair.accuracy, pair.balanced_accuracy))
+        table.add_row(f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p)
+    console.print(table)
+    for pair in pairs:
+        console.print(pair.verdict(), highlight=False)
+
+
+def _table(first: str, *others: str) -> Table:
+    columns = [Column(first, overflow="fold"), *(Column(other, justify="right") for other in others)]
+    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+
+
+def _percents(found: Any, sign: str = "") -> str:
+    return f"{100 * found.value:{sign}.2f} ({100 * found.low:{sign}.2f}, {100 * found.high:{sign}.2f})"
+
+
+def _compare_all() -> None:
     from fer.formats import format_of
     from fer.run import FORMAT
     from pipelines import report

@@ -45,7 +45,7 @@ LAYERS = [
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
-    {"pipelines.params", "pipelines.processes", "pipelines.store", "pipelines.ui"},
+    {"pipelines.comparison", "pipelines.params", "pipelines.processes", "pipelines.store", "pipelines.ui"},
     {"pipelines.experiments", "pipelines.flow_page"},
     {"pipelines.work"},
     {"pipelines.launch", "pipelines.sweeps.settings", "pipelines.sweeps.space"},

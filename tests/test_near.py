@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fer.data.near import nearest, thumbnails
+from fer.data.near import groups, nearest, thumbnails
 
 RNG = np.random.default_rng(1)
 # smooth noise: as different from each other as photographs of different people
@@ -52,3 +52,12 @@ def test_a_blank_image_is_like_none_and_nothing_is_near_to_nothing() -> None:
     assert nearest(blank, thumbnails(PHOTOS))[1].tolist() == [0.0]
     rows, cosines = nearest(thumbnails(PHOTOS[:2]), blank[:0])
     assert (rows.tolist(), cosines.tolist()) == ([-1, -1], [-1.0, -1.0])
+
+
+def test_groups_are_what_is_linked_by_near_duplicates() -> None:
+    chain = np.stack([np.roll(PHOTOS[0], step, axis=1) for step in range(4)])  # its ends are less alike than neighbours
+    blank = np.full((2, 48, 48), 9, np.uint8)
+    found = groups(np.concatenate([PHOTOS[1:3], chain, PHOTOS[1:2], blank]))
+    assert found[0] == found[6]
+    assert len(set(found[2:6].tolist())) == 1
+    assert len(set(found.tolist())) == 5  # two photographs, the chain, and two blank images that are like none

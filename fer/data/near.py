@@ -7,7 +7,10 @@ Two images are compared by the cosine of their thumbnails of 24x24 pixels withou
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+SAME = 0.94  # cosine from which two images count as the same photograph
 SIDE = 24  # pixels of a thumbnail
 ROWS = 512  # compared at once with all others: bounds memory
 
@@ -38,3 +41,15 @@ def nearest(queries: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndar
         rows[part] = similar.argmax(1)
         cosines[part] = similar.max(1)
     return rows, cosines
+
+
+def groups(images: np.ndarray, threshold: float = SAME) -> np.ndarray:
+    """int64 [N]: images of a group are linked by copies or near duplicates of each other."""
+    found = thumbnails(images)
+    pairs = [np.empty((2, 0), np.int64)]
+    for first in range(0, len(found), ROWS):
+        here, there = np.nonzero(found[first : first + ROWS] @ found.T >= threshold)
+        pairs.append(np.stack([here + first, there]))
+    links = np.concatenate(pairs, 1)
+    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(len(found), len(found)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -1,0 +1,176 @@
+"""Finished runs compared on the same test images, from their stored predictions: test is not read again."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fer import statistics
+from fer.data.dataset import DataSet
+from fer.data.near import groups
+from fer.errors import UserError
+from fer.evaluate import read_predictions
+from fer.run_folder import CONFIG, PREDICTIONS, read_summary
+from fer.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Side:
+    """One recipe: a run, or several that differ in their seed alone."""
+
+    name: str
+    folders: tuple[Path, ...]
+    summaries: tuple[dict[str, Any], ...]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.summaries[0]["classes"]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """row, name and label of the test images."""
+        path = self.folders[0] / PREDICTIONS.format(split="test")
+        return pd.read_csv(path, usecols=["row", "name", "label"], keep_default_na=False)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [n]."""
+        return self.table["label"].map({name: index for index, name in enumerate(self.classes)}).to_numpy(np.int64)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """float32 [runs, n, C], on test."""
+        return np.stack([self._of(folder, "test") for folder in self.folders])
+
+    def _of(self, folder: Path, split: str) -> np.ndarray:
+        return read_predictions(folder / PREDICTIONS.format(split=split), self.classes)
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """float64 [n]: the share of the runs that are right on each test image."""
+        return (self.probabilities.argmax(2) == self.labels).mean(0)
+
+    @cached_property
+    def accuracies(self) -> list[float]:
+        return [summary["test"]["accuracy"] for summary in self.summaries]
+
+    def scores(self) -> dict[str, float]:
+        """Means over the runs: accuracy, UAR, log loss, Brier score, ECE, and the temperature that val asks for."""
+        per_run = []
+        for folder, summary, found in zip(self.folders, self.summaries, self.probabilities):
+            val = pd.read_csv(folder / PREDICTIONS.format(split="val"), usecols=["label"], keep_default_na=False)[
+                "label"
+            ]
+            of_val = val.map({name: index for index, name in enumerate(self.classes)}).to_numpy(np.int64)
+            test = summary["test"]
+            per_run.append(
+                {
+                    "accuracy": test["accuracy"],
+                    "UAR": test["balanced_accuracy"],
+                    "log loss": statistics.negative_log_likelihood(found, self.labels),
+                    "Brier": statistics.brier(found, self.labels),
+                    "ECE": test["ece"],
+                    "T": statistics.temperature(self._of(folder, "val"), of_val),
+                }
+            )
+        return {key: float(np.mean([scores[key] for scores in per_run])) for key in per_run[0]}
+
+    def recalls(self) -> list[Interval]:
+        """Recall of each class on test, with its Wilson interval; over several runs their mean of hits."""
+        found = []
+        for label in range(len(self.classes)):
+            rows = self.labels == label
+            found.append(statistics.share(round(float(self.right[rows].sum())), int(rows.sum())))
+        return found
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`one` minus `other`, on the same test images."""
+
+    one: Side
+    other: Side
+    accuracy: Interval
+    balanced_accuracy: Interval
+    differing: float  # share of the images on which one of them alone is right
+    detectable: float  # difference in accuracy that would stand out from chance, given `differing`
+    p: float | None  # exact McNemar for two runs, Welch over seeds; None with one run on one side alone
+    test: str
+
+    def verdict(self) -> str:
+        """In words, whether the two can be told apart."""
+        gap, images = 100 * self.accuracy.value, len(self.one.labels)
+        apart = self.accuracy.low > 0 or self.accuracy.high < 0
+        if apart and (self.p is None or self.p < 1 - statistics.LEVEL):
+            better, worse = (self.one, self.other) if gap > 0 else (self.other, self.one)
+            return f"{better.name} is better than {worse.name} by {abs(gap):.2f} points"
+        differ = f"they differ on {100 * self.differing:.1f} % of {images:,} images"
+        if apart:
+            return f"not told apart over seeds: {abs(gap):.2f} points, p {self.p:.2g}; {differ}"
+        return f"not told apart: {differ}, where {100 * self.detectable:.1f} points would stand out"
+
+
+def side(word: str, runs: Path) -> Side:
+    """The finished runs that `word` names: a run id, or the start of several that differ in their seed alone.
+
+    Raises UserError if there are none, or they are of several recipes.
+    """
+    folders = [runs / word] if (runs / word).is_dir() else sorted(runs.glob(f"{_literal(word)}*"))
+    found = [(folder, summary) for folder in folders if (summary := read_summary(folder)) is not None]
+    if not found:
+        known = ", ".join(sorted(path.name for path in runs.glob("*") if read_summary(path) is not None)) or "none yet"
+        raise UserError(f"{word}: no finished run in {runs}; finished: {known}")
+    recipes = {_recipe(folder): folder.name for folder, _ in found}
+    if len(recipes) > 1:
+        raise UserError(f"{word}: names runs of several recipes, give more of the id: {', '.join(recipes.values())}")
+    name = found[0][0].name if len(found) == 1 else f"{found[0][1]['name']} ({len(found)} seeds)"
+    return Side(name, tuple(folder for folder, _ in found), tuple(summary for _, summary in found))
+
+
+def _literal(word: str) -> str:
+    """`word` as a pattern that matches only itself."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in word.replace("/", "\0"))
+
+
+def _recipe(folder: Path) -> str:
+    content = json.loads((folder / CONFIG).read_text())
+    content["config"].pop("seed", None)
+    return json.dumps([content["config"], content.get("data_hash")], sort_keys=True)
+
+
+def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:
+    """Every two of the sides. `data`: where copies of a photograph are recognised, if it has the images evaluated on.
+
+    Raises UserError if two sides were not evaluated on the same test images.
+    """
+    first = sides[0]
+    for other in sides[1:]:
+        if other.classes != first.classes or not other.table.equals(first.table):
+            raise UserError(f"{other.name} and {first.name}: not evaluated on the same test images, so not comparable")
+    alike = np.arange(len(first.labels))
+    if data is not None and data.test_hash == first.summaries[0]["test_hash"]:
+        test = data.split("test")
+        alike = groups(test.images[test.rows])
+    return [_pair(one, other, alike) for one, other in combinations(sides, 2)]
+
+
+def _pair(one: Side, other: Side, alike: np.ndarray) -> Pair:
+    alone = len(one.folders) == len(other.folders) == 1
+    seeds = min(len(one.folders), len(other.folders))
+    differing = float(np.abs(one.right - other.right).mean())
+    p, test = None, ""
+    if alone:
+        p, test = statistics.mcnemar(one.right > 0.5, other.right > 0.5), "McNemar"
+    elif seeds > 1:
+        p, test = statistics.between_seeds(one.accuracies, other.accuracies)[1], "Welch"
+    accuracy, balanced = (
+        statistics.difference(one.right, other.right, one.labels, alike, balanced) for balanced in (False, True)
+    )
+    detectable = statistics.detectable(len(one.labels), differing)
+    return Pair(one, other, accuracy, balanced, differing, detectable, p, test)

@@ -1,0 +1,81 @@
+"""Runs compared from their stored predictions: who is better, is that more than chance, what cannot be compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fer.errors import UserError
+from pipelines.comparison import pairs, side
+
+CLASSES = ["calm", "glad", "sad"]
+LABELS = np.random.default_rng(0).integers(0, 3, 400)
+
+
+def write_run(runs: Path, name: str, seed: int, right: np.ndarray, lr: float = 0.1, labels: np.ndarray = LABELS) -> str:
+    """A finished run whose predictions are right where `right` says."""
+    folder = runs / f"{name}-s{seed}-{abs(hash((lr, seed))) % 16**8:08x}"
+    folder.mkdir(parents=True)
+    predicted = np.where(right, labels, (labels + 1) % 3)
+    table = pd.DataFrame({"row": range(len(labels)), "name": "x", "label": [CLASSES[i] for i in labels]})
+    table[CLASSES] = 0.1 + 0.7 * np.eye(3)[predicted]
+    for split in ("val", "test"):
+        table.to_csv(folder / f"predictions_{split}.csv", index=False)
+    recall = [right[labels == label].mean() for label in range(3)]
+    test = {"accuracy": right.mean(), "balanced_accuracy": float(np.mean(recall)), "ece": 0.1}
+    summary = {"run_id": folder.name, "name": name, "classes": CLASSES, "test": test, "test_hash": "t"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps({"config": {"seed": seed, "lr": lr}, "data_hash": "d"}))
+    return folder.name
+
+
+def right(share: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(400) < share
+
+
+def test_one_run_against_another(tmp_path: Path) -> None:
+    good, bad = write_run(tmp_path, "good", 1, right(0.9, 1)), write_run(tmp_path, "bad", 1, right(0.7, 2))
+    alike = write_run(tmp_path, "alike", 1, right(0.9, 1) ^ (np.arange(400) < 4))
+    clear, close, _ = pairs([side(word, tmp_path) for word in (good, bad, alike)], None)
+    gap = right(0.9, 1).mean() - right(0.7, 2).mean()
+    assert clear.accuracy.value == pytest.approx(gap)
+    assert gap in clear.accuracy
+    assert 0 not in clear.accuracy
+    assert (clear.test, clear.p < 1e-6) == ("McNemar", True)
+    assert clear.verdict() == f"{good} is better than {bad} by {100 * gap:.2f} points"
+    assert close.differing == pytest.approx(0.01)
+    assert close.verdict() == "not told apart: they differ on 1.0 % of 400 images, where 1.0 points would stand out"
+    assert side(good, tmp_path).recalls()[0].value == pytest.approx(right(0.9, 1)[LABELS == 0].mean())
+
+
+def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
+    """Images may tell two sides apart that seeds do not: the best of lucky seeds is no better recipe."""
+    for seed, ours, theirs in ((1, 0.95, 0.7), (2, 0.72, 0.71), (3, 0.74, 0.69)):
+        write_run(tmp_path, "ours", seed, right(ours, seed))
+        write_run(tmp_path, "theirs", seed, right(theirs, 10 + seed))
+    ours, theirs = side("ours", tmp_path), side("theirs-", tmp_path)
+    assert (ours.name, len(ours.folders)) == ("ours (3 seeds)", 3)
+    (pair,) = pairs([ours, theirs], None)
+    assert pair.accuracy.value == pytest.approx(np.mean(ours.accuracies) - np.mean(theirs.accuracies))
+    assert pair.accuracy.low > 0
+    assert pair.test == "Welch"
+    assert pair.verdict().startswith("not told apart over seeds: ")
+    (mixed,) = pairs([ours, side(theirs.folders[0].name, tmp_path)], None)
+    assert mixed.p is None
+
+
+def test_what_is_not_to_be_compared_is_named(tmp_path: Path) -> None:
+    first = write_run(tmp_path, "one", 1, right(0.9, 1))
+    second = write_run(tmp_path, "one", 2, right(0.9, 1), lr=0.2)
+    with pytest.raises(UserError) as caught:
+        side("one", tmp_path)
+    assert str(caught.value) == f"one: names runs of several recipes, give more of the id: {first}, {second}"
+    other = write_run(tmp_path, "other", 1, right(0.9, 1), labels=LABELS[::-1])
+    with pytest.raises(UserError, match=f"^{other} and {first}: not evaluated on the same test images"):
+        pairs([side(first, tmp_path), side(other, tmp_path)], None)
+    (tmp_path / "open").mkdir()
+    for word in ("open", "nothing", "*", "../" + tmp_path.name + "/one", ""):
+        with pytest.raises(UserError, match="no finished run in|names runs of several recipes"):
+            side(word, tmp_path)
