@@ -162,7 +162,7 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
         wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "KILLED")
         if not everywhere:
             wait_for(lambda: last_flow_run() == ("CANCELLED", {"small"}))
-        assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
+            assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
 
     killed = start_fer(project, "train", "small", PREFECT_API_URL=prefect_server)
     wait_for(lambda: len(epochs_done(project).get("small", [])) > at[0])
