@@ -51,18 +51,11 @@ def stepped(parts: list[Part], **keys: Any) -> tuple[Square, Tensor]:
     return model, value
 
 
-def test_a_plain_step_by_hand() -> None:
-    # 1*3 + 2*1 = 5: loss 12.5, gradient 5 * (3, 1)
-    model, value = stepped([part([[3.0, 1.0]])])
-    assert float(value) == 12.5
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 1.5, 2 - 0.5]))
-
-
-def test_parts_add_up_by_their_weights() -> None:
-    whole, loss = stepped([part([[3.0, 1.0], [1.0, 0.0], [0.0, 2.0]])])
-    split, same = stepped([part([[3.0, 1.0], [1.0, 0.0]], 2 / 3), part([[0.0, 2.0]], 1 / 3)])
-    torch.testing.assert_close(split.weight, whole.weight)
-    torch.testing.assert_close(same, loss)
+def test_a_step_of_uneven_parts_by_hand() -> None:
+    # of (3, 1) and (1, 0): 5 and 1, losses 12.5 and .5, gradients (15, 5) and (1, 0); of (0, 2): 4, 8 and (0, 8)
+    model, value = stepped([part([[3.0, 1.0], [1.0, 0.0]], 2 / 3), part([[0.0, 2.0]], 1 / 3)])
+    assert float(value) == pytest.approx((12.5 + 0.5 + 8) / 3)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.1 * 16 / 3, 2 - 0.1 * 13 / 3]))
 
 
 def test_a_sharpness_aware_step_by_hand() -> None:
@@ -78,21 +71,19 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.03, 2 - 0.04]))
 
 
-@pytest.mark.parametrize("decay", [0.999, 0.8, 0.2])
+@pytest.mark.parametrize("decay", [0.999, 0.8])
 def test_averaged_weights_follow_with_a_decay_that_grows(decay: float) -> None:
     """The first average is the weight itself; then min(decay, (1 + t) / (10 + t)) of it is kept, t = 1, 2, ..."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 10.0)
     stepper = Stepper(small_run(**LINEAR, ema_decay=decay), model, CPU)
-    averages = []
-    for _ in range(40):  # of the weights 9, 8, 7, ...; .8 is reached with t = 35
+    average = 9.0
+    for t in range(40):  # of the weights 9, 8, 7, ...; .8 is reached with t = 35
         model.weight.grad = torch.ones(1, 1)
         stepper.update()
-        averages.append(float(stepper.evaluated.get_parameter("weight").detach()))
-    assert averages[0] == 9.0
-    for t in range(1, 40):
-        kept = min(decay, (1 + t) / (10 + t))
-        assert averages[t] == pytest.approx(kept * averages[t - 1] + (1 - kept) * (9 - t), abs=1e-4), t
+        kept = min(decay, (1 + t) / (10 + t)) if t else 0.0
+        average = kept * average + (1 - kept) * (9 - t)
+        assert float(stepper.evaluated.get_parameter("weight").detach()) == pytest.approx(average, abs=1e-4), t
 
 
 class Normed(Square):
@@ -109,26 +100,12 @@ class Normed(Square):
 def test_a_sharpness_aware_step_that_fails_uphill_leaves_the_network_as_it_was() -> None:
     model = Normed()
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    losses = iter([half_square])
+    losses = iter([half_square])  # the second look fails
     stepper = Stepper(small_run(**LINEAR, sam_rho=0.5), model, CPU)
-
-    def once(*arguments: Any) -> Tensor:
-        return next(losses)(*arguments)  # the second look fails
-
     with pytest.raises(StopIteration):
-        stepper([part([[3.0, 1.0], [1.0, 0.0]])], once, None, 0.1, 0)
+        stepper([part([[3.0, 1.0], [1.0, 0.0]])], lambda *batch: next(losses)(*batch), None, 0.1, 0)
     assert [norm.track_running_stats for norm in model.norms] == [True, False]
-    for key, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.data, before[key], rtol=0, atol=0)
-
-
-def test_a_sharpness_aware_step_over_parts_is_that_of_the_batch() -> None:
-    images = [[3.0, 1.0], [1.0, -1.0], [0.5, 2.0], [2.0, 2.0]]
-    whole, _ = stepped([part(images)], sam_rho=0.5)
-    split, _ = stepped([part(images[:2], 0.5), part(images[2:], 0.5)], sam_rho=0.5)
-    torch.testing.assert_close(split.weight, whole.weight)
-    plain, _ = stepped([part(images)])
-    assert not torch.allclose(plain.weight, whole.weight)
+    assert all(torch.equal(parameter, before[key]) for key, parameter in model.named_parameters())
 
 
 def test_the_second_look_of_a_sharpness_aware_step_leaves_batch_norm_alone() -> None:
@@ -143,20 +120,16 @@ def test_the_second_look_of_a_sharpness_aware_step_leaves_batch_norm_alone() -> 
     torch.testing.assert_close(norm.running_mean, torch.tensor([0.2, 0.3]))
 
 
-class Linear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
+class Linear(nn.Linear):
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.layer(pixel_values)
+        return super().forward(pixel_values)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_loss_of_mixed_images_is_mixed_alike(parts: int) -> None:
     torch.manual_seed(0)
     images, labels, targets = torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), torch.softmax(torch.randn(4, 3), 1)
-    model = Linear()
+    model = Linear(3, 3)
     log_p = torch.log_softmax(model(images), 1).detach()
     wanted = -((0.7 * targets + 0.3 * targets[[1, 0, 3, 2]]) * log_p).sum(1).mean()
     loss = build_loss(VoteCrossEntropy(), 0.0, torch.eye(3), torch.ones(3, dtype=torch.int64))
@@ -203,30 +176,27 @@ def curve(steps: int, parts: int = 1, kind: torch.dtype = torch.float64, **keys:
 UNNORMED = {"batch_norm": False, "conv_dropout": 0.0, "dense_dropout": 0.0}
 
 
-def test_four_parts_of_four_are_one_of_sixteen() -> None:
+@pytest.mark.parametrize("sam_rho", [None, 0.05])
+def test_four_parts_of_four_are_one_of_sixteen(sam_rho: float | None) -> None:
     loss = {"name": "focal_pdls"}
     keys: dict[str, Any] = {"model": UNNORMED, "loss": loss, "class_weights": 0.5, "clip_grad_norm": 0.5}
-    whole = curve(10, **keys)
-    assert curve(10, **keys, parts=4) == pytest.approx(whole, rel=1e-6)
-    assert whole[-1] < whole[0]
+    assert curve(10, **keys, sam_rho=sam_rho, parts=4) == pytest.approx(curve(10, **keys, sam_rho=sam_rho), rel=1e-6)
 
 
 KNOWN: dict[str, dict[str, Any]] = {
     "adamw": {"loss": {"name": "focal_pdls"}},
     "sgd": {
-        "optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01},
+        "optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01}, "ema_decay": 0.9,
         "loss": {"name": "compensated_focal_pdls", "alpha": 0.8},
-        "ema_decay": 0.9,
     },
     "sam": {"sam_rho": 0.05},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_the_first_twenty_losses_are_the_known_ones(kind: str) -> None:
     """Written by this very function; they change only with a change of what a step means."""
     known = json.loads(GOLDEN.read_text())[kind]
-    assert len(known) == 20
     assert curve(20, **KNOWN[kind]) == pytest.approx(known, rel=1e-5)
     assert sum(known[-3:]) < 0.8 * sum(known[:3])
 

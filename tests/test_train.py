@@ -8,14 +8,11 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +20,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, PEOPLE, RESNET, doe, emotion_encoder, make_data, small_run
+from conftest import CPU, PEOPLE, doe, emotion_encoder, free_port, make_data, small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,9 +31,8 @@ from torch import Tensor, nn
 
 from fer import batches as batches_of
 from fer import checkpoint, signals, train
-from fer.batches import Feed, batches, seed_of, trained_images
+from fer.batches import Feed, batches, trained_images
 from fer.data.dataset import DataSet, open_data
-from fer.data.images import sha256
 from fer.errors import UserError, disk_error
 from fer.evaluate import evaluate, predict_split
 from fer.input import Input
@@ -136,6 +131,10 @@ def same_bytes(one: Path, other: Path, part: str) -> bool:
     return first == second
 
 
+def tensors_of(folder: Path, part: str = "last") -> dict[str, Tensor]:
+    return load_file(folder / part / "model.safetensors")
+
+
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Bit-equal weights, optimizer and averaged state, and equal rows of metrics but for their times."""
     for part in ("last", "best"):
@@ -172,7 +171,7 @@ def copied(uncut: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def evaluated(run: Run, data: DataSet, folder: Path) -> dict[str, float]:
-    """The val metrics of the weights in `folder`; the loss is its expectation."""
+    """The val metrics of the weights in `folder`."""
     model = build_model(run.model, run.input, 8)
     checkpoint.load_weights(folder, model)
     counts = torch.bincount(data.split("train").labels)
@@ -185,11 +184,7 @@ def evaluated(run: Run, data: DataSet, folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("keys", "accuracy"),
-    [
-        ({"epochs": 12, "augment": UNMOVED}, 0.8),
-        (emotion_encoder(epochs=8, augment={}), 0.8),
-        (doe(epochs=30, batch_size=8), 0.4),  # on random convolutions that do not learn
-    ],
+    [({"epochs": 12, "augment": UNMOVED}, 0.8), (doe(epochs=30, batch_size=8), 0.4)],  # doe: on random convolutions
 )
 def test_bars_are_learned(keys: dict[str, Any], accuracy: float, bars: Path, tmp_path: Path) -> None:
     rows = rows_of(fit("x", small_run(**keys), CPU, bars, tmp_path))
@@ -197,16 +192,8 @@ def test_bars_are_learned(keys: dict[str, Any], accuracy: float, bars: Path, tmp
     assert max(row["val_accuracy"] for row in rows) > accuracy  # chance: .125
 
 
-def keys_of(tree: Any) -> set[str]:
-    """Of all tables in it."""
-    if isinstance(tree, dict):
-        return set(tree).union(*map(keys_of, tree.values()))
-    return set().union(*map(keys_of, tree)) if isinstance(tree, list) else set()
-
-
-@pytest.mark.parametrize("kind", ["parts", "doe"])
-def test_the_files_of_a_run(kind: str, uncut: dict[str, Path], bars: Path) -> None:
-    folder, run, data = uncut[kind], small_run(**KINDS[kind]), open_data(bars)
+def test_the_files_of_a_run(uncut: dict[str, Path], bars: Path) -> None:
+    folder, run, data = uncut["parts"], small_run(**KINDS["parts"]), open_data(bars)
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert re.fullmatch(r"x-s1111-[0-9a-f]{8}", folder.name)
@@ -216,16 +203,12 @@ def test_the_files_of_a_run(kind: str, uncut: dict[str, Path], bars: Path) -> No
     assert (described["data_hash"], described["classes"]) == (data.hash, data.classes)
     assert (described["class_prior"], described["data"]["dataset"]) == (data.summary["class_prior"], "bars")
     assert (described["made_by"]["device"], described["made_by"]["threads"]) == ("cpu", 1)
-    assert described["made_by"].keys() >= {"commit", "fer", "torch", "cpu"}
-    assert Resources.model_validate(described.pop("resources")) == resources_of(kind)
-    # checkpoints do not tell where the weights came from: they hold the weights
-    assert (described.pop("start"), set(described.pop("starts_from"))) == (None, {"random weights"})
+    # what a checkpoint does not tell: where it was computed, and where its weights came from
+    assert Resources.model_validate(described.pop("resources")) == PARTS
+    assert (described.pop("start"), described.pop("starts_from")) == (None, ["random weights"])
     for part in ("last", "best"):
         meta = checkpoint.load_meta(folder / part)
-        assert {key: meta[key] for key in described} == described
-        assert meta["history"] == rows[: meta["epoch"]]
-        del meta["made_by"]
-        assert not keys_of(meta) & {*Resources.model_fields, "resources"}  # nor on which machine they were asked for
+        assert meta == described | {"epoch": meta["epoch"], "history": rows[: meta["epoch"]]}
     assert json.loads((folder / "progress.json").read_text()) == {"epoch": 2, "epochs": 3, "step": 6, "steps": 6}
 
 
@@ -242,21 +225,13 @@ def test_best_is_the_first_epoch_with_the_best_val_accuracy(kind: str, uncut: di
         assert result[key] == pytest.approx(rows[meta["epoch"] - 1][f"val_{key}"], abs=1e-9)
 
 
-def test_a_run_with_averaged_weights_trains_as_one_without_and_evaluates_the_averages(
-    bars: Path, tmp_path: Path
-) -> None:
+def test_averaged_weights_are_evaluated_and_do_not_change_training(bars: Path, tmp_path: Path) -> None:
     alone, averaged = (fit("x", small_run(epochs=1, ema_decay=ema), CPU, bars, tmp_path) for ema in (None, 0.999))
     assert same_bytes(alone, averaged, "last")
-    (row,), state = rows_of(averaged), checkpoint.load_training(averaged / "last")["stepper"]["ema"]
-    assert row["train_loss"] == rows_of(alone)[0]["train_loss"]
     best = load_file(averaged / "best" / "model.safetensors")
+    state = checkpoint.load_training(averaged / "last")["stepper"]["ema"]
     assert all(torch.equal(best[name], state[f"module.{name}"]) for name in best)
-    data, run = open_data(bars), small_run(epochs=1, ema_decay=0.999)
-    losses = {part: evaluated(run, data, averaged / part)["loss"] for part in ("best", "last")}
-    assert row["val_loss"] == pytest.approx(losses["best"], abs=1e-9)
-    assert row["val_loss"] != pytest.approx(losses["last"], abs=1e-5)
-    found = evaluate(averaged, bars, CPU)["val"]
-    assert all(found[key] == pytest.approx(row[f"val_{key}"]) for key in ("accuracy", "macro_f1", "ece"))
+    assert not same_bytes(averaged, alone, "best")
 
 
 def test_best_stays_when_later_epochs_are_worse(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,43 +239,22 @@ def test_best_stays_when_later_epochs_are_worse(bars: Path, tmp_path: Path, monk
 
     def predicted(*arguments: Any) -> Any:
         logits, counts = predict_split(*arguments)
-        result = counts.result() | {"accuracy": next(planned)}
-        monkeypatch.setattr(counts, "result", lambda: result)
-        return logits, counts
+        found = counts.result() | {"accuracy": next(planned)}
+        return logits, SimpleNamespace(result=lambda: found)
 
     monkeypatch.setattr(train, "predict_split", predicted)
-    run = small_run(epochs=4)
     with pytest.raises(Cut):
-        fit("x", run, CPU, bars, tmp_path, cut_after(3))
-    folder = fit("x", run, CPU, bars, tmp_path)
+        fit("x", small_run(epochs=4), CPU, bars, tmp_path, cut_after(3))
+    folder = fit("x", small_run(epochs=4), CPU, bars, tmp_path)
     assert checkpoint.load_meta(folder / "best")["epoch"] == 2
-    assert [row["val_accuracy"] for row in rows_of(folder)] == [0.3, 0.6, 0.6, 0.5]
 
 
-def test_training_never_looks_at_test(tmp_path: Path, uncut: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    data = make_data(tmp_path / "data", subjects=PEOPLE)
-    table = pd.read_csv(data / "splits" / "test.csv", keep_default_na=False)
-    images = np.load(data / "upscaled" / "images.npy")
-    images[table["row"]] = 0
-    table["label"] = 10**6
-    np.save(data / "upscaled" / "images.npy", images)
-    summary = json.loads((data / "splits" / "summary.json").read_text())
-    summary["images_sha256"] = sha256(data / "upscaled" / "images.npy")
-    (data / "splits" / "summary.json").write_text(json.dumps(summary))
-    table.to_csv(data / "splits" / "test.csv", index=False)
+def test_training_never_looks_at_test(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
     real = DataSet.split
-
-    def split(self: DataSet, name: str) -> Any:
-        asked.add(name)
-        return real(self, name)
-
-    monkeypatch.setattr(DataSet, "split", split)
-    folder = fit("x", small_run(), CPU, data, tmp_path / "runs")
+    monkeypatch.setattr(DataSet, "split", lambda data, name: asked.add(name) or real(data, name))
+    fit("x", small_run(**doe(epochs=1)), CPU, bars, tmp_path)
     assert asked == {"train", "val"}
-    assert untimed(rows_of(folder)) == untimed(rows_of(uncut["adamw"]))
-    for part in ("last", "best"):
-        assert same_bytes(folder, uncut["adamw"], part)
 
 
 # Cut and resumed
@@ -440,12 +394,8 @@ def test_sigterm_stops_a_run_while_it_trains(main: bool, bars: Path, tmp_path: P
             ended.append(stopped)
 
     try:
-        if main:
-            train_it()
-        else:
-            thread = threading.Thread(target=train_it)
-            thread.start()
-            thread.join(60)
+        thread = threading.Thread(target=train_it)
+        train_it() if main else (thread.start(), thread.join(60))
         assert (heard, [stopped.terminated for stopped in ended]) == ([], [True])
         assert "stopped in epoch 2 after 3 of 6 steps" in str(ended[0])
         os.kill(os.getpid(), signal.SIGTERM)
@@ -456,16 +406,13 @@ def test_sigterm_stops_a_run_while_it_trains(main: bool, bars: Path, tmp_path: P
 
 
 def test_a_run_that_ended_early_is_finished(bars: Path, tmp_path: Path) -> None:
-    run = small_run(epochs=30, patience=1, optimizer={"lr": 1e-6})
+    run, looks = small_run(epochs=30, patience=1, optimizer={"lr": 1e-6}), Looks()
     folder = fit("x", run, CPU, bars, tmp_path)
-    rows = rows_of(folder)
-    values = [row["val_accuracy"] for row in rows]
-    assert len(rows) < 30
-    assert values[-1] <= max(values[:-1])
-    looks = Looks()
+    done = len(rows_of(folder))
+    assert done < 30
     assert fit("x", run, CPU, bars, tmp_path, leaves=looks) == folder
     assert looks.count == 0
-    assert evaluate(folder, bars, CPU)["epochs"] == len(rows)
+    assert evaluate(folder, bars, CPU)["epochs"] == done
 
 
 def test_a_line_of_metrics_that_was_lost_or_doubled_is_mended(bars: Path, copied: Path) -> None:
@@ -478,51 +425,14 @@ def test_a_line_of_metrics_that_was_lost_or_doubled_is_mended(bars: Path, copied
     assert weights.stat().st_mtime_ns == written  # a finished run is not trained
 
 
-def test_a_damaged_checkpoint_is_named_and_not_overwritten(bars: Path, copied: Path) -> None:
-    (copied / "last" / "training.pt").write_text("<html>")
-    with pytest.raises(UserError, match=r"last/training\.pt: damaged"):
-        fit("x", small_run(), CPU, bars, copied.parent)
-    assert (copied / "last" / "training.pt").read_text() == "<html>"
-
-
-def test_a_checkpoint_of_a_gpu_is_resumed_on_this_machine(bars: Path, tmp_path: Path, uncut: dict[str, Path]) -> None:
-    with pytest.raises(Cut):
-        fit("x", small_run(), CPU, bars, tmp_path, cut_after(1))
-    last = tmp_path / uncut["adamw"].name / "last"
-    meta = json.loads((last / "checkpoint.json").read_text())
-    meta["made_by"]["device"] = "NVIDIA H100 80GB HBM3"
-    (last / "checkpoint.json").write_text(json.dumps(meta))
-    with zipfile.ZipFile(last / "training.pt") as file:
-        content = {name: file.read(name) for name in file.namelist()}
-    (pickled,) = (name for name in content if name.endswith("/data.pkl"))
-    place = b"X\x03\x00\x00\x00cpu"  # where each tensor was, as the pickle writes it
-    assert place in content[pickled]
-    content[pickled] = content[pickled].replace(place, b"X\x06\x00\x00\x00cuda:3")
-    with zipfile.ZipFile(last / "training.pt", "w") as file:
-        for name, data in content.items():
-            file.writestr(name, data)
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="CUDA"):
-            torch.load(last / "training.pt", weights_only=True)
-    assert_equal_runs(fit("x", small_run(), CPU, bars, tmp_path), uncut["adamw"])
-
-
-@pytest.mark.parametrize("other", [1, FORMAT + 1, None])
-def test_a_run_of_another_format_is_refused_and_stays(other: int | None, bars: Path, copied: Path) -> None:
+def test_a_run_of_another_format_is_refused_and_stays(bars: Path, copied: Path) -> None:
     path = copied / "last" / "checkpoint.json"
-    meta = json.loads(path.read_text()) | {"epoch": 1, "format": other}
-    if other is None:  # as the first one wrote it
-        del meta["format"]
-    path.write_text(json.dumps(meta))
-
-    def content() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-
-    before = content()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epoch": 1, "format": 1}))
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as caught:
         fit("x", small_run(), CPU, bars, copied.parent)
-    assert str(caught.value) == f"{copied}: was started in format {other or 1}, not {FORMAT}; delete it to train again"
-    assert content() == before
+    assert str(caught.value) == f"{copied}: was started in format 1, not {FORMAT}; delete it to train again"
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
 # A frozen encoder, and neutral faces to compare with
@@ -533,39 +443,13 @@ def test_a_frozen_encoder_stays_as_it_was_to_the_last_bit(kind: str, uncut: dict
     before = seeded_network(small_run(**KINDS[kind])).state_dict()
     frozen = {name for name in before if name.startswith(FROZEN[kind])}
     assert len({name for name in frozen if name.endswith(("running_mean", "running_var"))}) > 20
-    after = [load_file(uncut[kind] / part / "model.safetensors") for part in ("best", "last")]
-    for tensors in after:  # everything else has changed: the other encoder's statistics too
+    best, last = (tensors_of(uncut[kind], part) for part in ("best", "last"))
+    for tensors in (best, last):  # everything else has changed: the other encoder's statistics too
         assert {name for name in before if torch.equal(before[name], tensors[name])} == frozen
     if "doe" in kind:  # its references were chosen once
-        best, last = (tensors["references"] for tensors in after)
-        assert torch.equal(best, last)
-        assert best.shape == (3, 128)
-        assert best.std(0).max() > 1e-3
-
-
-def test_no_face_of_a_person_is_kept_for_another(uncut: dict[str, Path]) -> None:
-    assert load_file(uncut["same subject"] / "best" / "model.safetensors")["references"].shape == (0, 128)
-
-
-def test_training_draws_partners_anew_and_evaluation_does_not(bars: Path, tmp_path: Path) -> None:
-    """All images are in every epoch and nothing is learned, so only other partners change the mean loss."""
-
-    def losses(model: dict[str, Any]) -> list[list[float]]:
-        """Of three epochs, in training and on val."""
-        rows = rows_of(fit("x", small_run(**doe(model=model), **STILL), CPU, bars, tmp_path))
-        return [[row[f"{part}_loss"] for row in rows] for part in ("train", "val")]
-
-    for pairing in ("random_neutral", "same_subject", "prototype"):
-        trained, found = losses(doe(pairing)["model"])
-        assert found == pytest.approx([found[0]] * 3, abs=1e-6)
-        if pairing == "prototype":
-            assert trained == pytest.approx([trained[0]] * 3, abs=1e-6)
-        else:
-            assert min(abs(one - other) for one, other in zip(trained, [*trained[1:], trained[0]])) > 1e-5
-        if pairing == "random_neutral":  # the number of references matters in evaluation alone
-            more = losses(doe()["model"] | {"pairing": {"name": pairing, "references": 12}})
-            assert more[0] == trained
-            assert more[1][0] != pytest.approx(found[0], abs=1e-5)
+        assert torch.equal(best["references"], last["references"])
+        assert best["references"].shape == (3, 128)
+    assert tensors_of(uncut["same subject"])["references"].shape == (0, 128)  # no person's face is kept for another
 
 
 # A start from another run
@@ -580,10 +464,6 @@ def first(bars: Path, uncut: dict[str, Path], tmp_path: Path) -> Path:
 SECOND = doe(init_from="first", epochs=2)
 
 
-def tensors_of(folder: Path, part: str = "last") -> dict[str, Tensor]:
-    return load_file(folder / part / "model.safetensors")
-
-
 def test_a_run_starts_from_the_best_backbone_of_another(first: Path, bars: Path) -> None:
     (first / "last" / "model.safetensors").unlink()  # those weights are not wanted
     path = first / "best" / "checkpoint.json"
@@ -592,14 +472,10 @@ def test_a_run_starts_from_the_best_backbone_of_another(first: Path, bars: Path)
     path.write_text(json.dumps(meta))
     run = small_run(**SECOND, **STILL)
     found = fit("x", run, CPU, bars, first.parent, start=first.name)
-    theirs, fresh = tensors_of(first, "best"), seeded_network(run).state_dict()
-    for part in ("best", "last"):
-        ours = tensors_of(found, part)
-        names = {name for name in ours if name.startswith("backbone.")}
-        assert names == {name for name in theirs if name.startswith("backbone.")}
-        assert [name for name in names if not torch.equal(ours[name], theirs[name])] == []
-        for name in ("head.0.weight", "head.2.bias"):  # the other run's head is not taken
-            torch.testing.assert_close(ours[name], fresh[name], atol=1e-10, rtol=0)
+    ours, theirs, fresh = tensors_of(found), tensors_of(first, "best"), seeded_network(run).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("backbone."))
+    for name in ("head.0.weight", "head.2.bias"):  # the other run's head is not taken
+        torch.testing.assert_close(ours[name], fresh[name], atol=1e-10, rtol=0)
     described = json.loads((found / "config.json").read_text())
     assert (described["start"], described["starts_from"]) == (first.name, ["first"])
     # a backbone that learns may start from a frozen one
@@ -609,50 +485,39 @@ def test_a_run_starts_from_the_best_backbone_of_another(first: Path, bars: Path)
         torch.testing.assert_close(learned[name], theirs[name], atol=1e-10, rtol=0)
 
 
-def test_the_run_it_starts_from_is_part_of_its_id_and_not_needed_to_resume(
-    first: Path, bars: Path, tmp_path: Path
-) -> None:
-    run = small_run(**SECOND)
+def test_the_run_to_start_from_is_not_needed_to_resume(first: Path, bars: Path) -> None:
+    run, data = small_run(**SECOND), open_data(bars)
     whole = fit("x", run, CPU, bars, first.parent, start=first.name)
     shutil.copytree(first, first.with_name("other"))
     with pytest.raises(Cut):
         fit("x", run, CPU, bars, first.parent, cut_after(1), start="other")
     shutil.rmtree(first.with_name("other"))
     resumed = fit("x", run, CPU, bars, first.parent, start="other")
-    assert [run_id("x", run, open_data(bars).hash, start) for start in (first.name, "other")] == [
-        whole.name,
-        resumed.name,
+    assert [folder.name for folder in (whole, resumed)] == [
+        run_id("x", run, data.hash, start) for start in (first.name, "other")
     ]
-    assert whole.name != resumed.name
     assert same_bytes(whole, resumed, "last")
 
 
-def test_a_start_that_cannot_be(first: Path, bars: Path, uncut: dict[str, Path], tmp_path: Path) -> None:
-    def refusal(start: str | None, **keys: Any) -> str:
-        with pytest.raises(UserError) as caught:
-            fit("x", small_run(**SECOND | keys), CPU, bars, first.parent, start=start)
-        return str(caught.value)
-
+def test_a_start_that_cannot_be(first: Path, bars: Path, uncut: dict[str, Path]) -> None:
+    """Nothing of the run is written; what does not fit otherwise is in test_run.py."""
     runs = first.parent
-    assert refusal("y-s1-00000000") == (
-        f"{runs}/y-s1-00000000/last: no checkpoint there (checkpoint.json is missing); train the run first"
-    )
-    shutil.copytree(uncut["adamw"], runs / "plain")
-    assert refusal("plain") == "init_from: first has no backbone; set it to null"
-    for backbone in (RESNET | {"width": 8}, {"name": "mobilenet_v3_large", "weights": None}):
-        assert refusal(first.name, model=doe()["model"] | {"backbone": backbone}) == (
-            "init_from: first has another backbone (resnet50); give both the same name and settings"
-        )
-    last = first / "last" / "checkpoint.json"
-    meta = json.loads(last.read_text())
-    last.write_text(json.dumps(meta | {"epoch": 2, "history": meta["history"][:2]}))
-    assert refusal(first.name) == f"{first}: 2 of 3 epochs are done; finish it with `fer train x`"
-    before = sorted(runs.iterdir())
-    for name, start in (("first", None), (None, "y-s1-00000000")):
-        message = f"x: init_from is {name}, the run to start from {start}; give both or neither"
-        assert refusal(start, init_from=name) == message
-    assert sorted(runs.iterdir()) == before
-    assert {path.parent.name for path in runs.glob("*/last")} == {first.name, "plain"}
+    plain = shutil.copytree(uncut["adamw"], runs / "plain").name
+    half = shutil.copytree(first, runs / "half")
+    meta = checkpoint.load_meta(first / "last")
+    (half / "last/checkpoint.json").write_text(json.dumps(meta | {"epoch": 2, "history": meta["history"][:2]}))
+    both = "x: init_from is {}, the run to start from {}; give both or neither"
+    for init_from, start, message in (
+        ("first", "y", f"{runs}/y/last: no checkpoint there (checkpoint.json is missing); train the run first"),
+        ("first", plain, "init_from: first has no backbone; set it to null"),
+        ("first", "half", f"{half}: 2 of 3 epochs are done; finish it with `fer train x`"),
+        ("first", None, both.format("first", None)),
+        (None, plain, both.format(None, plain)),
+    ):
+        with pytest.raises(UserError) as caught:
+            fit("x", small_run(**SECOND | {"init_from": init_from}), CPU, bars, runs, start=start)
+        assert str(caught.value) == message
+    assert {path.parent.name for path in runs.glob("*/last")} == {first.name, plain, "half"}
 
 
 # Numbers that are none
@@ -678,19 +543,17 @@ def planted(patch: Any, at: int, value: float = float("nan")) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(
     value: float, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncut: dict[str, Path]
 ) -> None:
-    run, folder = small_run(), tmp_path / uncut["adamw"].name
     with monkeypatch.context() as patch:
         planted(patch, at=STEPS + 2, value=value)
         with pytest.raises(NonFiniteLoss) as caught:
-            fit("x", run, CPU, bars, tmp_path)
+            fit("x", small_run(), CPU, bars, tmp_path)
+    (folder,) = tmp_path.iterdir()
     assert str(caught.value) == (
-        f"{folder.name}: loss is {value} in epoch 2, step 3 (lr {rate_at(run, 1 + 2.5 / 6):.3g}); "
+        f"{folder.name}: loss is {value} in epoch 2, step 3 (lr {rate_at(small_run(), 1 + 2.5 / 6):.3g}); "
         "lower optimizer.lr, set clip_grad_norm, or use precision fp32"
     )
-    assert isinstance(caught.value, UserError)
     assert checkpoint.load_meta(folder / "last")["epoch"] == 1
-    fit("x", run, CPU, bars, tmp_path)
-    assert_equal_runs(folder, uncut["adamw"])
+    assert_equal_runs(fit("x", small_run(), CPU, bars, tmp_path), uncut["adamw"])
 
 
 def test_weights_spoilt_by_the_last_step_are_not_saved(
@@ -704,14 +567,9 @@ def test_weights_spoilt_by_the_last_step_are_not_saved(
             next(stepper.model.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(Stepper, "update", update)
-    with pytest.raises(NonFiniteLoss) as caught:
+    with pytest.raises(NonFiniteLoss, match=r": val loss is nan after epoch 1 \(lr .*\); lower optimizer\.lr"):
         fit("x", small_run(), CPU, bars, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert str(caught.value) == (
-        f"{folder.name}: val loss is nan after epoch 1 (lr {rate_at(small_run(), 5.5 / 6):.3g}); "
-        "lower optimizer.lr, set clip_grad_norm, or use precision fp32"
-    )
-    assert not (folder / "last").exists()
+    assert not list(tmp_path.glob("*/last"))
 
 
 # Rate, batches
@@ -724,71 +582,60 @@ def test_the_rate_of_each_epochs_last_step_is_recorded(bars: Path, tmp_path: Pat
     assert [row["lr"] for row in rows] == pytest.approx([0.01 * 11 / 12, 0.01, 0.005, 0.001])
 
 
-def order_of(run: Run, labels: Tensor, epoch: int) -> list[int]:
-    return np.concatenate([index for index, _ in batches(run, labels, epoch, 0, 1)]).tolist()
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     images=st.integers(4, 70),
     share=st.integers(1, 8),
     world=st.sampled_from([1, 2, 4]),
-    epoch=st.integers(0, 5),
     power=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_ranks_share_the_batches_of_one(images: int, share: int, world: int, epoch: int, power: float) -> None:
+def test_ranks_share_the_batches_of_one(images: int, share: int, world: int, power: float) -> None:
     run, labels = small_run(batch_size=share * world, balanced_sampling=power), torch.arange(images) % 8
-    trained = trained_images(run.batch_size, images, world)
     whole = images >= run.batch_size
-    assert trained == (images // run.batch_size * run.batch_size if whole else images // world * world)
-    parts = [list(batches(run, labels, epoch, rank, world)) for rank in range(world)]
+    trained = images // run.batch_size * run.batch_size if whole else images // world * world
+    assert trained == trained_images(run.batch_size, images, world)
     size = run.batch_size if whole else trained
-    for step in zip(*parts):
-        assert [place for _, place in step] == [
-            slice(rank * size // world, (rank + 1) * size // world) for rank in range(world)
-        ]
-        assert {len(index) for index, _ in step} == {size // world}
-    seen = np.concatenate([index for step in zip(*parts) for index, _ in step]).tolist()
+    seen: list[int] = []
+    for step in zip(*(batches(run, labels, 3, rank, world) for rank in range(world))):
+        places = [slice(rank * size // world, (rank + 1) * size // world) for rank in range(world)]
+        assert [(place, len(index)) for index, place in step] == [(place, size // world) for place in places]
+        seen += np.concatenate([index for index, _ in step]).tolist()
     assert len(seen) == trained
-    assert seen == order_of(run, labels, epoch)[:trained]
+    assert seen == order_of(run, labels, 3)[:trained]
+    assert {*seen} <= {*range(images)}
     if not power:
         assert len(set(seen)) == trained  # each image at most once
-    assert {*seen} <= {*range(images)}
+
+
+def order_of(run: Run, labels: Tensor, epoch: int) -> list[int]:
+    return np.concatenate([index for index, _ in batches(run, labels, epoch, 0, 1)]).tolist()
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_the_order_follows_from_seed_and_epoch(power: float) -> None:
-    def order(seed: int, epoch: int) -> tuple[int, ...]:
-        return tuple(order_of(small_run(seed=seed, balanced_sampling=power), torch.arange(64) % 8, epoch))
-
-    assert order(1, 1) == order(1, 1)
-    assert len({order(seed, epoch) for seed in (1, 2) for epoch in (1, 2)}) == 4
-    assert order(1, 1) != tuple(sorted(order(1, 1)))
+    orders = {
+        tuple(order_of(small_run(seed=seed, balanced_sampling=power), torch.arange(64) % 8, epoch))
+        for seed, epoch in [*itertools.product((1, 2), (1, 2)), (1, 1)]
+    }
+    assert len(orders) == 4
+    assert tuple(range(64)) not in orders
 
 
 # Three classes of 900, 90 and 10 images; and one of none
 UNEVEN = torch.tensor(np.random.default_rng(0).permutation([0] * 900 + [1] * 90 + [3] * 10))
 
 
-@pytest.mark.parametrize(
-    ("power", "shares"),
-    [
-        (1.0, [1 / 3, 1 / 3, 0, 1 / 3]),
-        (0.5, [0.7034, 0.2224, 0, 0.0741]),  # as the roots 30, 9.487 and 3.162
-    ],
-)
-def test_balanced_sampling_draws_the_classes_with_their_shares(power: float, shares: list[float]) -> None:
-    run, epochs = small_run(balanced_sampling=power, batch_size=10), 20
+def test_balanced_sampling_draws_the_classes_with_their_shares() -> None:
+    run, epochs = small_run(balanced_sampling=0.5, batch_size=10), 20
     drawn = np.array([order_of(run, UNEVEN, epoch) for epoch in range(epochs)])
     assert drawn.shape == (epochs, 1000)
-    wanted = np.array(shares)
+    shares = np.array([0.7034, 0.2224, 0, 0.0741])  # as the roots 30, 9.487 and 3.162
     counts = np.bincount(UNEVEN[drawn.ravel()], minlength=4)
-    error = np.sqrt(wanted * (1 - wanted) / drawn.size)
-    np.testing.assert_array_less(abs(counts / drawn.size - wanted), 4 * error + 1e-4)
+    error = np.sqrt(shares * (1 - shares) / drawn.size)
+    np.testing.assert_array_less(abs(counts / drawn.size - shares), 4 * error + 1e-4)
     # and within a class all images alike: those of the smallest
-    rare = np.flatnonzero(UNEVEN == 3)
-    share = shares[3] / len(rare)
-    found = np.bincount(drawn.ravel(), minlength=1000)[rare] / drawn.size
+    share = shares[3] / 10
+    found = np.bincount(drawn.ravel(), minlength=1000)[UNEVEN == 3] / drawn.size
     np.testing.assert_allclose(found, share, atol=4 * np.sqrt(share / drawn.size), rtol=0)
 
 
@@ -811,8 +658,6 @@ def test_augmentation_is_drawn_anew_in_each_step(bars: Path, tmp_path: Path, mon
     for seed in (1, 2):
         fit("x", small_run(seed=seed, epochs=2), CPU, bars, tmp_path)
     assert len(seeds) == len(set(seeds)) == 2 * 2 * STEPS
-    places = list(itertools.product(range(3), range(4), range(4), range(3)))
-    assert len({seed_of(*place) for place in places}) == len(places)
 
 
 # What cannot start
@@ -820,83 +665,48 @@ def test_augmentation_is_drawn_anew_in_each_step(bars: Path, tmp_path: Path, mon
 
 def test_what_cannot_start_leaves_nothing(bars: Path, tmp_path: Path) -> None:
     """Every batch that cannot be divided is in test_run.py."""
-
-    def refusal(run: Run, resources: Resources, data: Path = bars) -> str:
-        with pytest.raises(UserError) as caught:
+    two = Resources(device="cpu", workers=2)
+    cases: list[tuple[Run, Resources, Path, str]] = [
+        (small_run(batch_size=15), two, bars, "x: batch_size: 15 does not divide by resources.workers 2"),
+        (small_run(), CPU, tmp_path / "data", "summary.json: not found; make the data with `dvc repro`"),
+    ]
+    if not torch.cuda.is_available():
+        message = "resources.device: cuda, but this machine has no usable GPU; set it to auto or cpu"
+        cases.append((small_run(), Resources(device="cuda"), bars, message))
+    for run, resources, data, message in cases:
+        with pytest.raises(UserError, match=re.escape(message)):
             fit("x", run, resources, data, tmp_path / "runs")
         assert not (tmp_path / "runs").exists()
-        return str(caught.value)
-
-    assert refusal(small_run(batch_size=15), Resources(device="cpu", workers=2)) == (
-        "x: batch_size: 15 does not divide by resources.workers 2"
-    )
-    assert "summary.json: not found; make the data with `dvc repro`" in refusal(small_run(), CPU, tmp_path / "data")
-    if not torch.cuda.is_available():
-        assert refusal(small_run(), Resources(device="cuda")) == (
-            "resources.device: cuda, but this machine has no usable GPU; set it to auto or cpu"
-        )
-
-
-def test_batch_norm_over_several_workers_needs_gpus(
-    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, alone = small_run(epochs=1), Resources(device="cpu", sync_batch_norm=True)
-    fit("x", run, alone, bars, tmp_path / "one")  # which has all images
-    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2, "barrier": None}.items():
-        monkeypatch.setattr(dist, name, lambda value=value: value)
-    with pytest.raises(UserError) as caught:
-        fit("x", run, alone.model_copy(update={"workers": 2}), bars, tmp_path / "two")
-    assert str(caught.value) == "resources.sync_batch_norm: works on GPUs only; set it to false"
-    assert not list((tmp_path / "two").glob("*/last"))
 
 
 # Agreement of several ranks, by clocks that are set by hand
 
 
-def agreed(patch: pytest.MonkeyPatch, steps: int, seconds: list[float], stop: int) -> tuple[list[int], list[int]]:
-    """The steps at which the ranks asked each other, and those at which they were told to stop: the same on all.
-
-    `seconds`: what a step takes on each rank. `stop`: the step from which on the last rank is asked to stop.
-    """
-    meeting, here = threading.Barrier(len(seconds), timeout=60), threading.local()
-    told = [torch.empty(2)] * len(seconds)
+@pytest.mark.parametrize(
+    ("own", "slowest", "every"),
+    [(0.6, 0.6, 1), (5.0, 5.0, 1), (0.01, 0.6, 1), (0.01, 0.01, 100), (0.001, 0.005, 200)],
+)
+def test_ranks_agree_about_once_a_second(
+    own: float, slowest: float, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one rank sees, with seconds per step of its own and of the slowest, which is asked to stop."""
+    asked, stops, step, stop = [0], [], 0, 8 * every
 
     def all_reduce(found: Tensor, operation: Any, group: Any) -> None:
         assert (operation, group) == (dist.ReduceOp.MAX, "group")
-        here.asked.append(here.step)
-        told[here.rank] = found.clone()
-        meeting.wait()
-        found.copy_(torch.stack(told).amax(0))
-        meeting.wait()
+        theirs = [float(step >= stop), (step - asked[-1]) * slowest]
+        found.copy_(torch.maximum(found, torch.tensor(theirs)))
+        asked.append(step)
 
-    def rank_of(rank: int) -> tuple[list[int], list[int]]:
-        here.rank, here.clock, here.asked, stops = rank, 1000.0 * rank, [], []
-        asks = rank == len(seconds) - 1
-        signal: Any = SimpleNamespace(request=lambda: Request.STOP if asks and here.step >= stop else Request.NONE)
-        agree = Agreement("group", signal)
-        for here.step in range(steps):
-            if agree():
-                stops.append(here.step)
-            here.clock += seconds[rank]
-        return here.asked, stops
-
-    patch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: here.clock))
-    patch.setattr(dist, "all_reduce", all_reduce)
-    with ThreadPoolExecutor(len(seconds)) as pool:
-        first, *others = pool.map(rank_of, range(len(seconds)))
-    assert others == [first] * len(others)
-    return first
-
-
-@pytest.mark.parametrize(
-    ("seconds", "every"),
-    [([0.6, 0.6], 1), ([5.0, 5.0, 5.0], 1), ([0.6, 0.01], 1), ([0.01, 0.01], 100), ([0.001, 0.005], 200)],
-)
-def test_ranks_agree_about_once_a_second(seconds: list[float], every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, stops = agreed(monkeypatch, 12 * every + 200, seconds, 8 * every)
-    assert stops == [step for step in asked if step >= 8 * every]
-    gaps = np.diff(asked)
-    assert asked[0] == 0
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: own * step))
+    quiet: Any = SimpleNamespace(request=lambda: Request.NONE)
+    agree = Agreement("group", quiet)
+    for step in range(12 * every + 200):
+        if agree():
+            stops.append(step)
+    assert stops == [step for step in asked if step >= stop]
+    gaps = np.diff(asked)[1:]
     assert gaps.max() <= every * 1.05 + 1
     np.testing.assert_allclose(gaps[4:], every, rtol=0.05, atol=1)  # after some steps to get there
 
@@ -947,6 +757,7 @@ class Job:
     spoilt: int | None = None  # the loss of rank 1 is no number in this step
     exits: int | None = None  # rank 1 dies before this step
     dies_saving: bool = False  # rank 0 dies before its new checkpoint takes the name last/
+    sync: bool = False  # batch norm, which needs GPUs
 
 
 def _rank(rank: int, port: int, data: Path, jobs: list[Job], models: list[Section], told: Path) -> None:
@@ -964,10 +775,10 @@ def _rank(rank: int, port: int, data: Path, jobs: list[Job], models: list[Sectio
             planted(patch, job.spoilt)
         if job.dies_saving and rank == 0:
             patch.setattr(Path, "replace", lambda path, to: os._exit(1) if to.name == "last" else os.replace(path, to))
-        resources = Resources(device="cpu", workers=2, accumulate=job.accumulate)
+        resources = Resources(device="cpu", workers=2, accumulate=job.accumulate, sync_batch_norm=job.sync)
         try:
             fit("x", job.run.model_copy(update={"model": model}), resources, data, job.runs, rows.append, leaves=looks)
-        except (NonFiniteLoss, Stopped) as caught:
+        except UserError as caught:
             error = str(caught)
         patch.undo()
         about.append([untimed(rows), error])
@@ -977,9 +788,7 @@ def _rank(rank: int, port: int, data: Path, jobs: list[Job], models: list[Sectio
 
 def on_two_ranks(data: Path, told: Path, *jobs: Job) -> list[tuple[Path, str]]:
     """The folder of each job's run and the error that it ended with, the same on both ranks; one after the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     multiprocessing.set_forkserver_preload([__name__])  # imported once, for all tests
     start = multiprocessing.get_context("forkserver")
@@ -1033,8 +842,10 @@ def test_two_ranks_stop_together_and_resume_as_if_they_had_not(bars: Path, tmp_p
         *(Job(run, cut, 2, stop=steps) for steps in (0, 3, STEPS + 2, None)),
         Job(plain, tmp_path / "no ema"),
         Job(plain, tmp_path / "nan", spoilt=2),
+        Job(plain, tmp_path / "sync", sync=True),
     )  # fmt: skip
-    whole, (resumed, _), (other, _), (spoilt, spoilt_error) = found[0][0], *found[4:]
+    whole, (resumed, _), (other, _), (spoilt, spoilt_error), (_, sync_error) = found[0][0], *found[4:]
+    assert sync_error == "resources.sync_batch_norm: works on GPUs only; set it to false"
     places = ["epoch 1 after 0", "epoch 1 after 3", "epoch 2 after 5"]
     for (_, error), place in zip(found[1:4], places):
         assert error.startswith(f"{whole.name}: stopped in {place} of 6 steps")

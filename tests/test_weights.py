@@ -41,13 +41,13 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def refused(path: Path) -> str:
-    """The message about a file, less the key and path that each begins with."""
+    """The message about a file, less the key and path that each begins with; one line."""
     with pytest.raises(UserError) as caught:
         read_tensors(path, KEY)
-    message = str(caught.value)
-    assert message.startswith(f"{KEY}: {path}: ")
-    assert message.isprintable()  # so one line
-    return message.removeprefix(f"{KEY}: {path}: ")
+    start, message = f"{KEY}: {path}: ", str(caught.value)
+    assert message.startswith(start)
+    assert message.isprintable()
+    return message.removeprefix(start)
 
 
 # Files as others write them
@@ -91,6 +91,7 @@ def write_pickle(path: Path, content: Any = ARRAYS, protocol: int = 2) -> Path:
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "safetensors": write_safetensors,
     "torch": write_torch,
+    "torch, other suffix": lambda path: write_torch(path).rename(path.with_suffix(".bin")),
     "old torch": lambda path: write_torch(path, _use_new_zipfile_serialization=False),
     "python 2 pickle": lambda path: write_pickle(path, python2_pickle(ARRAYS)),
     "pickle 2": write_pickle,
@@ -101,22 +102,9 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_kind_of_file_comes_back_exactly(kind: str, tmp_path: Path) -> None:
     path = WRITERS[kind](tmp_path / "weights")
-    tensors = read_tensors(str(path), KEY)
-    assert equal(tensors, STATE)
-    model = network(seed=1)
-    load_strictly(model, tensors, str(path))
-    assert equal(model.state_dict(), STATE)
-
-
-def test_the_python_2_pickle_of_these_tests_is_one() -> None:
-    arrays = pickle.loads(python2_pickle(ARRAYS), encoding="latin1")
-    assert all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
-
-
-@pytest.mark.parametrize("suffix", [".bin", ".PTH", ""])
-def test_other_suffixes_are_torch_files(suffix: str, tmp_path: Path) -> None:
-    path = write_torch(tmp_path / "weights").rename(tmp_path / f"other{suffix}")
-    assert equal(read_tensors(path, KEY), STATE)
+    assert equal(read_tensors(str(path), KEY), STATE)
+    if kind == "python 2 pickle":
+        assert pickle.loads(path.read_bytes(), encoding="latin1").keys() == STATE.keys()  # it is one
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
@@ -163,52 +151,29 @@ class Evil:
         return self.call
 
 
-def plain(path: Path, content: Any) -> Path:
-    return write_pickle(path, content)
-
-
-def torch_file(path: Path, content: Any) -> Path:
-    return write_torch(path, content)
-
-
-def old_torch_file(path: Path, content: Any) -> Path:
-    return write_torch(path, content, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.parametrize("write", [plain, torch_file, old_torch_file])
-@pytest.mark.parametrize("function", ["os.mkdir", "eval"])
-def test_code_is_named_and_not_run(function: str, write: Callable[[Path, Any], Path], tmp_path: Path) -> None:
-    trace = tmp_path / "was run"
-    evil, name = {
-        "os.mkdir": (Evil(os.mkdir, str(trace)), "posix.mkdir"),
-        "eval": (Evil(eval, f"__import__('os').mkdir({str(trace)!r})"), "__builtin__.eval"),
-    }[function]
-    path = write(tmp_path / "weights", {"weight": evil})
-    if write is not plain:
-        name = name.removeprefix("__builtin__.")
-    assert refused(path) == f"asks for {name}, {CODE}; {ALONE}"
-    assert not trace.exists()
-    if write is plain:  # the trap itself works
-        pickle.loads(path.read_bytes())
-        assert trace.exists()
+@pytest.mark.parametrize("kind", ["pickle", "torch", "old torch"])
+def test_code_is_named_and_not_run(kind: str, tmp_path: Path) -> None:
+    trace, path = tmp_path / "was run", tmp_path / "weights"
+    for content, name in (
+        ({"weight": Evil(os.mkdir, str(trace))}, "posix.mkdir"),
+        ({"model": network()}, "torch.nn.modules.container.Sequential"),
+    ):
+        if kind == "pickle":
+            path = write_pickle(path, content)
+        else:
+            path = write_torch(path, content, _use_new_zipfile_serialization=kind == "torch")
+        assert refused(path) == f"asks for {name}, {CODE}; {ALONE}"
+        assert not trace.exists()
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [
-        ("numpy.core.multiarray", "scalar"),
-        ("_codecs", "decode"),
-        ("builtins", "getattr"),
-        ("numpy.core", "multiarray._reconstruct"),
-        ("numpy", "ndarray.tofile"),
-    ],
+    [("numpy.core.multiarray", "scalar"), ("builtins", "getattr"), ("numpy.core", "multiarray._reconstruct")],
 )
 def test_only_what_arrays_need_may_be_asked_for(module: str, name: str, tmp_path: Path) -> None:
     by_line = f"c{module}\n{name}\n.".encode()
-    by_stack = (
-        b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93."
-    )
-    for content in (by_line, by_stack):
+    parts = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
+    for content in (by_line, b"\x80\x04" + parts + b"\x93."):
         assert refused(write_pickle(tmp_path / "weights", content)) == f"asks for {module}.{name}, {CODE}; {ALONE}"
 
 
@@ -218,13 +183,6 @@ def test_strings_become_bytes_by_latin1_alone(encoding: str, tmp_path: Path) -> 
     content += b"X" + struct.pack("<i", len(encoding)) + encoding.encode() + b"tRu."
     expected = f"a is of type bytes, not a tensor; {ALONE}" if encoding == "latin1" else NOT_WHOLE
     assert refused(write_pickle(tmp_path / "weights", content)) == expected
-
-
-def test_a_pickled_network_is_refused(tmp_path: Path) -> None:
-    expected = f"asks for torch.nn.modules.container.Sequential, {CODE}; {ALONE}"
-    for content in (network(), {"model": network()}):
-        assert refused(write_torch(tmp_path / "weights", content)) == expected
-        assert refused(write_pickle(tmp_path / "weights", content)) == expected
 
 
 def test_a_crafted_dtype_reads_no_memory(tmp_path: Path) -> None:
@@ -250,23 +208,15 @@ def test_a_file_does_not_get_the_memory_that_it_claims(claim: bytes, tmp_path: P
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for suffix in (".pth", ".pkl", ".safetensors"):
-        assert refused(tmp_path / f"weights{suffix}") == "not found; put the file there or name another"
-
-
-def test_a_folder(tmp_path: Path) -> None:
+    assert refused(tmp_path / "weights.pth") == "not found; put the file there or name another"
     assert refused(tmp_path) == "cannot be read (Is a directory); name one that can be"
 
 
-SUFFIXES = [".pth", ".pkl", ".safetensors"]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "the file is empty; fetch it again"),
-        (b"<!DOCTYPE html>", "looks like an html page, not a weights file; fetch the file itself"),
         (b"\n <html>not found</html>", "looks like an html page, not a weights file; fetch the file itself"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
@@ -293,20 +243,12 @@ def test_a_cut_file(kind: str, tmp_path: Path) -> None:
         assert refused(path) == NOT_WHOLE
 
 
-def test_a_file_under_another_suffix(tmp_path: Path) -> None:
-    path = write_torch(tmp_path / "weights")
-    for suffix in (".pkl", ".safetensors"):
-        assert refused(path.rename(path.with_suffix(suffix))) == NOT_WHOLE
-        path = path.with_suffix(suffix)
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.filterwarnings("ignore")
 def test_damage_anywhere_is_the_files_fault_or_none(kind: str, tmp_path: Path) -> None:
     """One to three bytes are changed: the file is read, or refused in one line; nothing else is raised."""
     path, rng = WRITERS[kind](tmp_path / "weights"), random.Random(kind)
-    whole = path.read_bytes()
-    outcomes = set()
+    whole, messages = path.read_bytes(), set[str]()
     for _ in range(60):
         content = bytearray(whole)
         for _ in range(rng.randint(1, 3)):
@@ -314,46 +256,33 @@ def test_damage_anywhere_is_the_files_fault_or_none(kind: str, tmp_path: Path) -
         path.write_bytes(content)
         try:
             read_tensors(path, KEY)
-            outcomes.add("read")
         except UserError as error:
-            outcomes.add(str(error))
-    messages = outcomes - {"read"}
-    assert len(messages) + 1 == len(outcomes) > 1
+            messages.add(str(error))
     assert all(message.startswith(f"{KEY}: {path}: ") and message.isprintable() for message in messages)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ([ONES], "holds no named tensors"),
         (ONES, "holds no named tensors"),
         ({}, "holds no named tensors"),
         ({"weight": [1.0]}, "weight is of type list, not a tensor"),
-        ({"epoch": 3, "weight": ONES}, "epoch is of type int, not a tensor"),
         ({3: ONES}, "3 is not the name of a tensor"),
         ({"a\nb": ONES}, "'a\\nb' is not the name of a tensor"),
+        *(
+            ({"w": array}, "array 'w' does not hold numbers")
+            for array in (np.array([None, 1]), np.array(["a"]), np.array([b"a"]), np.array([1j]), np.zeros(1, "f4,i4"))
+        ),
     ],
 )
 def test_values_that_are_no_named_tensors(content: Any, expected: str, tmp_path: Path) -> None:
     assert refused(write_pickle(tmp_path / "weights", content)) == f"{expected}; {ALONE}"
 
-    def tensors(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: tensors(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [tensors(item) for item in value]
-        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
-    path = write_torch(tmp_path / "weights", tensors(content))
-    assert refused(path) == f"{expected}; {ALONE}"
-
-
-@pytest.mark.parametrize(
-    "array", [np.array([None, 1]), np.array(["a"]), np.array([b"a"]), np.array([1j]), np.zeros(1, "f4,i4")]
-)
-def test_arrays_of_other_things_than_numbers(array: np.ndarray, tmp_path: Path) -> None:
-    path = write_pickle(tmp_path / "weights", {"weight": array})
-    assert refused(path) == f"array 'weight' does not hold numbers; {ALONE}"
+def test_tensors_without_names(tmp_path: Path) -> None:
+    path = write_torch(tmp_path / "weights", {"epoch": 3, "weight": torch.ones(2)})
+    assert refused(path) == f"epoch is of type int, not a tensor; {ALONE}"
+    assert refused(write_torch(tmp_path / "weights", [torch.ones(2)])) == f"holds no named tensors; {ALONE}"
 
 
 def test_arrays_whose_bytes_do_not_fill_their_shape(tmp_path: Path) -> None:
@@ -381,39 +310,23 @@ def test_the_first_tensor_that_does_not_fit_is_named() -> None:
     assert misfit(missing) == "weights.pth: tensor 1.running_mean is missing; the file belongs to another model"
     extra = STATE | {"4.weight": torch.ones(1), "2.weight": torch.ones(1)}
     assert misfit(extra) == "weights.pth: tensor 2.weight is not in this model; the file belongs to another one"
-    assert misfit(STATE, network(width=4)) == "weights.pth: tensor 0.bias has shape [3], the model needs [4]"
-    turned = STATE | {"3.weight": STATE["3.weight"].T}
-    assert misfit(turned) == "weights.pth: tensor 3.weight has shape [3, 2], the model needs [2, 3]"
-    # as many numbers in another shape do not fit either
-    flat = STATE | {"3.weight": STATE["3.weight"].reshape(1, 2, 3)}
-    assert misfit(flat) == "weights.pth: tensor 3.weight has shape [1, 2, 3], the model needs [2, 3]"
+    for other in (STATE["3.weight"].T, STATE["3.weight"].reshape(1, 2, 3)):
+        assert misfit(STATE | {"3.weight": other}) == (
+            f"weights.pth: tensor 3.weight has shape {list(other.shape)}, the model needs [2, 3]"
+        )
 
 
 def test_counters_that_the_file_lacks_stay() -> None:
     model = network(seed=1)
     model(torch.ones(2, 1, 3, 3))
-    assert model.state_dict()["1.num_batches_tracked"] == 1
     load_strictly(model, {name: tensor for name, tensor in STATE.items() if "num_batches" not in name}, "weights.pkl")
     assert equal(model.state_dict(), STATE | {"1.num_batches_tracked": torch.tensor(1)})
-    load_strictly(model, STATE | {"1.num_batches_tracked": torch.tensor(7)}, "weights.pth")
-    assert model.state_dict()["1.num_batches_tracked"] == 7
+    load_strictly(model, {name: tensor.double() for name, tensor in STATE.items()}, "weights.pth")
+    assert equal(model.state_dict(), STATE)  # in the model's own types
 
 
 def test_a_classifier_that_is_not_wanted_is_left_out() -> None:
     body = network(seed=1)[:3]
-    tensors = dict(STATE)
-    assert misfit(tensors, body) == "weights.pth: tensor 3.bias is not in this model; the file belongs to another one"
-    load_strictly(body, tensors, "weights.pth", ("3.", "aux."))
+    load_strictly(body, STATE, "weights.pth", ("3.", "aux."))
     assert equal(body.state_dict(), {name: tensor for name, tensor in STATE.items() if not name.startswith("3.")})
-    assert equal(tensors, STATE)  # the caller's are untouched
-    other = STATE | {"30.weight": torch.ones(1)}
-    assert "tensor 30.weight is not in this model" in misfit(other, body, ("3.",))
-
-
-def test_loaded_tensors_take_the_models_type_and_are_its_own() -> None:
-    model = network(seed=1)
-    tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in STATE.items()}
-    load_strictly(model, tensors, "weights.pth")
-    assert equal(model.state_dict(), STATE)
-    tensors["0.bias"].zero_()
-    assert equal(model.state_dict(), STATE)
+    assert "tensor 30.weight is not in this model" in misfit(STATE | {"30.weight": torch.ones(1)}, body, ("3.",))
