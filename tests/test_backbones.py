@@ -2,7 +2,10 @@
 
 import copy
 import hashlib
+import os
+import shutil
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,8 +62,7 @@ def test_settings_reach_the_networks() -> None:
     assert (swin.window_size, swin.mlp_ratio, swin.drop_path_rate, swin.image_size) == (4, 2, 0.1, 16)
     lite = build(LITE0, 32, drop_connect_rate=0.3, bn_momentum=0.05).network
     assert (lite._global_params.drop_connect_rate, round(lite._bn1.momentum, 9)) == (0.3, 0.05)
-    assert build(MOBILENET, 32).num_features == 240
-    assert build(RESNET, 32).num_features == 256
+    assert (build(MOBILENET, 32).num_features, build(RESNET, 32).num_features) == (240, 256)
 
 
 @torch.inference_mode()
@@ -79,44 +81,37 @@ def test_what_the_embedding_is() -> None:
 
 # Weights of transformers, from a folder as it writes and the hub serves them
 
-TRANSFORMERS = {"vit": VIT, "swin": SWIN}
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Family -> folder with an image classifier of 5 classes, whose encoder is that of TRANSFORMERS."""
+    """Family -> folder with an image classifier of 5 classes, whose encoder is VIT or SWIN."""
     import transformers as tf
 
-    kinds = {"vit": tf.ViTForImageClassification, "swin": tf.SwinForImageClassification}
     found = {}
-    for name, row in TRANSFORMERS.items():
+    for name, row, kind in (("vit", VIT, tf.ViTForImageClassification), ("swin", SWIN, tf.SwinForImageClassification)):
         torch.manual_seed(7)
         config = copy.deepcopy(build(row).network.config)
         config.num_labels = 5
         found[name] = str(tmp_path_factory.mktemp("weights") / name)
-        kinds[name](config).save_pretrained(found[name])
+        kind(config).save_pretrained(found[name])
     return found
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_an_encoder_is_taken_from_a_classifier_of_other_classes(name: str, folders: dict[str, str]) -> None:
+@pytest.mark.parametrize(("name", "row"), [("vit", VIT), ("swin", SWIN)])
+def test_an_encoder_is_taken_from_a_classifier_of_other_classes(
+    name: str, row: dict[str, Any], folders: dict[str, str]
+) -> None:
     file = read_tensors(f"{folders[name]}/model.safetensors", KEY)
-    torch.manual_seed(8)
-    network = build(TRANSFORMERS[name], weights=folders[name])
+    network = build(row, weights=folders[name], **({"dropout": 0.3} if name == "vit" else {}))
+    if name == "vit":
+        assert network.network.config.hidden_dropout_prob == 0.3  # as the settings say
     own = {key: value for key, value in network.network.state_dict().items() if "relative_position_index" not in key}
     # the names in the file are those of another version at times; the numbers are these
     assert len(own) == sum("classifier" not in key for key in file)
     held = {hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in file.values()}
     assert {hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in own.values()} <= held
     # nothing is fetched where a checkpoint's weights follow
-    other = build(TRANSFORMERS[name], weights="/nowhere", pretrained=False)
-    assert other.state_dict().keys() == network.state_dict().keys()
-
-
-def test_a_loaded_network_drops_what_the_settings_say(folders: dict[str, str]) -> None:
-    vit = build(VIT, weights=folders["vit"], dropout=0.3)
-    assert vit.network.config.hidden_dropout_prob == 0.3
-    assert not torch.equal(vit.train()(torch.ones(1, 1, 16, 16)), vit(torch.ones(1, 1, 16, 16)))
+    assert build(row, weights="/nowhere", pretrained=False).state_dict().keys() == network.state_dict().keys()
 
 
 def refusal(row: dict[str, Any], **changes: Any) -> str:
@@ -127,57 +122,43 @@ def refusal(row: dict[str, Any], **changes: Any) -> str:
     return message
 
 
-def test_a_folder_of_another_network(folders: dict[str, str]) -> None:
-    other = "change the backbone's name or settings, or name other weights"
-    assert refusal(VIT, weights=folders["swin"]) == (
-        f"model.backbone.weights: '{folders['swin']}' is another network: its model_type is swin, here it is vit; "
-        + other
-    )
-    assert refusal(VIT, weights=folders["vit"], num_heads=4) == (
-        f"model.backbone.weights: '{folders['vit']}' is another network: its num_attention_heads is 2, here it is 4; "
-        + other
-    )
+@pytest.mark.parametrize(
+    ("weights", "changes", "message"),
+    [
+        ("swin", {}, "is another network: its model_type is swin, here it is vit; change the backbone's name or "),
+        ("vit", {"num_heads": 4}, "is another network: its num_attention_heads is 2, here it is 4; change the "),
+        # positions of 2x2 patches and the class token, here 4x4
+        ("vit", {"size": 32}, "does not fit: tensor embeddings.position_embeddings has shape [1, 5, 32], the network "
+         "needs [1, 17, 32] (1 tensors in all); change the backbone's name, settings or image size, or "),
+        # a pooler that the file of a classifier does not have
+        ("vit", {"pool": "pooler"}, "does not fit: tensor pooler.dense.bias is missing (2 tensors in all)"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_another_network(
+    weights: str, changes: dict[str, Any], message: str, folders: dict[str, str]
+) -> None:
+    found = refusal(VIT, weights=folders[weights], **changes)
+    assert found.startswith(f"model.backbone.weights: '{folders[weights]}' {message}")
 
 
-def test_a_folder_of_other_sizes(folders: dict[str, str]) -> None:
-    ending = "change the backbone's name, settings or image size, or name other weights"
-    # positions of 2x2 patches and the class token, here 4x4
-    assert refusal(VIT, size=32, weights=folders["vit"]) == (
-        f"model.backbone.weights: '{folders['vit']}' does not fit: tensor embeddings.position_embeddings has shape "
-        f"[1, 5, 32], the network needs [1, 17, 32] (1 tensors in all); {ending}"
-    )
-    assert refusal(VIT, channels=3, weights=folders["vit"]).startswith(
-        f"model.backbone.weights: '{folders['vit']}' does not fit: tensor embeddings.patch_embeddings.projection."
-    )
-    message = refusal(VIT, weights=folders["vit"], depth=3)
-    assert "is missing (16 tensors in all)" in message  # those of one layer
-    # a pooler that the file of a classifier does not have
-    assert "tensor pooler.dense.bias is missing (2 tensors in all)" in refusal(
-        VIT, weights=folders["vit"], pool="pooler"
-    )
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no folder": shutil.rmtree,
+    "no file": lambda folder: (folder / "model.safetensors").unlink(),
+    "html": lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html><html>not found</html>"),
+    "cut": lambda folder: os.truncate(folder / "model.safetensors", 2000),
+    "pickle": lambda folder: [
+        (folder / "model.safetensors").unlink(),
+        torch.save(build(VIT).network.state_dict(), folder / "pytorch_model.bin"),
+    ],
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "bad config": lambda folder: (folder / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}'),
+}
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no file", "html", "cut", "pickle", "no config", "bad config"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_folder_that_cannot_be_loaded(damage: str, folders: dict[str, str], tmp_path: Path) -> None:
-    folder = tmp_path / "weights"
-    if damage != "no folder":
-        folder.mkdir()
-        for path in Path(folders["vit"]).iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-    tensors = folder / "model.safetensors"
-    if damage in ("no file", "pickle"):
-        tensors.unlink()
-    if damage == "pickle":
-        torch.save(build(VIT).network.state_dict(), folder / "pytorch_model.bin")
-    elif damage == "html":
-        tensors.write_text("<!DOCTYPE html><html>not found</html>")
-    elif damage == "cut":
-        tensors.write_bytes(tensors.read_bytes()[:2000])
-    elif damage == "bad config":
-        config = (folder / "config.json").read_text()
-        (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": "wide"'))
-    elif damage == "no config":
-        (folder / "config.json").unlink()
+    folder = shutil.copytree(folders["vit"], tmp_path / "weights")
+    DAMAGE[damage](folder)
     message = refusal(VIT, weights=str(folder))
     assert message.startswith(f"model.backbone.weights: cannot load '{folder}': ")
     assert message.endswith(
@@ -207,68 +188,42 @@ def test_without_the_packages(missing: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert missing.replace("_", "-") in message
 
 
-@pytest.mark.parametrize("row", [MOBILENET, RESNET, LITE0], ids=lambda row: row["name"])
-def test_a_file_with_a_classifier(row: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "classifier"), [(MOBILENET, "classifier.3"), (RESNET, "fc"), (LITE0, "_fc")], ids=lambda it: str(it)[:12]
+)
+def test_a_file_with_a_classifier(row: dict[str, Any], classifier: str, tmp_path: Path) -> None:
+    """Damage and other networks: test_weights.py."""
     torch.manual_seed(1)
-    network = build(row, 32)
-    classifier = {"mobilenet_v3_large": "classifier.3", "resnet50": "fc", "efficientnet_lite0": "_fc"}[row["name"]]
-    path = tmp_path / "weights.pth"
+    network, path, images = build(row, 32), tmp_path / "weights.pth", torch.randn(2, 1, 32, 32)
     torch.save(network.network.state_dict() | {f"{classifier}.weight": torch.zeros(3, 3)}, path)
-    torch.manual_seed(2)
-    images = torch.randn(2, 1, 32, 32)
     assert not torch.equal(build(row, 32)(images), network(images))
     assert torch.equal(build(row, 32, weights=str(path))(images), network(images))
-    state = network.network.state_dict()
-    first = sorted(state)[0]
-    torch.save({key: value for key, value in state.items() if key != first}, path)
-    assert refusal(row, size=32, weights=str(path)) == (
-        f"model.backbone.weights: {path}: tensor {first} is missing; the file belongs to another model"
-    )
-    assert refusal(row, size=32, weights=str(tmp_path / "no.pth")).startswith(
-        f"model.backbone.weights: {tmp_path / 'no.pth'}: not found"
-    )
+    missing = refusal(row, size=32, weights=str(tmp_path / "no.pth"))
+    assert missing.startswith(f"model.backbone.weights: {tmp_path / 'no.pth'}: not found")
 
 
 def test_published_files_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    network = build(MOBILENET, 32, 3)
+    network, images = build(MOBILENET, 32, 3), torch.ones(1, 3, 32, 32)
     served = tmp_path / "served.pth"
     torch.save(network.network.state_dict(), served)
     digest = hashlib.sha256(served.read_bytes()).hexdigest()
-    good, bad = (served.with_name(f"mobilenet-{start}.pth") for start in (digest[:8], "0" * 8))
-    for path in (good, bad):
-        path.write_bytes(served.read_bytes())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
-    def serve(path: Path) -> None:
-        changed = replace(BACKBONES["mobilenet_v3_large"], source=f"https://x/{path.name}")
-        monkeypatch.setitem(BACKBONES, "mobilenet_v3_large", changed)
-        monkeypatch.setattr("torch.hub.urlopen", lambda request: urllib.request.urlopen(path.as_uri()))
+    def serve(start: str, source: Path = served) -> None:
+        row = replace(BACKBONES["mobilenet_v3_large"], source=f"https://x/mobilenet-{start}.pth")
+        monkeypatch.setitem(BACKBONES, "mobilenet_v3_large", row)
+        monkeypatch.setattr("torch.hub.urlopen", lambda request: urllib.request.urlopen(source.as_uri()))
 
-    serve(bad)
-    message = refusal(MOBILENET, size=32, channels=3, weights="pretrained")
-    assert message.startswith("model.backbone.weights: cannot fetch https://x/mobilenet-00000000.pth (invalid hash")
-    assert message.endswith("; download it elsewhere and name the file, or set null")
-    assert list((tmp_path / "hub").rglob("*.p*")) == []
-    serve(good)
-    assert torch.equal(
-        build(MOBILENET, 32, 3, weights="pretrained")(torch.ones(1, 3, 32, 32)), network(torch.ones(1, 3, 32, 32))
-    )
+    for start, source, why in (("0" * 8, served, "invalid hash"), (digest[:8], tmp_path / "none", "<urlopen error")):
+        serve(start, source)
+        message = refusal(MOBILENET, size=32, channels=3, weights="pretrained")
+        assert message.startswith(f"model.backbone.weights: cannot fetch https://x/mobilenet-{start}.pth ({why}")
+        assert message.endswith("; download it elsewhere and name the file, or set null")
+        assert list((tmp_path / "hub").rglob("*.p*")) == []
+    serve(digest[:8])
+    assert torch.equal(build(MOBILENET, 32, 3, weights="pretrained")(images), network(images))
     monkeypatch.setattr("torch.hub.urlopen", None)
     build(MOBILENET, 32, 3, weights="pretrained")
-
-
-def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    assert refusal(MOBILENET, size=32, channels=3, weights="pretrained") == (
-        "model.backbone.weights: cannot fetch https://download.pytorch.org/models/mobilenet_v3_large-8738ca79.pth "
-        "(no route to host); download it elsewhere and name the file, or set null"
-    )
 
 
 # What does not fit, found before anything is built
@@ -302,28 +257,10 @@ def test_what_does_not_fit(case: str) -> None:
 
 
 def test_every_row_stands_alone() -> None:
-    """The name suffices, says nothing but itself, and starts from the published weights."""
+    """The name suffices, and starts from the published weights."""
     for name, row in BACKBONES.items():
         whole = backbone({"name": name})
-        assert type(whole) is row.kind
-        assert (whole.name, whole.weights) == (name, "pretrained")
+        assert (type(whole), whole.name, whole.weights) == (row.kind, name, "pretrained")
         assert starts_from(whole) in row.source
-        assert all(field.description for key, field in row.kind.model_fields.items() if key != "name")
         assert starts_from(backbone({"name": name, "weights": None})) == "random weights"
         assert starts_from(backbone({"name": name, "weights": "data/mine.pth"})) == "data/mine.pth"
-
-
-def test_a_row_changes_no_other() -> None:
-    small = backbone({"name": "swin_small_patch4_window7_224"})
-    tiny = backbone({"name": "swin_tiny_patch4_window7_224"})
-    assert (small.depths, tiny.depths) == ([2, 2, 18, 2], [2, 2, 6, 2])
-    tiny.depths.append(1)
-    assert backbone({"name": "swin_tiny_patch4_window7_224"}).depths == [2, 2, 6, 2]
-
-
-def test_whether_weights_of_one_fit_another() -> None:
-    one, other = backbone(VIT), backbone(VIT, weights="some/folder")
-    assert one.same_network(other)
-    assert other.same_network(one)
-    assert not one.same_network(backbone(VIT, depth=3))
-    assert not one.same_network(backbone(VIT | {"name": "vit_small_patch16_224"}))
