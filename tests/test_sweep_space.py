@@ -1,5 +1,6 @@
 """The space of a sweep: every mistake in it is one line before anything starts, and a point gives the run it says."""
 
+import json
 from typing import Any
 
 import optuna
@@ -9,7 +10,6 @@ from conftest import ROOT
 from fer.losses import FocalPdls, LabelSmoothing, Pdls
 from fer.optimizer import Sgd
 from fer.run import Run
-from fer.schedule import Cosine
 from pipelines import experiments
 from pipelines.sweeps import settings
 from pipelines.sweeps import space as spaces
@@ -48,44 +48,41 @@ def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = No
 @pytest.mark.parametrize(
     ("key", "given", "message"),
     [
-        ("epoch", {"float": [0, 1]}, "unknown key, did you mean 'epochs'?"),
+        # the key
         ("model.resizer.blcks", {"int": [1, 2]}, "unknown key, did you mean 'blocks'?"),
         ("optimizer.lr.x", {"float": [0, 1]}, "unknown key; a value has no keys below it"),
-        ("resources.workers", {"int": [1, 4]}, "unknown key; known: augment, balanced_sampling, "),
         ("epochs", {"int": [3, 30]}, "this key cannot be searched; set it in the base"),
-        ("init_from", {"choice": [None, "doe"]}, "this key cannot be searched; set it in the base"),
-        ("model", {"choice": ["classifier", "vgg13"]}, "this key cannot be searched; set it in the base"),
         ("model.name", {"choice": ["classifier", "vgg13"]}, "this key cannot be searched; set it in the base"),
         ("optimizer.lr", {"int": [0, 1]}, "an int range, but the base has 0.0005; use float or log"),
         ("batch_size", {"float": [16, 64]}, "a float range, but the base has 32; use int"),
-        ("loss", {"float": [0, 1]}, "a float range, but the base has {'name': 'focal_pdls', 'alpha': 0.8, "),
         ("model.stn", {"int": [0, 1]}, "an int range, but the base has True; use choice"),
-        ("ema_decay", {"float": [0.9, 0.99]}, "a float range, but the base has None; use choice"),
         ("model.resizer", {"factor": [0, 1]}, "a factor needs a fraction or a table of them, the base has "),
-        ("optimizer.lr", {"float": [1, 1]}, "the range [1, 1] is empty; low must be below high"),
+        # the range
+        ("optimizer.lr", {"uniform": [0, 1]}, "unknown kind of range 'uniform'; give one of {int: [low, high]}, "),
+        ("optimizer.lr", {"float": [0, 1], "log": [0, 1]}, "give one of {int: [low, high]}, {float: "),
+        ("optimizer.lr", {"float": 3}, "float needs a list, got 3"),
+        ("optimizer.lr", {"float": [0, "x"]}, "float needs two numbers, [low, high], got [0, 'x']"),
         ("optimizer.lr", {"log": [1e-2, 1e-5]}, "the range [0.01, 1e-05] is empty; low must be below high"),
         ("optimizer.lr", {"log": [0, 1]}, "a log range must start above 0, got 0"),
         ("augment", {"factor": [-1, 1]}, "a factor must not be negative, got -1"),
         ("batch_size", {"int": [1.5, 64]}, "int needs whole numbers, got [1.5, 64]"),
-        ("optimizer.lr", {"float": [0, "x"]}, "float needs two numbers, [low, high], got [0, 'x']"),
-        ("optimizer.lr", {"float": 3}, "float needs a list, got 3"),
         ("loss", {"choice": ["focal"]}, "choice needs at least two values, got ['focal']"),
-        ("optimizer.lr", {"uniform": [0, 1]}, "unknown kind of range 'uniform'; give one of {int: [low, high]}, "),
-        ("optimizer.lr", {"float": [0, 1], "log": [0, 1]}, "give one of {int: [low, high]}, {float: "),
+        ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"float": [1, 1]}}]}, "the range [1, 1] is empty"),
+        ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"factor": [0, 1]}}]}, "a factor cannot be"),
+        # its values
         ("loss.alpha", {"float": [0.5, 2]}, "2 cannot work: loss.alpha: should be less than or equal to 1, got 2"),
         ("optimizer.lr", {"float": [0, 1]}, "0 cannot work: optimizer.lr: should be greater than 0, got 0"),
-        ("loss", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', did you"),
-        ("loss", {"choice": ["focal_pdls", {"name": "pdls", "gamma": 2.0}]},
-         "'pdls' cannot work: loss.gamma: unknown key of 'pdls'; known: alpha"),
-        ("model.stn", {"choice": [True, "no"]}, "'no' cannot work: model.stn: should be a valid boolean, got 'no'"),
-        ("model.stn", {"choice": [True, 1]}, "1 is twice in the choices"),
-        ("loss", {"choice": ["focal_pdls", {"name": "focal_pdls"}]}, "'focal_pdls' is twice in the choices"),
-        ("model.resizer.size", {"choice": [24, 25]}, "25 cannot work: model.backbone.patch_size: the image's side "),
         ("augment", {"factor": [0, 20]}, "20 cannot work: augment.rotation: should be less than or equal to 180"),
+        ("loss", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', did you"),
+        ("loss", {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"float": [0.5, 2]}}]},
+         "'pdls' cannot work: loss.alpha: should be less than or equal to 1, got 2"),
+        ("model.resizer.size", {"choice": [24, 25]}, "25 cannot work: model.backbone.patch_size: the image's side "),
+        ("loss", {"choice": ["focal_pdls", {"name": "focal_pdls"}]}, "'focal_pdls' is twice in the choices"),
+        # the base must be a point of it
         ("loss.alpha", {"float": [0.9, 1]}, "does not contain the base's 0.8, which is the first trial; widen"),
         ("augment", {"factor": [0, 0.5]}, "does not contain the base's 1, which is the first trial; widen"),
-        ("loss", {"choice": ["focal", "pdls"]}, "does not contain the base's {'name': 'focal_pdls', 'alpha': 0.8, "
-         "'gamma': 2.0}, which is the first trial; add"),
+        ("loss", {"choice": [{"name": "focal_pdls", "alpha": 0.7}, "pdls"]},
+         "does not contain the base's {'name': 'focal_pdls', 'alpha': 0.8, 'gamma': 2.0}, which is the first trial; "),
         ("loss.name", {"choice": ["focal", "pdls"]}, "does not contain the base's 'focal_pdls', which is "),
     ],
 )  # fmt: skip
@@ -94,159 +91,101 @@ def test_a_mistake_is_one_line_that_names_the_key(key: str, given: object, messa
     assert line.startswith(f"space.{key}: {message}"), line
 
 
-def test_a_name_that_comes_with_another_value_than_the_bases_is_not_the_base() -> None:
-    """`loss: focal_pdls` is the base's loss whatever its alpha; with an alpha of its own it is another one."""
-    run = base("swin_nr_fpdls_tiny", "loss.alpha=0.6")
-    assert spaces.params_of(run, space({"loss": {"choice": ["focal_pdls", "pdls"]}}, run)) == {"loss": "focal_pdls"}
-    (line,) = mistakes({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, run)
-    assert line.startswith("space.loss: does not contain the base's {'name': 'focal_pdls', 'alpha': 0.6, ")
-
-
 def test_a_point_changes_what_it_names_and_nothing_else() -> None:
-    given = {
-        "loss.alpha": {"float": [0.5, 1.0]},
-        "model.resizer.blocks": {"int": [1, 3]},
-        "model.backbone.drop_path_rate": {"float": [0.0, 0.3]},
-        "augment": {"factor": [0.0, 2.0]},
-        "optimizer.lr": {"log": [1e-4, 1e-2]},
-    }
-    dimensions = space(given)
+    dimensions = space({
+        "loss.alpha": {"float": [0.5, 1.0]}, "model.resizer.blocks": {"int": [1, 3]},
+        "model.backbone.drop_path_rate": {"float": [0.0, 0.3]}, "augment": {"factor": [0.0, 2.0]},
+        "optimizer.lr": {"log": [1.23444e-5, 1e-2]}, "model.head": {"choice": [[64], [128, 64]]},
+    })  # fmt: skip
     point = {
         "loss.alpha": 0.6, "model.resizer.blocks": 3, "model.backbone.drop_path_rate": 0.2, "augment": 1.5,
-        "optimizer.lr": 1e-3,
+        "optimizer.lr": 0.00123456, "model.head": "[128, 64]",
     }  # fmt: skip
     tree = base().model_dump()
-    tree["loss"]["alpha"] = 0.6
-    tree["model"]["resizer"]["blocks"] = 3
+    tree["loss"]["alpha"], tree["optimizer"]["lr"] = 0.6, 0.001235  # four digits
+    tree["model"] |= {"head": [128, 64], "resizer": tree["model"]["resizer"] | {"blocks": 3}}
     tree["model"]["backbone"]["drop_path_rate"] = 0.2
-    tree["optimizer"]["lr"] = 1e-3
     factors = {"rotation": 15.0, "scale": 0.15, "translation": 0.09, "brightness": 0.3, "contrast": 0.3}
     tree["augment"] |= factors  # flip stays at .5, what was 0 stays 0
     assert changed(dimensions, point) == Run.model_validate(tree)
-
-
-def test_values_that_do_not_fit_together_are_told() -> None:
-    run = base("swin_nr_fpdls_tiny", "schedule={name: constant, warmup_epochs: 1}")
-    given = {"schedule": {"choice": ["constant", {"name": "cosine", "warmup_epochs": {"float": [0.0, 19.0]}}]}}
-    dimensions = space(given, run)
-    found = changed(dimensions, {"schedule": "cosine", "schedule.cosine.warmup_epochs": 3.0}, run)
-    assert found.schedule == Cosine(warmup_epochs=3.0)
-    nothing, faults = spaces.changed(base(), {"schedule.warmup_epochs": {"choice": [1.0, 20.0]}},
-                                     Known({"schedule.warmup_epochs": 20.0}))  # fmt: skip
-    assert nothing is None
-    assert [str(fault) for fault in faults] == ["schedule.warmup_epochs: 20 leaves nothing of epochs 20"]
+    # 1.234e-5 is below the range
+    assert changed(dimensions, point | {"optimizer.lr": 1.23444e-5}).optimizer.lr == 1.23444e-5
 
 
 def test_the_point_of_the_base_gives_the_base_back() -> None:
-    assert settings.known() == ["fpdls", "sample", "tiny"]
     for name in settings.known():
         _, sweep, experiment, dimensions = settings.load([name], {})
         point = spaces.params_of(experiment.run, dimensions)
         assert [key for key in point if key in sweep.space] == list(sweep.space), name
         assert changed(dimensions, point, experiment.run) == experiment.run
+    assert spaces.params_of(base(), space({"loss": LOSSES})) == {
+        "loss": "focal_pdls", "loss.focal_pdls.alpha": 0.8, "loss.focal_pdls.gamma": 2.0
+    }  # fmt: skip
 
 
 # Sections that are chosen by name, with ranges of their own
 
-FOCAL = FocalPdls(alpha=0.6, gamma=3.0)
 ALPHA, GAMMA = {"float": [0.5, 1.0]}, {"float": [0.0, 4.0]}
-LOSSES = {
-    "choice": [
-        {"name": "focal_pdls", "alpha": ALPHA, "gamma": GAMMA},
-        {"name": "pdls", "alpha": ALPHA},
-        "label_smoothing",
-        "cross_entropy",
-    ]
-}
+LOSSES = {"choice": [
+    {"name": "focal_pdls", "alpha": ALPHA, "gamma": GAMMA}, {"name": "pdls", "alpha": ALPHA}, "label_smoothing"
+]}  # fmt: skip
 
 
-def test_a_choice_draws_what_it_has_and_nothing_else() -> None:
-    drawings: list[tuple[spaces.Params, Any]] = [
-        ({"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.6, "loss.focal_pdls.gamma": 3.0}, FOCAL),
+@pytest.mark.parametrize(
+    ("params", "loss"),
+    [
+        (
+            {"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.6, "loss.focal_pdls.gamma": 3.0},
+            FocalPdls(alpha=0.6, gamma=3.0),
+        ),
         ({"loss": "pdls", "loss.pdls.alpha": 0.6}, Pdls(alpha=0.6)),
         ({"loss": "label_smoothing"}, LabelSmoothing()),
-    ]
-    for params, expected in drawings:
-        study = optuna.create_study()
-        study.enqueue_trial(params)
-        drawn = study.ask()
-        assert spaces.changed(base(), space({"loss": LOSSES}), drawn) == (
-            base().model_copy(update={"loss": expected}), []
-        )  # fmt: skip
-        assert drawn.params == params
-
-
-def test_the_base_is_a_point_of_its_own_section() -> None:
-    params = {"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.8, "loss.focal_pdls.gamma": 2.0}
-    assert spaces.params_of(base(), space({"loss": LOSSES})) == params
+    ],
+)
+def test_a_choice_draws_what_it_has_and_nothing_else(params: spaces.Params, loss: Any) -> None:
+    study = optuna.create_study()
+    study.enqueue_trial(params)
+    drawn = study.ask()
+    found, faults = spaces.changed(base(), space({"loss": LOSSES}), drawn)
+    assert (found, faults) == (base().model_copy(update={"loss": loss}), [])
+    assert drawn.params == params
 
 
 def test_ranges_in_a_table_without_a_name_go_by_its_number() -> None:
-    given = [{"blocks": 2, "channels": {"int": [8, 16]}}, {"blocks": 1}]
-    dimensions = space({"model.resizer": {"choice": given}})
-    first = '{"blocks": 2, "channels": {"int": [8, 16]}}'
-    assert spaces.params_of(base(), dimensions) == {"model.resizer": '{"blocks": 1}'}
-    found = changed(dimensions, {"model.resizer": first, "model.resizer.1.channels": 12})
-    assert (found.model.resizer.blocks, found.model.resizer.channels) == (2, 12)
-
-
-def test_both_ends_of_a_range_in_a_choice_are_tried() -> None:
-    (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"float": [0.5, 2]}}]}})
-    assert line.startswith("space.loss: 'pdls' cannot work: loss.alpha: should be less than or equal to 1, got 2")
-    (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"float": [1, 1]}}]}})
-    assert line == "space.loss: the range [1, 1] is empty; low must be below high"
-    (line,) = mistakes({"loss": {"choice": ["focal_pdls", {"name": "pdls", "alpha": {"factor": [0, 1]}}]}})
-    assert line == "space.loss: a factor cannot be inside a choice"
+    """The table is laid over the base; so is one beside a key of its section."""
+    given = [{"size": 48, "channels": {"int": [8, 16]}}, {"size": base().model.resizer.size}]
+    dimensions = space({"model.resizer": {"choice": given}, "model.resizer.blocks": {"int": [1, 3]}})
+    first, second = '{"size": 48, "channels": {"int": [8, 16]}}', json.dumps(given[1])
+    assert spaces.params_of(base(), dimensions) == {"model.resizer": second, "model.resizer.blocks": 1}
+    point = {"model.resizer": first, "model.resizer.1.channels": 12, "model.resizer.blocks": 2}
+    resizer = base().model.resizer.model_copy(update={"size": 48, "channels": 12, "blocks": 2})
+    assert changed(dimensions, point).model == base().model.model_copy(update={"resizer": resizer})
 
 
 def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_the_bases_keys() -> None:
-    run = base("vgg13_small")
-    assert run.optimizer.weight_decay == 0.01
+    run = base("vgg13_small", "optimizer.weight_decay=0.03")
     dimensions = space({"optimizer": {"choice": ["adamw", {"name": "sgd", "lr": 0.1}]}}, run)
     assert [point["optimizer"] for point in spaces.grid(dimensions)] == ["adamw", "sgd"]
     assert changed(dimensions, {"optimizer": "adamw"}, run) == run
     assert changed(dimensions, {"optimizer": "sgd"}, run).optimizer == Sgd(lr=0.1)
-    assert Sgd(lr=0.1).weight_decay != 0.01
-
-
-def test_a_table_among_the_choices_is_laid_over_the_base() -> None:
-    run = base("swin_nr_fpdls")
-    given = [{"size": 224, "scale": 0.584}, {"size": 256, "scale": None}]
-    dimensions = space({"model.resizer": {"choice": given}, "model.resizer.blocks": {"int": [1, 3]}}, run)
-    first, second = '{"size": 224, "scale": 0.584}', '{"size": 256, "scale": null}'
-    assert spaces.params_of(run, dimensions) == {"model.resizer": first, "model.resizer.blocks": 1}
-    found = changed(dimensions, {"model.resizer": second, "model.resizer.blocks": 2}, run).model
-    resizer = run.model.resizer.model_copy(update={"size": 256, "scale": None, "blocks": 2})
-    assert found == run.model.model_copy(update={"resizer": resizer})
-
-
-def test_a_list_among_the_choices_is_a_value() -> None:
-    dimensions = space({"model.head": {"choice": [[64], [128, 64]]}})
-    assert changed(dimensions, {"model.head": "[128, 64]"}).model.head == [128, 64]
 
 
 @pytest.mark.parametrize(
     ("one", "other", "path"),
     [
         ({"loss": {"choice": ["focal_pdls", "pdls"]}}, {"loss.name": {"choice": ["focal_pdls", "pdls"]}}, "loss.name"),
-        ({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, {"loss.alpha": {"float": [0, 1]}},
-         "loss.alpha"),
         ({"augment": {"factor": [0, 1]}}, {"augment.rotation": {"float": [0, 20]}}, "augment.rotation"),
         ({"model.resizer": {"choice": [{"blocks": 1}, {"blocks": 2}]}}, {"model.resizer.blocks": {"int": [1, 3]}},
          "model.resizer.blocks"),
     ],
 )  # fmt: skip
 def test_dimensions_that_set_the_same_value(one: dict, other: dict, path: str) -> None:
-    (line,) = mistakes({**one, **other})
     (first,), (second,) = one, other
-    assert line == f"space.{second}: {path} is set by {first} too; leave one of them out"
+    remedy = "too; leave one of them out"
+    assert mistakes({**one, **other}) == [f"space.{second}: {path} is set by {first} {remedy}"]
     (line,) = mistakes({**other, **one})
     assert line.startswith(f"space.{first}: ")
-    assert line.endswith(f" is set by {second} too; leave one of them out")
-
-
-def test_keys_beside_each_other_do_not_overlap() -> None:
-    assert mistakes({"augment.rotation": {"float": [0, 20]}, "augment.scale": {"float": [0, 0.2]}}) == []
+    assert line.endswith(f" is set by {second} {remedy}")
 
 
 def test_a_grid_has_every_point_once() -> None:
@@ -254,9 +193,3 @@ def test_a_grid_has_every_point_once() -> None:
     points = list(spaces.grid(dimensions))
     assert len(points) == 4 * 2 * 2
     assert len({tuple(point.values()) for point in points}) == 16
-
-
-def test_values_are_rounded_to_four_digits_within_the_range() -> None:
-    dimensions = space({"optimizer.lr": {"log": [1.23444e-5, 1e-2]}})
-    assert changed(dimensions, {"optimizer.lr": 0.00123456}).optimizer.lr == 0.001235
-    assert changed(dimensions, {"optimizer.lr": 1.23444e-5}).optimizer.lr == 1.23444e-5  # 1.234e-5 is below the range
