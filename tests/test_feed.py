@@ -249,3 +249,14 @@ def test_the_last_epochs_are_not_mixed(data: Path) -> None:
     batches = TrainBatches(feed_of(network(run), run, open_data(data).split("train")), run, 1, 0, 1)
     mixed = [{mixture is not None for _, mixture in batches.epoch(epoch)} for epoch in range(3)]
     assert mixed == [{True}, {True}, {False}]
+
+
+def test_each_epoch_of_training_has_its_own_partners(data: Path) -> None:
+    run = small_run(**doe())
+    feed = feed_of(network(run), run, open_data(data).split("train"))
+    batches, faces = TrainBatches(feed, run, 1, 0, 1), []
+    for epoch in (0, 1, 0):
+        next(batches.epoch(epoch))
+        faces.append(fed(feed, INDEX)["neutral"])
+    assert torch.equal(faces[0], faces[2])
+    assert not torch.equal(faces[0], faces[1])

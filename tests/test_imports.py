@@ -99,17 +99,13 @@ SCIENCE = [name for name in MODULES if name.split(".")[0] == "fer" or name.start
 FER = [name for name in MODULES if name.split(".")[0] == "fer"]
 
 
-def test_the_trees_are_read() -> None:
-    some = {"fer.train", "fer.models.network", "pipelines.stages.split", "pipelines.experiments", "pipelines.ui"}
-    assert some <= set(MODULES)
-    assert set().union(*LAYERS) - {"fer"} <= {unit(name) for name in FER}  # none of them is gone
-    assert "ray.train" in imports("pipelines.launch")
-
-
 def test_science_and_stages_import_no_framework() -> None:
+    """Nor do the stages import anything of the pipeline but the reader of params.yaml."""
     for module in SCIENCE:
         assert tops(module, everywhere=False) & FRAMEWORKS == set(), module
         assert tops(module) & FRAMEWORKS <= LAZY.get(module, set()), module
+        ours = {name for name in imports(module) if name.startswith("pipelines.") and "stages" not in name}
+        assert ours <= {"pipelines.params", *LAZY.get(module, set())}, module
 
 
 def test_each_framework_has_one_file() -> None:
@@ -127,21 +123,6 @@ def test_fer_imports_run_one_way() -> None:
                 assert layer(name) < layer(module), f"{module} imports {name}"
 
 
-def test_stages_import_only_the_reader_of_params() -> None:
-    for module in (name for name in MODULES if name.startswith("pipelines.stages")):
-        for everywhere, more in ((False, set()), (True, LAZY.get(module, set()))):
-            found = {name for name in imports(module, everywhere) if name.startswith("pipelines") and name in MODULES}
-            ours = {name for name in found if not name.startswith("pipelines.stages")}
-            assert ours <= {"pipelines.params", *more}, module
-
-
-def floor(module: str) -> int:
-    for place, members in enumerate(FLOORS):
-        if module in members:
-            return place
-    raise AssertionError(f"{module} stands on no floor: add it to FLOORS")
-
-
 PIPELINES = [
     name for name in MODULES
     if name.startswith("pipelines.") and not name.startswith("pipelines.stages") and name != "pipelines.sweeps"
@@ -149,11 +130,12 @@ PIPELINES = [
 
 
 def test_pipelines_imports_run_one_way() -> None:
-    assert set().union(*FLOORS) == set(PIPELINES)
+    floor = {module: place for place, members in enumerate(FLOORS) for module in members}
+    assert set(floor) == set(PIPELINES)
     for module in PIPELINES:
         for name in imports(module) - BESIDE.get(module, set()):
             if name in PIPELINES and name != module:
-                assert floor(name) < floor(module), f"{module} imports {name}"
+                assert floor[name] < floor[module], f"{module} imports {name}"
 
 
 def test_no_module_imports_in_a_circle() -> None:
