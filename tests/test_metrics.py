@@ -56,9 +56,10 @@ def test_hand_counted_table() -> None:
     assert result["loss"] == pytest.approx(math.log(math.exp(4) + 2) - 4 * 0.6)
 
 
-def test_agrees_with_torchmetrics() -> None:
+@pytest.mark.parametrize("batch", [1, 64, 500])
+def test_agrees_with_torchmetrics(batch: int) -> None:
     logits, labels = random_predictions()
-    counts = counts_of(logits, labels, batch=64)
+    counts = counts_of(logits, labels, batch)
     ours = counts.result()
     assert torch.equal(counts.confusion, multiclass_confusion_matrix(logits, labels, 8))
     theirs = {
@@ -66,17 +67,13 @@ def test_agrees_with_torchmetrics() -> None:
         "balanced_accuracy": multiclass_accuracy(logits, labels, 8, average="macro"),
         "macro_f1": multiclass_f1_score(logits, labels, 8, average="macro"),
         "ece": multiclass_calibration_error(logits.softmax(1), labels, 8, n_bins=15, norm="l1"),
+        "loss": torch.nn.functional.cross_entropy(logits, labels),
     }
-    for name, value in theirs.items():
-        assert ours[name] == pytest.approx(float(value), abs=1e-6), name
-    assert 0.3 < ours["accuracy"] < 0.9
-    assert ours["ece"] > 0.01
-
-
-@pytest.mark.parametrize("batch", [1, 64, 499])
-def test_batching_changes_nothing(batch: int) -> None:
-    logits, labels = random_predictions()
-    assert counts_of(logits, labels, batch).result() == pytest.approx(counts_of(logits, labels).result(), abs=1e-6)
+    assert ours == pytest.approx({name: float(value) for name, value in theirs.items()}, abs=1e-6)
+    found = Counts(8)  # probabilities are counted like the logits that they come from
+    for rows in torch.arange(len(labels)).chunk(3):
+        found.add(torch.softmax(logits[rows], 1), labels[rows])
+    assert found.result() == pytest.approx(ours | {"loss": 0.0}, abs=1e-6)
 
 
 def test_classes_without_images_are_left_out_of_recall() -> None:
@@ -94,20 +91,9 @@ def test_confidences_of_neighbouring_bins_do_not_cancel_out() -> None:
     assert counts_of(logits, torch.tensor([0, 1])).result()["ece"] == pytest.approx((0.08 + 0.99) / 2)
 
 
-@pytest.mark.parametrize("probability", [1.0, 14 / 15, 1 / 3, 0.5])
+@pytest.mark.parametrize("probability", [1.0, 14 / 15, 1 / 3])
 def test_a_confidence_on_the_edge_of_a_bin_is_counted_once(probability: float) -> None:
     rest = max(1 - probability, 1e-30) / 2
-    logits = torch.log(torch.tensor([[probability, rest, rest]]))
-    counts = counts_of(logits, torch.tensor([0]))
+    counts = counts_of(torch.log(torch.tensor([[probability, rest, rest]])), torch.tensor([0]))
     assert counts.bins[0].sum() == 1
     assert counts.result()["ece"] == pytest.approx(1 - probability, abs=1e-6)
-
-
-def test_probabilities_are_counted_like_the_logits_they_come_from() -> None:
-    logits, labels = random_predictions()
-    whole, found = counts_of(logits, labels), Counts(8)
-    for rows in torch.arange(len(labels)).chunk(3):
-        found.add(torch.softmax(logits[rows], 1), labels[rows])
-    assert torch.equal(found.confusion, whole.confusion)
-    torch.testing.assert_close(found.bins, whole.bins)
-    assert found.result() == pytest.approx(whole.result() | {"loss": 0.0})

@@ -97,16 +97,12 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_predicts(folder: Path, tracker: Tracker):
-    """Recorded again, it gets no second run, version or point; another experiment has it once it is recorded there.
-
-    Begun, and killed before its parameters were written.
-    """
+    """Recorded again, it gets no second run, version or point; another experiment has it once it is recorded there."""
     data, summary = folder.parents[1], json.loads((folder / "summary.json").read_text())
     for content, path in ((open_data(data).summary, data / "splits/summary.json"), (summary, folder / "summary.json")):
         content.get("data", content)["super_resolution"] = {"method": "lanczos", "scale": 2}
         path.write_text(json.dumps(content))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tracker.client.create_run(tracker.experiment, run_name=folder.name, tags={"fer.run_id": folder.name})
     assert not tracker.recorded(folder)
     for _ in range(2):
         record(tracker, folder)
@@ -144,9 +140,11 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     assert not [path for path in stored.rglob("*") if path.suffix in (".pkl", ".pickle")]
 
     other = Tracker(tracker.uri, "other")
+    other.client.create_run(other.experiment, tags={"fer.run_id": folder.name})  # killed before it had parameters
     assert not other.recorded(folder)
     record(other, folder)
     assert other.recorded(folder)
+    assert only_run(other).data.params["optimizer.lr"] == "0.01"
     assert only_run(other).info.run_id != only_run(tracker).info.run_id
     tracker.client.delete_run(run.info.run_id)  # what the server has lost is recorded again
     assert not tracker.recorded(folder)
