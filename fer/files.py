@@ -1,12 +1,19 @@
-"""Atomic writes: a file or folder is written under another name, then renamed, so it is complete or absent."""
+"""Atomic writes, so that a file or folder is complete or absent, and the lock on a folder that one process works on."""
 
+import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from fer.errors import UserError
+
+LOCK = ".lock"  # in a locked folder; names its holder
 
 
 def write_json(path: Path, content: Any, durable: bool = True) -> None:
@@ -75,3 +82,40 @@ def recover(target: Path) -> bool:
 
 def _beside(target: Path) -> tuple[Path, Path]:
     return target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
+
+
+@contextmanager
+def held(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Lock a folder, so that one process at a time works on it; the lock ends with the process.
+
+    Raises UserError if another one still holds it after `patience` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + patience
+    with open(folder / LOCK, "a+") as lock:
+        while not _taken(lock, fcntl.LOCK_EX):
+            if time.monotonic() >= until:
+                lock.seek(0)
+                raise UserError(f"{folder}: another process ({lock.read()}) is working on it; wait for it or stop it")
+            time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works on the folder; of another machine only if the file system shares its locks."""
+    try:
+        with open(folder / LOCK) as lock:
+            return not _taken(lock, fcntl.LOCK_SH)  # shared, so that processes that only look do not see each other
+    except FileNotFoundError:
+        return False
+
+
+def _taken(lock: Any, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error
+from fer.files import is_held
 from fer.run_folder import read_progress, read_rows, read_summary
 
 app = typer.Typer(
@@ -452,7 +453,6 @@ def _trials_table(folder: Path) -> Table:
     """Trials, the best first; the caption says how far the sweep is."""
     from pipelines import report
     from pipelines.sweeps import folder as sweep_folder
-    from pipelines.work import is_held
 
     found, about = sweep_folder.read_trials(folder), sweep_folder.read_about(folder)
     rows = report.trial_rows(found, about["epochs"])

@@ -27,7 +27,7 @@ from fer import checkpoint
 from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError, disk_error
 from fer.evaluate import outdated
-from fer.files import write_json
+from fer.files import held, is_held, write_json
 from fer.formats import format_of, read_run
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import LAST, read_summary
@@ -41,7 +41,6 @@ from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import settings as sweep_settings
 from pipelines.sweeps.folder import Plan, Trial
 from pipelines.tracking import SWEEP, Tracker
-from pipelines.work import held, is_held
 
 DATA, RUNS = Path("data"), Path("data/runs")
 FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run

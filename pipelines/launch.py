@@ -20,11 +20,12 @@ from ray.util import ActorPool, get_current_placement_group, remove_placement_gr
 
 from fer.device import share_heaps
 from fer.errors import UserError, first_line
+from fer.files import is_held
 from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
 from pipelines.experiments import Job
 from pipelines.processes import other_drivers
-from pipelines.work import Ended, is_held, work
+from pipelines.work import Ended, work
 
 FREE_MEMORY = (
     "the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "

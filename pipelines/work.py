@@ -1,14 +1,12 @@
 """One run, carried out in the calling process: locked, logged, trained, evaluated; how it ended is a return value."""
 
-import fcntl
 import os
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,12 +18,12 @@ import torch.distributed as dist
 import fer
 from fer.errors import UserError, disk_error
 from fer.evaluate import evaluate
+from fer.files import held
 from fer.run_folder import LOG
 from fer.signals import Stopped
 from fer.train import NonFiniteLoss, fit
 from pipelines.experiments import Job
 
-LOCK = ".lock"  # in the folder of a run or a sweep
 ROOT = Path(fer.__file__).parents[1]
 PATIENCE = 20.0  # seconds; the process of the previous attempt may still be ending
 Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
@@ -68,8 +66,10 @@ def work(
         on_epoch(row)
 
     try:
+        job.folder.mkdir(parents=True, exist_ok=True)
         log = job.folder / (LOG if rank == 0 else f"log-{rank}.txt")
-        with held(job.folder, patience, rank), logged(log), _warnings_kept(warned):
+        lock = held(job.folder, patience) if rank == 0 else nullcontext()
+        with lock, logged(log), _warnings_kept(warned):
             try:
                 fit(job.name, job.run, job.resources, data_dir, job.folder.parent, each_epoch, job.start, leaves)
                 if evaluated and rank == 0:
@@ -133,42 +133,6 @@ def _is_ours(filename: str) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-@contextmanager
-def held(folder: Path, patience: float = 0.0, rank: int = 0) -> Iterator[None]:
-    """Lock a run or a sweep, so that one process at a time works on it; the lock ends with the process.
-
-    Raises UserError if another one still holds it after `patience` seconds. Of several ranks only the first locks.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank:
-        yield
-        return
-    until = time.monotonic() + patience
-    with open(folder / LOCK, "w") as lock:
-        while not _taken(lock):
-            if time.monotonic() >= until:
-                raise UserError(f"{folder}: another process is working on it; wait for it or stop it")
-            time.sleep(0.1)
-        yield
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process on this machine works on the run or the sweep in `folder`."""
-    try:
-        with open(folder / LOCK) as lock:
-            return not _taken(lock, fcntl.LOCK_SH)  # shared, so that processes that only look do not see each other
-    except FileNotFoundError:
-        return False
-
-
-def _taken(lock: Any, kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

@@ -119,7 +119,8 @@ def test_zoom_enlarges_around_the_centre(draw: float, factor: float) -> None:
 @pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.8), (1.0, 1.2)])
 def test_stretch_enlarges_one_axis_and_skew_moves_one_along_the_other(draw: float, factor: float) -> None:
     right, below = dot(16, 26), dot(26, 16)
-    for number, image, wanted in ((STRETCH_X, right, (16, 16 + 10 * factor)), (STRETCH_Y, below, (16 + 10 * factor, 16))):
+    far = 16 + 10 * factor
+    for number, image, wanted in ((STRETCH_X, right, (16, far)), (STRETCH_Y, below, (far, 16))):
         assert place(fixed(image, {number: draw}, stretch=0.2)) == pytest.approx(wanted, abs=0.2)
     moved = 10 * (1 - factor)
     for number, image, wanted in ((SKEW_X, right, (16 + moved, 26)), (SKEW_Y, below, (26, 16 + moved))):

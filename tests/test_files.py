@@ -1,12 +1,16 @@
-"""Files are whole or absent, whatever happens while they are written."""
+"""Files are whole or absent, whatever happens while they are written; one process at a time works on a folder."""
 
 import json
 import math
+import os
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from fer.files import new_folder, recover, write_json
+from fer.errors import UserError
+from fer.files import held, is_held, new_folder, recover, write_json
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -131,3 +135,38 @@ def test_json_cut_while_it_is_written_leaves_the_old_file(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == 1
+
+
+def test_one_process_at_a_time_works_on_a_folder(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with held(tmp_path / "x"):
+        assert is_held(tmp_path / "x")
+        with pytest.raises(
+            UserError, match=rf"x: another process \({os.getpid()} on .+\) is working on it; wait for it or"
+        ):
+            held(tmp_path / "x").__enter__()
+    assert not is_held(tmp_path / "x")
+
+
+def test_those_who_only_look_at_the_lock_are_not_taken_for_its_holder(tmp_path: Path) -> None:
+    with held(tmp_path):
+        pass
+    over = threading.Event()
+    looking = threading.Thread(target=lambda: [is_held(tmp_path) for _ in iter(over.is_set, True)])
+    looking.start()
+    try:
+        assert not any(is_held(tmp_path) for _ in range(2000))
+    finally:
+        over.set()
+        looking.join()
+
+
+def test_a_run_waits_for_the_process_of_an_earlier_try(tmp_path: Path) -> None:
+    held_by_another = ["flock", tmp_path / ".lock", "-c", "echo mine; sleep 1"]
+    with subprocess.Popen(held_by_another, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert is_held(tmp_path)
+        with held(tmp_path, patience=60):
+            assert is_held(tmp_path)
+        assert not is_held(tmp_path)

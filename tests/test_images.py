@@ -17,6 +17,11 @@ DAMAGED = f"damaged or not a .npy file{AGAIN}"
 FORM = "must be uint8 [N, H, W] or [N, H, W, 3], found"
 
 
+def put(path: Path, first: int, images: np.ndarray) -> None:
+    with path.open("r+b") as file:
+        write_rows(file, first, images)
+
+
 def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
@@ -71,12 +76,12 @@ def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
     allocate_images(path, images.shape)
     assert not np.load(path).any()
     for first, last in ((6, 9), (0, 1), (4, 6), (1, 4)):
-        write_rows(path, first, images[first:last])
-    write_rows(path, 9, images[:0])
-    write_rows(path, 2, np.asfortranarray(images[2:4]))
+        put(path, first, images[first:last])
+    put(path, 9, images[:0])
+    put(path, 2, np.asfortranarray(images[2:4]))
     for first, rows in ((8, images[:2]), (0, images[..., 0]), (0, images[:, :2])):
         with pytest.raises(ValueError, match=r"do not fit into \(9, 3, 4, 3\)"):
-            write_rows(path, first, rows)
+            put(path, first, rows)
     assert path.read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 

@@ -32,7 +32,8 @@ OWNERS = {
 }
 # a module imports from lower layers, or from its own folder
 LAYERS = [
-    {"fer", "fer.errors", "fer.files", "fer.made_by", "fer.metrics", "fer.settings", "fer.statistics"},
+    {"fer", "fer.errors"},
+    {"fer.files", "fer.made_by", "fer.metrics", "fer.settings", "fer.statistics"},
     {"fer.device", "fer.signals", "fer.weights", "fer.input", "fer.losses", "fer.optimizer", "fer.schedule",
      "fer.resources", "fer.run_folder"},
     {"fer.checkpoint", "fer.data", "fer.super_resolution"},

@@ -15,13 +15,13 @@ from conftest import start_fer, wait_for, workers
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
+from fer.files import is_held
 from fer.train import fit
 from pipelines import experiments
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import search
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, Plan, Trial
-from pipelines.work import is_held
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

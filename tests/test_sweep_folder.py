@@ -7,11 +7,11 @@ import pytest
 from conftest import copy_settings
 
 from fer.errors import UserError
+from fer.files import held
 from fer.losses import FocalPdls
 from pipelines import experiments, report
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
-from pipelines.work import held
 
 
 @pytest.fixture(autouse=True)

@@ -17,16 +17,19 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from conftest import wait_for
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from fer.errors import UserError
+from fer.files import LOCK
 from fer.super_resolution import networks
 from fer.super_resolution.dic import Dic
 from fer.super_resolution.methods import METHODS
 from fer.super_resolution.quality import down_then_up
 from fer.super_resolution.swin2sr import PUBLISHED, load_swin2sr
+from pipelines import stages
 from pipelines.params import Params, SuperResolution, load
 from pipelines.stages import run
 from pipelines.stages import upscale as stage
@@ -57,7 +60,7 @@ def write_params(**keys: object) -> None:
 
 
 def beside() -> list[str]:
-    return sorted(path.name for path in Path("data").iterdir())
+    return sorted(path.name for path in Path("data").iterdir() if path.name != LOCK)
 
 
 def files(folder: Path = OUT.parent) -> dict[str, bytes]:
@@ -404,12 +407,12 @@ def test_killed_at_any_point_the_stage_ends_as_if_it_was_not(
     assert files() == expected["bicubic"]
 
 
-def done_of(method: str) -> list[int]:
+def done_of(method: str, scale: int = 2, shape: tuple[int, ...] = (23, 24, 20)) -> list[int]:
     """The shards that progress.json calls done, if it is of that method."""
     path = PARTIAL / "progress.json"
     begun = json.loads(path.read_text()) if path.exists() else {"fingerprint": None}
-    config = params(method, 2).super_resolution
-    return begun["done"] if begun["fingerprint"] == stage.fingerprint(config, (23, 24, 20)) else []
+    config = params(method, scale).super_resolution
+    return begun["done"] if begun["fingerprint"] == stage.fingerprint(config, shape) else []
 
 
 def interrupt(settings: Params, patch: pytest.MonkeyPatch) -> None:
@@ -496,6 +499,70 @@ def test_progress_is_of_the_code_that_dvc_watches(raw: Path, tmp_path: Path, mon
             file.write("# changed\n")
         seen.add(stage.fingerprint(config, (23, 24, 20)))
     assert len(seen) == 1 + len(names)
+
+
+# One writer
+
+DVC = """
+import subprocess, sys
+command = [sys.executable, "-m", "pipelines.stages.upscale"]
+stage = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open("stage.err", "w"))
+print(stage.pid, flush=True)
+stage.wait()
+"""
+
+
+def test_a_stage_ends_with_dvc_and_until_then_no_other_one_begins(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The stage is held when dvc is killed: it is still there when the other method is wanted, and then goes on."""
+    monkeypatch.setattr(stages, "PATIENCE", 0.2)
+    np.save(raw, random_images(1000, 48, 48))
+    write_params(method="bicubic", scale=8)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_STAGE": "upscale", "OMP_NUM_THREADS": "1"}
+    dvc = subprocess.Popen([sys.executable, "-c", DVC], env=environment, stdout=subprocess.PIPE, text=True)
+    assert dvc.stdout is not None
+    orphan = int(dvc.stdout.readline())
+    wait_for(lambda: (PARTIAL / "progress.json").exists() and done_of("bicubic", 8, (1000, 384, 384)))
+    os.kill(orphan, signal.SIGSTOP)
+    dvc.kill()
+    dvc.communicate()
+    write_params(method="lanczos", scale=8)
+    with pytest.raises(SystemExit) as ended:
+        run(upscale)
+    assert ended.value.code == 2
+    line = rf"error: data: another process \({orphan} on .+\) is working on it; wait for it or stop it\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    assert not OUT.exists()
+    os.kill(orphan, signal.SIGCONT)
+    monkeypatch.setattr(stages, "PATIENCE", 60)
+    run(upscale)
+    assert Path("stage.err").read_text() == "error: dvc, which started this stage, is gone; run `dvc repro` again\n"
+    larger, images = np.load(OUT, mmap_mode="r"), np.load(raw)
+    for first in range(0, 1000, stage.SHARD):
+        np.testing.assert_array_equal(larger[first], INTERPOLATE["lanczos"](images[first : first + 1], 8)[0])
+
+
+@pytest.mark.parametrize("change", ["method", "batch", "folder"])
+def test_a_worker_that_outlives_its_stage_writes_nothing_to_what_comes_after_it(
+    raw: Path, change: str, shards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[stage.Worker] = []
+    real = stage.Worker.__call__
+    with monkeypatch.context() as context:
+        context.setattr(stage.Worker, "__call__", lambda self, first: (left.append(self), real(self, first))[1])
+        interrupt(params("lanczos", 2), monkeypatch)
+    if change == "method":
+        interrupt(params("bicubic", 2), monkeypatch)
+    elif change == "batch":
+        progress = json.loads((PARTIAL / "progress.json").read_text())
+        (PARTIAL / "progress.json").write_text(json.dumps({**progress, "batch": 8}))
+    else:  # another stage is about to begin
+        (PARTIAL / "progress.json").unlink()
+    before = files(PARTIAL)
+    with pytest.raises(UserError, match="upscaled.partial: another process has begun to upscale there; run `dvc"):
+        left[0](16)
+    assert files(PARTIAL) == before
 
 
 # Disks

@@ -21,7 +21,7 @@ from fer.signals import Stopped, ask_to_stop
 from fer.train import NonFiniteLoss
 from pipelines import work as works
 from pipelines.experiments import Job
-from pipelines.work import LOG, Ended, held, is_held, logged, work
+from pipelines.work import LOG, Ended, logged, work
 
 
 def job(data: Path, **changes: Any) -> Job:
@@ -130,38 +130,3 @@ def test_what_is_written_below_python_and_by_children_is_logged_with_the_time(tm
     with logged(tmp_path / LOG):  # a second start adds to it
         os.write(1, b"again\n")
     assert (tmp_path / LOG).read_text().splitlines()[: len(lines)] == lines
-
-
-def test_one_process_at_a_time_works_on_a_folder(tmp_path: Path) -> None:
-    assert not is_held(tmp_path)
-    with held(tmp_path / "x"):
-        assert is_held(tmp_path / "x")
-        with pytest.raises(UserError, match="x: another process is working on it; wait for it or stop it"):
-            held(tmp_path / "x").__enter__()
-        with held(tmp_path / "x", rank=1):  # another rank of the same run
-            pass
-    assert not is_held(tmp_path / "x")
-
-
-def test_those_who_only_look_at_the_lock_are_not_taken_for_its_holder(tmp_path: Path) -> None:
-    with held(tmp_path):
-        pass
-    over = threading.Event()
-    looking = threading.Thread(target=lambda: [is_held(tmp_path) for _ in iter(over.is_set, True)])
-    looking.start()
-    try:
-        assert not any(is_held(tmp_path) for _ in range(2000))
-    finally:
-        over.set()
-        looking.join()
-
-
-def test_a_run_waits_for_the_process_of_an_earlier_try(tmp_path: Path) -> None:
-    held_by_another = ["flock", tmp_path / ".lock", "-c", "echo mine; sleep 1"]
-    with subprocess.Popen(held_by_another, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert is_held(tmp_path)
-        with held(tmp_path, patience=60):
-            assert is_held(tmp_path)
-        assert not is_held(tmp_path)

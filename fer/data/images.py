@@ -5,6 +5,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
 def write_images(path: Path, images: np.ndarray) -> None:
     """Write uint8 `images` as a .npy file. Raises as `allocate_images` does."""
     allocate_images(path, images.shape)
-    write_rows(path, 0, images)
+    with open(path, "r+b") as file:
+        write_rows(file, 0, images)
 
 
 def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
@@ -62,21 +64,20 @@ def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
         raise
 
 
-def write_rows(path: Path, first: int, images: np.ndarray) -> None:
-    """Write uint8 `images` to rows `first`, `first` + 1, ... of an allocated file; several processes may do so at once.
+def write_rows(file: BinaryIO, first: int, images: np.ndarray) -> None:
+    """Write uint8 `images` to rows `first`, `first` + 1, ... of an allocated file, open in mode r+b, from its start.
 
-    Raises ValueError if they do not fit. Uses plain writes, since a disk error under a memory map kills the process
-    without a message.
+    Several processes may do so at once. Raises ValueError if the images do not fit. Uses plain writes, since a disk
+    error under a memory map kills the process without a message.
     """
-    with open(path, "r+b") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        if images.shape[1:] != shape[1:] or first + len(images) > shape[0]:
-            raise ValueError(f"rows {first} to {first + len(images)} of {images.shape[1:]} do not fit into {shape}")
-        file.seek(first * int(np.prod(shape[1:], dtype=np.int64)), os.SEEK_CUR)
-        file.write(np.ascontiguousarray(images).data)
-        file.flush()
-        os.fdatasync(file.fileno())
+    np.lib.format.read_magic(file)
+    shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    if images.shape[1:] != shape[1:] or first + len(images) > shape[0]:
+        raise ValueError(f"rows {first} to {first + len(images)} of {images.shape[1:]} do not fit into {shape}")
+    file.seek(first * int(np.prod(shape[1:], dtype=np.int64)), os.SEEK_CUR)
+    file.write(np.ascontiguousarray(images).data)
+    file.flush()
+    os.fdatasync(file.fileno())
 
 
 def sha256(path: str | Path) -> str:

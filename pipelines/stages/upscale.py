@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fer.data.images import allocate_images, open_images, sha256, write_rows
-from fer.errors import OutOfMemory
+from fer.errors import OutOfMemory, UserError
 from fer.files import new_folder, write_json
 from fer.super_resolution.interpolation import bicubic
 from fer.super_resolution.methods import BATCH, METHODS, Upscale, build_upscaler
@@ -36,6 +36,7 @@ CODE = (
     "fer/device.py",
     "fer/weights.py",
 )
+PROGRESS = "progress.json"  # in the output folder until it is complete
 SHARD = 256  # images
 GREY = 4  # of 255: a pixel whose channels differ by at most this counts as grey
 PROBED = 4  # images that decide whether a network keeps grey images grey
@@ -57,15 +58,16 @@ def upscale(params: Params) -> None:
     shape = (count, height * config.scale, width * config.scale, *colour)
     with new_folder(UPSCALED, resumable=True) as folder:
         progress = Shards(folder, fingerprint(config, shape), shape)
-        worker.out = str(folder.resolve() / "images.npy")
+        worker.out = str(folder.resolve())
         while True:
-            worker.batch = progress.batch
+            worker.batch, worker.of = progress.batch, progress.of
             try:
                 _process(worker, progress, config.workers)
                 facts = _facts(config, images, worker)
                 break
             except OutOfMemory:
                 progress.halve()
+        check_same(folder, progress.of)
         write_json(folder / "upscale.json", facts)
         progress.path.unlink()
 
@@ -82,10 +84,14 @@ def _process(worker: "Worker", progress: "Shards", workers: int) -> None:
 
 
 class Worker:
-    """Upscales shards of the raw images into the output file. Pickled without its network, which each process loads."""
+    """Upscales shards of the raw images into the output folder. Pickled without its network, which each process loads.
+
+    `of`: what the output is of, as `Shards.of`.
+    """
 
     def __init__(self, config: SuperResolution, raw: str):
         self.config, self.raw, self.out, self.stored_grey, self.batch = config, raw, "", False, BATCH
+        self.of: dict[str, Any] = {}
         self._upscaler: Upscale | None = None
 
     def load(self) -> Upscale:
@@ -100,9 +106,15 @@ class Worker:
         return self.load()(images, self.batch)
 
     def __call__(self, first: int) -> int:
-        """Upscale and write the shard that begins with image `first`; returns `first`."""
+        """Upscale and write the shard that begins with image `first`; returns `first`.
+
+        Raises UserError if another output has been begun in the folder: this process may have outlived its stage.
+        """
         larger = self.method(np.load(self.raw, mmap_mode="r")[first : first + SHARD])
-        write_rows(Path(self.out), first, grey(larger) if self.stored_grey else larger)
+        folder = Path(self.out)
+        with open(folder / "images.npy", "r+b") as file:  # before the check, so that a later file is never written to
+            check_same(folder, self.of)
+            write_rows(file, first, grey(larger) if self.stored_grey else larger)
         return first
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +125,8 @@ class Worker:
 class Shards:
     """Which shards are written, and the batch size they were made with: progress.json in the output folder.
 
-    Starts over where settings, weights, input or code differ from those recorded there.
+    Starts over where settings, weights, input or code differ from those recorded there. The lock on the data folder
+    keeps other stages away; `check_same` finds what it cannot, as a worker that outlives its killed stage.
     """
 
     folder: Path
@@ -121,7 +134,7 @@ class Shards:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        self.path = self.folder / "progress.json"
+        self.path = self.folder / PROGRESS
         self.done: set[int] = set()
         self.batch = BATCH
         try:
@@ -131,6 +144,7 @@ class Shards:
         if begun.get("fingerprint") == self.fingerprint:
             self.done = set(begun["done"])
             self.batch = begun["batch"] if self.done else BATCH  # with nothing done, try the full batch again
+            self._write()
             return
         self._start_over()
 
@@ -148,13 +162,29 @@ class Shards:
         allocate_images(self.folder / "images.npy", self.shape)
         self._write()
 
+    @property
+    def of(self) -> dict[str, Any]:
+        """What the output is of, to the byte."""
+        return {"fingerprint": self.fingerprint, "batch": self.batch}
+
     def add(self, first: int) -> None:
         """Record that the shard that begins with image `first` is written."""
+        check_same(self.folder, self.of)
         self.done.add(first)
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"fingerprint": self.fingerprint, "batch": self.batch, "done": sorted(self.done)})
+        write_json(self.path, self.of | {"done": sorted(self.done)})
+
+
+def check_same(folder: Path, of: dict[str, Any]) -> None:
+    """Raises UserError if the output in `folder` is not of this any more."""
+    try:
+        begun = json.loads((folder / PROGRESS).read_text())
+    except FileNotFoundError:
+        begun = {}
+    if {key: begun.get(key) for key in of} != of:
+        raise UserError(f"{folder}: another process has begun to upscale there; run `dvc repro` again")
 
 
 def _finished(worker: Worker, shards: list[int], workers: int) -> Iterator[int]:

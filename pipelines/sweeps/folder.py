@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fer.errors import UserError
-from fer.files import write_json
+from fer.files import is_held, write_json
 from fer.formats import format_of, read_run
 from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
@@ -25,7 +25,6 @@ from pipelines.sweeps import settings
 from pipelines.sweeps import space as spaces
 from pipelines.sweeps.settings import Sweep
 from pipelines.sweeps.space import Known, Params, Space
-from pipelines.work import is_held
 
 SWEEPS = Path("data/sweeps")
 LAYOUT = 3  # of a sweep's folder; 1 and 2 had trials/<number>/ and other schedulers
