@@ -1,8 +1,12 @@
 """The model registry of MLflow: a version for each run, and the alias `champion`."""
 
 import json
+import random
 import threading
+import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from fer.run_folder import BEST, CONFIG
 from pipelines.report import note
 
 RUN_ID = "fer.run_id"  # tag of MLflow's runs and versions: our run id
+ACCURACY = "val_accuracy"  # tag of a version
+TRIES = 5
 
 
 class Registry:
@@ -39,30 +45,56 @@ class Registry:
         return found
 
     def register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
-        """One version of `fer-<dataset>` per run; moves the alias if its val accuracy is the best so far."""
-        name, accuracy = f"fer-{summary['data']['dataset']}", summary["val"]["accuracy"]
+        """One version of `fer-<dataset>` per run; the alias moves to it if its val accuracy is the best so far."""
+        name, accuracy = f"fer-{summary['data']['dataset']}", f"{summary['val']['accuracy']:.6f}"
         with self._lock:
-            found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-            if found:
-                number = found[0].version
-            else:
-                tags = {"val_accuracy": f"{accuracy:.6f}", RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
-                model = _log_model(run_id, folder, summary)
-                number = self._new_version(name, run_id, model, tags, note(summary))
-            champion = self.client.get_registered_model(name).aliases.get("champion")
-            if champion is None or accuracy > float(self.client.get_model_version(name, champion).tags["val_accuracy"]):
-                self.client.set_registered_model_alias(name, "champion", str(number))
+            if not self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+                tags = {ACCURACY: accuracy, RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
+                self.add(name, run_id, _log_model(run_id, folder, summary), tags, note(summary))
+            self.crown(name)
 
-    def _new_version(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> str:
+    def add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> None:
+        """A new version of the registered model `name`, which is made if there is none."""
+        _until_done(lambda: self._add(name, run_id, model, tags, text))
+
+    def crown(self, name: str) -> None:
+        """Give the alias to the version with the best val accuracy, the first of several.
+
+        Of processes that do so at the same time, on any machines, whoever moves the alias last looks again, and then
+        sees the versions of all others: each adds its own before it looks.
+        """
+        while (best := self._best(name)) != str(self.client.get_registered_model(name).aliases.get("champion")):
+            _until_done(partial(self.client.set_registered_model_alias, name, "champion", best))
+
+    def _best(self, name: str) -> str:
+        found, token = [], None
+        while token != "":
+            page = self.client.search_model_versions(f"name = '{name}'", page_token=token)
+            found += [version for version in page if ACCURACY in version.tags]
+            token = page.token or ""
+        return str(max(found, key=lambda version: (float(version.tags[ACCURACY]), -int(version.version))).version)
+
+    def _add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> None:
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        made = self.client.create_model_version(
+        self.client.create_model_version(
             name, model.model_uri, run_id, tags=tags, description=text, model_id=model.model_id
         )
-        return str(made.version)
+
+
+def _until_done(change: Callable[[], object]) -> None:
+    """Try again if it fails: MLflow refuses one of two changes that meet in its store."""
+    for left in reversed(range(TRIES)):
+        try:
+            change()
+            return
+        except MlflowException:
+            if not left:
+                raise
+            time.sleep(random.random() / 2)
 
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
