@@ -15,7 +15,7 @@ install: $(READY)  ## Create .venv with every package at its pinned version
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,lite,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,dev]'
 	@touch $@
 
 demo: $(READY)  ## Draw sample data, train two models in parallel, register the better one as champion

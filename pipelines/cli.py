@@ -263,6 +263,62 @@ def _compare_all() -> None:
 
 
 @app.command()
+def predict(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, videos, animations, or folders of them.")],
+    run: Annotated[
+        str | None, typer.Option(help="A run id, or a checkpoint's folder; the champion by default.")
+    ] = None,
+    cropped: Annotated[bool, typer.Option("--cropped", help="Every picture is a face, cropped like the data.")] = False,
+    out: Annotated[Path, typer.Option(help="The table to write: .csv or .parquet.")] = Path("predictions.csv"),
+    annotated: Annotated[Path | None, typer.Option(help="A folder for the pictures with their faces marked.")] = None,
+    yunet: Annotated[
+        Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Find faces in pictures and videos and predict their expressions."""
+    from pipelines import predicting
+
+    files, others = predicting.files(paths)
+    if others:
+        console.print(f"{others} file(s) left out: no picture or video by their names", style="yellow")
+    from fer.faces import annotate, detect
+    from fer.faces.predict import frames
+    from fer.faces.predict import predict as faces_of
+    from fer.predict import Predictor
+
+    detector = None if cropped else detect.build_detector(yunet)
+    predictor = Predictor(_model(run), device)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True) as bar:
+        pictures = (frame for file in bar.track(files, description="files") for frame in frames(file))
+        found = faces_of(predictor, pictures, detector, margin)
+        if annotated is not None:
+            found = annotate.annotate(found, annotated, predictor.classes)
+        counts: dict[str, int] = {}
+        for one in predicting.write(found, predictor.classes, out):
+            what = one.row(predictor.classes)["prediction"] or one.row(predictor.classes)["note"]
+            counts[str(what)] = counts.get(str(what), 0) + 1
+    for what, count in sorted(counts.items(), key=lambda item: -item[1]):
+        console.print(f"{count:6}  {what}", highlight=False, markup=False)
+    console.print(f"[bold]{out}[/]")
+
+
+def _model(run: str | None) -> Path:
+    """The folder of a checkpoint: of the run that is named, else of the champion of the current data set."""
+    if run is not None:
+        known = any((Path(run) / name).exists() for name in ("checkpoint.json", "best/checkpoint.json"))
+        return Path(run) if known else _find(run)
+    from pipelines.params import load
+    from pipelines.predicting import checkpoint_of
+    from pipelines.tracking import Tracker
+
+    params = load()
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    return checkpoint_of(tracker.registry.champions(), params.data.dataset, RUNS)
+
+
+@app.command()
 def models(words: Words = None) -> None:
     """Show the cost of the experiments' networks and where their weights come from; all without a name."""
     from fer.data.labels import CLASSES

@@ -42,11 +42,19 @@ LAYERS = [
     {"fer.formats", "fer.step"},
     {"fer.batches"},
     {"fer.evaluate", "fer.predict"},
+    {"fer.faces"},
     {"fer.train"},
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
-    {"pipelines.comparison", "pipelines.params", "pipelines.processes", "pipelines.store", "pipelines.ui"},
+    {
+        "pipelines.comparison",
+        "pipelines.params",
+        "pipelines.predicting",
+        "pipelines.processes",
+        "pipelines.store",
+        "pipelines.ui",
+    },
     {"pipelines.experiments", "pipelines.flow_page"},
     {"pipelines.work"},
     {"pipelines.launch", "pipelines.sweeps.settings", "pipelines.sweeps.space"},

@@ -1,0 +1,1 @@
+"""Faces in photographs and videos: found, cropped like the training data, predicted."""
