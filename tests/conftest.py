@@ -185,6 +185,22 @@ def emotion_encoder(**changes: Any) -> dict[str, Any]:
     return {"model": model, "input": {"image_size": 32, "channels": 1}, **changes}
 
 
+def filled(model: Any) -> Any:
+    """A network with every tensor from a formula, in float64; batch norm's variances between .8 and 1.2."""
+    state = {}
+    for place, (name, tensor) in enumerate(model.state_dict().items()):
+        steps = torch.arange(tensor.numel(), dtype=torch.float64) % 997
+        wave = torch.sin(0.37 * steps**2 + place).reshape(tensor.shape)
+        if tensor.ndim > 1:
+            state[name] = wave * 2 / tensor[0].numel() ** 0.5
+        elif name.endswith("num_batches_tracked"):
+            state[name] = tensor
+        else:
+            state[name] = 0.2 * wave + float(name.endswith(("weight", "running_var")))
+    model.load_state_dict(state)
+    return model.double().eval()
+
+
 # The command `fer`, Prefect's server, and Ray
 
 BIN = Path(sys.executable).parent

@@ -24,7 +24,6 @@ from fer.optimizer import OPTIMIZERS
 from fer.resources import Resources
 from fer.run import Run
 from fer.schedule import SCHEDULES
-from fer.settings import Section
 from pipelines.experiments import Recipe
 from pipelines.params import (
     MOVED,
@@ -74,30 +73,16 @@ def mistakes(folder: Path, tree: dict[str, Any]) -> list[str]:
     return [line.removeprefix(prefix) for line in lines]
 
 
-def test_the_shipped_file_is_short_and_loads() -> None:
-    assert len(SHIPPED.read_text().splitlines()) <= 60
+def test_the_shipped_file_loads(tmp_path: Path) -> None:
     params = load(SHIPPED)
-    assert params.data.dataset == "sample"
-    assert params.super_resolution.method == "none"
+    assert (params.data.dataset, params.super_resolution.method) == ("sample", "none")
     assert params.resources == Resources()  # what it writes out are the defaults
-
-
-@pytest.mark.parametrize("name", [name for name in Params.model_fields if name != "resources"])
-def test_every_key_without_a_default_stands_in_the_shipped_file(name: str) -> None:
-    kind = Params.model_fields[name].annotation
-    assert isinstance(kind, type)
-    assert issubclass(kind, Section)
-    assert set(plain()[name]) == {key for key, field in kind.model_fields.items() if field.is_required()}
-
-
-def test_values_have_their_types(tmp_path: Path) -> None:
-    """A file is written by hand: a power of ten without a dot is a number, and so is a whole one."""
-    text = SHIPPED.read_text()
-    assert "train_share: 1.0 " in text
-    (tmp_path / "params.yaml").write_text(text.replace("train_share: 1.0 ", "train_share: 5e-1 "))
-    assert load(tmp_path / "params.yaml").split.train_share == 0.5
     share = read(tmp_path, changed(split__train_share=1)).split.train_share
     assert (share, type(share)) == (1.0, float)
+    for name, field in Params.model_fields.items():
+        if name != "resources":  # every key without a default stands there
+            keys = field.annotation.model_fields.items()  # type: ignore[union-attr]
+            assert set(plain()[name]) == {key for key, inner in keys if inner.is_required()}
 
 
 def test_what_the_machine_says_is_only_what_it_says(tmp_path: Path) -> None:
@@ -111,37 +96,21 @@ def test_what_the_machine_says_is_only_what_it_says(tmp_path: Path) -> None:
     assert machine(read(tmp_path, tree)) == {}
 
 
-NOT_NONE = "super_resolution.scale: must be 1, as method none keeps the size, got 2"
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        # types and ranges
         ({"data__dataset": "raf"}, "data.dataset: should be 'sample' or 'ferplus', got 'raf'"),
-        ({"data__path": 3}, "data.path: should be a valid string, got 3"),
         ({"data__votes_sha256": "abc"}, "data.votes_sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'"),
         ({"data__sample__train": 79}, "data.sample.train: should be greater than or equal to 80, got 79"),
-        ({"data__sample": 3}, "data.sample: should be a table of keys, got 3"),
         ({"tracking": None}, "tracking: should be a table of keys, got None"),
         ({"super_resolution__scale": 17}, "super_resolution.scale: should be less than or equal to 16, got 17"),
-        ({"super_resolution__scale": 1.0}, "super_resolution.scale: should be a valid integer, got 1.0"),
-        ({"super_resolution__scale": 2}, NOT_NONE),
-        ({"super_resolution__weights": None}, "super_resolution.weights: should be a valid string, got None"),
-        ({"split__drop_leaked_train": 1}, "split.drop_leaked_train: should be a valid boolean, got 1"),
+        ({"super_resolution__scale": 2}, "super_resolution.scale: must be 1, as method none keeps the size, got 2"),
         ({"split__prior_min_votes": 0}, "split.prior_min_votes: should be greater than 0, got 0"),
-        ({"split__train_share": 0}, "split.train_share: should be greater than 0, got 0"),
         ({"split__train_share": 1.5}, "split.train_share: should be less than or equal to 1, got 1.5"),
-        ({"split__seed": -1}, "split.seed: should be greater than or equal to 0, got -1"),
-        ({"resources__device": "gpu"}, "resources.device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
         ({"resources__gpus_per_worker": 1.5}, "resources.gpus_per_worker: above 1 must be a whole number, got 1.5"),
-        # unknown keys
         ({"data__sample__tran": 100}, "data.sample.tran: unknown key, did you mean 'train'?"),
-        ({"resorces__device": "cpu"}, "resorces: unknown key, did you mean 'resources'?"),
-        ({"tracking__zzz": "x"}, "tracking.zzz: unknown key; known: experiment, uri"),
         ({"epochs": 3}, "epochs: unknown key; known: data, resources, split, super_resolution, tracking"),
-        # sections of earlier versions
-        *(({f"{key}__x": 3}, f"{key}: {MOVED[key]}") for key in ("train", "models", "sweeps", "experiment")),
+        *(({f"{key}__x": 3}, f"{key}: {told}") for key, told in MOVED.items()),  # sections of earlier versions
     ],
 )
 def test_a_mistake_is_reported_once_where_it_stands(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -159,34 +128,12 @@ def test_scales_of_super_resolution(method: str, able: list[int], tmp_path: Path
         assert mistakes(tmp_path, tree | {"super_resolution": tree["super_resolution"] | {"scale": 3}}) == [wanted]
 
 
-def test_missing_keys_are_named_at_every_level(tmp_path: Path) -> None:
-    tree = plain()
-    del tree["tracking"], tree["split"]["seed"], tree["data"]["sample"]["val"]
-    tree["super_resolution"] = {"method": "bicubic"}
-    assert mistakes(tmp_path, tree) == [
-        "data.sample.val: missing",
-        "super_resolution.scale: missing",
-        "super_resolution.weights: missing",
-        "super_resolution.hub_id: missing",
-        "super_resolution.precision: missing",
-        "super_resolution.device: missing",
-        "super_resolution.workers: missing",
-        "split.seed: missing",
-        "tracking: missing",
-    ]
-
-
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    tree = changed(data__dataset="raf", split__label_mode="x", resources__workers=0, zzz=1, models={}, train=None)
+    tree = changed(data__dataset="raf", resources__workers=0, zzz=1, models={}, train=None) | {1: "x"}
+    del tree["tracking"], tree["split"]["seed"], tree["data"]["sample"]["val"]
     assert [line.partition(": ")[0] for line in mistakes(tmp_path, tree)] == [
-        "train", "models", "data.dataset", "split.label_mode", "resources.workers", "zzz"
+        "train", "models", "data.dataset", "data.sample.val", "split.seed", "resources.workers", "tracking", "zzz", "1"
     ]  # fmt: skip
-
-
-def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    tree = plain() | {1: "x"}
-    tree["tracking"][7] = "x"
-    assert [line.partition(":")[0] for line in mistakes(tmp_path, tree)] == ["tracking.7", "1"]
 
 
 @pytest.mark.parametrize(
@@ -199,19 +146,16 @@ def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
         (b"a: !!python/object:os.system {}\n", ": line 1 is not valid YAML: could not determine a constructor"),
         (b"a: \xff\xfe", ": is not valid YAML: 'utf-8' codec"),
         (None, ": not found; run the command in the project's root folder"),
-        ("a folder", ": cannot be read (Is a directory)"),
     ],
 )
-def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | str | None, message: str) -> None:
+def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | None, message: str) -> None:
     path = tmp_path / "params.yaml"
-    if isinstance(text, bytes):
+    if text is not None:
         path.write_bytes(text)
-    elif text:
-        path.mkdir()
     with pytest.raises(UserError) as caught:
         load(path)
-    assert str(caught.value).startswith(f"{path}{message.format(path=path)}")
-    assert "\n" not in str(caught.value)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path}{message.format(path=path)}")
 
 
 # Values on the command line, and written files
@@ -220,18 +164,17 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | str | None, me
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), ("1e-05", 1e-5), (".5", 0.5), ("3", 3), ("3.0", 3.0), ("null", None), ("~", None), ("", None),
-        ("[3, 5]", [3, 5]), ("[]", []), ("{name: sgd, lr: 1e-3}", {"name": "sgd", "lr": 1e-3}), ("true", True),
-        ("yes", "yes"), ("focal", "focal"), ("'3'", "3"), ("a/b.pth", "a/b.pth"), (" 3 ", 3),
+        ("1e-4", 1e-4), (".5", 0.5), ("3", 3), ("3.0", 3.0), ("null", None), ("", None), ("[3, 5]", [3, 5]),
+        ("{name: sgd, lr: 1e-3}", {"name": "sgd", "lr": 1e-3}), ("true", True), ("yes", "yes"), ("'3'", "3"),
+        ("a/b.pth", "a/b.pth"), (" 3 ", 3),
     ],
 )  # fmt: skip
 def test_a_value_is_read_as_yaml(text: str, value: object) -> None:
     found = parse_value(text, f"x={text}")
-    assert found == value
-    assert type(found) is type(value)
+    assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["[1", "{a: 1", "'x", "a: b: c"])
+@pytest.mark.parametrize("text", ["[1", "'x", "a: b: c"])
 def test_a_value_that_is_no_yaml(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_value(text, f"x.y={text}")
@@ -239,16 +182,11 @@ def test_a_value_that_is_no_yaml(text: str) -> None:
 
 
 def test_written_yaml_has_a_line_for_each_table_and_list() -> None:
-    tree = {
-        "base": "doe",
-        "seed": 3,
-        "model": {"name": "x", "head": [8], "backbone": {"depths": [2, 2], "weights": None}},
-    }
-    tree |= {"optimizer": {"lr": 1e-05, "name": "sgd"}, "epochs": None}
+    model = {"name": "x", "head": [8], "backbone": {"depths": [2, 2], "weights": None}}
+    tree = {"base": "doe", "model": model, "optimizer": {"lr": 1e-05, "name": "sgd"}, "epochs": None}
     before = deepcopy(tree)
     assert yaml_of(tree).splitlines() == [
         "base: doe",
-        "seed: 3",
         "model:",
         "  name: x",
         "  head: [8]",
