@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,19 @@ def job(project: Path, run: Run, **resources: Any) -> Job:
     return Job("x", run, Resources(**resources), folder)
 
 
-def launched(made: Job, project: Path) -> threading.Thread:
-    """The run, on its way in a thread."""
+def sigterm_in_mid_epoch(made: Job, project: Path) -> list[str]:
+    """Launch a run, send its last worker SIGTERM: it is finished nevertheless. The names of its processes."""
+    before = {child["pid"] for child in children() if child["name"] != "ray::IDLE"}  # an idle worker may take the run
     thread = threading.Thread(target=Launcher().launch, args=(made, project / "data"))
     thread.start()
-    return thread
-
-
-def ended(thread: threading.Thread) -> bool:
+    wait_for(lambda: (made.folder / "progress.json").exists())  # its first step is done
+    new = [child["name"] for child in children() if child["pid"] not in before]
+    os.kill(max(workers(project)), signal.SIGTERM)
+    wait_for(lambda: saved_in_mid_epoch(made.folder))
     thread.join(120)
-    return not thread.is_alive()
+    assert not thread.is_alive()
+    assert (made.folder / "summary.json").exists()
+    return new
 
 
 def finished(epochs: int) -> tuple[str, list[int]]:
@@ -217,15 +221,7 @@ def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_is_started_again(proj
 
     Whatever else a run started would cost it seconds at its start, and the machine memory while it waits.
     """
-    made = job(project, small_run(**SLOW), restarts=0)
-    before = {child["pid"] for child in children() if child["name"] != "ray::IDLE"}  # an idle worker may take the run
-    thread = launched(made, project)
-    wait_for(lambda: (made.folder / "progress.json").exists())  # its first step is done
-    new = [child["name"] for child in children() if child["pid"] not in before]
-    os.kill(max(workers(project)), signal.SIGTERM)
-    wait_for(lambda: saved_in_mid_epoch(made.folder))
-    assert ended(thread)
-    assert (made.folder / "summary.json").exists()
+    new = sigterm_in_mid_epoch(job(project, small_run(**SLOW), restarts=0), project)
     assert [name.split(".")[0][:10] for name in new if "IDLE" not in name] == ["ray::_task"]
 
 
@@ -238,12 +234,7 @@ def test_a_group_that_cannot_start_leaves_no_gpu_taken_and_one_that_gets_sigterm
         patch.setattr(launch, "ON_GPUS", "nccl")
         with pytest.raises(RuntimeError, match="NCCL"):
             Launcher().launch(made, project / "data")
-    thread = launched(made, project)
-    wait_for(lambda: (made.folder / "progress.json").exists())
-    os.kill(max(workers(project)), signal.SIGTERM)
-    wait_for(lambda: saved_in_mid_epoch(made.folder))
-    assert ended(thread)
-    assert (made.folder / "summary.json").exists()
+    sigterm_in_mid_epoch(made, project)
 
 
 def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project: Path, four_gpus: None):
@@ -263,7 +254,7 @@ def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project:
 
 @pytest.mark.timeout(900)  # it starts dozens of processes
 @pytest.mark.soak
-def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path, four_gpus: None):
+def test_twenty_runs_in_one_ray_session_leave_no_files_and_processes(project: Path, four_gpus: None):
     """Five flows of four runs at a time; the first two flows are the warm-up, the other twelve runs are measured.
 
     Ray's GCS keeps a connection per run open, and its log monitor up to ten logs.
@@ -280,36 +271,27 @@ def test_twenty_runs_in_one_ray_session_keep_memory_and_open_files(project: Path
         assert state.is_completed(), state.message
         use.append(used(before))
     assert len(list((project / "data/runs").glob("*/summary.json"))) == 20
-    first, last = use[1], use[-1]
-    assert {key: last[key] - first[key] for key, limit in LIMITS.items() if last[key] - first[key] > limit} == {}, use
+    assert all(last - first <= 4 for first, last in zip(use[1][:3], use[-1])), use
+    assert use[-1][3] - use[1][3] <= 30, use
 
 
-LIMITS = {"driver files": 4, "ray files": 30, "driver threads": 4, "processes": 4, "driver MB": 48, "ray MB": 48}
 OF_ONE_RUN = ("ray::_task", "ray::RayTrainW", "ray::Synchroniz", "ray::TrainContr")
 
 
-def used(before: set[int]) -> dict[str, float]:
-    """Memory and open files of this process and of Ray's own, `before` any run, once those of ended runs are gone."""
-    me = psutil.Process()
+def used(before: set[int]) -> list[int]:
+    """Files and threads of this process, processes, and files of Ray's own, once those of ended runs are gone."""
     gc.collect()
     wait_for(lambda: not any(c["name"].startswith(OF_ONE_RUN) for c in children() if c["pid"] not in before))
-    found = children()
-    rays = [child for child in found if child["pid"] in before]
-    return {
-        "driver MB": me.memory_info().rss / 2**20,
-        "driver files": me.num_fds(),
-        "driver threads": me.num_threads(),
-        "processes": len(found),
-        "ray MB": sum(child["memory_info"].rss for child in rays) / 2**20,
-        "ray files": sum(child["num_fds"] for child in rays),
-    }
+    me, found = psutil.Process(), children()
+    ours = sum(child["num_fds"] for child in found if child["pid"] in before)
+    return [me.num_fds(), me.num_threads(), len(found), ours]
 
 
 def children() -> list[dict[str, Any]]:
-    """pid, name, num_fds and memory_info of what this process started; those that end meanwhile are left out."""
+    """pid, name and num_fds of what this process started; those that end meanwhile are left out."""
     mine = {child.pid for child in psutil.Process().children(recursive=True)}
-    return [process.info for process in psutil.process_iter(["pid", "name", "num_fds", "memory_info"])
-            if process.pid in mine and process.info["memory_info"]]  # fmt: skip
+    return [process.info for process in psutil.process_iter(["pid", "name", "num_fds"])
+            if process.pid in mine and process.info["num_fds"]]  # fmt: skip
 
 
 # Without a cluster
@@ -321,14 +303,12 @@ def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monk
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": machine}] * 2)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
 
-    def check(workers: int, gpus: float) -> None:
-        asked = Resources(workers=workers, gpus_per_worker=gpus)
-        launch.check_resources([Job("x", small_run(), asked, Path("x"))])
+    def jobs(*shares: tuple[int, float]) -> list[Job]:
+        return [Job("x", small_run(), Resources(workers=w, gpus_per_worker=gpus), Path("x")) for w, gpus in shares]
 
-    for fits in ((4, 1.0), (2, 2.0), (1, 0.5)):
-        check(*fits)
+    launch.check_resources(jobs((4, 1.0), (2, 2.0), (1, 0.5)))
     with pytest.raises(UserError) as error:
-        check(1, 4.0)
+        launch.check_resources(jobs((1, 4.0)))
     assert str(error.value) == (
         "x: resources: a worker needs 1 CPUs and 4 GPUs on one machine; there is room for 0 of 1 worker(s); "
         "lower cpus_per_worker or gpus_per_worker"
@@ -338,28 +318,22 @@ def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monk
 @pytest.mark.parametrize(
     ("ends", "restarts", "raised"),
     [
-        ("done", 0, None),
         ("died died done", 2, None),
         ("died died died", 2, RuntimeError),
-        ("died", 0, RuntimeError),
         ("terminated terminated terminated done", 0, None),
         ("terminated died terminated died", 1, RuntimeError),
         ("fault", 2, RuntimeError),
-        ("mistake", 2, UserError),
+        ("died mistake", 2, UserError),
         ("diverged", 2, UserError),
         ("stopped", 2, UserError),
-        ("died mistake", 2, UserError),
     ],
 )
 def test_only_what_died_or_left_is_started_again(ends: str, restarts: int, raised: Any, tmp_path: Path):
     starts: Iterator[Any] = iter(ends.split())
     made = Job("x", small_run(), Resources(restarts=restarts), tmp_path)
     launcher = Launcher(lambda *_: Ended(next(starts), "why"))
-    if raised is None:
+    with pytest.raises(raised, match="^why$") if raised else nullcontext():
         launcher.launch(made, tmp_path)
-    else:
-        with pytest.raises(raised, match="^why$"):
-            launcher.launch(made, tmp_path)
     assert next(starts, None) is None
     assert launcher.running == set()
 

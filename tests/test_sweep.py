@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import psutil
@@ -240,8 +240,7 @@ def test_a_mistake_that_stops_every_trial_stops_the_sweep(project: Path, ray_her
 def test_time_that_is_over_cuts_trials(project: Path, ray_here):
     sweep = plan("changes.epochs=9000", "grace_epochs=9000", "trials=2", "hours=0.002")
     sweeps.begin(sweep)
-    found = search.search(sweep)
-    assert {(trial.state, trial.epoch < 9000) for trial in found} <= {(PRUNED, True)}
+    assert {(trial.state, trial.epoch < 9000) for trial in search.search(sweep)} <= {(PRUNED, True)}
 
 
 def test_importance_names_the_key_that_decides(project: Path):
@@ -257,9 +256,7 @@ def test_importance_names_the_key_that_decides(project: Path):
     assert shares["loss"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
     assert search.importance(sweep, found[:4]) == {}
-    pictures = search.draw(sweep, found)
-    assert [path.name for path in pictures] == ["parallel.png", "slices.png"]
-    assert all(path.stat().st_size > 5000 for path in pictures)
+    assert [path.name for path in search.draw(sweep, found)] == ["parallel.png", "slices.png"]
 
 
 BATCHES = "space={batch_size: {choice: [16, 17]}}"
@@ -277,34 +274,28 @@ POINTS = r"space: \d+ of 50 points drawn from it cannot work, as "
         # a trial has one process, so any batch would do for the search, but not for the confirming runs
         ([BATCHES], None),
         ([BATCHES, "changes.resources.workers=2"], POINTS + "batch_size: 17 does not divide by resources.workers 2"),
-        ([BATCHES, "changes.resources.accumulate=2"], POINTS + "batch_size: .* times resources.accumulate 2"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_starts(
     project: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], message: str | None
 ):
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    if message is None:
+    with pytest.raises(UserError, match=f"^sweep sample: {message}") if message else nullcontext():
         search.check(plan(*changes))
-    else:
-        with pytest.raises(UserError, match=f"^sweep sample: {message}"):
-            search.check(plan(*changes))
 
 
 @pytest.mark.parametrize(
-    ("gpus", "at_once", "trials_at_once"),
-    [(0, "null", 8), (0.5, "null", 4), (0.1, "null", 8), (1, "null", 2), (0.5, 3, 3)],
+    ("gpus", "at_once", "count"), [(0, "null", 8), (0.5, "null", 4), (0.1, "null", 8), (0.5, 3, 3)]
 )
-def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch, gpus, at_once, trials_at_once):
+def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch, gpus, at_once, count):
     """On 8 CPUs and 2 GPUs: 0.1 GPU a trial would give 20, but each needs a CPU too."""
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert search.trials_at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == trials_at_once
+    assert search.trials_at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == count
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sampel"], "sweeps/sampel.yaml: no such sweep, did you mean 'sample'?"),
         (["sample", "gpus_per_trial=1"], "sweep sample: gpus_per_trial: 1 GPUs, there are 0; set it to 0 to use CPUs"),
         (["status"], "data/sweeps: no sweep yet; start one with `fer sweep NAME`"),
         (["status", "sample"], "data/sweeps: no sweep sample yet; start one with `fer sweep NAME`"),
@@ -315,6 +306,5 @@ def test_a_users_mistake_is_one_line_and_status_2_and_starts_nothing(
     project: Path, here, ray_here, words: list[str], message: str
 ):
     done = here("sweep", *words)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"error: {message}")
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
     assert not (project / "data/sweeps").exists()

@@ -146,10 +146,10 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     assert other.recorded(folder)
     assert only_run(other).data.params["optimizer.lr"] == "0.01"
     assert only_run(other).info.run_id != only_run(tracker).info.run_id
-    tracker.client.delete_run(run.info.run_id)  # what the server has lost is recorded again
-    assert not tracker.recorded(folder)
-    record(tracker, folder)
-    assert tracker.recorded(folder)
+    other.client.delete_run(only_run(other).info.run_id)  # what the server has lost is recorded again
+    assert not other.recorded(folder)
+    record(other, folder)
+    assert other.recorded(folder)
 
 
 def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version(folder: Path, tracker: Tracker):
