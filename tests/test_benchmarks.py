@@ -1,7 +1,6 @@
 """The benchmarks run on small sizes, and both sides compute the same; no time is asserted."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -160,10 +159,3 @@ def test_both_ways_train_and_evaluate(code: str) -> None:
         assert pipeline.run(code, folder, pipeline.NAME, **changes) > 0
         (summary,) = (folder / "data" / "runs").glob("*/summary.json")
         assert json.loads(summary.read_text())["epochs"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-@pytest.mark.soak
-def test_two_workers_train() -> None:
-    assert pipeline.trained_by(2, DEVICE, LITTLE) > 0

@@ -151,21 +151,6 @@ def test_a_group_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, tw
     assert recorded(project) == {"x": finished(1)}
 
 
-@pytest.mark.soak
-def test_a_run_of_one_worker_goes_on_when_its_machine_was_drained(project: Path, two_nodes: Cluster, start: Callable):
-    """Ray tells it nothing before the machine is gone."""
-    experiment(project, "x", resources={"cpus_per_worker": 2}, epochs=40)
-    leaves = two_nodes.add_node(num_cpus=2)
-    running = start("x")
-    wait_for(lambda: rows(project, "x") >= 3)
-    drain(two_nodes, leaves.node_id)
-    two_nodes.remove_node(leaves, allow_graceful=False)
-    two_nodes.add_node(num_cpus=2)
-    _, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
-    assert recorded(project) == {"x": finished(40)}
-
-
 def drain(cluster: Cluster, node: str) -> None:
     words = [BIN / "ray", "drain-node", "--address", cluster.address, "--node-id", node]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "x", "--deadline-remaining-seconds", "600"]

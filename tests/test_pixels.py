@@ -4,18 +4,15 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, small_run
+from conftest import make_data
 
 from fer.batches import Pixels
 from fer.data.dataset import Split, open_data
 from fer.data.images import sha256
-from fer.resources import Resources
-from fer.train import fit
 
 CPU = torch.device("cpu")
 
@@ -86,23 +83,3 @@ def test_a_split_is_held_where_it_takes_no_more_than_its_share(
     monkeypatch.setattr(Pixels, "load", lambda pixels: loaded.append(len(pixels.split)))
     Pixels(split, Gpu(), share, 2)  # type: ignore[arg-type]
     assert loaded == ([40] if held else [])
-
-
-def test_a_run_is_the_same_wherever_its_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = make_data(tmp_path / "data")
-    found = []
-    for place in ("file", "device", "ahead"):
-        real = Pixels.__init__
-
-        def placed(pixels: Pixels, *arguments: Any, place: str = place, real: Any = real) -> None:
-            real(pixels, *arguments)
-            pixels.streams = place == "ahead"
-            if place == "device":
-                pixels.load()
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Pixels, "__init__", placed)
-            resources = Resources(device="cpu", accumulate=2, readers=1)
-            folder = fit("x", small_run(epochs=1), resources, data, tmp_path / place)
-        found.append((folder / "last" / "model.safetensors").read_bytes())
-    assert found[0] == found[1] == found[2]

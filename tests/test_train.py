@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -29,11 +28,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fer import batches as batches_of
 from fer import checkpoint, signals, train
 from fer.batches import Feed, batches, trained_images
+from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
-from fer.errors import UserError, disk_error
+from fer.errors import UserError
 from fer.evaluate import evaluate, predict_split
 from fer.input import Input
 from fer.losses import build_loss
@@ -223,30 +222,6 @@ def test_best_is_the_first_epoch_with_the_best_val_accuracy(kind: str, uncut: di
     assert result.keys() == {"accuracy", "balanced_accuracy", "macro_f1", "ece", "loss"}
     for key in result:
         assert result[key] == pytest.approx(rows[meta["epoch"] - 1][f"val_{key}"], abs=1e-9)
-
-
-def test_averaged_weights_are_evaluated_and_do_not_change_training(bars: Path, tmp_path: Path) -> None:
-    alone, averaged = (fit("x", small_run(epochs=1, ema_decay=ema), CPU, bars, tmp_path) for ema in (None, 0.999))
-    assert same_bytes(alone, averaged, "last")
-    best = load_file(averaged / "best" / "model.safetensors")
-    state = checkpoint.load_training(averaged / "last")["stepper"]["ema"]
-    assert all(torch.equal(best[name], state[f"module.{name}"]) for name in best)
-    assert not same_bytes(averaged, alone, "best")
-
-
-def test_best_stays_when_later_epochs_are_worse(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = iter([0.3, 0.6, 0.6, 0.5])
-
-    def predicted(*arguments: Any) -> Any:
-        logits, counts = predict_split(*arguments)
-        found = counts.result() | {"accuracy": next(planned)}
-        return logits, SimpleNamespace(result=lambda: found)
-
-    monkeypatch.setattr(train, "predict_split", predicted)
-    with pytest.raises(Cut):
-        fit("x", small_run(epochs=4), CPU, bars, tmp_path, cut_after(3))
-    folder = fit("x", small_run(epochs=4), CPU, bars, tmp_path)
-    assert checkpoint.load_meta(folder / "best")["epoch"] == 2
 
 
 def test_training_never_looks_at_test(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,14 +547,7 @@ def test_weights_spoilt_by_the_last_step_are_not_saved(
     assert not list(tmp_path.glob("*/last"))
 
 
-# Rate, batches
-
-
-def test_the_rate_of_each_epochs_last_step_is_recorded(bars: Path, tmp_path: Path) -> None:
-    schedule = {"name": "step", "warmup_epochs": 1, "step_epochs": [2, 3], "step_factors": [0.5, 0.1]}
-    rows = rows_of(fit("x", small_run(epochs=4, schedule=schedule), CPU, bars, tmp_path))
-    # warm-up ends at .01: the middle of the last of 6 steps is 11/12 of it; then 1, .5 and .1 times .01
-    assert [row["lr"] for row in rows] == pytest.approx([0.01 * 11 / 12, 0.01, 0.005, 0.001])
+# Batches
 
 
 @settings(max_examples=60, deadline=None)
@@ -647,14 +615,8 @@ def test_a_batch_larger_than_the_data_is_one_step(bars: Path, tmp_path: Path) ->
 
 
 def test_augmentation_is_drawn_anew_in_each_step(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[int] = []
-    real = batches_of.Augmenter.draw
-
-    def draw(augmenter: Any, batch_size: int, seed: int) -> Tensor:
-        seeds.append(seed)
-        return real(augmenter, batch_size, seed)
-
-    monkeypatch.setattr(batches_of.Augmenter, "draw", draw)
+    real, seeds = Augmenter.draw, list[int]()
+    monkeypatch.setattr(Augmenter, "draw", lambda self, size, seed: seeds.append(seed) or real(self, size, seed))
     for seed in (1, 2):
         fit("x", small_run(seed=seed, epochs=2), CPU, bars, tmp_path)
     assert len(seeds) == len(set(seeds)) == 2 * 2 * STEPS
@@ -871,22 +833,3 @@ def test_a_rank_that_dies_at_any_moment_changes_nothing(bars: Path, tmp_path: Pa
         assert len(rows_of(folder)) == 1
     (whole, _), (resumed, _) = on_two_ranks(bars, tmp_path, Job(run, tmp_path / "whole"), Job(run, cut))
     assert_equal_runs(resumed, whole)
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_told_from_damage_and_leaves_no_half_checkpoint(bars: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
-    try:
-        with pytest.raises(OSError, match="No space left") as caught:
-            fit("x", small_run(), CPU, bars, small)
-        assert "the disk is full: free some space and run the command again" in str(disk_error(caught.value, small))
-        (folder,) = small.iterdir()
-        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) in ([], ["best"])
-    finally:
-        subprocess.run(["umount", small], check=True)
