@@ -5,24 +5,16 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from test_weights import Evil, equal
+from test_weights import network as model
 from torch import nn
 
 from fer import checkpoint
 from fer.checkpoint import META, TRAINING, WEIGHTS
 from fer.errors import UserError
-
-
-def model(width: int = 3, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width, 2))
-
-
-def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture
@@ -148,23 +140,13 @@ def test_a_training_state_of_a_gpu_is_read_on_a_cpu(folder: Path) -> None:
     assert checkpoint.load_training(folder)["step"].tolist() == [1, 1]
 
 
-class Evil:
-    """Pickled, it makes a folder where it is loaded without care."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.trace),)
-
-
 @pytest.mark.parametrize("form", ["pickle", "torch", "old torch"])
 def test_code_in_a_training_state_is_not_run(folder: Path, tmp_path: Path, form: str) -> None:
     path, trace = folder / TRAINING, tmp_path / "was run"
     if form == "pickle":
-        path.write_bytes(pickle.dumps({"optimizer": Evil(trace)}, protocol=2))
+        path.write_bytes(pickle.dumps({"optimizer": Evil(os.mkdir, str(trace))}, protocol=2))
     else:
-        torch.save({"optimizer": Evil(trace)}, path, _use_new_zipfile_serialization=form == "torch")
+        torch.save({"optimizer": Evil(os.mkdir, str(trace))}, path, _use_new_zipfile_serialization=form == "torch")
     with pytest.raises(UserError, match="damaged, or not written by this project"):
         checkpoint.load_training(folder)
     assert not trace.exists()

@@ -26,7 +26,7 @@ from conftest import CPU, PEOPLE, doe, emotion_encoder, free_port, make_data, sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fer import checkpoint, signals, train
 from fer.batches import Feed, batches, trained_images
@@ -34,15 +34,11 @@ from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError
 from fer.evaluate import evaluate, predict_split
-from fer.input import Input
 from fer.losses import build_loss
 from fer.models import build_model
-from fer.models.network import Network
-from fer.models.vgg13 import Vgg13
 from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
 from fer.schedule import lr_at
-from fer.settings import Section
 from fer.signals import Agreement, Request, Sigterm, Stopped, ask_to_stop
 from fer.step import Stepper
 from fer.train import NonFiniteLoss, fit
@@ -676,38 +672,6 @@ def test_ranks_agree_about_once_a_second(
 # Two ranks
 
 
-class PlainNetwork(Network):
-    """No batch norm, no dropout: nothing that sees a part of the batch otherwise than the whole."""
-
-    def __init__(self, settings: Input, num_labels: int):
-        super().__init__()
-        pixels = settings.channels * settings.image_size**2
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 32), nn.Tanh(), nn.Linear(32, num_labels))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.layers(pixel_values)
-
-
-class Plain(Vgg13):
-    """Takes the place of vgg13 in a run, and builds another network."""
-
-    def build(self, settings: Input, num_labels: int, pretrained: bool) -> Any:
-        return PlainNetwork(settings, num_labels)
-
-
-class Normed(Vgg13):
-    """With batch norm, whose statistics differ by rank."""
-
-    def build(self, settings: Input, num_labels: int, pretrained: bool) -> Any:
-        network = PlainNetwork(settings, num_labels)
-        network.layers.insert(2, nn.BatchNorm1d(32))
-        return network
-
-
-def with_model(model: Section, **keys: Any) -> Run:
-    return small_run(**keys).model_copy(update={"model": model})
-
-
 @dataclass
 class Job:
     """A run on two ranks, and what happens to it."""
@@ -722,13 +686,13 @@ class Job:
     sync: bool = False  # batch norm, which needs GPUs
 
 
-def _rank(rank: int, port: int, data: Path, jobs: list[Job], models: list[Section], told: Path) -> None:
+def _rank(rank: int, port: int, data: Path, jobs: list[Job], told: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     signals.AGREE_SECONDS = 0.0  # ask before every step
     dist.init_process_group("gloo", rank=rank, world_size=2)
     about = []
-    for job, model in zip(jobs, models):
+    for job in jobs:
         patch, rows, error = pytest.MonkeyPatch(), list[dict[str, Any]](), ""
         looks = Looks(job.stop) if rank == 1 else Looks()
         if job.exits is not None and rank == 1:
@@ -739,7 +703,7 @@ def _rank(rank: int, port: int, data: Path, jobs: list[Job], models: list[Sectio
             patch.setattr(Path, "replace", lambda path, to: os._exit(1) if to.name == "last" else os.replace(path, to))
         resources = Resources(device="cpu", workers=2, accumulate=job.accumulate, sync_batch_norm=job.sync)
         try:
-            fit("x", job.run.model_copy(update={"model": model}), resources, data, job.runs, rows.append, leaves=looks)
+            fit("x", job.run, resources, data, job.runs, rows.append, leaves=looks)
         except UserError as caught:
             error = str(caught)
         patch.undo()
@@ -754,8 +718,7 @@ def on_two_ranks(data: Path, told: Path, *jobs: Job) -> list[tuple[Path, str]]:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     multiprocessing.set_forkserver_preload([__name__])  # imported once, for all tests
     start = multiprocessing.get_context("forkserver")
-    models = [job.run.model for job in jobs]
-    ranks = [start.Process(target=_rank, args=(rank, port, data, list(jobs), models, told)) for rank in range(2)]
+    ranks = [start.Process(target=_rank, args=(rank, port, data, list(jobs), told)) for rank in range(2)]
     for process in ranks:
         process.start()
     while not any(process.exitcode for process in ranks) and any(process.is_alive() for process in ranks):
@@ -772,9 +735,10 @@ def on_two_ranks(data: Path, told: Path, *jobs: Job) -> list[tuple[Path, str]]:
 
 @pytest.mark.slow
 def test_two_ranks_are_one(bars: Path, tmp_path: Path) -> None:
+    plain = {"model": {"batch_norm": False, "conv_dropout": 0, "dense_dropout": 0}, "optimizer": SGD, "epochs": 2}
     votes = {"loss": {"name": "focal_pdls"}, "class_weights": 0.5, "balanced_sampling": 0.5}
     runs = {
-        "plain": with_model(Plain(), **votes),
+        "plain": small_run(**plain, **votes),
         "doe": small_run(**doe(augment={})),
         "same subject": small_run(**doe("same_subject", ema_decay=0.8)),
     }
@@ -796,8 +760,8 @@ def test_two_ranks_are_one(bars: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_resume_as_if_they_had_not(bars: Path, tmp_path: Path) -> None:
     """Bit for bit, with batch norm, whose statistics differ by rank."""
-    run = with_model(Normed(), loss={"name": "vote_sampling"}, ema_decay=0.5)
-    cut, plain = tmp_path / "cut", with_model(Normed(), epochs=1)
+    run = small_run(loss={"name": "vote_sampling"}, ema_decay=0.5)
+    cut, plain = tmp_path / "cut", small_run(epochs=1)
     found = on_two_ranks(
         bars, tmp_path,
         Job(run, tmp_path / "whole", 2),
@@ -825,7 +789,7 @@ def test_two_ranks_stop_together_and_resume_as_if_they_had_not(bars: Path, tmp_p
 @pytest.mark.slow
 def test_a_rank_that_dies_at_any_moment_changes_nothing(bars: Path, tmp_path: Path) -> None:
     """Bit for bit, when both are started again."""
-    run, cut = with_model(Normed(), epochs=2, ema_decay=0.8), tmp_path / "cut"
+    run, cut = small_run(epochs=2, ema_decay=0.8), tmp_path / "cut"
     for died in (Job(run, cut, exits=STEPS + 3), Job(run, cut, dies_saving=True)):
         with pytest.raises(Cut):
             on_two_ranks(bars, tmp_path, died)
