@@ -365,8 +365,12 @@ def test_sigterm_stops_a_run_while_it_trains(main: bool, bars: Path, tmp_path: P
             ended.append(stopped)
 
     try:
-        thread = threading.Thread(target=train_it)
-        train_it() if main else (thread.start(), thread.join(60))
+        if main:
+            train_it()
+        else:
+            thread = threading.Thread(target=train_it)
+            thread.start()
+            thread.join(60)
         assert (heard, [stopped.terminated for stopped in ended]) == ([], [True])
         assert "stopped in epoch 2 after 3 of 6 steps" in str(ended[0])
         os.kill(os.getpid(), signal.SIGTERM)
