@@ -125,12 +125,18 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: settings, experiments, sweeps and small data, nothing trained."""
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: settings, experiments and sweeps of the project."""
     copy_settings(tmp_path)
-    make_data(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def project(recipes: Path) -> Path:
+    """The same with small data, nothing trained."""
+    make_data(recipes / "data")
+    return recipes
 
 
 def copy_settings(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL, copy_settings, small_run
+from conftest import ROOT, SMALL, small_run
 
 from fer.errors import UserError
 from fer.losses import LOSSES
@@ -22,12 +22,7 @@ from pipelines.params import yaml_of
 SHIPPED = sorted(path.stem for path in ROOT.glob("experiments/*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with the project's settings."""
-    copy_settings(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def experiment(name: str, text: str = "", **tree: Any) -> str:
@@ -282,10 +277,10 @@ def test_an_unknown_name() -> None:
         assert mistakes(f"./{stem}.yaml") == [f"{stem}.yaml: {remedy}"]
 
 
-def test_a_file_anywhere(folder: Path) -> None:
+def test_a_file_anywhere(recipes: Path) -> None:
     """Its name is that of the file; its base and its start stand in experiments/, unless that is named, too."""
     Path("elsewhere").mkdir()
-    for name in ("elsewhere/mine.yaml", "elsewhere/yours.yml", str(folder / "third.yaml")):
+    for name in ("elsewhere/mine.yaml", "elsewhere/yours.yml", str(recipes / "third.yaml")):
         path = Path(name)
         path.write_text(yaml_of({"base": "disentangled_doe_tiny", "epochs": 3}))
         found = load([name, "batch_size=16"], {})
@@ -301,13 +296,13 @@ def test_a_file_anywhere(folder: Path) -> None:
     assert found["first"].run.epochs == 2
 
 
-def test_one_name_for_two_files_is_refused_and_one_file_may_be_named_twice(folder: Path) -> None:
+def test_one_name_for_two_files_is_refused_and_one_file_may_be_named_twice(recipes: Path) -> None:
     Path("elsewhere").mkdir()
     Path("elsewhere/doe.yaml").write_text("base: doe_tiny\n")
     assert mistakes("doe", "elsewhere/doe.yaml") == [
         "elsewhere/doe.yaml: experiments/doe.yaml has the same name; rename one of them"
     ]
-    same = ["doe", "experiments/doe.yaml", "./experiments/doe.yaml", str(folder / "experiments/doe.yaml")]
+    same = ["doe", "experiments/doe.yaml", "./experiments/doe.yaml", str(recipes / "experiments/doe.yaml")]
     assert list(load(same, {})) == ["doe"]
 
 

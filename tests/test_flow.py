@@ -401,7 +401,8 @@ def test_a_run_that_was_begun_in_format_1_is_refused_and_nothing_else_is(project
         begun(**changes)
         prepare(["bars"])
     begun()
-    summary = shutil.copy(ROOT / "tests/golden/format1/runs" / folder.name / "summary.json", folder)
+    summary = folder / "summary.json"
+    shutil.copy(ROOT / "tests/golden/format1/runs" / folder.name / "summary.json", summary)
     prepare(["bars"])
     summary.unlink()
     done = here("train", "bars")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import copy_settings
 
 from fer.errors import UserError
 from fer.files import held
@@ -13,11 +12,7 @@ from pipelines import experiments, report
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
 
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_settings(tmp_path)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def plan(*changes: str, data: str = "d" * 16) -> Plan:

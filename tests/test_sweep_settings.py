@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, copy_settings
+from conftest import ROOT
 
 from fer.errors import UserError
 from fer.files import write_json
@@ -28,12 +28,7 @@ LR = {"optimizer.lr": {"log": [1e-4, 1e-2]}}
 Here = Callable[..., subprocess.CompletedProcess]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with the project's settings."""
-    copy_settings(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def write(name: str, text: str = "", **tree: Any) -> str:
