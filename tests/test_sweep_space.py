@@ -174,6 +174,8 @@ def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_th
     ("one", "other", "path"),
     [
         ({"loss": {"choice": ["focal_pdls", "pdls"]}}, {"loss.name": {"choice": ["focal_pdls", "pdls"]}}, "loss.name"),
+        ({"loss": {"choice": [{"name": "focal_pdls", "alpha": 0.8}, "pdls"]}}, {"loss.alpha": {"float": [0, 1]}},
+         "loss.alpha"),
         ({"augment": {"factor": [0, 1]}}, {"augment.rotation": {"float": [0, 20]}}, "augment.rotation"),
         ({"model.resizer": {"choice": [{"blocks": 1}, {"blocks": 2}]}}, {"model.resizer.blocks": {"int": [1, 3]}},
          "model.resizer.blocks"),
