@@ -469,8 +469,9 @@ def ui(
     if tracker.uri.startswith("http"):
         console.print(f"MLflow: {without_password(tracker.uri).rstrip('/')}{tracker.page}", soft_wrap=True)
     else:
-        command = _server("mlflow", mlflow_port, "server", "--backend-store-uri", tracker.uri, "--workers", "1")
-        servers.append(Server("MLflow", mlflow_port, command, tracker.page))
+        command = _server("mlflow", mlflow_port, "server", "--workers", "1")
+        store = {"MLFLOW_BACKEND_STORE_URI": tracker.uri}  # on the command line others would see a password in it
+        servers.append(Server("MLflow", mlflow_port, command, tracker.page, store))
     # where the page finds its data, which else is port 4200
     about = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
     servers.append(Server("Prefect", prefect_port, _server("prefect", prefect_port, "server", "start"), "", about))

@@ -30,6 +30,7 @@ from prefect.states import Cancelled, Crashed, State
 
 from fer.errors import UserError, first_line
 from pipelines.processes import alive, process_id
+from pipelines.store import without_password
 
 FLOWS = ["train", "sweep"]
 HOST, PROCESS = "fer.host", "fer.process"  # labels of a flow run: who carries it out
@@ -45,7 +46,7 @@ def check_server() -> None:
         httpx.get(f"{address.rstrip('/')}/health", timeout=10)  # any answer will do: credentials are Prefect's matter
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise UserError(
-            f"PREFECT_API_URL: no Prefect server answers at {address} ({first_line(error)}); "
+            f"PREFECT_API_URL: no Prefect server answers at {without_password(address)} ({first_line(error)}); "
             "start it (`fer ui`, `prefect server start`), or unset the variable"
         ) from None
 

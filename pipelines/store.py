@@ -1,18 +1,20 @@
-"""The address of the tracking store, checked without MLflow, which itself retries for minutes."""
+"""The address of the tracking store, tried once before MLflow, which itself tries for minutes."""
 
 import os
-import socket
+import re
 import sqlite3
 import urllib.error
 import urllib.request
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from fer.errors import UserError, first_line
 
 SQLITE = "sqlite:///"
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+DATABASES = ("postgresql", "mysql", "mssql")
+TIMEOUT = 3  # seconds
+REMEDY = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
+SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|token|secret|key)[^=&]*)=[^&]*", re.IGNORECASE)
 
 
 def tracking_uri(configured: str) -> str:
@@ -24,27 +26,55 @@ def tracking_uri(configured: str) -> str:
 
 
 def check_answers(uri: str) -> None:
-    """Try the server once, as mlflow retries for minutes. Raises UserError, which does not show a password in `uri`."""
-    parts = urlsplit(uri)
-    remedy = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
-    kind = parts.scheme.partition("+")[0]
+    """Try the store once. Raises UserError, in which no password of `uri` is shown."""
+    kind, shown = uri.partition(":")[0].partition("+")[0], without_password(uri)
+    if kind in ("http", "https"):
+        _check_server(uri, shown)
+    elif kind == "sqlite":
+        _check_writable(Path(uri.removeprefix(SQLITE)))
+    elif kind in DATABASES:
+        _check_database(uri, shown)
+    else:
+        known = "sqlite:///FILE, postgresql+psycopg://... or http://..."
+        raise UserError(f"tracking.uri: '{shown}' is no tracking store; use {known}")
+
+
+def _check_server(uri: str, shown: str) -> None:
+    if "@" in uri:  # MLflow would show it in its errors
+        raise UserError(
+            f"tracking.uri: {shown}: leave user and password out of the address and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
     try:
-        if kind in ("http", "https"):
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
-        elif kind == "sqlite":
-            _check_writable(Path(parts.path.removeprefix("/")))
-        elif kind in PORTS:
-            socket.create_connection((parts.hostname or "localhost", parts.port or PORTS[kind]), timeout=5).close()
-        else:
-            known = "sqlite:///FILE, postgresql://... or http://..."
-            raise UserError(f"tracking.uri: '{without_password(uri)}' is no tracking store; use {known}")
+        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=TIMEOUT).close()
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code not in (401, 404):  # it answers; mlflow handles credentials
-            answer = f"{error.code} {error.reason}"
-            raise UserError(f"tracking.uri: {without_password(uri)} answers {answer}; {remedy}") from None
+            raise UserError(f"tracking.uri: {shown} answers {error.code} {error.reason}; {REMEDY}") from None
     except (OSError, ValueError) as error:
-        where = without_password(uri)
-        raise UserError(f"tracking.uri: no server answers at {where} ({first_line(error)}); {remedy}") from None
+        raise UserError(f"tracking.uri: no server answers at {shown} ({first_line(error)}); {REMEDY}") from None
+
+
+def _check_database(uri: str, shown: str) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import ArgumentError, DBAPIError
+
+    timeout = {} if uri.startswith("mssql") else {"connect_timeout": TIMEOUT}
+    try:
+        engine = create_engine(uri, connect_args=timeout)
+        engine.connect().close()
+        engine.dispose()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"tracking.uri: {shown} needs the Python package {error.name}, which is not installed; for PostgreSQL use "
+            "postgresql+psycopg://... and `pip install -c constraints.txt -e '.[postgres]'`"
+        ) from None
+    except DBAPIError as error:
+        raise UserError(f"tracking.uri: no database answers at {shown} ({first_line(error)}); {REMEDY}") from None
+    except (ArgumentError, ValueError):  # whose text may hold the password
+        raise UserError(
+            f"tracking.uri: {shown} is no valid address; write : / ? # and @ in a password as %3A %2F %3F %23 %40"
+        ) from None
 
 
 def _check_writable(path: Path) -> None:
@@ -56,9 +86,15 @@ def _check_writable(path: Path) -> None:
             raise UserError(
                 f"tracking.uri: cannot write {path} ({error}); free some space or choose a writable file"
             ) from None
+    except sqlite3.DatabaseError as error:
+        raise UserError(
+            f"tracking.uri: {path} is damaged ({error}); move it away: the same command records the runs again"
+        ) from None
 
 
 def without_password(uri: str) -> str:
-    """`uri` with *** for its password, to be shown or stored."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+    """`uri` with *** for its passwords, to be shown or stored; of a web address without the whole user."""
+    if uri.startswith("sqlite"):
+        return uri
+    secret = r"(://).*@" if uri.startswith("http") else r"(://[^:@/]*:).*@"
+    return SECRET.sub(r"\1=***", re.sub(secret, r"\1***@", uri))

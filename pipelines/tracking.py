@@ -80,8 +80,8 @@ class Tracker:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self.uri)
-        self.client = MlflowClient(self.uri)
         with self._one_line():
+            self.client = MlflowClient(self.uri)
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
         self._closing = threading.RLock()  # a run is closed once: by its thread, or by `leave` in a signal handler
@@ -118,7 +118,8 @@ class Tracker:
         try:
             yield
         except MlflowException as error:
-            raise UserError(f"tracking.uri: {without_password(self.uri)}: {first_line(error)}") from error
+            shown = without_password(self.uri)
+            raise UserError(f"tracking.uri: {shown}: {first_line(error).replace(self.uri, shown)}") from error
 
     @contextmanager
     def record(

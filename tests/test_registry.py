@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,27 +44,25 @@ def server(sqlite: str, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def postgresql(tmp_path: Path) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """A cluster of its own, as Debian's package `postgresql` brings it."""
     pytest.importorskip("psycopg", reason="the extra `postgres` is not installed")
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         pytest.skip("PostgreSQL is not installed (Debian: `apt-get install postgresql`)")
-    folder, port = tmp_path / "postgresql", free_port()
-    folder.mkdir()
-    keys: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
-    if os.getuid() == 0:  # as whom it refuses to run
-        shutil.chown(folder, "postgres")
-        for above in folder.parents[:3]:
-            above.chmod(0o711)
-        keys["user"] = "postgres"
-    subprocess.run([programs[-1] / "initdb", "-D", "data", "-A", "trust", "-U", "me", "-N"], **keys)
-    control = [programs[-1] / "pg_ctl", "-D", "data", "-w", "-l", "log", "-o", f"-p {port} -h 127.0.0.1 -k {folder}"]
-    subprocess.run([*control, "start"], **keys)
-    try:
-        yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], **keys)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:  # not below pytest's, which is closed to other users
+        keys: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
+        if os.getuid() == 0:  # as whom it refuses to run
+            shutil.chown(folder, "postgres")
+            keys["user"] = "postgres"
+        subprocess.run([programs[-1] / "initdb", "-D", "data", "-A", "trust", "-U", "me", "-N"], **keys)
+        control = [programs[-1] / "pg_ctl", "-D", "data", "-w", "-l", "log"]
+        subprocess.run([*control, "-o", f"-p {port} -h 127.0.0.1 -k {folder}", "start"], **keys)
+        try:
+            yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], **keys)
 
 
 def prepare(uri: str, folder: Path) -> tuple[str, ModelInfo]:
