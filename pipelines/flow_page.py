@@ -29,7 +29,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed, State
 
 from fer.errors import UserError, first_line
-from pipelines.processes import alive, process_id
+from pipelines.processes import ended, process_id
 from pipelines.store import without_password
 
 FLOWS = ["train", "sweep"]
@@ -67,7 +67,7 @@ def close_abandoned() -> None:
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN))),
         )
         for run in found:
-            if run.labels.get(HOST) == socket.gethostname() and not alive(str(run.labels.get(PROCESS, ""))):
+            if run.labels.get(HOST) == socket.gethostname() and ended(str(run.labels.get(PROCESS, ""))):
                 _close(client, run.id, Crashed(message="the process was killed; run the same command to resume"))
 
 

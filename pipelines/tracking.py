@@ -34,7 +34,7 @@ from fer.run_folder import CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY
 from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
-from pipelines.processes import alive, process_id
+from pipelines.processes import ended, process_id
 from pipelines.registry import RUN_ID, Registry
 from pipelines.report import confusion_picture, note
 from pipelines.store import SQLITE, check_answers, tracking_uri, without_password
@@ -225,7 +225,7 @@ class Tracker:
         closed = []
         query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
         for found in self.client.search_runs([self.experiment], query):
-            if not alive(found.data.tags.get(PROCESS, "")):
+            if ended(found.data.tags.get(PROCESS, "")):
                 self.client.set_tag(found.info.run_id, ERROR, "the process was killed; run the command again")
                 self.client.set_terminated(found.info.run_id, "FAILED")
                 closed.append(found.data.tags[RUN_ID])

@@ -1,13 +1,14 @@
-"""Which processes belong to which driver."""
+"""Which processes belong to which driver, and which have ended."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pipelines.processes import MARK, mark_children, other_drivers, process_id
+from pipelines.processes import MARK, alive, ended, mark_children, other_drivers, process_id
 
 
 def test_other_drivers_are_those_that_live_and_started_the_program(
@@ -30,3 +31,40 @@ def test_other_drivers_are_those_that_live_and_started_the_program(
         for process in (driver, *started):
             process.kill()
             process.wait()
+
+
+def test_a_process_has_ended_only_if_that_is_certain() -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    pid, started, boot, namespace, machine = process_id(process.pid).split(":")
+    of_earlier_versions, other_start = f"{pid}:{started}", f"{pid}:1:{boot}:{namespace}:{machine}"
+    elsewhere = {
+        f"{pid}:1:{boot}:4026500000:{machine}": False,  # another container
+        f"{pid}:1:other:{namespace}:other": False,  # another machine of this name
+        f"{pid}:1:other:{namespace}:": False,  # a container of another machine, or of this one before it was rebooted
+        f"{pid}:{started}:other:{namespace}:{machine or 'known'}": machine != "",  # this machine, since rebooted
+    }
+    try:
+        running = {process_id(process.pid): False, of_earlier_versions: False, other_start: True, "": True}
+        assert {one: ended(one) for one in running | elsewhere} == running | elsewhere
+    finally:
+        process.kill()
+        process.wait()
+    gone = {":".join([pid, started, boot, namespace, machine]): True, of_earlier_versions: True}
+    assert {one: ended(one) for one in gone | elsewhere} == gone | elsewhere
+
+
+def test_a_process_in_a_container_has_not_ended_because_it_is_not_seen() -> None:
+    code = "import os, time; from pipelines.processes import process_id as of; print(of(os.getpid()), flush=True)"
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system does not allow namespaces")
+    command = [*unshare, sys.executable, "-c", f"{code}; time.sleep(600)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            inside = process.stdout.readline().strip()
+            assert inside.startswith("1:")
+            assert not ended(inside)
+            assert not alive(inside)
+        finally:
+            process.kill()
