@@ -4,6 +4,7 @@ Variables that are already set win.
 """
 
 import os
+import secrets
 from pathlib import Path
 
 _DEFAULTS = {
@@ -21,7 +22,7 @@ _DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",  # of MLflow, which logs a page where git is missing; a commit is nice to have
     "HF_HUB_VERBOSITY": "error",  # without a network it logs every attempt
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces
+    "RAY_AUTH_MODE": "token",  # whoever reaches a port of Ray can run code
     "RAY_prestart_worker_first_driver": "0",  # useless: workers of runs have their own environment
     "RAY_worker_niceness": "0",  # with Ray's 15, every other small process would take precedence over training
     "RAY_enable_metrics_collection": "0",  # nobody reads them, and the agent that holds them grows with every run
@@ -34,6 +35,11 @@ _DEFAULTS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial writes its own files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the flow handles Ctrl-C
 }
+if not os.environ.get("RAY_ADDRESS"):  # Ray is of this process alone
+    _DEFAULTS |= {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too, Ray then listens on the loopback interface alone
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray's own is a file that every user of the machine may read
+    }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 for _name in ("no_proxy", "NO_PROXY"):  # servers on this machine are never behind a proxy

@@ -85,8 +85,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 @pytest.fixture
 def start(project: Path, two_nodes: Cluster, prefect_server: str) -> Callable[..., subprocess.Popen]:
     """start("x"): the command `fer train x` on the two nodes."""
+    token = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
     addresses = {"RAY_ADDRESS": two_nodes.address, "PREFECT_API_URL": prefect_server}
-    return lambda *words: start_fer(project, "train", *words, **addresses)
+    return lambda *words: start_fer(project, "train", *words, **addresses, **token)
 
 
 def rows(project: Path, *names: str) -> int:
@@ -154,7 +155,8 @@ def test_a_group_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, tw
 def drain(cluster: Cluster, node: str) -> None:
     words = [BIN / "ray", "drain-node", "--address", cluster.address, "--node-id", node]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "x", "--deadline-remaining-seconds", "600"]
-    subprocess.run([*words, *why], env=environment(RAY_AUTH_MODE="token"), check=True, capture_output=True)
+    known = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"])
+    subprocess.run([*words, *why], env=known, check=True, capture_output=True)
 
 
 # Four GPUs
