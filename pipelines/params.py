@@ -117,6 +117,8 @@ def machine(params: Params) -> dict[str, Any]:
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     """The table of keys in a YAML file. Raises UserError if the file is missing or holds anything else."""
+    if path.is_fifo() or path.is_char_device():  # to read it may take for ever
+        raise UserError(f"{path}: cannot be read (Not a regular file)")
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text())
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """params.yaml: every mistake is one line with its dotted path, all at once; and no key is dead."""
 
 import ast
+import subprocess
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -133,12 +134,17 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (b"a: !!python/object:os.system {}\n", ": line 1 is not valid YAML: could not determine a constructor"),
         (b"a: \xff\xfe", ": is not valid YAML: 'utf-8' codec"),
         (None, ": not found; run the command in the project's root folder"),
+        ("mkdir", ": cannot be read (Is a directory)"),
+        ("mkfifo", ": cannot be read (Not a regular file)"),
+        ("ln -s /dev/zero", ": cannot be read (Not a regular file)"),
     ],
 )
-def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | None, message: str) -> None:
+def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | str | None, message: str) -> None:
     path = tmp_path / "params.yaml"
-    if text is not None:
+    if isinstance(text, bytes):
         path.write_bytes(text)
+    elif text:
+        subprocess.run([*text.split(), path], check=True)
     with pytest.raises(UserError) as caught:
         load(path)
     (line,) = caught.value.lines

@@ -117,6 +117,14 @@ def test_a_file_that_is_no_sweep(text: str, message: str) -> None:
     assert mistakes("mine") == [message]
 
 
+def test_a_grid_is_counted_before_it_is_made() -> None:
+    most = ",".join(map(str, range(1, 101)))
+    keys = ("batch_size", "model.resizer.channels", "model.resizer.blocks")
+    space = ", ".join(f"{key}: {{choice: [{most}]}}" for key in keys)
+    found = mistakes("tiny", "search=grid", f"space={{{space}}}")
+    assert found == ["command line: search: grid has 1,000,000 points, 10,000 at most; use tpe or random"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -66,6 +66,7 @@ def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = No
         ("optimizer.lr", {"log": [0, 1]}, "a log range must start above 0, got 0"),
         ("augment", {"factor": [-1, 1]}, "a factor must not be negative, got -1"),
         ("batch_size", {"int": [1.5, 64]}, "int needs whole numbers, got [1.5, 64]"),
+        ("batch_size", {"choice": [*range(1, 20_001)]}, "choice has 20,000 values, 100 at most; use a range"),
         ("loss", {"choice": ["focal"]}, "choice needs at least two values, got ['focal']"),
         ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"float": [1, 1]}}]}, "the range [1, 1] is empty"),
         ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"factor": [0, 1]}}]}, "a factor cannot be"),

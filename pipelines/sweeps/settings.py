@@ -1,6 +1,7 @@
 """sweeps/*.yaml: a search for better settings of one experiment, typed and checked."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pipelines.params import parse_value, read_yaml
 from pipelines.sweeps import space as spaces
 
 FOLDER = Path("sweeps")
+MOST_POINTS = 10_000  # of a grid
 COMMANDS = ("run", "status", "apply")  # of `fer sweep`: no sweep can have their names
 
 
@@ -126,6 +128,9 @@ def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str
     if sweep.search == "grid" and ranges:
         where = f"{origins['search']}: search"
         found.append(f"{where}: grid needs choices only, {ranges[0]} has a range; use tpe or random")
+    elif sweep.search == "grid" and (points := prod(len(given["choice"]) for given in space.values())) > MOST_POINTS:
+        where = f"{origins['search']}: search"
+        found.append(f"{where}: grid has {points:,} points, {MOST_POINTS:,} at most; use tpe or random")
     if found:
         raise UserError(*found)
     return space

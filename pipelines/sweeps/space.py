@@ -17,6 +17,7 @@ from pipelines.experiments import NAME, Layers
 RANGES = ("int", "float", "log", "factor")
 KINDS = (*RANGES, "choice")
 HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]}, {factor: [low, high]}, {choice: [...]}"
+MOST = 100  # values of a choice, each of which is tried in the base before the search
 NEVER = ("init_from", "seed", "epochs")  # not meant to be searched
 Space = dict[str, Any]  # key of the run -> a range
 Params = dict[str, Any]  # a point, as Optuna stores it: name of a range -> number, or label of a choice
@@ -202,6 +203,8 @@ def _form_fault(given: Any) -> str | None:
     if kind == "choice":
         if len(values) < 2:
             return f"choice needs at least two values, got {values}"
+        if len(values) > MOST:
+            return f"choice has {len(values):,} values, {MOST} at most; use a range"
         inner = [part for value in values if isinstance(value, dict) for part in value.values()]
         faults = [_form_fault(part) for part in inner if _range(part)[0] is not None]
         faults += ["a factor cannot be inside a choice" for part in inner if _range(part)[0] == "factor"]
