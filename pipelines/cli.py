@@ -65,6 +65,13 @@ def train(
     if not words:
         return
     _check(words)  # before the frameworks, which take seconds to import
+    from pipelines.guard import guarded
+
+    with guarded():
+        _train(words)
+
+
+def _train(words: list[str]) -> None:
     # the bars and the table show it better; Prefect's UI has the whole log
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow, report
@@ -395,12 +402,19 @@ def sweep_run(
 ) -> None:
     """Search, confirm the best with other seeds, record everything in MLflow. Resumes an interrupted sweep."""
     from pipelines.params import load, machine
-    from pipelines.sweeps import folder as sweep_folder
     from pipelines.sweeps import settings
 
     settings.load(words, machine(load()))  # before the frameworks, which take seconds to import
+    from pipelines.guard import guarded
+
+    with guarded():
+        _sweep(words, new)
+
+
+def _sweep(words: list[str], new: bool) -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from pipelines import flow
+    from pipelines.sweeps import folder as sweep_folder
 
     plan, _ = flow.prepare_sweep(words, new)
     if sweep_folder.complete(plan):
@@ -458,6 +472,7 @@ def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect.")] = 4200,
 ) -> None:
     """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
+    from pipelines.guard import guarded
     from pipelines.params import load
     from pipelines.store import without_password
     from pipelines.tracking import Tracker
@@ -475,7 +490,8 @@ def ui(
     # where the page finds its data, which else is port 4200
     about = {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
     servers.append(Server("Prefect", prefect_port, _server("prefect", prefect_port, "server", "start"), "", about))
-    serve(servers, Path("data/logs"), partial(console.print, soft_wrap=True))
+    with guarded():
+        serve(servers, Path("data/logs"), partial(console.print, soft_wrap=True))
 
 
 def _server(program: str, port: int, *words: str) -> list[str]:

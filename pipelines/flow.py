@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,9 @@ from fer.run import FORMAT, Run, run_id
 from fer.run_folder import LAST, read_summary
 from pipelines import experiments, flow_page, launch, report
 from pipelines.experiments import Experiment, Job
-from pipelines.guard import guarded
+from pipelines.guard import close_runs, guarded
 from pipelines.launch import Launcher
 from pipelines.params import load, machine
-from pipelines.processes import mark_children
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import settings as sweep_settings
 from pipelines.sweeps.folder import Plan, Trial
@@ -44,6 +43,7 @@ from pipelines.tracking import SWEEP, Tracker
 
 DATA, RUNS = Path("data"), Path("data/runs")
 FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run
+START_PATIENCE = 300.0  # seconds to wait for another command that starts
 PATIENCE = 20  # seconds that runs get to save when asked to stop; Slurm kills after 30
 Jobs = dict[str, Job]  # by name; a run comes after the one it starts from
 
@@ -69,7 +69,7 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
         _check_no_older_format(job)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
-    with _prefect_starting(unfinished):
+    with _starting(), _prefect_starting(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment)
         if unfinished:
             launch.start_ray()
@@ -118,13 +118,17 @@ def _other_format(last: Path, run: Run) -> int | None:
     return None
 
 
+def _starting() -> AbstractContextManager[None]:
+    """A lock for whoever may create the databases of MLflow and Prefect, which two at a time would break."""
+    return held(Path(os.environ["PREFECT_HOME"]), START_PATIENCE)
+
+
 @contextmanager
 def _prefect_starting(wanted: bool) -> Iterator[None]:
     """Let Prefect start its temporary server, which takes seconds, in parallel with the block."""
     if not wanted:
         yield
         return
-    mark_children()
     # in this thread: of two that import at the same time, one may see a half-initialized module
     importlib.import_module("prefect.server.api.server")
 
@@ -186,16 +190,18 @@ def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20
         words: Experiments to train, and KEY=VALUE for settings to change, each an item of the list: vgg13_small,
             epochs=20. Experiments: {experiments}.
     """
-    mark_children()
     if not experiments.split(words)[0]:
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
-    jobs, tracker = prepare(words)
-    flow_page.introduce({*(job.name for job in jobs.values()), *experiments.split(words)[1]})
-    tracker.close_abandoned()
-    flow_page.close_abandoned()
-    launcher = Launcher()
-    with guarded(tracker.uri, tracker.name), _stops_at_a_signal(lambda: launcher.stop(PATIENCE), tracker):
-        failed = _train_all(jobs, tracker, launcher, {})
+    flow_page.introduce()
+    with guarded():
+        jobs, tracker = prepare(words)
+        flow_page.introduce({*(job.name for job in jobs.values()), *experiments.split(words)[1]})
+        close_runs(tracker.uri, tracker.name)
+        tracker.close_abandoned()
+        flow_page.close_abandoned()
+        launcher = Launcher()
+        with _stops_at_a_signal(lambda: launcher.stop(PATIENCE), tracker):
+            failed = _train_all(jobs, tracker, launcher, {})
     finished = report.summaries([job.folder for name, job in jobs.items() if name not in failed])
     create_table_artifact(
         [report.row(summary) for summary in finished],
@@ -281,15 +287,16 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     plan = sweeps.plan(words, machine(params), open_data(DATA).hash)
     sweeps.check_same(plan, new)
     flow_page.check_server()
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
-    if not sweeps.complete(plan):
-        from pipelines.sweeps import search
+    unfinished = not sweeps.complete(plan)
+    with _starting(), _prefect_starting(unfinished):
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        if unfinished:
+            from pipelines.sweeps import search
 
-        mark_children()
-        launch.start_ray()
-        search.check(plan)
-        if plan.sweep.confirm_seeds:
-            launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, RUNS)])
+            launch.start_ray()
+            search.check(plan)
+            if plan.sweep.confirm_seeds:
+                launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, RUNS)])
     sweeps.begin(plan)
     return plan, tracker
 
@@ -306,15 +313,19 @@ def sweep(words: Annotated[list[str], Field(examples=[["tiny", "trials=20"]])], 
             {sweeps}.
         new: Begin another sweep if the settings differ from those of the one begun.
     """
-    mark_children()
-    plan, tracker = prepare_sweep(words, new)
+    flow_page.introduce()
+    with guarded():
+        return _sweep(*prepare_sweep(words, new), words)
+
+
+def _sweep(plan: Plan, tracker: Tracker, words: list[str]) -> State:
     data = open_data(DATA)
     flow_page.introduce({plan.name, plan.base.name, *experiments.split(words)[1]})
+    close_runs(tracker.uri, tracker.name)
     tracker.close_abandoned()
     flow_page.close_abandoned()
     launcher = Launcher()
     with (
-        guarded(tracker.uri, tracker.name),
         _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/")), tracker),
         held(plan.folder, patience=1.0),  # `fer sweep status` looks at the lock as well
         tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,

@@ -51,7 +51,7 @@ def check_server() -> None:
         ) from None
 
 
-def introduce(tags: Iterable[str]) -> None:
+def introduce(tags: Iterable[str] = ()) -> None:
     """Tag the flow run under way, and note which process carries it out."""
     with get_client(sync_client=True) as client:
         known = client.read_flow_run(UUID(flow_run.id)).tags

@@ -6,13 +6,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import IO
 
-from pipelines.processes import MARK
+from pipelines.processes import MARK, mark_children
+
+_told: list[IO[bytes]] = []  # stdin of this process's guard, while it has one
 
 
 @contextmanager
-def guarded(uri: str, experiment: str) -> Iterator[None]:
-    """Watch over this process inside the block; call `processes.mark_children` before starting other processes."""
+def guarded() -> Iterator[None]:
+    """Watch over this process inside the block, before it starts others; a block inside another does nothing."""
+    if _told:
+        yield
+        return
+    mark_children()
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.guard"],
         stdin=subprocess.PIPE,
@@ -21,20 +28,27 @@ def guarded(uri: str, experiment: str) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
     )
     assert process.stdin
-    process.stdin.write(f"{uri}\n{experiment}".encode())  # not on the command line: a uri may hold a password
-    process.stdin.flush()
+    _told.append(process.stdin)
     try:
         yield
     finally:
+        _told.clear()
         process.kill()
         process.wait()
         process.stdin.close()
 
 
+def close_runs(uri: str, experiment: str) -> None:
+    """Tell the guard where to close the runs of this process."""
+    for stdin in _told:  # not on the command line: a uri may hold a password
+        stdin.write(f"{uri}\n{experiment}\n".encode())
+        stdin.flush()
+
+
 def main() -> None:
     """Wait for the end of stdin, which comes with the driver's; then clean up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm and systemd send it to every process
-    uri, experiment = sys.stdin.read().splitlines()
+    runs = sys.stdin.read().splitlines()
     import psutil
 
     left = set()
@@ -48,9 +62,11 @@ def main() -> None:
     for process in left - {psutil.Process()}:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    if not runs:
+        return
     from pipelines.tracking import Tracker  # takes seconds, which a starting driver needs for itself
 
-    Tracker(uri, experiment).close_abandoned()
+    Tracker(*runs[:2]).close_abandoned()
     if os.environ.get("PREFECT_API_URL"):  # otherwise the next start does it, on the server that it starts
         from pipelines import flow_page
 

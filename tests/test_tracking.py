@@ -263,15 +263,14 @@ def test_guard_closes_the_runs_of_a_process_that_is_killed(folder: Path, tracker
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from pipelines.guard import guarded
-from pipelines.processes import mark_children
+from pipelines.guard import close_runs, guarded
 from test_tracking import Tracker, record
 tracker = Tracker({tracker.uri!r}, "test")
-mark_children()
 import subprocess
-left = subprocess.Popen(["bash", "-c", "env -i sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
-unmarked = left.stdout.readline().strip()
-with guarded(tracker.uri, "test"):
+with guarded():
+    left = subprocess.Popen(["bash", "-c", "env -i sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    unmarked = left.stdout.readline().strip()
+    close_runs(tracker.uri, "test")
     record(tracker, Path({str(folder)!r}), lambda: (print(left.pid, unmarked, flush=True), time.sleep(600)))
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,59 @@
+"""What a command has started ends with it, however early it is killed."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import experiment, free_port, start_fer, wait_for
+
+from pipelines.processes import MARK, process_id
+
+pytestmark = pytest.mark.slow
+
+
+def started_by(driver: str) -> list[psutil.Process]:
+    """What the command with this process id has started, directly or not, but for its guard."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            guard = "pipelines.guard" in process.cmdline()
+            if process.environ().get(MARK) == driver and not guard:
+                found |= {process, *process.children(recursive=True)}
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return list(found)
+
+
+def kill_when_it_has_started(command: subprocess.Popen, *names: str) -> None:
+    """Kill the command once programs of these names run; then all that it has started must end."""
+    driver = process_id(command.pid)
+
+    def lines() -> str:
+        return " ".join(" ".join(process.cmdline()) for process in started_by(driver) if process.is_running())
+
+    try:
+        wait_for(lambda: command.poll() is not None or all(name in lines() for name in names))
+        assert command.poll() is None, command.communicate()
+        left = started_by(driver)
+        command.kill()
+        command.communicate()
+        wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in left))
+        assert started_by(driver) == []
+    finally:
+        command.kill()
+        for process in started_by(driver):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["prefect", "raylet"])
+def test_a_command_that_is_killed_while_it_starts_leaves_no_process(project: Path, name: str) -> None:
+    experiment(project, "small", epochs=400)
+    kill_when_it_has_started(start_fer(project, "train", "small"), name)
+
+
+def test_fer_ui_that_is_killed_leaves_no_server(project: Path) -> None:
+    ports = ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
+    kill_when_it_has_started(start_fer(project, "ui", *ports), "mlflow", "prefect")
