@@ -1,12 +1,11 @@
 """A checkpoint is a folder: model.safetensors, training.pt (optimizer state) and a descriptive checkpoint.json."""
 
 import io
-import json
-import pickle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -14,10 +13,35 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 from fer.files import new_folder, write_json
-from fer.weights import check_fit
+from fer.run_folder import BEST, CONFIG, LAST, Row
+from fer.settings import Fault, Natural, Positive, Unfit
+from fer.stored import Stored, read
+from fer.weights import DAMAGE, check_fit
 
 WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
 BACKBONE = "backbone."  # the prefix of its tensors in every model that has one
+
+
+class Meta(Stored):
+    """checkpoint.json, of any format."""
+
+    format: Positive = 1
+    name: str
+    run_id: str
+    classes: Annotated[list[str], Field(min_length=2)]
+    class_prior: list[list[float]]
+    data: dict[str, Any]
+    data_hash: str
+    config: dict[str, Any]
+    made_by: dict[str, Any] = {}
+    epoch: Natural
+    history: list[Row]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Meta":
+        if [row.epoch for row in self.history] != list(range(1, self.epoch + 1)):
+            raise Unfit([Fault("history", f"does not have a row for each of {self.epoch} epochs")])
+        return self
 
 
 def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], training: dict[str, Any] | None) -> None:
@@ -37,13 +61,19 @@ def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], trainin
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
-    """The content of checkpoint.json. Raises UserError if it is missing or not valid JSON."""
+    """The content of checkpoint.json. Raises UserError if it is missing or damaged."""
     try:
-        return json.loads((folder / META).read_text())
+        return read(Meta, folder / META, _again(folder))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no checkpoint there ({META} is missing); train the run first") from None
-    except ValueError:
-        raise UserError(f"{folder / META}: not valid JSON; delete {folder} and train again") from None
+        lost = folder.exists() or (folder.name == BEST and (folder.parent / LAST).exists())  # best/ is written first
+        remedy = _again(folder) if lost else "train the run first"
+        raise UserError(f"{folder}: no checkpoint there ({META} is missing); {remedy}") from None
+
+
+def _again(folder: Path) -> str:
+    """The remedy for a damaged checkpoint. Without best/ a trained run cannot be evaluated, so all of it has to go."""
+    whole = folder.name == BEST and (folder.parent / CONFIG).exists()
+    return f"delete {folder.parent if whole else folder} and train again"
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -66,9 +96,9 @@ def _read(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; train the run first") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); delete {folder} and train again") from None
+        raise UserError(f"{path}: not found; {_again(folder)}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); {_again(folder)}") from None
 
 
 def load_training(folder: Path) -> dict[str, Any]:
@@ -77,6 +107,11 @@ def load_training(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; delete {folder} and train again") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path}: damaged, or not written by this project; delete {folder} and train again") from None
+        raise UserError(f"{path}: not found; {_again(folder)}") from None
+    except (OSError, *DAMAGE):
+        raise foreign(folder) from None
+
+
+def foreign(folder: Path) -> UserError:
+    """What to say where training.pt holds something else than it should."""
+    return UserError(f"{folder / TRAINING}: damaged, or not written by this project; {_again(folder)}")

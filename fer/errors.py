@@ -34,8 +34,18 @@ DISK_FAULTS = {
 }
 
 
+STRANGE = {
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EEXIST: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.ELOOP: "its symbolic links go round in a circle",
+}
+
+
 def disk_error(error: OSError, where: str | os.PathLike) -> UserError | None:
-    """The UserError for a full, read-only or forbidden disk; None for any other `error`."""
+    """The UserError for a full, read-only or forbidden disk, or for the wrong kind of file; None for other errors."""
+    if error.errno in STRANGE:
+        return UserError(f"cannot use {error.filename or where}: {STRANGE[error.errno]}; move it away")
     if error.errno not in DISK_FAULTS:
         return None
     return UserError(f"cannot write {error.filename or where}: {DISK_FAULTS[error.errno]} and run the command again")

@@ -13,7 +13,7 @@ from fer import checkpoint
 from fer.batches import Feed
 from fer.data.dataset import DataSet, Split, open_data
 from fer.device import autocast, pick_device
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from fer.files import write_bytes
 from fer.formats import format_of, read_run
 from fer.losses import Loss
@@ -94,6 +94,8 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
         split = data.split(name)
         logits, _ = predict_split(model, Feed(model, run, resources, split, data.classes, device))
         probabilities = torch.softmax(logits, 1)
+        if not bool(probabilities.isfinite().all()):
+            raise UserError(f"{folder / BEST}: predicts no numbers, so it is damaged; delete {folder} and train again")
         _write_predictions(folder / PREDICTIONS.format(split=name), split, probabilities.numpy(), data.classes)
         summary[name] = metrics(probabilities, split.labels)
     return summary
@@ -117,6 +119,8 @@ def last_epoch(folder: Path) -> dict[str, Any]:
     """checkpoint.json of the run's last epoch. Raises UserError if training is not complete."""
     last = checkpoint.load_meta(folder / LAST)
     run = read_run(last, folder / LAST / checkpoint.META)
+    if last["epoch"] > run.epochs:
+        raise UserError(f"{folder / LAST}: epoch {last['epoch']} of {run.epochs}, so it is damaged; delete {folder}")
     if not run.is_over(last["history"]):
         done = f"{last['epoch']} of {run.epochs} epochs are done"
         raise UserError(f"{folder}: {done}; finish it with `fer train {last['name']}`")
@@ -158,13 +162,16 @@ def metrics(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
-    """The exact probabilities float32 [n, C] in predictions_*.csv. Raises UserError if they are missing."""
+    """The exact probabilities float32 [n, C] in predictions_*.csv. Raises UserError if there are none."""
     try:
-        return pd.read_csv(path, usecols=classes)[classes].to_numpy(np.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        found = pd.read_csv(path, usecols=classes)[classes].to_numpy(np.float32)
+        reason = "" if ((found >= 0) & (found <= 1)).all() else "not between 0 and 1"
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        reason = first_line(error)
+    if reason:
         again = f"delete {path.parent / SUMMARY} and run `fer evaluate {path.parent.name}`"
-        raise UserError(f"{path}: no predictions there ({reason}); {again}") from None
+        raise UserError(f"{path}: no predictions there ({reason}); {again}")
+    return found
 
 
 def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, classes: list[str]) -> None:

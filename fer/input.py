@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fer.settings import Fault, Fraction, Positive, Section, Unfit
+from fer.settings import Fault, Fraction, Section, Side, Unfit
 
 CACHED = 2**18  # pixels that stay in a CPU's cache between operations
 Change = Callable[[Tensor, slice], Tensor]  # images and their rows in the batch -> augmented images
@@ -20,7 +20,7 @@ Change = Callable[[Tensor, slice], Tensor]  # images and their rows in the batch
 class Input(Section):
     """How an image is prepared for the network."""
 
-    image_size: Positive = 48
+    image_size: Side = 48
     """Side of the network's square input, in pixels."""
     channels: Literal[1, 3] = 3
     """Channels of the input: with 3, grey images are repeated; with 1, colour images become luma."""

@@ -1,10 +1,10 @@
 """The machine resources of a run."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from fer.settings import Fault, Fraction, NonNegative, Positive, Section, Unfit
+from fer.settings import Fault, Fraction, Natural, NonNegative, Positive, Section, Unfit
 
 
 class Resources(Section):
@@ -24,11 +24,11 @@ class Resources(Section):
     """Batch-norm statistics over the images of all workers; GPUs only."""
     data_share: Fraction = 0.5
     """Share of the free GPU memory that a split's images may occupy; larger splits are streamed from disk."""
-    readers: Annotated[int, Field(ge=0)] = 2
+    readers: Natural = 2
     """Processes that prefetch the images of a streamed split."""
     eval_batch_size: Positive = 256
     """Images per evaluation batch of a worker."""
-    restarts: Annotated[int, Field(ge=0)] = 2
+    restarts: Natural = 2
     """How often a run is restarted from its last checkpoint after one of its processes died."""
 
     @model_validator(mode="after")

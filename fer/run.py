@@ -14,7 +14,7 @@ from fer.models.network import ModelKind
 from fer.optimizer import OPTIMIZERS, AdamW, Optimizer
 from fer.resources import Resources
 from fer.schedule import SCHEDULES, Cosine, Linear, Schedule
-from fer.settings import Fault, Fraction, OneOf, Positive, Section, Unfit, differing
+from fer.settings import Fault, Fraction, Natural, OneOf, Positive, Section, Seed, Unfit, differing
 
 # The format of everything that a run leaves on disk, and part of its id. A changed default or meaning of a setting
 # needs a new format; a new setting whose default changes nothing does not. fer/formats.py reads earlier formats.
@@ -28,7 +28,7 @@ class Run(Section):
     """The network."""
     init_from: str | None = None
     """Experiment whose best checkpoint initialises the backbone; it is trained first."""
-    seed: Annotated[int, Field(ge=0)] = 1111
+    seed: Seed = 1111
     """Seed of all random numbers."""
     epochs: Positive = 8
     """Passes over the training images."""
@@ -58,7 +58,7 @@ class Run(Section):
     """Precision of the forward pass (autocast); weights and loss stay fp32."""
     augment: Augment = Augment()
     """Random augmentation of training images."""
-    unmixed_epochs: Annotated[int, Field(ge=0)] = 0
+    unmixed_epochs: Natural = 0
     """Number of epochs at the end of training without augment.mixup and augment.cutmix."""
 
     @model_validator(mode="after")

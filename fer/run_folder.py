@@ -3,10 +3,14 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
 
 from fer.errors import UserError
 from fer.files import write_bytes, write_json
+from fer.settings import Fault, Fraction, Natural, NonNegative, Positive, Unfit
+from fer.stored import Count, Stored, read, read_lines
 
 CONFIG = "config.json"  # settings, code, versions and machine; written first
 LAST, BEST = "last", "best"  # checkpoints (fer/checkpoint.py): of the last epoch, and of the best by val accuracy
@@ -18,24 +22,122 @@ PREDICTIONS = "predictions_{split}.csv"
 CONFUSION = "confusion_matrix.png"
 
 
+class Row(Stored):
+    """A row of metrics.jsonl, and of the history in a checkpoint: numbers."""
+
+    __pydantic_extra__: dict[str, float]
+    epoch: Positive
+    lr: float
+    train_loss: float
+    train_accuracy: Fraction
+    val_loss: float
+    val_accuracy: Fraction
+    seconds: NonNegative
+    time: float
+
+
+class Scores(Stored):
+    """Metrics of a split, or of a part of it; without images only the last three."""
+
+    accuracy: Fraction | None = None
+    balanced_accuracy: Fraction | None = None
+    macro_f1: Fraction | None = None
+    ece: Fraction | None = None
+    images: Count
+    recall: list[Fraction | None]
+    confusion: list[list[Count]]
+
+
+class AllScores(Scores):
+    """Metrics of a split that has images."""
+
+    accuracy: Fraction
+    balanced_accuracy: Fraction
+    macro_f1: Fraction
+    ece: Fraction
+
+
+class Enlarged(Stored):
+    """How the images of a data set were made larger."""
+
+    method: str
+    scale: Positive
+
+
+class About(Stored):
+    """Which data a run was trained on."""
+
+    dataset: str
+    label_mode: str = ""
+    image_shape: Annotated[list[Positive], Field(min_length=2)]
+    super_resolution: Enlarged = Enlarged(method="none", scale=1)
+
+
+class Summary(Stored):
+    """summary.json, of any format."""
+
+    format: Positive = 1
+    run_id: str
+    name: str
+    data: About
+    data_hash: str
+    test_hash: str = ""  # format 1 has neither this nor leak_hash
+    leak_hash: str = ""
+    classes: Annotated[list[str], Field(min_length=2)]
+    parameters: Count
+    epochs: Positive
+    best_epoch: Positive
+    train_seconds: NonNegative
+    finished: float
+    val: AllScores
+    test: AllScores
+    test_unleaked: Scores | None = None
+    test_without_train: Scores | None = None
+    test_without_leaked: Scores | None = None  # of format 1, which knew duplicates in train only
+    trained_by: dict[str, Any] = {}
+    made_by: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Summary":
+        if self.best_epoch > self.epochs:
+            raise Unfit([Fault("best_epoch", f"is {self.best_epoch} of {self.epochs}")])
+        kept = ("test_without_leaked",) if self.format == 1 else ("test_unleaked", "test_without_train")
+        for name in ("val", "test", *kept):
+            scores = getattr(self, name)
+            if scores is None:
+                raise Unfit([Fault(name, "missing")])
+            if {len(scores.recall), *map(len, [scores.confusion, *scores.confusion])} != {len(self.classes)}:
+                raise Unfit([Fault(name, f"is not of {len(self.classes)} classes")])
+        return self
+
+
+class Place(Stored):
+    """progress.json."""
+
+    epoch: Natural
+    epochs: Positive
+    step: Count
+    steps: Annotated[int, Field(gt=0)]
+
+
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write metrics.jsonl from the history of the last checkpoint, so that a repeated epoch appears once."""
     write_bytes(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, one per epoch; empty before the end of the first."""
-    try:
-        return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    except FileNotFoundError:
-        return []
+def read_rows(folder: Path, remedy: str | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, one per epoch; [] before the end of the first.
+
+    Raises UserError, with the `remedy`, if it is damaged.
+    """
+    return read_lines(Row, folder / METRICS, remedy or from_checkpoints(folder))
 
 
 def read_progress(folder: Path) -> dict[str, int] | None:
-    """progress.json; None before the first step."""
+    """progress.json; None before the first step, or if it is damaged: it is only shown, and written every second."""
     try:
-        return json.loads((folder / PROGRESS).read_text())
-    except FileNotFoundError:
+        return read(Place, folder / PROGRESS, "")
+    except (FileNotFoundError, UserError):
         return None
 
 
@@ -47,17 +149,20 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """summary.json, or None if the run is not finished; keys of format 1 get their current names.
 
-    Raises UserError when it is not valid JSON.
+    Raises UserError if it is damaged.
     """
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
+        summary = read(Summary, folder / SUMMARY, f"delete it and run `fer evaluate {folder.name}`")
     except FileNotFoundError:
         return None
-    except ValueError:
-        raise UserError(f"{folder / SUMMARY}: not valid JSON; delete it and run `fer evaluate {folder.name}`") from None
-    if "test_without_leaked" in summary:  # format 1 knew duplicates in train only
+    if "test_without_leaked" in summary:
         summary["test_without_train"] = summary.pop("test_without_leaked")
     return summary
+
+
+def from_checkpoints(folder: Path) -> str:
+    """How to get back a file of a run that training and evaluation write from its checkpoints."""
+    return f"delete {folder / SUMMARY}, if there is one, and run the command of {folder.name} again, which writes it"
 
 
 class Progress:

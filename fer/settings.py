@@ -1,6 +1,7 @@
 """Checked settings: typed sections, sections chosen by name, and faults that name their key."""
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args
@@ -8,9 +9,19 @@ from typing import Annotated, Any, TypeVar, Union, get_args
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 
-Positive = Annotated[int, Field(gt=0)]
+# Limits far beyond what is of use, so that a slip is told at once and not by a worker that runs out of memory
+Natural = Annotated[int, Field(ge=0, le=10**6)]
+Positive = Annotated[int, Field(gt=0, le=10**6)]
+Width = Annotated[int, Field(gt=0, le=2**14)]  # of a layer
+Depth = Annotated[int, Field(gt=0, le=1000)]  # a number of layers
+Side = Annotated[int, Field(gt=0, le=2**12)]  # of an image, in pixels
+Scale = Annotated[float, Field(gt=0, le=16)]  # of the widths of a published network
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator of random numbers takes
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+_SHORT = reprlib.Repr()  # a value in a message
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlist = _SHORT.maxdict = 10
 
 
 class Section(BaseModel):
@@ -126,9 +137,9 @@ def _faults(error: ValidationError, kind: type[Section]) -> Iterator[Fault]:
         elif fault["type"] == "missing":
             yield Fault(path, "missing")
         elif fault["type"] in ("model_type", "dict_type", "model_attributes_type"):
-            yield Fault(path, f"should be a table of keys, got {fault['input']!r}")
+            yield Fault(path, f"should be a table of keys, got {_SHORT.repr(fault['input'])}")
         else:
-            got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+            got = "" if isinstance(fault["input"], dict) else f", got {_SHORT.repr(fault['input'])}"
             yield Fault(path, fault["msg"].removeprefix("Input ").removeprefix("String ").removeprefix("List ") + got)
 
 

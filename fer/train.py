@@ -31,6 +31,7 @@ from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
 from fer.schedule import lr_at
 from fer.signals import Agreement, Request, Stopped, StopSignal
 from fer.step import Stepper
+from fer.weights import DAMAGE
 
 REMEDY = "lower optimizer.lr, set clip_grad_norm, or use precision fp32"
 CHECK_EVERY = 50  # steps between checks of the losses where a check waits for the GPU or for other ranks
@@ -102,6 +103,8 @@ class Trainer:
             raise UserError(
                 f"{folder}: was started in format {format_of(meta)}, not {FORMAT}; delete it to train again"
             )
+        if meta is not None and meta["run_id"] != folder.name:
+            raise UserError(f"{folder / LAST}: is the checkpoint of another run, {meta['run_id']}; delete it")
         model: Any = _build(run, folder, len(data.classes), meta is None, start).to(device)
         if resources.sync_batch_norm and self.world > 1:
             if device.type == "cpu":
@@ -135,12 +138,18 @@ class Trainer:
     def _resume(self, meta: dict[str, Any]) -> None:
         """Restore the state of the last checkpoint, described by `meta`; its weights are already loaded."""
         saved = checkpoint.load_training(self.folder / LAST)
-        self.stepper.load_state(saved["stepper"])
-        self.epoch, self.step, self.spent = meta["epoch"], saved["step"], saved["seconds"]
-        self.history = meta["history"]
+        try:
+            self.stepper.load_state(saved["stepper"])
+            self.step, self.spent = saved["step"], float(saved["seconds"])
+            if self.rank == 0:
+                self.counts.load_state(saved["counts"])
+            fits = self.step in range(self.steps) and math.isfinite(self.spent) and meta["epoch"] <= self.run.epochs
+        except DAMAGE:
+            fits = False
+        if not fits:
+            raise checkpoint.foreign(self.folder / LAST)
+        self.epoch, self.history = meta["epoch"], meta["history"]
         self.best = max([row["val_accuracy"] for row in self.history], default=-1.0)
-        if self.rank == 0:
-            self.counts.load_state(saved["counts"])
 
     def train_epoch(self) -> dict[str, Any]:
         """Train, evaluate and save an epoch; returns its row of metrics.jsonl. Raises NonFiniteLoss and Stopped."""

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -252,8 +253,9 @@ def _compare_all() -> None:
     from fer.run import FORMAT
     from pipelines import report
 
-    summaries = report.summaries(RUNS.glob("*"))
-    if not summaries:
+    damaged: list[str] = []
+    summaries = report.summaries(RUNS.glob("*"), damaged)
+    if not summaries and not damaged:
         raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
     by_data: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
@@ -267,6 +269,8 @@ def _compare_all() -> None:
             for name, accuracy, start in report.PUBLISHED[data["dataset"]]:
                 table.add_row(name, f"{accuracy:.2f}", start)
             console.print(table)
+    if damaged:
+        raise UserError(*damaged)
 
 
 @app.command()
@@ -364,7 +368,7 @@ def models(words: Words = None) -> None:
 
 @app.command()
 def upscale_gallery(
-    faces: Annotated[int, typer.Option(help="How many faces, evenly spaced in the data.", min=1)] = 6,
+    faces: Annotated[int, typer.Option(help="How many faces, evenly spaced in the data.", min=1, max=100)] = 6,
 ) -> None:
     """Draw the same faces enlarged by every super-resolution method whose weights are available."""
     import numpy as np
@@ -440,9 +444,15 @@ def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all s
         raise UserError(
             f"{sweep_folder.SWEEPS}: no sweep {name or ''} yet; start one with `fer sweep NAME`".replace("  ", " ")
         )
+    damaged: list[str] = []
     for folder in found:
-        console.print(_trials_table(folder))
-        _print_result(folder)
+        try:
+            console.print(_trials_table(folder))
+            _print_result(folder)
+        except UserError as error:
+            damaged += error.lines
+    if damaged:
+        raise UserError(*damaged)
 
 
 @sweeps.command(name="apply")
@@ -456,8 +466,9 @@ def sweep_apply(
     from pipelines import report
     from pipelines.experiments import write
     from pipelines.sweeps import folder as sweep_folder
+    from pipelines.sweeps.files import read_result
 
-    found = [(folder, result) for folder in sweep_folder.folders(name) if (result := sweep_folder.result(folder))]
+    found = [(folder, result) for folder in sweep_folder.folders(name) if (result := read_result(folder))]
     if not found:
         raise UserError(f"sweep {name}: no finished sweep of that name; run `fer sweep {name}`")
     folder, result = found[0]
@@ -468,8 +479,8 @@ def sweep_apply(
 
 @app.command()
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Port of Prefect.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.", min=1, max=65535)] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect.", min=1, max=65535)] = 4200,
 ) -> None:
     """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
     from pipelines.guard import guarded
@@ -519,19 +530,21 @@ class _Board:
     def _follow(self) -> None:
         while not self.stop.wait(1.0):
             if console.is_terminal:
-                self.live.update(_trials_table(self.folder), refresh=True)
+                with suppress(UserError):  # the sweep itself tells
+                    self.live.update(_trials_table(self.folder), refresh=True)
 
 
 def _trials_table(folder: Path) -> Table:
     """Trials, the best first; the caption says how far the sweep is."""
     from pipelines import report
     from pipelines.sweeps import folder as sweep_folder
+    from pipelines.sweeps.files import read_about, read_result
 
-    found, about = sweep_folder.read_trials(folder), sweep_folder.read_about(folder)
+    found, about = sweep_folder.read_trials(folder), read_about(folder)
     rows = report.trial_rows(found, about["epochs"])
     columns = [Column(key, justify="right", no_wrap=key in list(rows[0])[:5]) for key in rows[0]] if rows else []
     running = is_held(folder)
-    over = sweep_folder.result(folder) is not None and not running
+    over = read_result(folder) is not None and not running
     caption = None if over else report.progress(found, about, running)
     table = Table(
         *columns, title=folder.name, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
@@ -543,9 +556,9 @@ def _trials_table(folder: Path) -> Table:
 
 def _print_result(folder: Path) -> None:
     from pipelines import report
-    from pipelines.sweeps import folder as sweep_folder
+    from pipelines.sweeps.files import read_result
 
-    found = sweep_folder.result(folder)
+    found = read_result(folder)
     if found is not None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]
@@ -586,12 +599,15 @@ class _Bars:
 
     def _look(self) -> None:
         for folder, task in zip(self.folders, self.tasks):
-            rows, now = read_rows(folder), read_progress(folder)
+            try:
+                rows, now, summary = read_rows(folder), read_progress(folder), read_summary(folder)
+            except UserError:  # the run itself tells
+                continue
             if now is None:
                 continue
             done = now["epoch"] + now["step"] / now["steps"]
             news = f"val accuracy {100 * max(row['val_accuracy'] for row in rows):.2f} %" if rows else "training"
-            if read_summary(folder) is not None:
+            if summary is not None:
                 news += ", evaluated"
             self.progress.update(task, completed=round(done, 1), total=now["epochs"], news=news)
 
@@ -627,13 +643,13 @@ def _first_failure(failed: dict[str, BaseException]) -> BaseException:
 
 def _find(run: str) -> Path:
     """The folder of the one run whose id starts with `run`."""
-    found = sorted(path for path in RUNS.glob(f"{run}*") if path.is_dir())
+    known = sorted(path.name for path in RUNS.glob("*") if path.is_dir())
+    found = [name for name in known if name.startswith(run)]
     if not found:
-        known = ", ".join(sorted(path.name for path in RUNS.glob("*") if path.is_dir())) or "none yet"
-        raise UserError(f"{run}: no such run in {RUNS}; runs: {known}")
-    if len(found) > 1 and RUNS / run not in found:
-        raise UserError(f"{run}: matches several runs, give more of the id: {', '.join(path.name for path in found)}")
-    return RUNS / run if RUNS / run in found else found[0]
+        raise UserError(f"{run}: no such run in {RUNS}; runs: {', '.join(known) or 'none yet'}")
+    if len(found) > 1 and run not in found:
+        raise UserError(f"{run}: matches several runs, give more of the id: {', '.join(found)}")
+    return RUNS / (run if run in found else found[0])
 
 
 def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> None:

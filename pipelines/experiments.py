@@ -15,11 +15,11 @@ from fer.errors import UserError
 from fer.resources import Resources
 from fer.run import Run, chain_faults, resource_faults
 from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
-from pipelines.params import parse_value, read_yaml, yaml_of
+from pipelines.params import parse_value, read_text, read_yaml, yaml_of
 
 FOLDER = Path("experiments")
 COMMAND_LINE, MACHINE, DEFAULT = "command line", "params.yaml", "default"
-NAME = re.compile(r"[A-Za-z0-9_-]+")  # it becomes part of a folder's name
+NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # it becomes part of a folder's name
 CHANGE = re.compile(r"[A-Za-z_][\w.]*=")
 SUFFIXES = (".yaml", ".yml")
 
@@ -81,7 +81,7 @@ def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
     names, changes = split(words)
     files: dict[str, Path] = {}
     for path in map(path_of, names):
-        if files.setdefault(path.stem, path).resolve() != path.resolve():
+        if os.path.realpath(files.setdefault(path.stem, path)) != os.path.realpath(path):
             raise UserError(f"{path}: {files[path.stem]} has the same name; rename one of them")
     found: dict[str, Experiment] = {}
     faults: list[str] = []
@@ -124,10 +124,10 @@ def _add(
 def path_of(word: str) -> Path:
     """The file of an experiment, given its name or path. Raises UserError for an unknown or invalid name."""
     path = Path(word) if word.endswith(SUFFIXES) else FOLDER / f"{word}.yaml"
-    if not path.exists():
+    if not os.path.lexists(path):  # False for what cannot be the name of a file, too
         raise UserError(f"{path}: no such experiment{nearest(path.stem, known())}")
     if not NAME.fullmatch(path.stem):
-        raise UserError(f"{path}: an experiment's name is made of letters, digits, _ and -; rename the file")
+        raise UserError(f"{path}: an experiment's name is made of up to 100 letters, digits, _ and -; rename the file")
     return path
 
 
@@ -169,7 +169,7 @@ def read(
 def head(path: Path) -> str:
     """The comment at the top of a file."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in read_text(path).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))
@@ -199,8 +199,8 @@ def write(name: str, base: str, tree: dict[str, Any], comment: str) -> Path:
     """
     path = FOLDER / f"{name}.yaml"
     if not NAME.fullmatch(name):
-        raise UserError(f"--as {name}: an experiment's name is made of letters, digits, _ and -")
-    if path.exists():
+        raise UserError(f"--as {name}: an experiment's name is made of up to 100 letters, digits, _ and -")
+    if os.path.lexists(path):
         raise UserError(f"{path}: exists already; choose another name with --as")
     own = _difference(Run.model_validate(tree), read(path_of(base), [], {}).run)
     partial = path.with_name(f"{path.name}.partial")

@@ -38,6 +38,7 @@ from pipelines.launch import Launcher
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import settings as sweep_settings
+from pipelines.sweeps.files import ABOUT, RESULT
 from pipelines.sweeps.folder import Plan, Trial
 from pipelines.tracking import SWEEP, Tracker
 
@@ -59,6 +60,7 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
     asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]}
     data = open_data(DATA)
     jobs = _jobs(found, data.hash)
+    data.split("test")  # checked before anything starts, as train and val are by the hash
     open_jobs = {name for name, job in jobs.items() if not done(job.folder, data)}
     for name in reversed(jobs):
         first = jobs[name].run.init_from
@@ -373,6 +375,6 @@ def register_result(plan: Plan, found: list[Trial], result: dict[str, Any], trac
     from pipelines.sweeps import search
 
     result["importance"] = search.importance(plan, found)
-    files = [plan.folder / "sweep.json", sweeps.write_table(plan, found), *search.draw(plan, found)]
+    files = [plan.folder / ABOUT, sweeps.write_table(plan, found), *search.draw(plan, found)]
     tracker.describe_sweep(run_id, report.sweep_note(result), sweeps.numbers(result), files)
-    write_json(plan.folder / "result.json", result)  # last, as it marks the sweep as complete
+    write_json(plan.folder / RESULT, result)  # last, as it marks the sweep as complete

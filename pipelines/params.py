@@ -10,9 +10,14 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from fer.resources import Resources
-from fer.settings import Fault, Positive, Section, Unfit, check
+from fer.settings import Fault, Positive, Section, Seed, Unfit, check
+
+DEEPEST, MOST = 30, 100_000  # levels and values of a settings file
+LONGEST = 200  # letters of a value in a message
+# what ruamel raises on values that are none of their tag, such as `!!int x` or the date 2001-99-99
+WRONG = (YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class Sample(Section):
@@ -21,7 +26,7 @@ class Sample(Section):
     train: Annotated[int, Field(ge=80)]
     val: Annotated[int, Field(ge=40)]
     test: Annotated[int, Field(ge=40)]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
 
 class Data(Section):
@@ -71,7 +76,7 @@ class Splitting(Section):
     drop_leaked_train: bool
     prior_min_votes: Positive
     train_share: Annotated[float, Field(gt=0, le=1)]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
 
 class Tracking(Section):
@@ -117,30 +122,75 @@ def machine(params: Params) -> dict[str, Any]:
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     """The table of keys in a YAML file. Raises UserError if the file is missing or holds anything else."""
-    if path.is_fifo() or path.is_char_device():  # to read it may take for ever
-        raise UserError(f"{path}: cannot be read (Not a regular file)")
+    text = read_text(path)
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; run the command in the project's root folder") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}:{line} is not valid YAML: {problem}") from None
+        tree = _parsed(text)
+    except NotYaml as error:
+        raise UserError(f"{path}:{error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds no keys; {remedy}")
     return tree
 
 
+def read_text(path: Path) -> str:
+    """The text of a settings file. Raises UserError if it is missing or no text."""
+    if path.is_fifo() or path.is_char_device():  # to read it may take for ever
+        raise UserError(f"{path}: cannot be read (Not a regular file)")
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run the command in the project's root folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from None
+
+
 def parse_value(text: str, change: str) -> Any:
     """The value of `change`, which is `key=value`, parsed as YAML. Raises UserError if it is not valid."""
     try:
-        return YAML(typ="safe", pure=True).load(text) if text else None
-    except YAMLError:
-        raise UserError(f"{change}: the value is not valid YAML") from None
+        return _parsed(text) if text else None
+    except NotYaml:
+        shown = change if len(change) <= LONGEST else f"{change[:LONGEST]}..."
+        raise UserError(f"{shown}: the value is not valid YAML") from None
+
+
+class NotYaml(ValueError):
+    """Raised for a text that holds no settings; the message is to follow `FILE:`."""
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text. Raises NotYaml, whatever is wrong with it."""
+    try:
+        tree = YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise NotYaml(f" is nested more than {DEEPEST} levels deep") from None
+    except WRONG as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise NotYaml(f"{line} is not valid YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
+    _check_plain(tree)
+    return tree
+
+
+def _check_plain(tree: Any) -> None:
+    """Raises NotYaml unless a tree ends, and its texts and numbers can be written anywhere."""
+    waiting = [(tree, 0)]
+    for _ in range(MOST):
+        if not waiting:
+            return
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise NotYaml(f" is nested more than {DEEPEST} levels deep, or refers to itself")
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, int) and value.bit_length() > 64:
+            raise NotYaml(" holds a number of more than 64 bits")
+        elif isinstance(value, str) and not value.isprintable() and value != value.encode(errors="ignore").decode():
+            raise NotYaml(f" holds {value[:LONGEST]!r}, which is no text")
+    raise NotYaml(f" holds more than {MOST} values")
 
 
 def yaml_of(tree: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fer.errors import UserError
 from fer.made_by import source_hash
 from fer.run_folder import read_summary
 from pipelines.sweeps.folder import RUNNING, Trial, best_of
@@ -29,10 +30,20 @@ LEGEND = (
 )
 
 
-def summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """summary.json of every finished run in `folders`, the best val accuracy first."""
-    found = [summary for folder in folders if (summary := read_summary(folder)) is not None]
-    return sorted(found, key=lambda summary: -summary["val"]["accuracy"])
+def summaries(folders: Iterable[Path], damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """summary.json of every finished run in `folders`, the best val accuracy first.
+
+    Lines on summaries that cannot be read go to `damaged`; without it the first one raises UserError.
+    """
+    found = []
+    for folder in folders:
+        try:
+            found.append(read_summary(folder))
+        except UserError as error:
+            if damaged is None:
+                raise
+            damaged += error.lines
+    return sorted(filter(None, found), key=lambda summary: -summary["val"]["accuracy"])
 
 
 def row(summary: dict[str, Any]) -> dict[str, str]:

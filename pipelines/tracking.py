@@ -30,7 +30,7 @@ from fer.errors import UserError, first_line
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
 from fer.run import Run
-from fer.run_folder import CONFIG, CONFUSION, LOG, METRICS, PREDICTIONS, SUMMARY, read_summary
+from fer.run_folder import CONFIG, CONFUSION, LOG, PREDICTIONS, SUMMARY, read_rows, read_summary
 from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
@@ -138,14 +138,15 @@ class Tracker:
         with self._one_line():
             run_id = self._open(job.folder.name, job.name, job.run, data, tags)
         on_rows: OnRows = page(self._address(run_id)) if page else lambda rows: None
-        follower = _Follower(self.client, lambda: [(run_id, job.folder / METRICS)], on_rows)
+        follower = _Follower(self.client, lambda: [(run_id, job.folder)], on_rows)
         try:
             with self._system_metrics(run_id):
                 yield
             follower.close()
             self._finish(run_id, job.folder)
         except BaseException as error:
-            follower.close()
+            with suppress(UserError):  # told already
+                follower.close()
             self._fail(job.folder.name, error, job.folder / LOG)
             raise
         finally:
@@ -193,7 +194,8 @@ class Tracker:
                 raise UserError(self._silent("trials"))
             self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
-            follower.close()
+            with suppress(UserError):
+                follower.close()
             trials.leave()
             self._fail(plan.folder.name, error)
             raise
@@ -321,7 +323,7 @@ class _Follower:
         followed: Callable[[], Iterable[tuple[str, Path]]],
         on_rows: OnRows = lambda rows: None,
     ):
-        """`followed`: MLflow run id and file of each run to follow, asked every second; `on_rows`: see `record`."""
+        """`followed`: MLflow run id and folder of each run to follow, asked every second; `on_rows`: see `record`."""
         self.client, self.followed, self.on_rows = client, followed, on_rows
         self.sent: dict[str, int] = {}  # MLflow run id -> number of lines sent
         self._stop = threading.Event()
@@ -329,21 +331,21 @@ class _Follower:
         self._thread.start()
 
     def close(self) -> bool:
-        """Send what is left; False if the server does not answer."""
+        """Send what is left; False if the server does not answer. Raises UserError if a file is damaged."""
         self._stop.set()
         self._thread.join()
         return self._send()
 
     def _follow(self) -> None:
         pause = 1.0
-        while not self._stop.wait(pause):
-            pause = 1.0 if self._send() else min(2 * pause, 30.0)
+        with suppress(UserError):  # a damaged file: `close` tells
+            while not self._stop.wait(pause):
+                pause = 1.0 if self._send() else min(2 * pause, 30.0)
 
     def _send(self) -> bool:
         try:
-            for run_id, path in self.followed():
-                lines = path.read_text().splitlines() if path.exists() else []
-                for part in _parts(lines[self.sent.get(run_id, 0) :]):
+            for run_id, folder in self.followed():
+                for part in _parts(read_rows(folder)[self.sent.get(run_id, 0) :]):
                     self.client.log_batch(run_id, metrics=[point for row in part for point in _points(row)])
                     self.sent[run_id] = self.sent.get(run_id, 0) + len(part)
                     self.on_rows(part)
@@ -364,11 +366,11 @@ class _Trials:
         self.ended = {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
 
     def followed(self) -> Iterator[tuple[str, Path]]:
-        """MLflow run id and file of each open trial; a finished one is closed after its file has been sent."""
+        """MLflow run id and folder of each open trial; a finished one is closed after its rows have been sent."""
         trials = read_trials(self.plan.folder)
         for trial in trials:
             if self._name(trial) not in self.ended:
-                yield self._open(trial), trial.folder / METRICS
+                yield self._open(trial), trial.folder
                 if trial.state in (DONE, FAILED) or self.over:
                     self._end(trial, trials)
 
@@ -407,9 +409,8 @@ class _Trials:
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
 
 
-def _parts(lines: list[str]) -> Iterator[list[dict[str, Any]]]:
-    for first in range(0, len(lines), AT_ONCE):
-        yield [json.loads(line) for line in lines[first : first + AT_ONCE]]
+def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
 
 
 def _points(row: dict[str, Any]) -> list[Metric]:

@@ -1,5 +1,6 @@
 """Checkpoints come back bit by bit, survive a kill, name what does not fit, and never run code."""
 
+import json
 import os
 import pickle
 import zipfile
@@ -24,6 +25,12 @@ def folder(tmp_path: Path) -> Path:
     return target
 
 
+ABOUT = {
+    "name": "x", "run_id": "x-s1", "classes": ["a", "b"], "class_prior": [[1.0, 0.0], [0.0, 1.0]], "data": {},
+    "data_hash": "0", "config": {}, "epoch": 0, "history": [],
+}  # fmt: skip
+
+
 def refused(folder: Path, network: nn.Module) -> str:
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(UserError) as caught:
@@ -37,7 +44,7 @@ def test_round_trip_of_weights_training_state_and_meta(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     network(torch.ones(2, 1, 3, 3)).sum().backward()
     optimizer.step()
-    meta = {"epoch": 2, "history": [{"val_loss": 0.1}], "classes": ["a", "b"]}
+    meta = ABOUT | {"beside": "kept"}
     training = {"optimizer": optimizer.state_dict(), "ema": None}
     for name, state, files in (("last", training, [WEIGHTS, TRAINING, META]), ("best", None, [WEIGHTS, META])):
         checkpoint.save(tmp_path / name, network.state_dict(), meta, state)
@@ -154,7 +161,7 @@ def test_code_in_a_training_state_is_not_run(folder: Path, tmp_path: Path, form:
 
 def test_files_that_are_not_there_or_no_json(folder: Path, tmp_path: Path) -> None:
     none = tmp_path / "none"
-    train = f"{none}/{WEIGHTS}: not found; train the run first"
+    train = f"{none}/{WEIGHTS}: not found; delete {none} and train again"
     calls: list[tuple[Callable[[], object], str]] = [
         (lambda: checkpoint.load_meta(none), f"{none}: no checkpoint there ({META} is missing); train the run first"),
         (lambda: checkpoint.load_weights(none, model()), train),
@@ -167,3 +174,30 @@ def test_files_that_are_not_there_or_no_json(folder: Path, tmp_path: Path) -> No
         with pytest.raises(UserError) as caught:
             call()
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (json.dumps(ABOUT)[:-1], "not valid JSON"),
+        (json.dumps(ABOUT | {"epoch": float("nan")}), "not valid JSON"),
+        ("null", "should be a table of keys, got None"),
+        (json.dumps(ABOUT | {"epoch": 99}), "history: does not have a row for each of 99 epochs"),
+        (json.dumps(ABOUT | {"classes": []}), "classes: should have at least 2 items after validation, not 0, got []"),
+        (json.dumps(ABOUT | {"history": [3], "epoch": 1}), "history.0: should be a table of keys, got 3"),
+    ],
+)
+def test_meta_that_cannot_be_used(folder: Path, text: str, fault: str) -> None:
+    (folder / META).write_text(text)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_meta(folder)
+    assert str(caught.value) == f"{folder}/{META}: {fault}; delete {folder} and train again"
+
+
+def test_without_its_best_checkpoint_a_trained_run_has_to_go(folder: Path) -> None:
+    """The last epoch is there, so the same command would train nothing and then miss it again."""
+    (folder.parent / "config.json").touch()
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_meta(folder.parent / "best")
+    there = f"{folder.parent}/best: no checkpoint there (checkpoint.json is missing)"
+    assert str(caught.value) == f"{there}; delete {folder.parent} and train again"

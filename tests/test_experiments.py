@@ -271,10 +271,17 @@ def test_bases_in_a_circle() -> None:
 def test_an_unknown_name() -> None:
     assert mistakes("zzz") == [f"experiments/zzz.yaml: no such experiment; known: {', '.join(SHIPPED)}"]
     assert mistakes("doe", "elsewhere/doe.yml") == ["elsewhere/doe.yml: no such experiment, did you mean 'doe'?"]
-    remedy = "an experiment's name is made of letters, digits, _ and -; rename the file"
+    remedy = "an experiment's name is made of up to 100 letters, digits, _ and -; rename the file"
     for stem in ("a b", "a.b", "é", ""):  # which does not do for a folder
         Path(f"{stem}.yaml").write_text("base: doe\n")
         assert mistakes(f"./{stem}.yaml") == [f"{stem}.yaml: {remedy}"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\udcff"])
+def test_what_cannot_be_the_name_of_a_file(name: str) -> None:
+    for word in (name, f"{name}.yaml", f"/{name}/x.yml"):
+        with pytest.raises(UserError, match="no such experiment"):
+            load([word], {})
 
 
 def test_a_file_anywhere(recipes: Path) -> None:
@@ -414,8 +421,8 @@ def test_a_written_file_says_what_differs_from_its_base() -> None:
     ("name", "base", "message"),
     [
         ("doe", "vgg13_small", "experiments/doe.yaml: exists already; choose another name with --as"),
-        ("../x", "vgg13_small", "--as ../x: an experiment's name is made of letters, digits, _ and -"),
-        ("", "vgg13_small", "--as : an experiment's name is made of letters, digits, _ and -"),
+        ("../x", "vgg13_small", "--as ../x: an experiment's name is made of up to 100 letters, digits, _ and -"),
+        ("", "vgg13_small", "--as : an experiment's name is made of up to 100 letters, digits, _ and -"),
         ("x", "vgg13_smal", "experiments/vgg13_smal.yaml: no such experiment, did you mean 'vgg13_small'?"),
     ],
 )

@@ -124,6 +124,16 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    tree = plain() | {1: "x"}
+    tree["tracking"][7] = "x"
+    assert [line.partition(":")[0] for line in mistakes(tmp_path, tree)] == ["tracking.7", "1"]
+
+
+# each list holds the one before eight times
+BOMB = b"0: &0 [1]\n" + b"".join(b"%d: &%d [%s]\n" % (n + 1, n + 1, b", ".join([b"*%d" % n] * 8)) for n in range(6))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -133,6 +143,16 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (b"a: 1\nb: 2\na: 3\n", ': line 3 is not valid YAML: found duplicate key "a" with value "3"'),
         (b"a: !!python/object:os.system {}\n", ": line 1 is not valid YAML: could not determine a constructor"),
         (b"a: \xff\xfe", ": is not valid YAML: 'utf-8' codec"),
+        (b"a: 2001-99-99\n", ": is not valid YAML: month must be in 1..12"),
+        (b"a: !!int x\n", ": is not valid YAML: invalid literal for int() with base 10: 'x'"),
+        (b"a: !!bool x\n", ": is not valid YAML: 'x'"),
+        (b"a: " + b"1" * 5000, ": is not valid YAML: Exceeds the limit (4300 digits)"),
+        (b"a: 1" + b"0" * 30, ": holds a number of more than 64 bits"),
+        (b"a: &b [*b]\n", ": is nested more than 30 levels deep, or refers to itself"),
+        (b"a: " + b"[" * 1500 + b"]" * 1500, ": is nested more than 30 levels deep"),
+        (BOMB, ": holds more than 100000 values"),
+        (b'a: "\\ud800"\n', ": holds '\\ud800', which is no text"),
+        ("a circle", ": cannot be read (Too many levels of symbolic links)"),
         (None, ": not found; run the command in the project's root folder"),
         ("mkdir", ": cannot be read (Is a directory)"),
         ("mkfifo", ": cannot be read (Not a regular file)"),
@@ -143,6 +163,8 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | str | None, me
     path = tmp_path / "params.yaml"
     if isinstance(text, bytes):
         path.write_bytes(text)
+    elif text == "a circle":
+        path.symlink_to(path)
     elif text:
         subprocess.run([*text.split(), path], check=True)
     with pytest.raises(UserError) as caught:
@@ -167,7 +189,7 @@ def test_a_value_is_read_as_yaml(text: str, value: object) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["[1", "'x", "a: b: c"])
+@pytest.mark.parametrize("text", ["[1", "{a: 1", "'x", "a: b: c", "2001-99-99", "!!int x", "&a [*a]", '"\\ud800"'])
 def test_a_value_that_is_no_yaml(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_value(text, f"x.y={text}")

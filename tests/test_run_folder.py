@@ -2,13 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fer.errors import UserError
 from fer.run_folder import Progress, read_progress, read_rows, read_summary, write_rows, write_summary
 
-ROWS = [{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 1 / 3}]
+ROW = dict.fromkeys(("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "time"), 1 / 3)
+ROWS = [{"epoch": 1, **ROW}, {"epoch": 2, **ROW, "val_accuracy": 0.5, "beside": 1.0}]
+SCORES = {
+    **dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "ece"), 0.5),
+    "images": 2,
+    "recall": [1.0, None],
+    "confusion": [[1, 1], [0, 0]],
+}
+FINISHED = {
+    "format": 2, "run_id": "x-s1", "name": "x", "data": {"dataset": "bars", "image_shape": [16, 16]}, "data_hash": "0",
+    "classes": ["a", "b"], "parameters": 9, "epochs": 3, "best_epoch": 2, "train_seconds": 1.5, "finished": 1e9,
+    **dict.fromkeys(("val", "test", "test_unleaked", "test_without_train"), SCORES),
+}  # fmt: skip
 
 
 def test_nothing_is_there_at_first(tmp_path: Path) -> None:
@@ -37,13 +50,65 @@ def test_progress_is_written_once_a_second_and_at_the_end_of_an_epoch(
 
 
 def test_a_summary_of_format_1_has_the_names_of_today(tmp_path: Path) -> None:
-    write_summary(tmp_path, {"test_without_leaked": {"accuracy": 0.5}})
-    assert read_summary(tmp_path) == {"test_without_train": {"accuracy": 0.5}}
-    write_summary(tmp_path, {"run_id": "x"})
-    assert read_summary(tmp_path) == json.loads((tmp_path / "summary.json").read_text()) == {"run_id": "x"}
+    shared = {key: FINISHED[key] for key in FINISHED if not key.startswith("test_")}
+    write_summary(tmp_path, {**shared, "format": 1, "test_without_leaked": SCORES})
+    assert read_summary(tmp_path) == {**shared, "format": 1, "test_without_train": SCORES}
+    write_summary(tmp_path, FINISHED)
+    assert read_summary(tmp_path) == json.loads((tmp_path / "summary.json").read_text()) == FINISHED
 
 
-def test_a_summary_that_is_no_json_names_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match="summary.json: not valid JSON; delete it and run `fer evaluate "):
+def finished(**changes: Any) -> str:
+    return json.dumps(FINISHED | changes)
+
+
+DAMAGED = {
+    "{": "not valid JSON",
+    "": "not valid JSON",
+    "\x00": "not valid JSON",
+    "[" * 100_000: "not valid JSON",
+    "1" * 5000: "not valid JSON",
+    "null": "should be a table of keys, got None",
+    "[]": "should be a table of keys, got []",
+    '{"a": 1}': "run_id: missing",
+    finished(finished=float("nan")): "not valid JSON",
+    finished(best_epoch=99): "best_epoch: is 99 of 3",
+    finished(format="2"): "format: should be a valid integer, got '2'",
+    finished(classes=["a", "b", "c"]): "val: is not of 3 classes",
+    finished(val=SCORES | {"accuracy": 2}): "val.accuracy: should be less than or equal to 1, got 2",
+    finished(test=SCORES | {"recall": []}): "test: is not of 2 classes",
+    finished(test_unleaked=None): "test_unleaked: missing",
+    finished(data=[]): "data: should be a table of keys, got []",
+    finished(parameters="many"): "parameters: should be a valid integer, got 'many'",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_summary_is_one_line_with_the_remedy(text: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError) as caught:
         read_summary(tmp_path)
+    remedy = f"delete it and run `fer evaluate {tmp_path.name}`"
+    assert str(caught.value) == f"{tmp_path}/summary.json: {DAMAGED[text]}; {remedy}"
+
+
+def test_what_is_no_file_at_all(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").symlink_to("summary.json")
+    with pytest.raises(UserError, match="summary.json: cannot be read .Too many levels of symbolic links.; delete it"):
+        read_summary(tmp_path)
+    (tmp_path / "notes").touch()
+    assert read_summary(tmp_path / "notes") is None  # a file beside the runs
+
+
+@pytest.mark.parametrize("line", ['{"epoch": 1', "[]", json.dumps(ROWS[0] | {"val_accuracy": "x"}), '{"lr": NaN}'])
+def test_a_damaged_row_is_named_and_comes_back_from_the_checkpoint(line: str, tmp_path: Path) -> None:
+    write_rows(tmp_path, ROWS)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(line)
+    with pytest.raises(UserError, match="metrics.jsonl: .*; delete .*summary.json, if there is one, and run the com"):
+        read_rows(tmp_path)
+
+
+def test_damaged_progress_is_none(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"epoch": 1, "epochs": 3, "step": 1, "steps": 0}'):
+        (tmp_path / "progress.json").write_text(text)
+        assert read_progress(tmp_path) is None

@@ -21,6 +21,7 @@ from pipelines import experiments
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import search
+from pipelines.sweeps.files import read_result
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, Plan, Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -105,7 +106,7 @@ def test_a_sweep_from_search_to_model(project: Path, prefect_server: str, here, 
     assert 3 <= len(found) <= 5  # a point that was drawn twice was run once
     assert not list((folder / "runs").glob("*/predictions*")), "a trial never opens test"
     assert not list((folder / "runs").rglob("*.safetensors")), "nor does an ended one keep its weights"
-    result = sweeps.result(folder)
+    result = read_result(folder)
     assert result is not None
     best = sweeps.best_of(found)
     assert best is not None

@@ -10,6 +10,7 @@ from fer.files import held
 from fer.losses import FocalPdls
 from pipelines import experiments, report
 from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps.files import read_about
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
 
 pytestmark = pytest.mark.usefixtures("recipes")
@@ -74,7 +75,7 @@ def test_a_sweep_of_another_version_is_not_gone_on_with(missing: str) -> None:
         f"sweep tiny: {other} was begun by another version of this program; use --new to start another"
     )
     sweeps.begin(sweep)
-    assert [sweeps.read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [20, 20]
+    assert [read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [20, 20]
 
 
 def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
@@ -95,9 +96,11 @@ def test_the_state_of_a_trial_is_that_of_its_folder() -> None:
     first, second = (sweep.job(point).folder for point in (sweep.published, other))
     sweeps.begin_trial(second, other)
     sweeps.begin_trial(first, sweep.published)
+    beside = dict.fromkeys(("lr", "train_loss", "train_accuracy", "val_loss", "time"), 0.5)
 
     def found(epochs: int) -> Trial:
-        rows = [{"epoch": i + 1, "val_accuracy": 0.5 - 0.1 * (i % 2), "seconds": 2.0} for i in range(epochs)]
+        marks = [{"val_accuracy": 0.5 - 0.1 * (i % 2), "seconds": 2.0} for i in range(epochs)]
+        rows = [{"epoch": i + 1, **beside, **mark} for i, mark in enumerate(marks)]
         (second / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         base, trial = sweeps.read_trials(sweep.folder)
         assert [(one.number, one.point) for one in (base, trial)] == [(1, sweep.published), (2, other)]

@@ -88,7 +88,7 @@ def test_one_sweep_is_named(words: list[str], message: str) -> None:
 def test_a_sweep_cannot_have_the_name_of_a_command(name: str) -> None:
     path = write(name, base="vgg13_small", space=LR)
     assert mistakes(path) == [
-        f"{path}: a sweep's name is made of letters, digits, _ and -, and is none of run, status, apply; "
+        f"{path}: a sweep's name is made of up to 100 letters, digits, _ and -, and is none of run, status, apply; "
         "rename the file"
     ]
     assert {command.name for command in cli.sweeps.registered_commands} == set(settings.COMMANDS)

@@ -13,19 +13,48 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field, model_validator
 
 from fer.data.images import open_images, sha256
 from fer.data.split import SPLITS
-from fer.errors import UserError
+from fer.errors import UserError, first_line
+from fer.settings import Fault, Fraction, Positive, Unfit
+from fer.stored import Count, Stored, read
 
 AGAIN = "make it again with `dvc repro --force --single-item split`"
-NEEDED = ("classes", "class_prior", "images", "image_shape", "images_sha256")  # keys of summary.json
 VERIFIED = "images.verified.json"
+
+
+class Made(Stored):
+    """splits/summary.json: what the splits were made of."""
+
+    classes: Annotated[list[str], Field(min_length=2)]
+    class_prior: list[list[Fraction]]
+    images: Count
+    image_shape: Annotated[list[Positive], Field(min_length=2, max_length=3)]
+    images_sha256: str
+    dataset: str
+    label_mode: str
+    totals: dict[str, Count]
+    counts: dict[str, dict[str, Count]]
+    duplicates: dict[str, Any]
+    super_resolution: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Made":
+        names = set(self.classes)
+        if len(names) < len(self.classes):
+            raise Unfit([Fault("classes", "two have the same name")])
+        if {len(self.class_prior), *map(len, self.class_prior)} != {len(names)}:
+            raise Unfit([Fault("class_prior", f"is not of {len(names)} x {len(names)} classes")])
+        if set(SPLITS) - self.totals.keys() or set(SPLITS) - self.counts.keys():
+            raise Unfit([Fault("totals", f"and counts should be those of {', '.join(SPLITS)}")])
+        return self
 
 
 @dataclass(frozen=True)
@@ -116,12 +145,13 @@ class DataSet:
             table = pd.read_csv(path, usecols=columns, dtype=text, keep_default_na=False)
         except FileNotFoundError:
             raise _not_found(path) from None
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; {AGAIN}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {first_line(error)}; {AGAIN}") from None
         if table.empty:
             raise UserError(f"{path}: holds no image; {AGAIN}")
-        if table["row"].max() >= len(self.images):
-            raise UserError(f"{path}: row {table['row'].max()} is not in upscaled/images.npy; run `dvc repro`")
+        fault = self._fault(table)
+        if fault:
+            raise UserError(f"{path}: {fault}; {AGAIN}")
         found_in = table["duplicate_in"].to_numpy(str) if name != "train" else np.full(len(table), "")
         return Split(
             name=name,
@@ -134,6 +164,21 @@ class DataSet:
             in_train=torch.tensor(found_in == "train"),
             in_val=torch.tensor(found_in == "val"),
         )
+
+    def _fault(self, table: pd.DataFrame) -> str:
+        """Why this is no table of a split; "" if it is one."""
+        ends = {"row": (len(self.images), "upscaled/images.npy"), "label": (len(self.classes), "classes")}
+        for key, (end, what) in ends.items():
+            if not pd.api.types.is_integer_dtype(table[key]):
+                return f"column {key} holds something else than whole numbers"
+            wrong = table[key][~table[key].between(0, end - 1)]
+            if len(wrong):
+                return f"{key} {wrong.iloc[0]} is not in {what}"
+        if not all(map(pd.api.types.is_numeric_dtype, table[self.classes].dtypes)):
+            return "a probability is no number"
+        shares = table[self.classes].to_numpy(np.float64)
+        wrong = ~((shares >= 0).all(1) & (abs(shares.sum(1) - 1) < 1e-3))
+        return f"the probabilities of row {table['row'][wrong].iloc[0]} do not sum to 1" if wrong.any() else ""
 
 
 def open_data(folder: str | Path = "data") -> DataSet:
@@ -198,15 +243,9 @@ def _not_found(path: Path) -> UserError:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text())
+        return read(Made, path, AGAIN)
     except FileNotFoundError:
         raise _not_found(path) from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; {AGAIN}") from None
-    missing = [key for key in NEEDED if not isinstance(summary, dict) or key not in summary]
-    if missing:
-        raise UserError(f"{path}: {', '.join(missing)} is missing (written by an earlier version?); {AGAIN}")
-    return summary
 
 
 def _verify(folder: Path, shape: tuple[int, ...], summary: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +11,12 @@ from typing import BinaryIO
 import numpy as np
 
 from fer.errors import UserError
+
+# what numpy raises on a file that is cut, another one or no file
+DAMAGE = (
+    EOFError, ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError,
+    tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def open_images(path: str | Path, stage: str) -> np.memmap:
@@ -22,7 +29,9 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run `dvc repro {stage}` to make it or `dvc pull` to fetch it") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except DAMAGE:
         raise UserError(f"{path}: damaged or not a .npy file; {remedy}") from None
     if not isinstance(images, np.memmap):
         images.close()

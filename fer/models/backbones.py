@@ -15,7 +15,7 @@ from fer.models.mobilenet_v3 import MobileNetV3
 from fer.models.network import RANDOM, Backbone
 from fer.models.resnet50 import ResNet50
 from fer.models.transformer import Swin, Vit
-from fer.settings import Fault, OneOf, Positive
+from fer.settings import Depth, Fault, OneOf, Scale, Width
 from fer.weights import load_strictly, read_tensors
 
 PRETRAINED = "pretrained"  # as `weights`: those of the table's `source`
@@ -45,7 +45,7 @@ def _too_small(size: int) -> list[Fault]:
 class MobileNet(Backbone):
     """MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244)."""
 
-    width: Annotated[float, Field(gt=0)]
+    width: Scale
     """Multiplier on all channel counts."""
 
     def build(self, size: int, channels: int) -> Torchvision:
@@ -58,9 +58,9 @@ class MobileNet(Backbone):
 class ResNet(Backbone):
     """ResNet with bottlenecks (He et al. 2016, arXiv 1512.03385)."""
 
-    layers: Annotated[list[Positive], Field(min_length=4, max_length=4)]
+    layers: Annotated[list[Depth], Field(min_length=4, max_length=4)]
     """Blocks per stage."""
-    width: Positive
+    width: Width
     """Channels of the first stage."""
     max_pool: bool
     """Max-pooling after the first convolution; the published disentangled DoE omits it by mistake."""

@@ -6,7 +6,6 @@ With all parts this is the Neural Resizer for vision transformers (arXiv 2204.02
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fer.input import Input
@@ -14,7 +13,7 @@ from fer.models.backbones import BACKBONE, backbone_faults, build_backbone
 from fer.models.network import Backbone, ModelKind, Network
 from fer.models.resizer import Resizer
 from fer.models.stn import SMALLEST, SpatialTransformer
-from fer.settings import Fault, Fraction, OneOf, Positive, Section, by_name
+from fer.settings import Depth, Fault, Fraction, OneOf, Scale, Section, Side, Width, by_name
 
 
 class NoResizer(Section):
@@ -27,7 +26,7 @@ class Bilinear(Section):
     """Plain bilinear interpolation: the paper's comparison."""
 
     name: Literal["bilinear"] = "bilinear"
-    size: Positive = 224
+    size: Side = 224
     """Side of the backbone's input in pixels."""
 
 
@@ -35,13 +34,13 @@ class Neural(Section):
     """The learned resizer (Talebi & Milanfar 2021, arXiv 2103.09950)."""
 
     name: Literal["neural"] = "neural"
-    size: Positive = 224
+    size: Side = 224
     """Side of the backbone's input in pixels."""
-    blocks: Positive = 1
+    blocks: Depth = 1
     """Residual blocks; published: 1."""
-    channels: Positive = 16
+    channels: Width = 16
     """Channels of its convolutions; published: 16."""
-    scale: Annotated[float, Field(gt=0)] | None = None
+    scale: Scale | None = None
     """Sampling ratio; published: .584 (384 to 224 px); null: size / image_size."""
 
 
@@ -58,7 +57,7 @@ class Classifier(ModelKind):
     """How the image is resized to the backbone's input."""
     backbone: Annotated[Backbone, BACKBONE]
     """The network that turns the image into an embedding."""
-    head: list[Positive] = []
+    head: list[Width] = []
     """Widths of hidden layers, each with batch norm, ReLU and dropout; published: [512]; []: a linear head."""
     head_dropout: Fraction = 0.5
     """Dropout after each hidden layer of the head; published: .5."""

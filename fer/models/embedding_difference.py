@@ -19,7 +19,7 @@ from fer.input import Input
 from fer.models.backbones import BACKBONE, ResNet, backbone_faults, build_backbone
 from fer.models.network import Backbone, FrozenEncoder, ModelKind
 from fer.models.resnet50 import caffe_input
-from fer.settings import Fault, OneOf, Positive, Section, by_name
+from fer.settings import Fault, OneOf, Positive, Section, Width, by_name
 
 
 def mlp(width: int, hidden: list[int], num_labels: int) -> nn.Sequential:
@@ -39,7 +39,7 @@ class EmotionEncoder(ModelKind):
     """The encoder that learns emotion; published: MobileNetV3-Large."""
     identity: Annotated[Backbone, BACKBONE]
     """The frozen identity encoder; published: ResNet-50 of VGGFace2."""
-    hidden: list[Positive] = [256, 128, 64, 32]
+    hidden: list[Width] = [256, 128, 64, 32]
     """Widths of the head's hidden layers; the default is published."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "EmotionEncoderNetwork":
@@ -114,7 +114,7 @@ class DifferenceOfEmbeddings(ModelKind):
     """The frozen encoder; published: MobileNetV3-Large."""
     pairing: Annotated[Section, OneOf(PAIRINGS)] = RandomNeutral()
     """Which neutral face each image is compared with."""
-    hidden: list[Positive] = [256, 128, 64, 32]
+    hidden: list[Width] = [256, 128, 64, 32]
     """Widths of the head's hidden layers; the default is published."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "DifferenceOfEmbeddingsNetwork":

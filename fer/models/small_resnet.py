@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fer.input import Input
 from fer.models.network import ModelKind, Network
-from fer.settings import Fault, Fraction, Positive
+from fer.settings import Depth, Fault, Fraction, Natural, Width
 
 
 class SmallResnet(ModelKind):
@@ -18,11 +18,11 @@ class SmallResnet(ModelKind):
     """
 
     name: Literal["small_resnet"] = "small_resnet"
-    width: Positive = 48
+    width: Width = 48
     """Channels of the stem and of the first stage; multiples of 16 are fastest."""
-    blocks: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 2]
+    blocks: Annotated[list[Depth], Field(min_length=1)] = [1, 2, 2]
     """Residual blocks of each stage."""
-    reduction: Annotated[int, Field(ge=0)] = 4
+    reduction: Natural = 4
     """Channels of a block for each hidden unit of its squeeze-and-excitation; 0: without it."""
     dropout: Fraction = 0.0
     """Before the last layer."""

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 from fer.models.network import Backbone
-from fer.settings import Fault, Fraction, Positive
+from fer.settings import Depth, Fault, Fraction, Positive, Side, Width
 from fer.weights import HUB_ERRORS, misfit
 
 
 class Vit(Backbone):
     """ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), DeiT (Touvron et al. 2021, arXiv 2012.12877)."""
 
-    patch_size: Positive
+    patch_size: Side
     """Side of a patch in pixels."""
-    hidden_size: Positive
+    hidden_size: Width
     """Width of a token."""
-    depth: Positive
+    depth: Depth
     """Number of layers."""
-    num_heads: Positive
+    num_heads: Width
     """Attention heads per layer."""
     mlp_ratio: Positive
     """Width of the hidden layer of a block's MLP, as a multiple of hidden_size."""
@@ -61,15 +61,15 @@ class Vit(Backbone):
 class Swin(Backbone):
     """Swin (Liu et al. 2021, arXiv 2103.14030)."""
 
-    patch_size: Positive
+    patch_size: Side
     """Side of a patch in pixels."""
-    embed_dim: Positive
+    embed_dim: Width
     """Width of a token in the first stage; it doubles in each further stage."""
-    depths: list[Positive]
+    depths: list[Depth]
     """Blocks per stage."""
-    num_heads: list[Positive]
+    num_heads: list[Width]
     """Attention heads per stage."""
-    window_size: Positive
+    window_size: Side
     """Side of an attention window in patches."""
     mlp_ratio: Positive
     """Width of the hidden layer of a block's MLP, as a multiple of the block's width."""

@@ -1,21 +1,20 @@
 """VGG13 of Barsoum et al. 2016 (arXiv 1608.01041, section 3): the published from-scratch baseline of FER+, 84.99 %."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from fer.input import Input
 from fer.models.network import ModelKind, Network
-from fer.settings import Fault, Fraction
+from fer.settings import Fault, Fraction, Scale
 
 
 class Vgg13(ModelKind):
     """Ten 3x3 convolutions in four pooled stages, then two hidden dense layers."""
 
     name: Literal["vgg13"] = "vgg13"
-    width: Annotated[float, Field(gt=0)] = 1.0
+    width: Scale = 1.0
     """Multiplier on all channel counts; published: 1.0."""
     batch_norm: bool = False
     """Batch norm after every convolution; published: false."""

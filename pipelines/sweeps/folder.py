@@ -23,6 +23,7 @@ from fer.settings import differing
 from pipelines.experiments import Experiment, Job
 from pipelines.sweeps import settings
 from pipelines.sweeps import space as spaces
+from pipelines.sweeps.files import ABOUT, NOTE, RESULT, read_about, read_note, read_result, without
 from pipelines.sweeps.settings import Sweep
 from pipelines.sweeps.space import Known, Params, Space
 
@@ -139,18 +140,12 @@ def begin(plan: Plan) -> None:
     (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
     about = _about(plan.name, plan.sweep, plan.base.run, plan.data_hash)
     beside = {"epochs": plan.base.run.epochs, "first": plan.id_of(plan.published), "budget": _budget(plan)}
-    write_json(plan.folder / "sweep.json", {**about, **beside})
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """sweep.json, including that of format 1."""
-    about = json.loads((folder / "sweep.json").read_text())
-    return about if "epochs" in about else {**about, "epochs": about["run"]["epochs"]}
+    write_json(plan.folder / ABOUT, {**about, **beside})
 
 
 def complete(plan: Plan) -> bool:
     """Whether there is a result for the current budget."""
-    found = result(plan.folder)
+    found = read_result(plan.folder)
     return found is not None and found["budget"] == _budget(plan)
 
 
@@ -193,31 +188,31 @@ def _differing(one: Any, other: Any, deep: bool = False) -> list[str]:
 
 def folders(name: str | None = None) -> list[Path]:
     """Folders of the sweeps of that name, or of all sweeps; the last active one first."""
-    found = [path.parent for path in SWEEPS.glob("*/sweep.json")]
+    found = [path.parent for path in SWEEPS.glob(f"*/{ABOUT}")]
     found = [path for path in found if name is None or path.name.rpartition("-")[0] == name]
     return sorted(found, key=lambda path: -_touched(path))
 
 
 def _touched(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in [folder / "sweep.json", *folder.glob(f"runs/*/{METRICS}")])
+    return max(path.stat().st_mtime for path in [folder / ABOUT, *folder.glob(f"runs/*/{METRICS}")])
 
 
 def begin_trial(folder: Path, params: Params) -> None:
     """Write trial.json with the point and the time, unless it is there already."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "trial.json").exists():
-        write_json(folder / "trial.json", {"point": params, "began": time.time(), "done": False, "error": None})
+    if not (folder / NOTE).exists():
+        write_json(folder / NOTE, {"point": params, "began": time.time(), "done": False, "error": None})
 
 
 def end_trial(folder: Path, error: str | None = None) -> None:
     """Record in trial.json that a trial is done, or why it failed."""
     ended = {"done": error is None, "error": error}
-    write_json(folder / "trial.json", {**json.loads((folder / "trial.json").read_text()), **ended})
+    write_json(folder / NOTE, {**read_note(folder), **ended})
 
 
 def read_error(folder: Path) -> str | None:
     """Why a trial failed; None if it did not."""
-    return json.loads((folder / "trial.json").read_text())["error"]
+    return read_note(folder)["error"]
 
 
 def drop_weights(folder: Path) -> None:
@@ -228,10 +223,13 @@ def drop_weights(folder: Path) -> None:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """All trials with their rows so far: the base, then in the order in which they began."""
+    """All trials with their rows so far: the base, then in the order in which they began.
+
+    Raises UserError if a file is damaged.
+    """
     sweep, found = read_about(folder), []
-    for path in folder.glob("runs/*/trial.json"):
-        found.append((json.loads(path.read_text()), path.parent, tuple(read_rows(path.parent))))
+    for run in sorted(path.parent for path in folder.glob(f"runs/*/{NOTE}")):
+        found.append((read_note(run), run, tuple(read_rows(run, without(run)))))
     found.sort(key=lambda one: (one[1].name != sweep.get("first"), one[0]["began"], one[1].name))
     return [
         Trial(number, about["point"], _state(about, run), about["error"], run, rows)
@@ -261,18 +259,10 @@ def spent(trials: list[Trial], at_once: int) -> float:
     return sum(trial.seconds for trial in trials) / at_once
 
 
-def result(folder: Path) -> dict[str, Any] | None:
-    """result.json; None if the sweep is not finished."""
-    try:
-        return json.loads((folder / "result.json").read_text())
-    except FileNotFoundError:
-        return None
-
-
 def best_run(folder: Path, result: dict[str, Any]) -> Run:
     """The best run of a result, including one of format 1."""
     content = {"format": format_of(result), "config": result["run"]}
-    return read_run(content, folder / "result.json")
+    return read_run(content, folder / RESULT)
 
 
 def compared(ours: list[float], base: list[float]) -> dict[str, Any]:

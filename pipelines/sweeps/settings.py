@@ -1,5 +1,6 @@
 """sweeps/*.yaml: a search for better settings of one experiment, typed and checked."""
 
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fer.errors import UserError
-from fer.settings import Fraction, Positive, Section, check, nearest
+from fer.settings import Fraction, Natural, Positive, Section, Seed, check, nearest
 from pipelines import experiments
 from pipelines.experiments import COMMAND_LINE, Experiment, Layers
 from pipelines.params import parse_value, read_yaml
@@ -26,7 +27,7 @@ class Sweep(Section):
     """Experiment that is the first trial, and that the others change."""
     changes: dict[str, Any] = {}
     """Settings of every trial that differ from the base's."""
-    seed: Annotated[int, Field(ge=0)] = 1111
+    seed: Seed = 1111
     """Seed of the search; trials have the seed of the base."""
     search: Literal["tpe", "random", "grid"] = "tpe"
     """grid: every point of a space of choices, regardless of `trials`."""
@@ -46,9 +47,9 @@ class Sweep(Section):
     """CPU cores per trial."""
     gpus_per_trial: Fraction = 0.0
     """GPUs per trial; 0.5: two trials share one; 0: train on the CPU."""
-    restarts: Annotated[int, Field(ge=0)] = 2
+    restarts: Natural = 2
     """How often a trial whose process dies is restarted, from its last epoch."""
-    confirm_seeds: Annotated[int, Field(ge=0)] = 3
+    confirm_seeds: Natural = 3
     """Number of other seeds that best and base are trained with at the end; 0: none."""
     space: dict[str, Any]
     """Key of the experiment -> {int | float | log | factor: [low, high]} or {choice: [...]} (docs/sweeps.md)."""
@@ -62,13 +63,11 @@ def known() -> list[str]:
 def path_of(word: str) -> Path:
     """The file of a sweep, given its name or path. Raises UserError for an unknown or invalid name."""
     path = Path(word) if word.endswith((".yaml", ".yml")) else FOLDER / f"{word}.yaml"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such sweep{nearest(path.stem, known())}")
     if not experiments.NAME.fullmatch(path.stem) or path.stem in COMMANDS:
-        none = ", ".join(COMMANDS)
-        raise UserError(
-            f"{path}: a sweep's name is made of letters, digits, _ and -, and is none of {none}; rename the file"
-        )
+        rule = f"made of up to 100 letters, digits, _ and -, and is none of {', '.join(COMMANDS)}"
+        raise UserError(f"{path}: a sweep's name is {rule}; rename the file")
     return path
 
 
