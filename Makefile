@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-soak test-fast bench lint format clean
+.PHONY: help install data demo test test-soak test-fast bench lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,7 +18,12 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,dev]'
 	@touch $@
 
+data: $(READY)  ## Check what data.path holds, then make the data set that params.yaml names
+	python -m pipelines.stages.inputs
+	dvc repro
+
 demo: $(READY)  ## Draw sample data, train two models in parallel, register the better one as champion
+	python -m pipelines.stages.inputs
 	dvc repro --quiet
 	fer train vgg13_small swin_nr_fpdls_tiny
 

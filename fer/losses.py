@@ -6,7 +6,7 @@ Losses are computed in fp32 at least, under autocast too.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ class LossKind(Section):
     """A row of LOSSES."""
 
     name: str
+    needs_prior: ClassVar[bool] = False  # and not only its shape
 
     def build(self, prior: Tensor) -> Loss:
         """The loss per image, [B]; `prior`: D, [C, C], on the device of the logits."""
@@ -65,6 +66,7 @@ class Focal(LossKind):
 class Pdls(LossKind):
     """Prior-distribution label smoothing: -sum_j (a y_j + (1 - a) D[label, j]) log p_j."""
 
+    needs_prior = True
     name: Literal["pdls"] = "pdls"
     alpha: Fraction = 0.8
     """Weight of the true label; the rest goes to the class prior."""
@@ -76,6 +78,7 @@ class Pdls(LossKind):
 class FocalPdls(LossKind):
     """F-PDLS (arXiv 2204.02181): PDLS with the factor (1 - p_j)^g on every class j, not only the true one."""
 
+    needs_prior = True
     name: Literal["focal_pdls"] = "focal_pdls"
     alpha: Fraction = 0.8
     """Weight of the true label; the rest goes to the class prior."""
@@ -92,6 +95,7 @@ class CompensatedFocalPdls(LossKind):
     The factor is 1 where p_j = 1 / C.
     """
 
+    needs_prior = True
     name: Literal["compensated_focal_pdls"] = "compensated_focal_pdls"
     alpha: Fraction = 0.5
     """Weight of the true label; the rest goes to the class prior."""

@@ -116,7 +116,8 @@ class Trainer:
             feed.begin()
         self.batches = TrainBatches(feed, run, resources.accumulate, self.rank, self.world)
         counts = torch.bincount(train.labels, minlength=len(data.classes))
-        about_loss = run.loss, run.class_weights, data.prior().to(device), counts.to(device)
+        prior = data.prior(run.loss.needs_prior).to(device)
+        about_loss = run.loss, run.class_weights, prior, counts.to(device)
         self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
         self.stepper = Stepper(run, model, device, self.world)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None

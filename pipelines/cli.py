@@ -249,6 +249,7 @@ def _percents(found: Any, sign: str = "") -> str:
 
 
 def _compare_all() -> None:
+    from fer.data.datasets import DATASETS
     from fer.formats import format_of
     from fer.run import FORMAT
     from pipelines import report
@@ -264,9 +265,11 @@ def _compare_all() -> None:
         data = group[0]["data"]
         title = f"{data['dataset']}, {data.get('label_mode', '')} labels, data {data_hash}"
         _print_table(group, title=title + ("" if format_of(group[0]) == FORMAT else f", format {format_of(group[0])}"))
-        if data["dataset"] in report.PUBLISHED:
-            table = Table("published", "test accuracy", "starts from", title="Published on this data set")
-            for name, accuracy, start in report.PUBLISHED[data["dataset"]]:
+        row = DATASETS.get(data["dataset"])
+        if row is not None and row.published:
+            title = f"Published on this data set ({row.protocol})"
+            table = Table("published", "test accuracy", "starts from", title=title)
+            for name, accuracy, start in row.published:
                 table.add_row(name, f"{accuracy:.2f}", start)
             console.print(table)
     if damaged:

@@ -69,6 +69,7 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
     jobs = {name: job for name, job in jobs.items() if name in asked}
     for job in jobs.values():
         _check_no_older_format(job)
+        data.prior(job.run.loss.needs_prior)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
     with _starting(), _prefect_starting(unfinished):

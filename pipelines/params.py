@@ -1,6 +1,7 @@
 """params.yaml: data, machine and tracking of a project. Typed, and checked before any work, with all errors at once."""
 
 import io
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,9 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from fer.errors import UserError, first_line
 from fer.resources import Resources
-from fer.settings import Fault, Positive, Section, Seed, Unfit, check
+from fer.settings import Fault, Positive, Section, Seed, Unfit, check, nearest
 
+Share = Annotated[float, Field(gt=0, lt=0.5)]
 DEEPEST, MOST = 30, 100_000  # levels and values of a settings file
 LONGEST = 200  # letters of a value in a message
 # what ruamel raises on values that are none of their tag, such as `!!int x` or the date 2001-99-99
@@ -32,10 +34,18 @@ class Sample(Section):
 class Data(Section):
     """Which data set, and where it comes from."""
 
-    dataset: Literal["sample", "ferplus"]
+    dataset: str
     path: str
     label_source: Literal["auto", "label_csv", "fer2013new"]
     sample: Sample
+    classes: list[str] | None = None
+    """The classes to keep, in their order, of a data set with one label an image; all of them without."""
+    size: Annotated[int, Field(ge=16, le=1024)] | None = None
+    """Side in pixels of the stored images; without, the size that all pictures have, or 112 if their sizes differ."""
+    subject_pattern: str | None = None
+    """Regular expression whose first group is the subject in a file name (in the whole path if it has a slash)."""
+    confusion: str | None = None
+    """A csv in `path`, a row and a column a class: how often voters confuse them, the class prior of hard labels."""
     kaggle_competition: str = "challenges-in-representation-learning-facial-expression-recognition-challenge"
     """From which an empty `path` is filled."""
     votes_url: str = "https://raw.githubusercontent.com/microsoft/FERPlus/master/fer2013new.csv"
@@ -44,6 +54,31 @@ class Data(Section):
         "9206e20d62f56475939f516847d61753e4860caeac9718b560129541b776fc2c"
     )
     """What the fetched votes must hash to."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "Data":
+        faults = []
+        if self.dataset != "sample":
+            from fer.data.datasets import DATASETS  # with pandas, which takes a moment
+
+            if self.dataset not in DATASETS:
+                known = nearest(self.dataset, ["sample", *DATASETS])
+                faults.append(Fault("dataset", f"unknown data set '{self.dataset}'{known}"))
+        if self.subject_pattern is not None:
+            try:
+                groups = re.compile(self.subject_pattern).groups
+            except re.error as error:
+                faults.append(
+                    Fault("subject_pattern", f"is no regular expression ({error}), got {self.subject_pattern!r}")
+                )
+            else:
+                if not groups:
+                    faults.append(
+                        Fault("subject_pattern", f"needs a group in parentheses, got {self.subject_pattern!r}")
+                    )
+        if faults:
+            raise Unfit(faults)
+        return self
 
 
 class SuperResolution(Section):
@@ -77,6 +112,10 @@ class Splitting(Section):
     prior_min_votes: Positive
     train_share: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
+    val_share: Share = 0.1
+    """Share of train, or of all images, that becomes val where the data set has none."""
+    test_share: Share = 0.2
+    """Share of all images that becomes test where the data set has no splits."""
 
 
 class Tracking(Section):

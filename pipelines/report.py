@@ -9,18 +9,6 @@ from fer.made_by import source_hash
 from fer.run_folder import read_summary
 from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
-# Test accuracy in % as reported by the papers: name, accuracy, what training starts from
-PUBLISHED = {
-    "ferplus": [
-        ("QCS 2025", 91.85, "IR50, MS-Celeb-1M"),
-        ("POSTER 2023", 91.62, "IR50 + landmarks"),
-        ("DCS 2025", 91.41, "IR50, MS-Celeb-1M"),
-        ("DDAMFN 2023", 90.74, "face pre-training"),
-        ("Neural Resizer, Swin-B 2022", 89.50, "ImageNet"),
-        ("VTFF 2021", 88.81, "face pre-training"),
-        ("VGG13 (Barsoum) 2016", 84.99, "from scratch"),
-    ]
-}
 COLUMNS = ("run", "val", "test", "unleaked", "not in train", "UAR", "F1", "ECE", "params", "epoch", "min")
 LEGEND = (
     "Accuracy in %: val (chose the epoch), test (read once), unleaked (test images that are in neither train nor val), "

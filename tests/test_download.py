@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fer.data.labels import VOTE_COLUMNS
+from fer.data.labels import CLASSES, VOTE_COLUMNS
 from fer.errors import UserError
 from pipelines.params import Data, Params, load
 from pipelines.stages.download import download
@@ -47,7 +47,7 @@ def official_folders(root: Path) -> np.ndarray:
     return images
 
 
-def test_the_sample_is_the_same_bytes_for_the_same_settings(project: Path) -> None:
+def test_the_sample_is_the_same_bytes_for_the_same_settings(project: Path, capfd: pytest.CaptureFixture) -> None:
     download(params())
     raw = project / "data" / "raw"
     first = digests(raw)
@@ -57,20 +57,36 @@ def test_the_sample_is_the_same_bytes_for_the_same_settings(project: Path) -> No
     assert (images.shape, images.dtype) == ((160, 48, 48), np.uint8)
     assert json.loads((raw / "source.json").read_text()) == {
         "dataset": "sample",
-        "form": "fer2013.csv",
+        "form": "rows of pixels",
+        "labels": "votes",
         "label_source": "fer2013new",
+        "emotion_agrees": 1.0,
         "images": {"train": 80, "val": 40, "test": 40},
+        "classes": list(CLASSES),
         "vote_columns": list(VOTE_COLUMNS),
+        "read": ["fer2013.csv", "fer2013new.csv"],
+        "left_out": {},
+        "confusion": None,
     }
+    assert capfd.readouterr() == ("", "")
     download(params())
     assert digests(raw) == first
     download(params(sample=SMALL | {"seed": 4}))
     assert digests(raw)["images.npy"] != first["images.npy"]
 
 
-def test_ferplus_to_the_byte(project: Path) -> None:
+def test_ferplus_to_the_byte(project: Path, capfd: pytest.CaptureFixture) -> None:
     images = official_folders(project / "faces")
+    for number in range(5):
+        (project / "faces" / f"._{number}").write_text("")
+    (project / "faces" / "notes.txt").write_text("x")
     download(params(dataset="ferplus", path="faces"))
+    assert capfd.readouterr().out == (
+        "ferplus: 2 train, 2 val, 2 test (published: 28,558 train, 3,579 val, 3,573 test); "
+        "read FER2013Train, FER2013Valid, FER2013Test in faces\n"
+        "left out: hidden, half downloaded, or left by the operating system: 5 (._0, ...); "
+        "no part of the data set: 1 (notes.txt)\n"
+    )
     raw = project / "data" / "raw"
     np.testing.assert_array_equal(np.load(raw / "images.npy"), images)
     sha1 = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
@@ -79,12 +95,20 @@ def test_ferplus_to_the_byte(project: Path) -> None:
     rows = [f"{row},{row}.png,{usages[row]},,{row},9,0,0,0,0,0,0,0,1,{sha1[row]}\n" for row in range(6)]
     assert (raw / "labels.csv").read_bytes() == (header + "".join(rows)).encode()
     source = json.loads((raw / "source.json").read_text())
-    assert source | {"vote_columns": None} == {
+    assert source == {
         "dataset": "ferplus",
-        "form": "folders",
+        "form": "pictures",
+        "labels": "votes",
         "label_source": "label_csv",
         "images": {"train": 2, "val": 2, "test": 2},
-        "vote_columns": None,
+        "classes": list(CLASSES),
+        "vote_columns": list(VOTE_COLUMNS),
+        "read": ["FER2013Train", "FER2013Valid", "FER2013Test"],
+        "left_out": {
+            "hidden, half downloaded, or left by the operating system": {"count": 5, "first": ["._0", "._1", "._2"]},
+            "no part of the data set": {"count": 1, "first": ["notes.txt"]},
+        },
+        "confusion": None,
     }
     assert list(source) == sorted(source)
 

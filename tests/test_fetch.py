@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fer.data.found import look
 from fer.errors import UserError
-from pipelines.stages.fetch import fetch_votes, fill
+from pipelines.stages.fetch import fetch_votes
+from pipelines.stages.fetch import fill as fill_found
 
 VOTES = b"Usage,Image name,neutral\n" * 1000
 SHA256 = hashlib.sha256(VOTES).hexdigest()
@@ -20,6 +22,14 @@ COMPETITION = "faces-challenge"
 PAGE = "https://www.kaggle.com/competitions/faces-challenge"
 SECRET = "f1a2b3c4d5"
 NOWHERE = "http://127.0.0.1:9/votes.csv"
+
+
+IMAGES = "emotion,pixels,Usage\n"
+
+
+def fill(path: Path, *arguments: object) -> bool:
+    with look(path) as found:
+        return fill_found(found, *arguments)  # type: ignore[arg-type]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -70,7 +80,7 @@ def kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     served = tmp_path / "cache"
     served.mkdir()
     for name in ("fer2013.tar.gz", "icml_face_data.csv", "example_submission.csv"):
-        (served / name).write_text(f"content of {name}")
+        (served / name).write_text(f"{IMAGES}{name}")
     asked = []
 
     def competition_download(handle: str) -> str:
@@ -100,17 +110,17 @@ def refused(function: Callable[..., None], *arguments: object) -> str:
 
 
 def test_an_empty_folder_is_filled_and_then_left_alone(folder: Path, url: str, server, kagglehub: list[str]) -> None:
-    for _ in range(2):
-        fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+    for fetched in (True, False):
+        assert fill(folder, COMPETITION, f"{url}/votes.csv", SHA256) == fetched
         assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
-    assert (folder / "fer2013.tar.gz").read_text() == "content of fer2013.tar.gz"
+    assert (folder / "fer2013.tar.gz").read_text() == f"{IMAGES}fer2013.tar.gz"
     assert (folder / "fer2013new.csv").read_bytes() == VOTES
     assert kagglehub == [COMPETITION]
     assert server.asked == ["/votes.csv"]
 
 
 def test_only_what_is_missing_is_fetched(folder: Path, url: str, server, kagglehub: list[str]) -> None:
-    (folder / "fer2013.csv").write_text("own images")
+    (folder / "fer2013.csv").write_text(IMAGES)
     fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
     assert names(folder) == [".gitkeep", "README.md", "fer2013.csv", "fer2013new.csv"]
     (folder / "fer2013.csv").unlink()
@@ -124,9 +134,22 @@ def test_a_folder_with_something_else_is_left_alone(content: str, folder: Path, 
     (folder / content).parent.mkdir(exist_ok=True)
     (folder / content).write_text("")
     before = names(folder)
-    for path in (folder, folder / "README.md", folder / "nowhere"):
-        fill(path, COMPETITION, NOWHERE, SHA256)
+    for path in (folder, folder / "README.md"):
+        assert not fill(path, COMPETITION, NOWHERE, SHA256)
     assert (names(folder), kagglehub) == (before, [])
+
+
+def test_images_alone_are_fetched_for_a_set_with_labels_of_its_own(folder: Path, server, kagglehub: list[str]) -> None:
+    assert fill(folder, COMPETITION, NOWHERE, SHA256, False)
+    assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz"]
+    assert not fill(folder, COMPETITION, NOWHERE, SHA256, False)
+
+
+def test_pictures_need_no_votes(folder: Path) -> None:
+    for name in ("fer2013.csv", "FER2013Train/a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(IMAGES)
+    assert not fill(folder, COMPETITION, NOWHERE, SHA256)
 
 
 def told(folder: Path, reason: str) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fer.data.labels import CLASSES, LABEL_MODES, NO_EMOTION, VOTE_COLUMNS, class_prior, label_distribution
+from fer.data.labels import CLASSES, LABEL_MODES, NO_EMOTION, VOTE_COLUMNS, class_prior, emotion, label_distribution
 from fer.errors import UserError
 
 NOT = None  # dropped
@@ -54,7 +54,7 @@ HAND_COUNTED = {
 @pytest.mark.parametrize(("mode", "position"), MODES)
 def test_hand_counted(case: str, mode: str, position: int) -> None:
     votes, expected = HAND_COUNTED[case][0], HAND_COUNTED[case][position]
-    keep, label, target = label_distribution(np.array([votes]), mode)
+    keep, label, target = label_distribution(np.array([votes]), mode, 8)
     assert (keep.dtype, label.dtype, target.dtype) == (np.dtype(bool), np.dtype(np.int64), np.dtype(np.float64))
     if expected is NOT:
         assert (keep[0], label[0], target[0].sum()) == (False, -1, 0)
@@ -102,7 +102,7 @@ def reference(votes: list[int], mode: str) -> tuple[bool, int, list[float]]:
 
 
 def assert_equals_reference(votes: np.ndarray, mode: str) -> None:
-    keep, label, target = label_distribution(votes, mode)
+    keep, label, target = label_distribution(votes, mode, 8)
     expected = [reference(row, mode) for row in votes.tolist()]
     assert keep.tolist() == [row[0] for row in expected]
     assert label.tolist() == [row[1] for row in expected]
@@ -127,18 +127,18 @@ def test_equals_the_scalar_reference_on_ten_voters(mode: str) -> None:
 def test_votes_are_not_changed_and_may_be_empty_or_narrow(mode: str) -> None:
     votes = np.array([[200, 3, 0, 0, 0, 0, 0, 0, 60, 0]], dtype=np.uint8)  # sums above 255
     before = votes.copy()
-    keep, label, _ = label_distribution(votes, mode)
+    keep, label, _ = label_distribution(votes, mode, 8)
     assert (keep[0], label[0]) == (True, 0)
     np.testing.assert_array_equal(votes, before)
-    keep, label, target = label_distribution(np.zeros((0, 10), dtype=np.int64), mode)
+    keep, label, target = label_distribution(np.zeros((0, 10), dtype=np.int64), mode, 8)
     assert (keep.shape, label.shape, target.shape) == ((0,), (0,), (0, 8))
 
 
 def test_a_wrong_mode_or_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown label mode 'median'; known: majority, probability"):
-        label_distribution(np.zeros((1, 10)), "median")
-    with pytest.raises(ValueError, match=r"votes must be \[N, 10\], got \[1, 8\]"):
-        label_distribution(np.zeros((1, 8)), "majority")
+        label_distribution(np.zeros((1, 10)), "median", 8)
+    with pytest.raises(ValueError, match=r"votes must be \[N, 8 or more\], got \[1, 7\]"):
+        label_distribution(np.zeros((1, 7)), "majority", 8)
 
 
 def test_the_order_of_the_columns_is_the_published_one() -> None:
@@ -163,7 +163,9 @@ def test_class_prior_by_hand() -> None:
         ("unknown", [4, 0, 0, 0, 0, 0, 0, 0, 6, 0]),
         ("not a face", [0, 0, 0, 0, 0, 0, 0, 0, 0, 10]),
     ]
-    prior = class_prior(np.array([*votes, *(row for _, row in more)]), np.array(names + [name for name, _ in more]), 5)
+    prior = class_prior(
+        np.array([*votes, *(row for _, row in more)]), np.array(names + [name for name, _ in more]), 5, CLASSES
+    )
     expected = np.eye(8)
     expected[0, :2] = (1 + 6 / 8 + 5 / 10) / 3, (0 + 2 / 8 + 5 / 10) / 3
     np.testing.assert_allclose(prior, expected, rtol=1e-12)
@@ -173,13 +175,29 @@ def test_class_prior_names_the_classes_without_an_image() -> None:
     votes, names = one_image_per_class()
     votes[[5, 7]] = 1
     with pytest.raises(UserError) as error:
-        class_prior(votes, np.array(names), 5)
+        class_prior(votes, np.array(names), 5, CLASSES)
     assert str(error.value) == (
         "class prior: no training image is won by disgust, contempt with 5 votes or more: "
         "lower split.prior_min_votes in params.yaml or use more training data"
     )
     with pytest.raises(UserError, match=r"won by neutral, happiness, .*, contempt with 1 votes"):
-        class_prior(np.zeros((0, 10), dtype=np.int64), np.array([]), 1)
+        class_prior(np.zeros((0, 10), dtype=np.int64), np.array([]), 1, CLASSES)
+
+
+def test_other_classes_with_and_without_columns_beside_them() -> None:
+    votes = np.array([[3, 0, 0], [1, 1, 1], [0, 2, 5]])
+    keep, label, target = label_distribution(votes, "majority", 2)  # the third column is no class
+    assert (keep.tolist(), label.tolist(), target[0].tolist()) == ([True, False, False], [0, -1, -1], [1, 0])
+    keep, label, target = label_distribution(votes, "majority", 3)
+    assert (label.tolist(), target[2].tolist()) == ([0, -1, 2], [0, 2 / 7, 5 / 7])
+    assert class_prior(votes, np.array(["a", "b", "c"]), 3, ["glad", "sad", "bored"][:1]).tolist() == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("Happy", "happiness"), (" angry ", "anger"), ("FEAR", "fear"), ("bored", None), ("1", None)]
+)
+def test_a_class_by_its_other_names(name: str, meant: str | None) -> None:
+    assert emotion(name) == meant
 
 
 @pytest.mark.slow
@@ -188,11 +206,11 @@ def test_real_votes(ferplus_folder) -> None:
     votes = table[list(VOTE_COLUMNS)].to_numpy()
     for mode in ("majority", "probability", "multi_target"):
         assert_equals_reference(votes[::7], mode)
-    keep, _, _ = label_distribution(votes, "majority")
+    keep, _, _ = label_distribution(votes, "majority", 8)
     assert table["Usage"][keep].value_counts().to_dict() == {"Training": 25060, "PublicTest": 3199, "PrivateTest": 3153}
 
     training = (table["Usage"] == "Training").to_numpy()
-    prior = class_prior(votes[training], table["Image name"].to_numpy()[training], 5)
+    prior = class_prior(votes[training], table["Image name"].to_numpy()[training], 5, CLASSES)
     published = [0.777334, 0.03261, 0.017447, 0.114091, 0.026224, 0.007145, 0.004379, 0.020772]
     np.testing.assert_allclose(prior[0], published, atol=5e-7, rtol=0)
     np.testing.assert_allclose(prior.sum(axis=1), 1, rtol=1e-12)

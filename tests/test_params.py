@@ -87,7 +87,18 @@ def test_what_the_machine_says_is_only_what_it_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__dataset": "raf"}, "data.dataset: should be 'sample' or 'ferplus', got 'raf'"),
+        # types and ranges
+        ({"data__dataset": "raf"}, "data.dataset: unknown data set 'raf', did you mean 'rafdb'?"),
+        ({"data__size": 8}, "data.size: should be greater than or equal to 16, got 8"),
+        ({"data__classes": "fear"}, "data.classes: should be a valid list, got 'fear'"),
+        ({"data__subject_pattern": r"S\d+_"}, "data.subject_pattern: needs a group in parentheses, got 'S\\\\d+_'"),
+        (
+            {"data__subject_pattern": "*"},
+            "data.subject_pattern: is no regular expression (nothing to repeat at position 0), got '*'",
+        ),
+        ({"split__val_share": 0}, "split.val_share: should be greater than 0, got 0"),
+        ({"split__test_share": 0.5}, "split.test_share: should be less than 0.5, got 0.5"),
+        ({"data__path": 3}, "data.path: should be a valid string, got 3"),
         ({"data__votes_sha256": "abc"}, "data.votes_sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'"),
         ({"data__sample__train": 79}, "data.sample.train: should be greater than or equal to 80, got 79"),
         ({"tracking": None}, "tracking: should be a table of keys, got None"),
@@ -117,10 +128,10 @@ def test_scales_of_super_resolution(method: str, able: list[int], tmp_path: Path
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    tree = changed(data__dataset="raf", resources__workers=0, zzz=1, models={}, train=None) | {1: "x"}
+    tree = changed(data__size=8, resources__workers=0, zzz=1, models={}, train=None) | {1: "x"}
     del tree["tracking"], tree["split"]["seed"], tree["data"]["sample"]["val"]
     assert [line.partition(": ")[0] for line in mistakes(tmp_path, tree)] == [
-        "train", "models", "data.dataset", "data.sample.val", "split.seed", "resources.workers", "tracking", "zzz", "1"
+        "train", "models", "data.sample.val", "data.size", "split.seed", "resources.workers", "tracking", "zzz", "1"
     ]  # fmt: skip
 
 

@@ -7,16 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from fer.data.found import look
 from fer.data.labels import CLASSES, LABEL_MODES, VOTE_COLUMNS, class_prior, label_distribution
+from fer.data.readers import ferplus
 from fer.data.sample import CONFUSION, EXPRESSIONS, FEATURES, FREQUENCIES, draw_face, write_sample
-from fer.data.sources import Source, read_ferplus
+from fer.data.source import Source, Wanted
+
+
+def read(folder: Path) -> Source:
+    with look(folder) as found:
+        return ferplus.read(found, Wanted())
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("sample")
     write_sample(folder, 1200, 400, 400, 1111)
-    return read_ferplus(folder, "auto")
+    return read(folder)
 
 
 def votes_of(source: Source) -> np.ndarray:
@@ -46,15 +53,17 @@ def test_equal_seeds_make_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_smallest_sample_has_every_class_in_every_split(seed: int, tmp_path: Path) -> None:
     write_sample(tmp_path, 80, 40, 40, seed)
-    source = read_ferplus(tmp_path, "auto")
+    source = read(tmp_path)
     votes = votes_of(source)
     for mode in LABEL_MODES:
-        keep, label, _ = label_distribution(votes, mode)
+        keep, label, _ = label_distribution(votes, mode, 8)
         for usage in ("train", "val", "test"):
             clear = keep & (source.table["usage"] == usage).to_numpy() & (votes.max(axis=1) >= 6)
             assert (np.bincount(label[clear], minlength=8) >= 2).all()
     training = source.table[source.table["usage"] == "train"]
-    class_prior(training[list(VOTE_COLUMNS)].to_numpy(), training["name"].to_numpy(), 5)  # raises for an empty class
+    class_prior(
+        training[list(VOTE_COLUMNS)].to_numpy(), training["name"].to_numpy(), 5, CLASSES
+    )  # raises for an empty class
 
 
 def test_classes_are_imbalanced_and_voters_disagree_like_ferplus(sample: Source) -> None:
@@ -63,12 +72,12 @@ def test_classes_are_imbalanced_and_voters_disagree_like_ferplus(sample: Source)
     assert sample.table["usage"].value_counts().to_dict() == {"train": 1200, "val": 400, "test": 400}
     assert sample.table["name"].is_unique
     assert set(votes.sum(axis=1)) == {10}
-    keep, label, _ = label_distribution(votes, "majority")
+    keep, label, _ = label_distribution(votes, "majority", 8)
     counts = np.bincount(label[keep], minlength=8) / keep.sum()
     np.testing.assert_allclose(counts, FREQUENCIES, atol=0.04)
     assert 0.93 < keep.mean() < 1
     assert 0 < votes[:, 8:].sum() / votes.sum() < 0.05
-    prior = class_prior(votes, sample.table["name"].to_numpy(), 5)
+    prior = class_prior(votes, sample.table["name"].to_numpy(), 5, CLASSES)
     np.testing.assert_allclose(prior[:5], CONFUSION[:5], atol=0.06)
 
 
@@ -93,7 +102,7 @@ def test_faces_of_one_expression_differ() -> None:
 def test_a_small_network_learns_it_but_not_perfectly(sample: Source) -> None:
     """Four passes over 1,200 images: far above the largest class, below perfect."""
     torch.manual_seed(0)
-    keep, label, _ = label_distribution(votes_of(sample), "majority")
+    keep, label, _ = label_distribution(votes_of(sample), "majority", 8)
     usage = sample.table["usage"].to_numpy()
     pixels = torch.tensor(sample.images[:, None] / 128.0 - 1, dtype=torch.float32)
     labels = torch.tensor(label)

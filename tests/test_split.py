@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from fer.data.dataset import open_data
+from fer.data.found import look
 from fer.data.labels import CLASSES, VOTE_COLUMNS
-from fer.data.sources import read_ferplus
-from fer.data.split import COLUMNS, Splits, count_classes, duplicates, make_splits
+from fer.data.readers import ferplus
+from fer.data.source import Wanted
+from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits
 from fer.errors import UserError
 from pipelines.params import Params, load
 from pipelines.stages.split import split
@@ -23,6 +25,9 @@ from pipelines.stages.split import split
 ROOT = Path(__file__).resolve().parents[1]
 AGAIN = "run `dvc repro --force --single-item download` to make it again"
 LABELS = "data/raw/labels.csv"
+
+
+KIND = Kind(CLASSES, VOTE_COLUMNS, hard=False)
 
 
 def votes(**counts: int) -> dict[str, int]:
@@ -56,7 +61,7 @@ def small_set(*more: dict) -> pd.DataFrame:
 
 
 def majority(rows: pd.DataFrame, drop: bool = False, share: float = 1.0, seed: int = 0) -> Splits:
-    return make_splits(rows, "majority", drop, 5, share, seed)
+    return make_splits(rows, KIND, SplitRules("majority", drop, 5, share, seed))
 
 
 def marked(splits: Splits, name: str, column: str = "duplicate_of") -> dict[str, str]:
@@ -68,20 +73,19 @@ def test_rows_point_into_the_array_and_carry_label_and_target() -> None:
     splits = majority(small_set(row("train", "x", fear=6, sadness=3, unknown=1), row("train", "y", fear=5, sadness=5)))
     assert list(splits.tables) == ["train", "val", "test"]
     train = splits.tables["train"]
-    assert tuple(train.columns) == COLUMNS
+    assert train.columns.tolist() == KIND.columns
     assert train["row"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 24]  # y has no majority
     assert splits.tables["val"]["row"].tolist() == list(range(8, 16))
     last = train.iloc[-1]
     assert last["label"] == CLASSES.index("fear")
     assert (last["fear"], last["sadness"]) == (6 / 9, 3 / 9)
-    assert count_classes(train) == dict.fromkeys(CLASSES, 1) | {"fear": 2}
+    assert count_classes(train, CLASSES) == dict.fromkeys(CLASSES, 1) | {"fear": 2}
 
 
 def test_label_mode_is_for_train_only() -> None:
     unclear = {"fear": 5, "sadness": 5}
-    splits = make_splits(
-        small_set(*(row(usage, usage, **unclear) for usage in ("train", "val"))), "probability", False, 5, 1.0, 0
-    )
+    rows = small_set(*(row(usage, usage, **unclear) for usage in ("train", "val")))
+    splits = make_splits(rows, KIND, SplitRules("probability"))
     assert len(splits.tables["train"]) == 9
     assert len(splits.tables["val"]) == 8
 
@@ -166,7 +170,7 @@ def train_rows(splits: Splits) -> list[int]:
     [(1.0, [41, 25, 4]), (0.7, [29, 18, 3]), (0.3, [12, 8, 1]), (0.1, [4, 2, 1]), (1e-9, [1, 1, 1])],
 )
 def test_train_share_is_that_of_each_class_and_one_image_at_least(share: float, counts: list[int]) -> None:
-    found = count_classes(majority(large_set(), share=share).tables["train"])
+    found = count_classes(majority(large_set(), share=share).tables["train"], CLASSES)
     assert found == dict.fromkeys(CLASSES, 1) | dict(zip(["neutral", "happiness", "contempt"], counts))
 
 
@@ -222,22 +226,93 @@ def test_train_share_is_of_what_the_leaked_images_leave() -> None:
     assert not any(name.startswith("leak") for name in names)
 
 
-def test_a_class_or_split_without_an_image_is_named() -> None:
-    rows = small_set()
+def refused(rows: pd.DataFrame, kind: Kind = KIND, **rules: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        make_splits(rows, kind, SplitRules(**rules))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_class_or_split_without_an_image_is_named_with_what_took_it() -> None:
+    """The numbers, and the setting that did it."""
+    rows = small_set(row("train", "x", disgust=5, fear=5))
     rows.loc[rows["name"].isin(["train-disgust", "train-contempt"]), "usage"] = "test"
-    with pytest.raises(UserError) as caught:
-        majority(rows)
-    assert str(caught.value) == (
-        "no training image of class disgust, contempt (split.label_mode majority): add images of it to the train part"
-        " of data.path or choose another split.label_mode"
+    assert refused(rows) == (
+        "no training image of class disgust (most votes on 1 of 7), contempt (most votes on 0 of 7) passes "
+        "split.label_mode majority: add images of it to the train part of data.path or choose another split.label_mode"
     )
-    rows.loc[rows["usage"] == "val", list(VOTE_COLUMNS)] = 0
-    with pytest.raises(UserError) as caught:
-        majority(rows)
-    assert str(caught.value) == (
-        "split val is empty: no image of it in data/raw/labels.csv has a usable label;"
-        " add images to the val part of data.path"
+    rows.loc[rows["usage"] == "val", list(VOTE_COLUMNS)] = [3, 3, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert refused(rows, label_mode="probability") == (
+        "split val is empty: it has 8 images, and the vote rule (split.label_mode majority) drops all of them as "
+        "unclear: add images with a clear majority to the val part of data.path"
     )
+    assert refused(small_set().query("usage != 'test'")) == (
+        "split test is empty: data.path holds no image of it: add the test part"
+    )
+
+
+def test_single_votes_are_named_as_such() -> None:
+    rows = small_set()
+    rows[list(VOTE_COLUMNS)] //= 10
+    assert refused(rows) == (
+        "split train is empty: none of its 8 images has more than a single vote for any class, and the vote rule "
+        "(split.label_mode majority) takes single votes for noise: if they are labels, write 10 votes instead of 1"
+    )
+
+
+def test_what_drop_leaked_train_empties_is_its_own_message() -> None:
+    rows = small_set(row("test", "train-contempt", name="t", contempt=9))
+    assert refused(rows, drop_leaked_train=True) == (
+        "no training image of class contempt (1) is left: split.drop_leaked_train takes them all, as val or test hold "
+        "the same: set it to false, or add images of the class to train"
+    )
+    copies = small_set(*(row("test", f"train-{name}", **{name: 9}) for name in CLASSES))
+    assert refused(copies, drop_leaked_train=True) == (
+        "split train is empty: split.drop_leaked_train takes all of its 8 images, as val or test hold the same: "
+        "set it to false, or correct the splits of the data set"
+    )
+
+
+HARD = Kind(("glad", "sad"), ("glad", "sad"), hard=True)
+
+
+def labelled(*lines: tuple[str, str, str, str]) -> pd.DataFrame:
+    """Rows of usage, picture, subject and class."""
+    rows = pd.DataFrame(lines, columns=["usage", "name", "subject", "label"])
+    rows["sha1"] = rows["name"]
+    label = rows.pop("label")
+    for name in HARD.classes:
+        rows[name] = (label == name).astype(int)
+    rows.insert(0, "row", range(len(rows)))
+    return rows
+
+
+def test_hard_labels_are_one_hot_and_no_vote_rule_drops_them() -> None:
+    rows = labelled(
+        *((usage, f"{usage}{i}", "", HARD.classes[i % 2]) for usage in ("train", "val", "test") for i in range(4))
+    )
+    for mode in ("majority", "probability"):
+        splits = make_splits(rows, HARD, SplitRules(mode))
+        assert {name: len(part) for name, part in splits.tables.items()} == {"train": 4, "val": 4, "test": 4}
+        assert splits.tables["train"][["label", *HARD.classes]].to_numpy().tolist() == [[0, 1, 0], [1, 0, 1]] * 2
+        assert splits.class_prior is None
+    confusion = [[0.75, 0.25], [0.5, 0.5]]
+    named = Kind(HARD.classes, HARD.vote_columns, True, confusion)
+    found = make_splits(rows, named, SplitRules()).class_prior
+    assert found is not None
+    assert found.tolist() == confusion
+    assert refused(rows[rows["sad"] == 0], HARD) == (
+        "no training image of class sad: add images of it to the train part of data.path"
+    )
+
+
+def test_a_set_without_val_takes_it_out_of_train_alone() -> None:
+    rows = labelled(*(("test" if i % 5 == 0 else "train", f"p{i}", "", HARD.classes[i % 3 == 0]) for i in range(300)))
+    splits = make_splits(rows, HARD, SplitRules(val_share=0.25))
+    assert (splits.held_out, splits.raw_rows) == ({"val": "train"}, {"train": 180, "val": 60, "test": 60})
+    assert splits.tables["test"]["row"].tolist() == list(range(0, 300, 5))
+    val = count_classes(splits.tables["val"], HARD.classes)
+    assert val == {"glad": 40, "sad": 20}  # as in train
 
 
 @pytest.fixture
@@ -251,7 +326,8 @@ def stage_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame
     images = np.random.default_rng(0).integers(0, 256, (len(rows), 6, 6), dtype=np.uint8)
     np.save("data/upscaled/images.npy", images)
     rows.to_csv(LABELS, index=False)
-    facts = {"dataset": "sample", "form": "folders", "label_source": "label_csv"}
+    facts = {"dataset": "sample", "label_source": "label_csv", "labels": "votes", "confusion": None}
+    facts |= {"classes": CLASSES, "vote_columns": VOTE_COLUMNS}
     Path("data/raw/source.json").write_text(json.dumps(facts))
     Path("data/upscaled/upscale.json").write_text(json.dumps({"method": "none", "scale": 1}))
     return rows
@@ -289,7 +365,9 @@ def test_stage_writes_splits_summary_and_plots_to_the_byte(stage_input: pd.DataF
         "label_source": "label_csv",
         "label_mode": "majority",
         "super_resolution": {"method": "none", "scale": 1},
+        "labels": "votes",
         "classes": list(CLASSES),
+        "held_out": {},
         "counts": {"train": ones, "val": ones, "test": ones | {"fear": 2}},
         "totals": {"train": 8, "val": 8, "test": 9},
         "raw_rows": {"train": 8, "val": 8, "test": 9},
@@ -341,9 +419,7 @@ def test_every_setting_reaches_the_splits(stage_input: pd.DataFrame, changes: di
     for settings in (params(), params(**changes)):
         split(settings)
         own = settings.split
-        expected = make_splits(
-            rows, own.label_mode, own.drop_leaked_train, own.prior_min_votes, own.train_share, own.seed
-        )
+        expected = make_splits(rows, KIND, SplitRules(**own.model_dump()))
         assert pd.read_csv("data/splits/train.csv")["row"].tolist() == train_rows(expected)
         summary = json.loads(Path("data/splits/summary.json").read_text())
         np.testing.assert_array_equal(summary["class_prior"], expected.class_prior)
@@ -416,7 +492,11 @@ MISSING = "not found; run `dvc repro download` to make it or `dvc pull` to fetch
         ("labels.csv", "", f"not a table of votes (No columns to parse from file); {AGAIN}"),
         ("source.json", None, MISSING),
         ("source.json", "{", f"not valid JSON; {AGAIN}"),
-        ("source.json", '{"dataset": "sample"}', f"dataset or label_source is missing; {AGAIN}"),
+        (
+            "source.json",
+            '{"dataset": "sample"}',
+            f"dataset or label_source or classes or vote_columns or labels or confusion is missing; {AGAIN}",
+        ),
     ],
 )
 def test_stage_refuses_a_bad_file(stage_input: pd.DataFrame, name: str, text: str | None, message: str) -> None:
@@ -438,18 +518,19 @@ COUNTS = {
 
 @pytest.mark.slow
 def test_ferplus_counts_duplicates_and_share(ferplus_folder: Path) -> None:
-    source = read_ferplus(ferplus_folder, "label_csv")
+    with look(ferplus_folder) as found_there:
+        source = ferplus.read(found_there, Wanted("label_csv"))
     digests = [hashlib.sha1(image.tobytes()).hexdigest() for image in source.images]
     rows = source.table.assign(row=range(len(source.table)), sha1=digests)
     whole, fifth, tenth = (majority(rows, share=share, seed=1) for share in (1.0, 0.2, 0.1))
-    assert {name: list(count_classes(part).values()) for name, part in whole.tables.items()} == COUNTS
+    assert {name: list(count_classes(part, CLASSES).values()) for name, part in whole.tables.items()} == COUNTS
     found = {"val_in_train": 231, "test_in_train": 232, "test_in_val": 22, "within_train": 985}
     assert duplicates(whole.tables) == found
     dropped = majority(rows, drop=True)
     found = {"val_in_train": 0, "test_in_train": 0, "test_in_val": 35, "within_train": 871}
     assert duplicates(dropped.tables) == found
     assert dropped.dropped == 25045 - len(dropped.tables["train"]) == 549
-    assert list(count_classes(tenth.tables["train"]).values()) == [873, 728, 314, 302, 210, 12, 54, 12]
-    assert list(count_classes(tenth.tables["test"]).values()) == COUNTS["test"]
+    assert list(count_classes(tenth.tables["train"], CLASSES).values()) == [873, 728, 314, 302, 210, 12, 54, 12]
+    assert list(count_classes(tenth.tables["test"], CLASSES).values()) == COUNTS["test"]
     leaks = [duplicates(splits.tables)["test_in_train"] for splits in (tenth, fifth, whole)]
     assert 0 < leaks[0] < leaks[1] < leaks[2] == 232

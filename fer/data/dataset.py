@@ -127,8 +127,18 @@ class DataSet:
         feed(digest, "in_val", test.in_val.numpy())
         return digest.hexdigest()[:16]
 
-    def prior(self) -> torch.Tensor:
-        """Class prior, float32 [C, C], row = label (see `labels.class_prior`)."""
+    def prior(self, needed: bool = False) -> torch.Tensor:
+        """Class prior, float32 [C, C], row = label (see `labels.class_prior`); the identity if the data have none.
+
+        Raises UserError in that case if it is `needed`.
+        """
+        if self.summary["class_prior"] is None:
+            if needed:
+                raise UserError(
+                    "loss.name: this loss needs the class prior, which hard labels do not give: name a file with it in "
+                    "data.confusion of params.yaml, or choose another loss"
+                )
+            return torch.eye(len(self.classes))
         return torch.tensor(self.summary["class_prior"], dtype=torch.float32)
 
     def split(self, name: str) -> Split:

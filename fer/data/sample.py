@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
 from fer.data.labels import CLASSES, VOTE_COLUMNS
-from fer.data.sources import SIDE, VOTES_CSV
+from fer.data.readers.fer2013 import SIDE
+from fer.data.readers.ferplus import VOTES_CSV
 
 VOTERS = 10
 CLEAR_VOTES = 6  # out of ten: a winner under every vote rule and for the class prior

@@ -7,55 +7,85 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fer.data.labels import CLASSES, VOTE_COLUMNS, class_prior, label_distribution
+from fer.data.holdout import hold_out
+from fer.data.labels import DROPPED, class_prior, label_distribution
 from fer.errors import UserError
 
 SPLITS = ("train", "val", "test")
-COLUMNS = ("row", "name", "label", *CLASSES, "subject", "duplicate_of", "duplicate_in")
 SEARCHED = {"train": ("train",), "val": ("train",), "test": ("train", "val")}  # for duplicates, in this order
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the columns of votes mean."""
+
+    classes: Sequence[str]
+    vote_columns: Sequence[str]  # the classes, and perhaps unknown and NF
+    hard: bool  # one vote an image: its label
+    confusion: Sequence[Sequence[float]] | None = None  # [C, C], row = label: the class prior of hard labels
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the table of a split."""
+        return ["row", "name", "label", *self.classes, "subject", "duplicate_of", "duplicate_in"]
+
+
+@dataclass(frozen=True)
+class SplitRules:
+    """The settings of `make_splits`, as in params.yaml."""
+
+    label_mode: str = "majority"
+    drop_leaked_train: bool = False
+    prior_min_votes: int = 5
+    train_share: float = 1.0
+    seed: int = 0
+    val_share: float = 0.1
+    test_share: float = 0.2
 
 
 @dataclass(frozen=True)
 class Splits:
     """The result of `make_splits`."""
 
-    tables: dict[str, pd.DataFrame]  # by split, with COLUMNS
-    class_prior: np.ndarray  # float64 [8, 8], row = label
+    tables: dict[str, pd.DataFrame]  # by split, with `Kind.columns`
+    class_prior: np.ndarray | None  # float64 [C, C], row = label; None for hard labels without a confusion
     dropped: int  # training images left out because val or test hold the same pixels
+    raw_rows: dict[str, int]  # images of each split before the vote rule
+    held_out: dict[str, str]  # split that the data set lacks -> what it was taken from
 
 
-def read_labels(path: str | Path, images: int) -> pd.DataFrame:
-    """The table of all images: row, name, usage, subject, VOTE_COLUMNS, sha1; row i describes image i.
+def read_labels(path: str | Path, images: int, vote_columns: Sequence[str]) -> pd.DataFrame:
+    """The table of all images: row, name, usage, subject, `vote_columns`, sha1; row i describes image i.
 
-    Raises UserError if it is missing, malformed or does not have exactly `images` rows.
+    `usage` is empty in a data set without splits. Raises UserError if the table is missing, malformed or does not have
+    exactly `images` rows.
     """
     remedy = "run `dvc repro --force --single-item download` to make it again"
     text = {"name": str, "usage": str, "subject": str, "sha1": str}
     try:
-        rows = pd.read_csv(path, dtype=text | dict.fromkeys(["row", *VOTE_COLUMNS], np.int64), keep_default_na=False)
+        rows = pd.read_csv(path, dtype=text | dict.fromkeys(["row", *vote_columns], np.int64), keep_default_na=False)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run `dvc repro download` to make it or `dvc pull` to fetch it") from None
     except ValueError as error:
         raise UserError(f"{path}: not a table of votes ({str(error).splitlines()[0]}); {remedy}") from None
-    missing = [name for name in ("row", *text, *VOTE_COLUMNS) if name not in rows]
+    missing = [name for name in ("row", *text, *vote_columns) if name not in rows]
     if missing:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; {remedy}")
     if len(rows) != images or not (rows["row"] == np.arange(len(rows))).all():
         raise UserError(f"{path}: its {len(rows)} rows do not match the {images} images, one row each; {remedy}")
     unknown = sorted(set(rows["usage"]) - set(SPLITS))
-    if unknown:
-        raise UserError(f"{path}: usage '{unknown[0]}' is none of {', '.join(SPLITS)}; {remedy}")
-    if (rows[list(VOTE_COLUMNS)] < 0).any(axis=None):
+    if (unknown and unknown != list(set(rows["usage"]))) or unknown not in ([], [""]):
+        raise UserError(f"{path}: usage '{unknown[-1]}' is none of {', '.join(SPLITS)}; {remedy}")
+    if (rows[list(vote_columns)] < 0).any(axis=None):
         raise UserError(f"{path}: holds negative votes; {remedy}")
     return rows
 
 
-def make_splits(
-    rows: pd.DataFrame, label_mode: str, drop_leaked_train: bool, prior_min_votes: int, train_share: float, seed: int
-) -> Splits:
+def make_splits(rows: pd.DataFrame, kind: Kind, settings: SplitRules) -> Splits:
     """Label the images, mark duplicates and compute the class prior; `rows` as `read_labels` returns them.
 
-    `label_mode` applies to train; val and test always use the majority, as in the official trainer.
+    Where the data set has no val or test, they are held out (`holdout.hold_out`).
+    `label_mode` applies to the votes of train; val and test always use the majority, as in the official trainer.
     `duplicate_of` names an image with the same pixels: for test one in train, otherwise one in val; for val one in
     train; for train the first copy. It is the image's name, or its row if it has none; the first if there are several.
     `duplicate_in` is the split of that image. Both are empty if there is none.
@@ -63,66 +93,124 @@ def make_splits(
     Of the rest, train keeps the fraction `train_share` (in (0, 1]) of each class: round(share n) images, at least one,
     drawn with `seed`; a smaller share is a subset of a larger one. Images left out do not count as duplicates.
     The prior comes from all raw rows of train but the leaked ones, by the published recipe (`labels.class_prior`). It
-    describes the voters, so `train_share` does not change it.
-    Raises UserError for an empty split or a class without a training image.
+    describes the voters, so `train_share` does not change it. Hard labels have that of `kind.confusion`, or none.
+    Raises UserError for an empty split or a class without a training image, with the numbers and what took them.
     """
-    tables = {
-        split: _labelled(rows[rows["usage"] == split], label_mode if split == "train" else "majority")
-        for split in SPLITS
-    }
-    raw = rows[rows["usage"] == "train"]
-    dropped = 0
-    if drop_leaked_train:
-        held_out = pd.concat([tables["val"]["sha1"], tables["test"]["sha1"]])
-        leaked = tables["train"]["sha1"].isin(held_out)
-        dropped = int(leaked.sum())
-        tables["train"] = tables["train"][~leaked]
-        raw = raw[~raw["sha1"].isin(held_out)]
-    _refuse_gaps(tables, label_mode)
-    tables["train"] = _share(tables["train"], train_share, seed)
-    prior = class_prior(raw[list(VOTE_COLUMNS)].to_numpy(), raw["name"].to_numpy(), prior_min_votes)
-    return Splits(_mark_duplicates(tables), prior, dropped)
+    held_out = _missing(rows)
+    if held_out:
+        labels = _labels(rows, kind, "majority")[1]
+        rows = hold_out(rows, labels, settings.val_share, settings.test_share, settings.seed)
+    modes = {"train": settings.label_mode, "val": "majority", "test": "majority"}
+    raw = {split: rows[rows["usage"] == split] for split in SPLITS}
+    tables = {split: _labelled(raw[split], kind, modes[split]) for split in SPLITS}
+    leaked = pd.Series(False, index=tables["train"].index)
+    train = raw["train"]
+    if settings.drop_leaked_train:
+        elsewhere = pd.concat([tables["val"]["sha1"], tables["test"]["sha1"]])
+        leaked = tables["train"]["sha1"].isin(elsewhere)
+        train = train[~train["sha1"].isin(elsewhere)]
+    _refuse_gaps(tables, raw, leaked, kind, settings)
+    tables["train"] = _share(tables["train"][~leaked], len(kind.classes), settings)
+    if kind.hard:
+        prior = None if kind.confusion is None else np.array(kind.confusion, np.float64)
+    else:
+        votes = train[list(kind.vote_columns)].to_numpy()
+        prior = class_prior(votes, train["name"].to_numpy(), settings.prior_min_votes, kind.classes)
+    counts = {split: len(part) for split, part in raw.items()}
+    return Splits(_mark_duplicates(tables, kind), prior, int(leaked.sum()), counts, held_out)
 
 
-def count_classes(table: pd.DataFrame) -> dict[str, int]:
+def count_classes(table: pd.DataFrame, classes: Sequence[str]) -> dict[str, int]:
     """Images per class of one split, including classes without any."""
-    counts = np.bincount(table["label"], minlength=len(CLASSES))
-    return dict(zip(CLASSES, counts.tolist(), strict=True))
+    counts = np.bincount(table["label"], minlength=len(classes))
+    return dict(zip(classes, counts.tolist(), strict=True))
 
 
-def _labelled(rows: pd.DataFrame, mode: str) -> pd.DataFrame:
-    keep, label, target = label_distribution(rows[list(VOTE_COLUMNS)].to_numpy(), mode)
+def _missing(rows: pd.DataFrame) -> dict[str, str]:
+    """The splits that the data set lacks, and what they are taken from."""
+    usages = set(rows["usage"])
+    lacking = {"test": "all", "val": "all"} if usages == {""} else {} if "val" in usages else {"val": "train"}
+    by = ", by subject" if (rows["subject"] != "").any() else ""
+    return {split: source + by for split, source in lacking.items()}
+
+
+def _labels(rows: pd.DataFrame, kind: Kind, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `label_distribution`; hard labels are their own."""
+    votes = rows[list(kind.vote_columns)].to_numpy()
+    if not kind.hard:
+        return label_distribution(votes, mode, len(kind.classes))
+    keep = votes.sum(axis=1) > 0
+    return keep, np.where(keep, votes.argmax(axis=1) if len(votes) else 0, DROPPED), votes.astype(np.float64)
+
+
+def _labelled(rows: pd.DataFrame, kind: Kind, mode: str) -> pd.DataFrame:
+    keep, label, target = _labels(rows, kind, mode)
     kept = rows.loc[keep, ["row", "name"]].assign(label=label[keep])
-    kept[list(CLASSES)] = target[keep]
+    kept[list(kind.classes)] = target[keep]
     return kept.assign(subject=rows.loc[keep, "subject"], sha1=rows.loc[keep, "sha1"]).reset_index(drop=True)
 
 
-def _refuse_gaps(tables: dict[str, pd.DataFrame], label_mode: str) -> None:
+def _refuse_gaps(
+    tables: dict[str, pd.DataFrame], raw: dict[str, pd.DataFrame], leaked: pd.Series, kind: Kind, settings: SplitRules
+) -> None:
+    """Raise UserError for a split or a class of train without images, with the numbers and the setting that did it."""
+    mode = {"train": settings.label_mode}
     for split, table in tables.items():
-        if table.empty:
+        rows = raw[split]
+        if rows.empty:
+            raise UserError(f"split {split} is empty: data.path holds no image of it: add the {split} part")
+        if not table.empty:
+            continue
+        rule = f"the vote rule (split.label_mode {mode.get(split, 'majority')})"
+        if rows[list(kind.vote_columns)].to_numpy().max() <= 1:
             raise UserError(
-                f"split {split} is empty: no image of it in data/raw/labels.csv has a usable label;"
-                f" add images to the {split} part of data.path"
+                f"split {split} is empty: none of its {len(rows)} images has more than a single vote for any class, "
+                f"and {rule} takes single votes for noise: if they are labels, write 10 votes instead of 1"
             )
-    absent = [name for name, count in count_classes(tables["train"]).items() if count == 0]
-    if absent:
         raise UserError(
-            f"no training image of class {', '.join(absent)} (split.label_mode {label_mode}):"
-            " add images of it to the train part of data.path or choose another split.label_mode"
+            f"split {split} is empty: it has {len(rows)} images, and {rule} drops all of them as unclear: "
+            f"add images with a clear majority to the {split} part of data.path"
+        )
+    if leaked.all():
+        raise UserError(
+            f"split train is empty: split.drop_leaked_train takes all of its {len(leaked)} images, "
+            "as val or test hold the same: set it to false, or correct the splits of the data set"
+        )
+    counts = count_classes(tables["train"], kind.classes)
+    left = count_classes(tables["train"][~leaked], kind.classes)
+    absent = [name for name, count in left.items() if count == 0]
+    taken = [f"{name} ({counts[name]})" for name in absent if counts[name]]
+    if taken:
+        raise UserError(
+            f"no training image of class {', '.join(taken)} is left: split.drop_leaked_train takes them all, "
+            "as val or test hold the same: set it to false, or add images of the class to train"
+        )
+    if absent:
+        votes = raw["train"][list(kind.vote_columns)].to_numpy()
+        winner = np.where(votes.any(axis=1), votes.argmax(axis=1), -1)
+        found = [
+            f"{name} (most votes on {(winner == kind.classes.index(name)).sum()} of {len(votes)})" for name in absent
+        ]
+        add = "add images of it to the train part of data.path"
+        if kind.hard:
+            raise UserError(f"no training image of class {', '.join(absent)}: {add}")
+        raise UserError(
+            f"no training image of class {', '.join(found)} passes split.label_mode {settings.label_mode}: "
+            f"{add} or choose another split.label_mode"
         )
 
 
-def _share(train: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+def _share(train: pd.DataFrame, classes: int, settings: SplitRules) -> pd.DataFrame:
     """A random subset of each class, in the order of the rows."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(settings.seed)
     kept = []
-    for label in range(len(CLASSES)):
+    for label in range(classes):
         order = rng.permutation(np.flatnonzero(train["label"] == label))
-        kept.append(order[: max(1, round(share * len(order)))])
+        kept.append(order[: max(1, round(settings.train_share * len(order)))])
     return train.iloc[np.sort(np.concatenate(kept))]
 
 
-def _mark_duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def _mark_duplicates(tables: dict[str, pd.DataFrame], kind: Kind) -> dict[str, pd.DataFrame]:
     firsts = {split: _first_copies(tables[split]) for split in ("train", "val")}
     marked = {}
     for split, table in tables.items():
@@ -134,7 +222,7 @@ def _mark_duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
             if split == other:
                 here &= table["sha1"].duplicated()  # the first copy is the original
             original[here], place[here] = found[here], other
-        marked[split] = table.assign(duplicate_of=original, duplicate_in=place)[list(COLUMNS)]
+        marked[split] = table.assign(duplicate_of=original, duplicate_in=place)[kind.columns]
     return marked
 
 
@@ -159,6 +247,6 @@ def duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, int]:
     }
 
 
-def write_table(table: pd.DataFrame, path: Path, columns: Sequence[str] = COLUMNS) -> None:
+def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write one split as CSV with `\\n` line ends and shortest exact numbers, so that equal tables give equal bytes."""
-    table.to_csv(path, columns=list(columns), index=False, lineterminator="\n")
+    table.to_csv(path, index=False, lineterminator="\n")

@@ -1,19 +1,28 @@
 """Stage download: the data set that params.yaml names -> data/raw, an array of images and a table of votes."""
 
+import csv
 import hashlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-from fer.data.images import write_images
-from fer.data.labels import VOTE_COLUMNS
+import numpy as np
+from tqdm import tqdm
+
+from fer.data.datasets import DATASETS, counted
+from fer.data.found import Found, look
+from fer.data.images import allocate_images, write_rows
+from fer.data.readers import ferplus
 from fer.data.sample import write_sample
-from fer.data.sources import Source, read_ferplus
+from fer.data.source import TEXT_COLUMNS, Source, Wanted
+from fer.errors import UserError
 from fer.files import new_folder
 from pipelines.params import Data, Params
 from pipelines.stages import fetch, run
 
 TARGET = Path("data/raw")
+NAMED = 3  # of what was left out, in source.json
 
 
 def download(params: Params) -> None:
@@ -21,32 +30,113 @@ def download(params: Params) -> None:
 
     Raises UserError if the data set is missing, damaged or inconsistent; data/raw then stays as it was.
     """
-    source = _sample(params.data) if params.data.dataset == "sample" else _ferplus(params.data)
-    table = source.table.assign(row=range(len(source.table)))
-    table["sha1"] = [hashlib.sha1(image.tobytes()).hexdigest() for image in source.images]
+    data = params.data
+    if data.dataset == "sample":
+        _sample(data)
+        return
+    path = Path(data.path)
+    with look(path) as found:
+        fetched = _fill(found, data)
+    with look(path) as found:
+        source = DATASETS[data.dataset].read(found, _wanted(data))
+        _write(source, data.dataset, _confusion(found, data.confusion, source))
+    _report(path, data.dataset, source, fetched)
+
+
+def _sample(data: Data) -> None:
+    """The drawn faces, read from the same files as FER+."""
+    with tempfile.TemporaryDirectory() as name:
+        write_sample(Path(name), data.sample.train, data.sample.val, data.sample.test, data.sample.seed)
+        with look(Path(name)) as found:
+            _write(ferplus.read(found, Wanted()), "sample", None)
+
+
+def _wanted(data: Data) -> Wanted:
+    return Wanted(data.label_source, data.subject_pattern, data.size, tuple(data.classes) if data.classes else None)
+
+
+def _fill(found: Found, data: Data) -> bool:
+    missing = DATASETS[data.dataset].download
+    if not missing:
+        return False
+    return fetch.fill(found, data.kaggle_competition, data.votes_url, data.votes_sha256, "votes" in missing)
+
+
+def _write(source: Source, dataset: str, confusion: list[list[float]] | None) -> None:
+    """The files of data/raw, chunk by chunk, so that large data sets need no memory for all of their images."""
     facts = source.facts | {
-        "images": {usage: int((table["usage"] == usage).sum()) for usage in ("train", "val", "test")},
-        "vote_columns": list(VOTE_COLUMNS),
+        "dataset": dataset,
+        "form": source.form,
+        "labels": source.labels,
+        "label_source": source.facts.get("label_source", source.form),
+        "classes": list(source.classes),
+        "vote_columns": list(source.vote_columns),
+        "images": _counts(source),
+        "read": source.read,
+        "left_out": {
+            reason: {"count": len(names), "first": names[:NAMED]} for reason, names in source.left_out.items()
+        },
+        "confusion": confusion,
     }
     with new_folder(TARGET) as folder:
-        write_images(folder / "images.npy", source.images)
-        columns = ["row", "name", "usage", "subject", *VOTE_COLUMNS, "sha1"]
+        allocate_images(folder / "images.npy", source.images.shape)
+        digests: list[str] = []
+        for chunk in tqdm(source.chunks(), desc="images", unit=" chunks", disable=None):
+            with (folder / "images.npy").open("r+b") as file:
+                write_rows(file, len(digests), chunk)
+            digests += [hashlib.sha1(image.tobytes()).hexdigest() for image in chunk]
+        table = source.table.assign(row=range(len(source.table)), sha1=digests)
+        columns = ["row", *TEXT_COLUMNS, *source.vote_columns, "sha1"]
         table.to_csv(folder / "labels.csv", columns=columns, index=False, lineterminator="\n")
         (folder / "source.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def _sample(data: Data) -> Source:
-    """The drawn faces, read from the same files as FER+."""
-    with tempfile.TemporaryDirectory() as name:
-        write_sample(Path(name), data.sample.train, data.sample.val, data.sample.test, data.sample.seed)
-        source = read_ferplus(Path(name), "auto")
-    return Source(source.images, source.table, source.facts | {"dataset": "sample"})
+def _counts(source: Source) -> dict[str, int]:
+    """Images of each split that there is; under an empty name for a data set without splits."""
+    usages = source.table["usage"]
+    return {usage: int(count) for usage in ("train", "val", "test", "") if (count := (usages == usage).sum())}
 
 
-def _ferplus(data: Data) -> Source:
-    path = Path(data.path)
-    fetch.fill(path, data.kaggle_competition, data.votes_url, data.votes_sha256)
-    return read_ferplus(path, data.label_source)
+def _confusion(found: Found, name: str | None, source: Source) -> list[list[float]] | None:
+    """The rows of the file that `data.confusion` names, in the order of the classes, each divided by its sum."""
+    if name is None:
+        return None
+    entry = next((entry for entry in found.entries if entry.name == name), None)
+    if entry is None:
+        raise UserError(f"data.confusion: {found.root / name} not found: give its path relative to data.path")
+    lines = [row for row in csv.reader(entry.read().decode("utf-8-sig", "replace").splitlines()) if any(row)]
+    header = [text.strip() for text in lines[0][1:]] if lines else []
+    rows = {line[0].strip(): line[1:] for line in lines[1:]}
+    if sorted(header) != sorted(source.classes) or sorted(rows) != sorted(source.classes):
+        raise UserError(f"data.confusion: {entry} must have a row and a column for each of {', '.join(source.classes)}")
+    try:
+        shares = np.array([[float(rows[a][header.index(b)]) for b in source.classes] for a in source.classes])
+    except (ValueError, IndexError):
+        raise UserError(f"data.confusion: {entry} must hold a number in every cell") from None
+    if not np.isfinite(shares).all() or (shares < 0).any() or not (shares.sum(axis=1) > 0).all():
+        raise UserError(f"data.confusion: {entry} must hold numbers from 0 up, and some above 0 in every row")
+    return (shares / shares.sum(axis=1, keepdims=True)).tolist()
+
+
+def _report(path: Path, dataset: str, source: Source, fetched: bool) -> None:
+    """A line of what was read, and one of what was left out."""
+    counts = _counts(source)
+    images = ", ".join(f"{count:,} {usage or 'images'}" for usage, count in counts.items())
+    agrees = (
+        f"; emotion fits the votes of {source.facts['emotion_agrees']:.1%}" if "emotion_agrees" in source.facts else ""
+    )
+    how = "downloaded to" if fetched else "in"
+    lines = [f"{dataset}: {images}{counted(dataset, counts)}; read {', '.join(source.read)} {how} {path}{agrees}"]
+    if resized := getattr(source.images, "resized", 0):
+        side = f"{source.images.shape[2]}x{source.images.shape[1]}"
+        lines.append(f"resized to {side} pixels: {resized:,} of {len(source.images):,} images (data.size)")
+    if source.left_out:
+        parts = (
+            f"{reason}: {len(names):,} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for reason, names in source.left_out.items()
+        )
+        lines.append(f"left out: {'; '.join(parts)}")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Download FER+ into an empty folder: the images from their Kaggle competition, the votes from microsoft/FERPlus."""
+"""Download FER2013 or FER+ into an empty folder: images from their Kaggle competition, votes from microsoft/FERPlus."""
 
 import hashlib
 import http.client
@@ -7,26 +7,34 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from fer.data.sources import KAGGLE_FILES, VOTES_CSV, find_ferplus, find_votes
+from fer.data.found import Found
+from fer.data.readers.fer2013 import IMAGE_CSVS, pixel_tables
+from fer.data.readers.ferplus import VOTES_CSV, look_for
 from fer.errors import UserError, disk_error
 from fer.files import write_bytes
 
 TIMEOUT = 30  # seconds without a response
+KAGGLE_FILES = (IMAGE_CSVS[0], "fer2013.tar.gz", IMAGE_CSVS[1])  # the first that exists is taken
 
 
-def fill(folder: Path, competition: str, votes_url: str, votes_sha256: str) -> None:
-    """Download the missing files of FER+ to `folder`: images and votes if it is empty, votes if it has Kaggle images.
+def fill(found: Found, competition: str, votes_url: str, votes_sha256: str, votes: bool = True) -> bool:
+    """Download what is missing to data.path: images if it is empty, and votes if it has rows of pixels without.
 
-    A folder with nothing but README.md, hidden files and fer2013new.csv counts as empty. Any other path is left alone;
-    reading it later reports what is wrong. Raises UserError if a download fails; no file is left half-written.
+    A folder with nothing but README.md, fer2013new.csv and what `Found` leaves out counts as empty. Anything else is
+    left alone; reading it later reports what is wrong. Returns whether something was downloaded. Raises UserError if
+    a download fails; no file is left half-written.
     """
+    folder = found.path
     if not folder.is_dir():
-        return
-    found = find_ferplus(folder)
-    if found is None and _is_empty(folder):
-        found = _fetch_images(folder, competition)
-    if found is not None and found.is_file() and find_votes(found, folder) is None:
-        fetch_votes(folder / VOTES_CSV, votes_url, votes_sha256)
+        return False
+    empty = all(entry.name in ("README.md", VOTES_CSV) for entry in found.entries)
+    if empty:
+        _fetch_images(folder, competition)
+    rows = empty or (bool(pixel_tables(found)) and not look_for(found).pictures)
+    if not votes or not rows or any(entry.base.lower() == VOTES_CSV for entry in found.entries):
+        return empty
+    fetch_votes(folder / VOTES_CSV, votes_url, votes_sha256)
+    return True
 
 
 def fetch_votes(target: Path, url: str, sha256: str) -> None:
@@ -52,27 +60,23 @@ def fetch_votes(target: Path, url: str, sha256: str) -> None:
     write_bytes(target, content)
 
 
-def _is_empty(folder: Path) -> bool:
-    names = {child.name for child in folder.iterdir()}
-    return all(name.startswith(".") or name in ("README.md", VOTES_CSV) for name in names)
-
-
-def _fetch_images(folder: Path, competition: str) -> Path:
+def _fetch_images(folder: Path, competition: str) -> None:
     """Download the files of the competition and copy the one with the images to `folder`."""
     page = f"https://www.kaggle.com/competitions/{competition}"
     try:
         import kagglehub
 
-        found = find_ferplus(Path(kagglehub.competition_download(competition)))
+        fetched = Path(kagglehub.competition_download(competition))
     except Exception as error:  # noqa: BLE001  kagglehub raises its own errors, those of requests and built-in ones
         full = disk_error(error, folder) if isinstance(error, OSError) else None
         raise full or _refused(folder, page, _reason(error)) from None
-    if found is None or found.is_dir():
+    images = next((file for name in KAGGLE_FILES for file in sorted(fetched.rglob(name)) if file.is_file()), None)
+    if images is None:
         raise _refused(folder, page, f"it has none of {', '.join(KAGGLE_FILES)}")
-    partial = folder / f".{found.name}.partial"
+    partial = folder / f".{images.name}.partial"
     try:
-        shutil.copyfile(found, partial)
-        return partial.replace(folder / found.name)
+        shutil.copyfile(images, partial)
+        partial.replace(folder / images.name)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -8,8 +8,7 @@ import pandas as pd
 
 from fer.data.charts import bar_chart, contact_sheet
 from fer.data.images import open_images, sha256
-from fer.data.labels import CLASSES
-from fer.data.split import Splits, count_classes, duplicates, make_splits, read_labels, write_table
+from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits, read_labels, write_table
 from fer.errors import UserError
 from fer.files import new_folder
 from pipelines.params import Params
@@ -27,26 +26,25 @@ def split(params: Params) -> None:
     Raises UserError if a stage before left no valid data, or a split or class would be empty.
     """
     config = params.split
-    source = _facts(RAW / "source.json", "download", "dataset", "label_source")
+    needed = "dataset", "label_source", "classes", "vote_columns", "labels", "confusion"
+    source = _facts(RAW / "source.json", "download", *needed)
+    kind = Kind(source["classes"], source["vote_columns"], source["labels"] == "hard", source["confusion"])
     images = open_images(IMAGES, "upscale")
-    rows = read_labels(RAW / "labels.csv", len(images))
-    splits = make_splits(
-        rows, config.label_mode, config.drop_leaked_train, config.prior_min_votes, config.train_share, config.seed
-    )
+    rows = read_labels(RAW / "labels.csv", len(images), kind.vote_columns)
+    splits = make_splits(rows, kind, SplitRules(**config.model_dump()))
     with new_folder(SPLITS) as folder:
         for name, table in splits.tables.items():
             write_table(table, folder / f"{name}.csv")
-        summary = _summary(splits, source, images) | {
+        summary = _summary(splits, kind, source, images) | {
             "label_mode": config.label_mode,
             "prior_min_votes": config.prior_min_votes,
             "train_share": config.train_share,
             "seed": config.seed,
             "super_resolution": _facts(UPSCALED / "upscale.json", "upscale", "method", "scale"),
-            "raw_rows": {name: int((rows["usage"] == name).sum()) for name in splits.tables},
         }
         _write(folder / "summary.json", summary)
         _write(folder / "metrics.json", _metrics(summary))
-        _plots(folder / "plots", splits, images, source["dataset"])
+        _plots(folder / "plots", splits, kind, images, source["dataset"])
 
 
 def _metrics(summary: dict) -> dict:
@@ -77,15 +75,18 @@ def _facts(path: Path, stage: str, *keys: str) -> dict:
     return facts
 
 
-def _summary(splits: Splits, source: dict, images: np.ndarray) -> dict:
-    counts = {name: count_classes(table) for name, table in splits.tables.items()}
+def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray) -> dict:
+    counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     return {
         "dataset": source["dataset"],
         "label_source": source["label_source"],
-        "classes": list(CLASSES),
+        "labels": source["labels"],
+        "classes": list(kind.classes),
         "counts": counts,
         "totals": {name: sum(classes.values()) for name, classes in counts.items()},
-        "class_prior": splits.class_prior.tolist(),
+        "raw_rows": splits.raw_rows,
+        "held_out": splits.held_out,
+        "class_prior": None if splits.class_prior is None else splits.class_prior.tolist(),
         "duplicates": duplicates(splits.tables),
         "dropped_leaked_train": splits.dropped,
         "images": len(images),
@@ -94,17 +95,17 @@ def _summary(splits: Splits, source: dict, images: np.ndarray) -> dict:
     }
 
 
-def _plots(folder: Path, splits: Splits, images: np.ndarray, dataset: str) -> None:
+def _plots(folder: Path, splits: Splits, kind: Kind, images: np.ndarray, dataset: str) -> None:
     """The class balance as table and picture; a contact sheet for the drawn faces only, as real ones are private."""
     folder.mkdir()
-    counts = {name: count_classes(table) for name, table in splits.tables.items()}
+    counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     lines = [(name, label, count) for name, classes in counts.items() for label, count in classes.items()]
     table = pd.DataFrame(lines, columns=["split", "class", "images"])
     table.to_csv(folder / "class_balance.csv", index=False, lineterminator="\n")
     bar_chart(counts).save(folder / "class_balance.png")
     if dataset == "sample":
         train = splits.tables["train"]
-        first = {name: train.loc[train["label"] == label, "row"].head(12) for label, name in enumerate(CLASSES)}
+        first = {name: train.loc[train["label"] == label, "row"].head(12) for label, name in enumerate(kind.classes)}
         contact_sheet({name: images[rows.to_numpy()] for name, rows in first.items()}).save(
             folder / "contact_sheet.png"
         )

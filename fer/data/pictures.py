@@ -1,0 +1,146 @@
+"""Pictures of a data set, decoded when they are asked for: upright, cropped, of one size, all grey or all in colour."""
+
+import io
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from fer.data.found import Entry, what_it_is
+from fer.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+SIDE = 112  # pixels, of images whose sizes differ
+CHUNK = 256  # images
+GREY = ("1", "L", "LA", "La")
+NAMED = 3  # faulty pictures that a message names
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright picture
+
+
+class Pictures:
+    """uint8 [N, H, W], or [N, H, W, 3] if any picture has colour; `shape` is known before any is decoded.
+
+    Pictures of one size keep it. If their sizes differ, or `size` is given, the largest square in the middle of each is
+    resized to `size` pixels (SIDE without). `boxes`: the part of each picture that counts, None for all of it.
+    Raises UserError, which names them, for pictures that cannot be opened.
+    """
+
+    def __init__(self, entries: Sequence[Entry], size: int | None = None, boxes: Sequence[Box | None] | None = None):
+        self.entries = entries
+        self.boxes: Sequence[Box | None] = boxes or [None] * len(entries)
+        faults, sizes, modes = [], [], set()
+        for entry, box in zip(tqdm(entries, desc="sizes", unit=" images", disable=None), self.boxes, strict=True):
+            try:
+                found, mode = _survey(entry, box)
+            except UserError as error:
+                faults.append(str(error))
+            else:
+                sizes.append(found)
+                modes.add(mode)
+        _refuse(faults, len(entries))
+        self.grey = all(mode in GREY for mode in modes)
+        side = size or (SIDE if len(set(sizes)) > 1 else None)
+        self.width, self.height = (side, side) if side else (sizes[0] if sizes else (0, 0))
+        self.resized = sum(found != (self.width, self.height) for found in sizes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array of all images."""
+        return (len(self.entries), self.height, self.width, *(() if self.grey else (3,)))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The images, CHUNK at a time, in order. Raises UserError at the end for all pictures that were damaged."""
+        faults = []
+        for first in range(0, len(self.entries), CHUNK):
+            entries = self.entries[first : first + CHUNK]
+            images = np.zeros((len(entries), *self.shape[1:]), np.uint8)
+            for row, entry in enumerate(entries):
+                try:
+                    images[row] = self._decoded(entry, self.boxes[first + row])
+                except UserError as error:
+                    faults.append(str(error))
+            yield images
+        _refuse(faults, len(self.entries))
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.zeros((0, *self.shape[1:]), np.uint8), *self.chunks()])
+
+    def _decoded(self, entry: Entry, box: Box | None) -> np.ndarray:
+        content = entry.read()
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                image = _upright(opened).convert("L" if self.grey else "RGB")
+        except UNREADABLE as error:
+            raise UserError(f"{entry}: {fault(content, error)}") from None
+        left, top, right, bottom = _inside(box, image.size)
+        width, height = right - left, bottom - top
+        if (width, height) == (self.width, self.height):
+            return np.asarray(image.crop((left, top, right, bottom)))
+        side = min(width, height)
+        left, top = left + (width - side) // 2, top + (height - side) // 2
+        square = (left, top, left + side, top + side)
+        return np.asarray(image.resize((self.width, self.height), Image.Resampling.BICUBIC, square))
+
+
+def fault(content: bytes, error: Exception, remedy: str = "replace it or delete it") -> str:
+    """Why a picture of these bytes, on which Pillow raised `error`, cannot be read, and the remedy."""
+    if (other := what_it_is(content)) is not None:
+        return other
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"is no picture that can be read ({', '.join(FORMATS)}): {remedy}"
+    return f"is truncated or damaged ({str(error).splitlines()[0] or type(error).__name__}): {remedy}"
+
+
+def _survey(entry: Entry, box: Box | None) -> tuple[tuple[int, int], str]:
+    """Width and height of what counts of a picture, and its mode, from its first bytes."""
+    with entry.opened() as stream:
+        try:
+            with Image.open(stream, formats=FORMATS) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise UserError(f"{entry}: has more than 8 bits a pixel: convert it to 8")
+                size = image.size
+                if _turned(image):
+                    size = size[::-1]
+                mode = image.mode
+        except UNREADABLE as error:
+            raise UserError(f"{entry}: {fault(entry.head, error)}") from None
+    left, top, right, bottom = _inside(box, size)
+    if right <= left or bottom <= top:
+        raise UserError(f"{entry}: is {size[0]}x{size[1]} pixels, and its box {box} lies outside: correct the box")
+    return (right - left, bottom - top), mode
+
+
+def _has_exif(image: Image.Image) -> bool:
+    """Whether there may be a rotation; of a PNG it would have to be decoded to look behind the pixels."""
+    return image.format != "PNG" or "exif" in image.info
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF says that the picture lies on its side."""
+    return image.format != "TIFF" and _has_exif(image) and image.getexif().get(0x0112, 1) > 4
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _has_exif(image) else image
+
+
+def _inside(box: Box | None, size: tuple[int, int]) -> Box:
+    """The part of `box` that lies in a picture of this width and height."""
+    width, height = size
+    if box is None:
+        return 0, 0, width, height
+    return max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
+
+
+def _refuse(faults: list[str], total: int) -> None:
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        raise UserError(f"{len(faults)} of {total} pictures cannot be read: {'; '.join(faults[:NAMED])}{more}")

@@ -1,0 +1,207 @@
+"""A table of pictures, csv or parquet: a row a face, with its path and a label, or a column of votes for each class."""
+
+import io
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fer.data.found import Entry, Found, one_of, printable
+from fer.data.labels import NO_EMOTION
+from fer.data.pictures import Box, Pictures
+from fer.data.readers.folders import USAGES, in_order
+from fer.data.rows import header, table, whole
+from fer.data.source import Face, Source, Wanted, left_over, of_faces, subjects_of
+from fer.errors import UserError
+
+COLUMNS = {  # what a column is -> its possible names
+    "path": ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "pth"),
+    "label": ("label", "emotion", "expression", "class"),
+    "split": ("split", "usage", "set", "partition"),
+    "subject": ("subject", "subject_id", "person"),
+    "box": ("box", "bbox"),
+}
+REMEDY = "; one table has a row for every picture, with a column split"
+
+
+def read(found: Found, wanted: Wanted) -> Source:
+    """Read the only table in data.path, and the pictures that it names, relative to itself or to data.path.
+
+    Without a column for the label, every other column holds the votes for the class of its name. Raises UserError, with
+    file and row, for what is missing or does not fit; pictures that the table does not name are left out.
+    """
+    if not found.path.is_dir():
+        raise UserError(f"data.path: {found.path} is a file: name the folder that holds the table and its pictures")
+    tables = [[entry] for entry in found.entries if _is_table(entry)]
+    if not tables:
+        raise found.nothing(
+            f"holds no csv or parquet with a column {COLUMNS['path'][0]}: put it there or correct data.path"
+        )
+    entry = one_of(tables, "tables with paths", REMEDY)[0]
+    rows = list(_rows(entry))
+    if not rows:
+        raise UserError(f"{entry}: holds no row: add a row for each picture")
+    columns = {kind: next((name for name in names if name in rows[0][1]), None) for kind, names in COLUMNS.items()}
+    if columns["path"] is None:
+        raise UserError(f"{entry}: has no column {COLUMNS['path'][0]}: add it, with the path of each picture")
+    entries = _pictures(found, entry, [(where, row[columns["path"]]) for where, row in rows])
+    usages = _usages([(where, row[columns["split"]]) for where, row in rows]) if columns["split"] else [""] * len(rows)
+    subjects = [printable(row[columns["subject"]]) if columns["subject"] else "" for _, row in rows]
+    boxes = [_box(row[columns["box"]], where) if columns["box"] else None for where, row in rows]
+    reasons: dict[str, list[str]] = {}
+    if columns["label"] is None:
+        names = [name for name in rows[0][1] if name not in columns.values()]
+        votes = _votes(names, rows)
+        kept = _first_of_each(entries, boxes, votes.tolist(), rows, reasons)
+        return _voted(found, entry, wanted, names, votes, entries, usages, subjects, boxes, kept, reasons)
+    labels = [row[columns["label"]] for _, row in rows]
+    for (where, _), label in zip(rows, labels):
+        if not label:
+            raise UserError(f"{where}: has no label: add it or delete the row")
+    kept = _first_of_each(entries, boxes, labels, rows, reasons)
+    faces = [Face(entries[i], usages[i], printable(labels[i]), subjects[i], boxes[i]) for i in kept]
+    classes = sorted({face.label for face in faces}, key=in_order)
+    return of_faces(found, faces, classes, "table", [printable(entry.name)], wanted, reasons, [entry])
+
+
+def _is_table(entry: Entry) -> bool:
+    if entry.head.startswith(b"PAR1"):
+        return True
+    names = header(entry) if entry.base.lower().endswith((".csv", ".tsv", ".txt")) else set()
+    return bool(names & set(COLUMNS["path"])) and len(names) > 1
+
+
+def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
+    """File and row, and the text of each column by its name in lower case; class names keep their case."""
+    if not entry.head.startswith(b"PAR1"):
+        with table(entry) as content:
+            names = [name if name in known() else written for name, written in zip(content.header, content.written)]
+            for where, fields in content:
+                yield where, dict(zip(names, fields))
+        return
+    try:
+        frame = pd.read_parquet(io.BytesIO(entry.read()))
+    except ImportError:
+        raise UserError(f"{entry}: needs pyarrow: `pip install pyarrow`, or save the table as csv") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{entry}: is no parquet that can be read ({str(error).splitlines()[0]}): write it again"
+        ) from None
+    names = [str(name).lower() if str(name).lower() in known() else str(name) for name in frame.columns]
+    for number, values in enumerate(frame.itertuples(index=False), start=1):
+        yield f"{entry} row {number}", dict(zip(names, map(_text, values)))
+
+
+def known() -> set[str]:
+    """All names of columns that say something else than votes."""
+    return {name for names in COLUMNS.values() for name in names}
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN
+        return ""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple | np.ndarray) else str(value).strip()
+
+
+def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> list[Entry]:
+    by_place = {entry.place.lower(): entry for entry in found.entries}
+    entries, missing = [], []
+    for where, path in paths:
+        clean = path.replace("\\", "/")
+        if not clean:
+            raise UserError(f"{where}: has no path: add it or delete the row")
+        if posixpath.isabs(clean):
+            clean = posixpath.relpath(clean, found.root.absolute().as_posix())
+        places = (posixpath.normpath(posixpath.join(folder, clean)).lower() for folder in (listed.folder, ""))
+        entry = next((by_place[place] for place in places if place in by_place), None)
+        if entry is None:
+            missing.append(f"{where}: {path}")
+        else:
+            entries.append(entry)
+    if missing:
+        more = f" ({len(missing)} of {len(paths)} pictures are missing)" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]} is not there{more}: restore it, or give its path relative to the table")
+    return entries
+
+
+def _usages(values: Sequence[tuple[str, str]]) -> list[str]:
+    usages = []
+    for where, value in values:
+        if value.lower() not in USAGES:
+            raise UserError(f"{where}: split is '{value}': must be train, val or test")
+        usages.append(USAGES[value.lower()])
+    if "val" in usages and "test" not in usages:
+        raise UserError(
+            f"{values[0][0]}: the table has train and val and no test: write test for val "
+            "(split.val_share of train becomes val)"
+        )
+    return usages
+
+
+def _box(text: str, where: str) -> Box:
+    numbers = [whole(part) for part in text.strip("()[] ").replace(",", " ").split()]
+    if len(numbers) != 4 or None in numbers:
+        raise UserError(f"{where}: the box is '{text}': must be x, y, width and height in pixels")
+    left, top, width, height = (number or 0 for number in numbers)
+    return left, top, left + width, top + height
+
+
+def _votes(names: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> np.ndarray:
+    if len([name for name in names if name not in NO_EMOTION]) < 2:
+        where = rows[0][0].rpartition(" ")[0].rpartition(" ")[0]
+        raise UserError(f"{where}: has neither a column label nor two or more columns of votes: add one")
+    votes = np.zeros((len(rows), len(names)), np.int64)
+    for number, (where, row) in enumerate(rows):
+        for place, name in enumerate(names):
+            if (count := whole(row[name])) is None:
+                raise UserError(f"{where}: {name} has '{row[name]}' votes: must be a whole number, 0 or more")
+            votes[number, place] = count
+    return votes
+
+
+def _first_of_each(
+    entries: Sequence[Entry], boxes: Sequence[Box | None], labels: Sequence[Any],
+    rows: Sequence[tuple[str, dict[str, str]]], reasons: dict[str, list[str]],
+) -> list[int]:  # fmt: skip
+    """The rows but those that say the same of the same face again. Raises UserError where they say something else."""
+    seen: dict[tuple[str, Box | None], int] = {}
+    for number, (entry, box) in enumerate(zip(entries, boxes)):
+        first = seen.setdefault((entry.name, box), number)
+        if labels[first] != labels[number]:
+            other = rows[first][0].rpartition("/")[2]
+            raise UserError(f"{rows[number][0]}: {entry.place} has another label in {other}: delete one of them")
+        if first != number:
+            reasons.setdefault("a row that stands twice", []).append(rows[number][0].rpartition("/")[2])
+    return list(seen.values())
+
+
+def _voted(
+    found: Found, listed: Entry, wanted: Wanted, names: list[str], votes: np.ndarray, entries: list[Entry],
+    usages: list[str], subjects: list[str], boxes: list[Box | None], kept: list[int], reasons: dict[str, list[str]],
+) -> Source:  # fmt: skip
+    """The data set with votes; with a single vote an image, it is one of hard labels."""
+    classes = [name for name in names if name not in NO_EMOTION]
+    columns = [*classes, *(name for name in NO_EMOTION if name in names)]
+    votes = votes[np.ix_(kept, [names.index(name) for name in columns])]
+    chosen = [entries[i] for i in kept]
+    if columns == classes and (votes.sum(axis=1) == 1).all():
+        labels = np.array(classes)[votes.argmax(axis=1)]
+        faces = [Face(entries[i], usages[i], label, subjects[i], boxes[i]) for i, label in zip(kept, labels.tolist())]
+        return of_faces(found, faces, classes, "table", [printable(listed.name)], wanted, reasons, [listed])
+    if wanted.classes is not None:
+        raise UserError(
+            "data.classes: chooses among hard labels only; leave the columns of other votes out of the table"
+        )
+    if wanted.subject_pattern is not None:
+        subjects = subjects_of(entries, wanted.subject_pattern)
+    images = Pictures(chosen, wanted.size, [boxes[i] for i in kept])
+    described = pd.DataFrame({
+        "name": [printable(entry.place) for entry in chosen],
+        "usage": [usages[i] for i in kept],
+        "subject": [subjects[i] for i in kept],
+    })  # fmt: skip
+    described[columns] = votes
+    rest = left_over(found, [*chosen, listed], reasons)
+    return Source(images, described, tuple(classes), "votes", "table", [printable(listed.name)], rest)

@@ -1,0 +1,130 @@
+"""What a reader is asked for, and what it returns."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from fer.data.found import Entry, Found, printable
+from fer.data.pictures import CHUNK, Pictures
+from fer.errors import UserError
+
+TEXT_COLUMNS = ("name", "usage", "subject")
+UNUSED = "no part of the data set"
+UNWANTED = "of a class that data.classes leaves out"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks of a reader, which takes what concerns it."""
+
+    label_source: str = "auto"
+    subject_pattern: str | None = None
+    size: int | None = None
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as it was found: its images, what is known of each, and what was left out."""
+
+    images: np.ndarray | Pictures  # uint8 [N, H, W] or [N, H, W, 3]
+    table: pd.DataFrame  # row i describes image i: TEXT_COLUMNS, then `vote_columns`, int64
+    classes: tuple[str, ...]
+    labels: Literal["votes", "hard"]  # hard: one vote an image
+    form: str  # which of the reader's forms it was
+    read: list[str]  # the files and folders that were read, relative to data.path
+    left_out: dict[str, list[str]]  # reason -> names of what was there and is not among the images
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the reader has to say
+
+    @property
+    def vote_columns(self) -> tuple[str, ...]:
+        """The classes, and unknown and NF where voters had that choice."""
+        return tuple(name for name in self.table.columns if name not in TEXT_COLUMNS)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The images in order, some at a time. Raises UserError for damaged ones."""
+        if isinstance(self.images, Pictures):
+            return self.images.chunks()
+        return (self.images[first : first + CHUNK] for first in range(0, len(self.images), CHUNK))
+
+
+@dataclass(frozen=True)
+class Face:
+    """One image of a data set with hard labels: what its row in the table says."""
+
+    entry: Entry
+    usage: str  # train, val, test; empty where the data set has no splits
+    label: str  # its class
+    subject: str = ""
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom
+
+
+def of_faces(
+    found: Found, faces: Sequence[Face], classes: Sequence[str], form: str, read: list[str], wanted: Wanted,
+    left_out: dict[str, list[str]] | None = None, used: Iterable[Entry] = (),
+) -> Source:  # fmt: skip
+    """A data set of pictures with one label each. `used`: files read beside the pictures.
+
+    Raises UserError for no picture at all, and where `data.subject_pattern` finds no subject.
+    """
+    reasons = dict(left_out or {})
+    if wanted.classes is not None:
+        check_classes(wanted.classes, classes)
+        reasons[UNWANTED] = [face.entry.name for face in faces if face.label not in wanted.classes]
+        classes, faces = wanted.classes, [face for face in faces if face.label in wanted.classes]
+    if not faces:
+        raise found.nothing("holds no picture of the data set: correct data.path")
+    images = Pictures([face.entry for face in faces], wanted.size, [face.box for face in faces])
+    subjects = [face.subject for face in faces]
+    if wanted.subject_pattern is not None:
+        subjects = subjects_of([face.entry for face in faces], wanted.subject_pattern)
+    names = [printable(face.entry.place) for face in faces]
+    table = hard_table(names, [face.usage for face in faces], subjects, [face.label for face in faces], classes)
+    rest = left_over(found, [*(face.entry for face in faces), *used], reasons)
+    return Source(images, table, tuple(classes), "hard", form, read, rest)
+
+
+def check_classes(wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UserError unless `data.classes` chooses two or more classes that the data set has."""
+    unknown = [name for name in wanted if name not in known]
+    if unknown or len(set(wanted)) != len(wanted) or len(wanted) < 2:
+        named = f"the data set has no class {unknown[0]}" if unknown else "two or more different classes are needed"
+        raise UserError(f"data.classes: {named}; known: {', '.join(known)}")
+
+
+def hard_table(
+    names: Sequence[str], usages: Sequence[str], subjects: Sequence[str], labels: Sequence[str], classes: Sequence[str]
+) -> pd.DataFrame:
+    """The table of a data set with one label an image: a single vote for its class."""
+    described = pd.DataFrame({"name": names, "usage": usages, "subject": subjects})
+    place = {label: number for number, label in enumerate(classes)}
+    described[list(classes)] = np.eye(len(classes), dtype=np.int64)[[place[label] for label in labels]]
+    return described
+
+
+def left_over(found: Found, used: Iterable[Entry], reasons: dict[str, list[str]]) -> dict[str, list[str]]:
+    """By reason, all that was found and not `used`; `reasons` has those that the reader knows."""
+    known = {name for names in reasons.values() for name in names} | {entry.name for entry in used}
+    other = [printable(entry.name) for entry in found.entries if entry.name not in known]
+    result = {**found.left_out, **reasons, UNUSED: other}
+    return {reason: [printable(name) for name in names] for reason, names in result.items() if names}
+
+
+def subjects_of(entries: Sequence[Entry], pattern: str) -> list[str]:
+    """Group 1 of `pattern` in each file name, or in the whole place if the pattern has a slash.
+
+    Raises UserError, which names the first, for pictures in which it finds nothing.
+    """
+    texts = [entry.place if "/" in pattern else entry.base for entry in entries]
+    matches = [re.search(pattern, text) for text in texts]
+    missing = [text for text, match in zip(texts, matches) if match is None or not match[1]]
+    if missing:
+        raise UserError(
+            f"data.subject_pattern: '{pattern}' finds no subject in {len(missing)} of {len(texts)} file names, "
+            f"as {printable(missing[0])}: correct it"
+        )
+    return [printable(match[1]) for match in matches if match]

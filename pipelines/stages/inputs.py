@@ -1,0 +1,59 @@
+"""What DVC would stumble over in data.path, said before it starts: `python -m pipelines.stages.inputs`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fer.data.found import check_path, is_own, printable
+from fer.errors import UserError
+from pipelines.params import Params
+from pipelines.stages import run
+
+NAMED = 3  # files that a message names
+
+
+def inputs(params: Params) -> None:
+    """Raise UserError for a data.path that is missing, or holds links to nothing, unreadable files or unwritable names.
+
+    DVC reads every file there before a stage runs, and speaks of these in its own words or, with --quiet, not at all.
+    """
+    path = Path(params.data.path)
+    if path.absolute() in (Path("data").absolute(), Path().absolute()):
+        raise UserError(f"data.path: {path} holds the outputs as well: name a folder of its own, as data/external")
+    check_path(path)
+    faults: dict[str, list[str]] = {}
+    for name in _files(path):
+        if fault := _fault(name):
+            faults.setdefault(fault, []).append(printable(name))
+    if faults:
+        raise UserError(*(_line(fault, names) for fault, names in faults.items()))
+
+
+def _files(path: Path) -> Iterator[str]:
+    """Every file and link that DVC looks at: what .dvcignore names is left out."""
+    if not path.is_dir():
+        yield str(path)
+    for folder, folders, files in os.walk(path, followlinks=False):
+        folders[:] = sorted(name for name in folders if is_own(name))
+        for name in sorted([*files, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]):
+            if is_own(name):
+                yield os.path.join(folder, name)
+
+
+def _fault(name: str) -> str | None:
+    if not os.path.exists(name):
+        return "is a link to nothing: delete it, or restore what it points to"
+    if printable(name) != name and not Path(name).absolute().is_relative_to(Path().absolute()):
+        return "has a name that is not UTF-8, which DVC cannot write outside of the project: rename it"
+    if not os.access(name, os.R_OK):
+        return "cannot be read: correct its permissions"
+    return None
+
+
+def _line(fault: str, names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}: {fault}"
+
+
+if __name__ == "__main__":
+    run(inputs)

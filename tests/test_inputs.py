@@ -1,0 +1,96 @@
+"""What is said before DVC starts, and what .dvcignore spares it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fer.errors import UserError
+from pipelines.params import Params, load
+from pipelines.stages.inputs import inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+DVC = Path(sys.executable).parent / "dvc"
+
+
+@pytest.fixture
+def faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces" / "happy").mkdir(parents=True)
+    (tmp_path / "faces" / "happy" / "1.png").write_bytes(b"x")
+    return tmp_path / "faces"
+
+
+def params(path: str) -> Params:
+    data = load(ROOT / "params.yaml").data.model_copy(update={"path": path})
+    return Params.model_construct(data=data)
+
+
+def refused(path: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        inputs(params(path))
+    return list(caught.value.lines)
+
+
+def bytes_name(folder: Path, name: bytes) -> None:
+    with open(os.fsencode(folder) + b"/" + name, "w") as file:
+        file.write("x")
+
+
+def test_good_input_is_silent(faces: Path, capfd: pytest.CaptureFixture) -> None:
+    (faces / "linked").symlink_to(faces / "happy")
+    (faces / "._x").symlink_to("nowhere")  # left out by .dvcignore
+    bytes_name(faces, b"\xfc.txt")  # so is this, within the project
+    inputs(params("faces"))
+    inputs(params("faces/happy/1.png"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_link_to_nothing_is_named(faces: Path) -> None:
+    for number in range(4):
+        (faces / f"old{number}").symlink_to("/somewhere/else")
+    (faces / "happy" / "2.png").symlink_to("../sad/2.png")
+    remedy = "is a link to nothing: delete it, or restore what it points to"
+    assert refused("faces") == [f"faces/old0, faces/old1, faces/old2 and 2 more: {remedy}"]
+
+
+def test_a_name_that_dvc_cannot_write_outside_of_the_project(faces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_name(faces, b"\xfc.txt")
+    (faces.parent / "project").mkdir()
+    monkeypatch.chdir(faces.parent / "project")
+    remedy = "has a name that is not UTF-8, which DVC cannot write outside of the project: rename it"
+    assert refused(str(faces)) == [f"{faces}/\\udcfc.txt: {remedy}"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no", "no: not found: correct data.path in params.yaml"),
+        ("~/faces", f"data.path: '~/faces': ~ is not expanded: write the whole path, {Path('~/faces').expanduser()}"),
+        ("data", "data.path: data holds the outputs as well: name a folder of its own, as data/external"),
+        (".", "data.path: . holds the outputs as well: name a folder of its own, as data/external"),
+    ],
+)
+def test_a_path_that_cannot_be_the_input(faces: Path, path: str, message: str) -> None:
+    assert refused(path) == [message]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DVC.exists(), reason="dvc is not installed (extra `pipeline`)")
+def test_dvc_does_not_see_what_the_stage_leaves_out(faces: Path) -> None:
+    shutil.copy(ROOT / ".dvcignore", faces.parent)
+    kept = ["fröhlich lachend (1).png", "笑.png", "📷.jpg", "a\u0301.png", "label.csv"]
+    hidden = [".DS_Store", "._label.csv", "Thumbs.db", "desktop.ini", "__MACOSX/label.csv", ".ipynb_checkpoints/x.csv"]
+    for name in (*kept, *hidden):
+        (faces / name).parent.mkdir(exist_ok=True)
+        (faces / name).write_text(name)
+    bytes_name(faces, b"lies mich \xfc.txt")
+    (faces.parent / "dvc.yaml").write_text("stages: {a: {cmd: touch out, deps: [faces], outs: [out]}}\n")
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(faces.parent / "site")}
+    for command in (["init", "--no-scm", "--quiet"], ["repro", "--quiet"]):
+        done = subprocess.run([DVC, *command], cwd=faces.parent, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert f"nfiles: {len(kept) + 1}" in (faces.parent / "dvc.lock").read_text()
