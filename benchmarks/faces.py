@@ -48,7 +48,7 @@ def write_faces(folder: Path, side: int, **counts: int) -> None:
 def _write_split(folder: Path, split: str, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
     table = pd.DataFrame({"row": rows, "name": [f"{row:06}.png" for row in rows], "label": labels[rows]})
     table[list(CLASSES)] = np.eye(len(CLASSES))[labels[rows]]
-    table["subject"], table["duplicate_of"], table["duplicate_in"] = "", "", ""
+    table[["subject", "duplicate_of", "duplicate_in", "duplicate_kind"]] = ""
     table.to_csv(folder / "splits" / f"{split}.csv", index=False)
     for number, name in enumerate(CLASSES):
         (folder / "png" / split / f"{number}_{name}").mkdir(parents=True)

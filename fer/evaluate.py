@@ -109,7 +109,8 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
         again = f"delete {folder / SUMMARY} and run `fer evaluate {folder.name}`"
         raise UserError(f"{path}: {len(probabilities)} predictions for {len(split)} test images; {again}")
     _write_predictions(path, split, probabilities, data.classes)
-    kept = {"test_unleaked": ~split.leaked, "test_without_train": ~split.in_train}
+    exact = split.in_train | split.in_val
+    kept = {"test_unleaked": ~split.leaked, "test_unleaked_exact": ~exact, "test_without_train": ~split.in_train}
     found = torch.from_numpy(probabilities)
     columns = {name: metrics(found[rows], split.labels[rows]) for name, rows in kept.items()}
     return {"leak_hash": data.leak_hash, **columns}
@@ -175,9 +176,13 @@ def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
 
 
 def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, classes: list[str]) -> None:
-    """Columns: row, name, label, prediction, duplicate_in, and a probability per class that reads back exactly."""
+    """Columns: row, name, label, prediction, leaked, and a probability per class that reads back exactly.
+
+    leaked: train or val, where an image with the same pixels is; near, if one of them holds a near duplicate; or empty.
+    """
     table = pd.DataFrame({"row": split.rows, "name": split.names, "label": [classes[i] for i in split.labels.tolist()]})
     table["prediction"] = [classes[i] for i in probabilities.argmax(1)]
-    table["duplicate_in"] = np.where(split.in_train.numpy(), "train", np.where(split.in_val.numpy(), "val", ""))
+    marks = {"train": split.in_train, "val": split.in_val, "near": split.near}
+    table["leaked"] = np.select([mark.numpy() for mark in marks.values()], list(marks), "")
     table[classes] = probabilities
     write_bytes(path, table.to_csv(index=False, lineterminator="\n").encode())

@@ -92,6 +92,7 @@ class Summary(Stored):
     val: AllScores
     test: AllScores
     test_unleaked: Scores | None = None
+    test_unleaked_exact: Scores | None = None
     test_without_train: Scores | None = None
     test_without_leaked: Scores | None = None  # of format 1, which knew duplicates in train only
     trained_by: dict[str, Any] = {}
@@ -101,7 +102,8 @@ class Summary(Stored):
     def _fits(self) -> "Summary":
         if self.best_epoch > self.epochs:
             raise Unfit([Fault("best_epoch", f"is {self.best_epoch} of {self.epochs}")])
-        kept = ("test_without_leaked",) if self.format == 1 else ("test_unleaked", "test_without_train")
+        unleaked = "test_unleaked" if self.test_unleaked_exact is None else "test_unleaked_exact"
+        kept = ("test_without_leaked",) if self.format == 1 else (unleaked, "test_without_train")
         for name in ("val", "test", *kept):
             scores = getattr(self, name)
             if scores is None:
@@ -147,7 +149,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """summary.json, or None if the run is not finished; keys of format 1 get their current names.
+    """summary.json, or None if the run is not finished; keys of earlier versions get their current names.
 
     Raises UserError if it is damaged.
     """
@@ -157,6 +159,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     if "test_without_leaked" in summary:
         summary["test_without_train"] = summary.pop("test_without_leaked")
+    elif "test_unleaked_exact" not in summary:  # before near duplicates were known
+        summary["test_unleaked_exact"] = summary.pop("test_unleaked")
     return summary
 
 

@@ -108,10 +108,12 @@ class Splitting(Section):
     """How labels are made, and which images are trained on."""
 
     label_mode: Literal["majority", "probability", "cross_entropy", "multi_target"]
-    drop_leaked_train: bool
+    drop_leaked_train: Literal["none", "exact", "near"]
     prior_min_votes: Positive
     train_share: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.94
+    """Cosine of two thumbnails from which images count as the same photograph; null: only exact copies do."""
     val_share: Share = 0.1
     """Share of train, or of all images, that becomes val where the data set has none."""
     test_share: Share = 0.2

@@ -9,9 +9,10 @@ from fer.made_by import source_hash
 from fer.run_folder import read_summary
 from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
-COLUMNS = ("run", "val", "test", "unleaked", "not in train", "UAR", "F1", "ECE", "params", "epoch", "min")
+COLUMNS = ("run", "val", "test", "unleaked", "exact", "not in train", "UAR", "F1", "ECE", "params", "epoch", "min")
 LEGEND = (
-    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test images that are in neither train nor val), "
+    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test images of which neither train nor val "
+    "holds a copy or a near duplicate), exact (without exact copies alone), "
     "not in train (test images that are not in train, as in published tables). UAR: mean recall of the classes; "
     "F1: macro; ECE: calibration error; epoch: best / all; min: minutes of training. "
     "*: the code in fer/ has changed since."
@@ -41,7 +42,8 @@ def row(summary: dict[str, Any]) -> dict[str, str]:
         summary["run_id"] + ("*" if differs(summary) else ""),
         _percent(summary["val"]["accuracy"]),
         _percent(test["accuracy"]),
-        _percent(summary.get("test_unleaked", {}).get("accuracy")),  # format 1 does not have it
+        _percent(summary.get("test_unleaked", {}).get("accuracy")),  # earlier versions do not have it
+        _percent(summary.get("test_unleaked_exact", {}).get("accuracy")),  # nor has format 1 this
         _percent(summary["test_without_train"].get("accuracy")),
         _percent(test["balanced_accuracy"]),
         _percent(test["macro_f1"]),
@@ -64,12 +66,14 @@ def _percent(share: float | None) -> str:
 
 def note(summary: dict[str, Any]) -> str:
     """The result of a run in a few sentences, as Markdown."""
-    test, unleaked, data = summary["test"], summary["test_unleaked"], summary["data"]
+    test, data = summary["test"], summary["data"]
+    unleaked = summary.get("test_unleaked", summary["test_unleaked_exact"])
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
     best = f"epoch {summary['best_epoch']} of {summary['epochs']}"
     return (
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
-        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} that are in neither train nor val; "
+        f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} "
+        f"of which neither train nor val holds a copy; "
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
         f"Data: {data['dataset']} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
         f"Metrics in `final/` are those of the best epoch; the others are curves. "

@@ -457,7 +457,7 @@ def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
     values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
     values[BEST_VAL] = summary["val"]["accuracy"]
-    for split in ("val", "test", "test_unleaked", "test_without_train"):
+    for split in ("val", "test", "test_unleaked", "test_unleaked_exact", "test_without_train"):
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
             if key in summary.get(split, {}):
                 values[f"final/{split}_{key}"] = summary[split][key]

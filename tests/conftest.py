@@ -99,6 +99,7 @@ def make_data(
         copies = (split == "test") & (rows % 10 == 0)
         table["duplicate_of"] = np.where(copies, "0.png", "")
         table["duplicate_in"] = np.where(copies, "train", "")
+        table["duplicate_kind"] = np.where(copies, "exact", "")
         table.to_csv(folder / "splits" / f"{split}.csv", index=False)
         first += count
         leaked += int(copies.sum())

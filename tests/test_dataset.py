@@ -79,6 +79,7 @@ def test_leaked_are_those_with_a_duplicate_in_train_or_val(data: Path) -> None:
     set_cell("train", 5, duplicate_of="2.png", duplicate_in="train")(data)  # a copy within train is no leak
     set_cell("val", 7, duplicate_of="0.png", duplicate_in="train")(data)
     set_cell("test", 5, duplicate_of="96.png", duplicate_in="val")(data)
+    set_cell("test", 6, duplicate_of="1.png", duplicate_in="train", duplicate_kind="mirrored")(data)
     opened = open_data(data)
     train, val, test = (opened.split(name) for name in ("train", "val", "test"))
     assert test.in_train.dtype == test.in_val.dtype == test.leaked.dtype == torch.bool
@@ -88,8 +89,9 @@ def test_leaked_are_those_with_a_duplicate_in_train_or_val(data: Path) -> None:
     assert not val.in_val.any()
     assert test.rows[test.in_train].tolist() == [140, 150, 160, 170]
     assert test.rows[test.in_val].tolist() == [141]
+    assert test.rows[test.near].tolist() == [142]
     for split in (train, val, test):
-        assert torch.equal(split.leaked, split.in_train | split.in_val)
+        assert torch.equal(split.leaked, split.in_train | split.in_val | split.near)
 
 
 def test_names_stay_text(data: Path) -> None:
@@ -160,6 +162,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "leak of train": (set_cell("train", 5, duplicate_in="train"), set()),
     "leak of val": (set_cell("val", 5, duplicate_in="train"), set()),
     "leak of test": (set_cell("test", 5, duplicate_in="train"), {"leak_hash"}),
+    "near leak of test": (set_cell("test", 4, duplicate_in="val", duplicate_kind="near"), {"leak_hash"}),
     "other leak of test": (set_cell("test", 4, duplicate_in="val"), {"leak_hash"}),
 }
 COLUMN_EDITS: dict[str, dict[str, object]] = {
@@ -226,11 +229,11 @@ def test_different_content_is_fed_as_different_bytes() -> None:
 def test_hashes_of_tiny_data_stay_what_they_are(tmp_path: Path) -> None:
     """If this fails, every run that was made before is one on other data."""
     (tmp_path / "splits").mkdir()
-    header = "row,name,label,glad,sad,subject,duplicate_of,duplicate_in"
+    header = "row,name,label,glad,sad,subject,duplicate_of,duplicate_in,duplicate_kind"
     tables = {
-        "train": ["0,a,0,1.0,0.0,Zoë,,", "1,b,1,0.25,0.75,,a,train"],
-        "val": ["2,c,1,0.125,0.875,Max,b,train"],
-        "test": ["3,d,0,0.5,0.5,Zoë,c,val", "4,e,0,0.75,0.25,,a,train", "5,f,1,0.0,1.0,,,"],
+        "train": ["0,a,0,1.0,0.0,Zoë,,,", "1,b,1,0.25,0.75,,a,train,exact"],
+        "val": ["2,c,1,0.125,0.875,Max,b,train,exact"],
+        "test": ["3,d,0,0.5,0.5,Zoë,c,val,exact", "4,e,0,0.75,0.25,,a,train,exact", "5,f,1,0.0,1.0,,,,"],
     }
     for name, lines in tables.items():
         (tmp_path / "splits" / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
@@ -239,7 +242,7 @@ def test_hashes_of_tiny_data_stay_what_they_are(tmp_path: Path) -> None:
     assert (opened.hash, opened.test_hash, opened.leak_hash) == (
         "a397d8519e791129",
         "522878a8ca8a479e",
-        "6a8a5f4318080138",
+        "3ec59625cac44a1a",
     )
 
 

@@ -362,7 +362,7 @@ def test_what_changed_of_test_since_a_run_was_finished_is_evaluated_anew_and_sai
     predicted = pd.read_csv(folder / "predictions_test.csv")
     wrong = predicted["label"] != predicted["prediction"]
     table = pd.read_csv(test, keep_default_na=False)[wrong.to_numpy()]
-    unleaked = table["duplicate_in"] == ""
+    unleaked = table["leaked"] == ""
     for number, news, key in (
         (0.0, "the test split has changed since: evaluated again, from its best checkpoint", "test_accuracy"),
         (len(table) - 1, "other test images count as leaked since: those columns are computed again, from its "

@@ -28,6 +28,7 @@ def split_of(labels: list[int], subjects: list[str] | None = None, name: str = "
         targets=torch.zeros(images, 3),
         in_train=torch.zeros(images, dtype=torch.bool),
         in_val=torch.zeros(images, dtype=torch.bool),
+        near=torch.zeros(images, dtype=torch.bool),
     )
 
 

@@ -20,7 +20,7 @@ SCORES = {
 FINISHED = {
     "format": 2, "run_id": "x-s1", "name": "x", "data": {"dataset": "bars", "image_shape": [16, 16]}, "data_hash": "0",
     "classes": ["a", "b"], "parameters": 9, "epochs": 3, "best_epoch": 2, "train_seconds": 1.5, "finished": 1e9,
-    **dict.fromkeys(("val", "test", "test_unleaked", "test_without_train"), SCORES),
+    **dict.fromkeys(("val", "test", "test_unleaked_exact", "test_without_train"), SCORES),
 }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ DAMAGED = {
     finished(classes=["a", "b", "c"]): "val: is not of 3 classes",
     finished(val=SCORES | {"accuracy": 2}): "val.accuracy: should be less than or equal to 1, got 2",
     finished(test=SCORES | {"recall": []}): "test: is not of 2 classes",
-    finished(test_unleaked=None): "test_unleaked: missing",
+    finished(test_unleaked_exact=None): "test_unleaked: missing",
     finished(data=[]): "data: should be a table of keys, got []",
     finished(parameters="many"): "parameters: should be a valid integer, got 'many'",
 }

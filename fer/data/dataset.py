@@ -70,6 +70,7 @@ class Split:
     targets: torch.Tensor  # float32 [n, C], rows sum to 1
     in_train: torch.Tensor  # bool [n]: train holds an image with the same pixels; False for train itself
     in_val: torch.Tensor  # bool [n]: val does, and train does not; False for train and val
+    near: torch.Tensor  # bool [n]: neither does, but one of them holds a near duplicate; False for train
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,7 +78,7 @@ class Split:
     @property
     def leaked(self) -> torch.Tensor:
         """bool [n]: the same pixels were seen in training or when the best epoch was selected."""
-        return self.in_train | self.in_val
+        return self.in_train | self.in_val | self.near
 
     def pixels(self, index: np.ndarray) -> torch.Tensor:
         """The images at positions `index` of this split: uint8 [B, H, W] or [B, H, W, 3]."""
@@ -125,6 +126,7 @@ class DataSet:
         digest, test = hashlib.sha256(), self.split("test")
         feed(digest, "in_train", test.in_train.numpy())
         feed(digest, "in_val", test.in_val.numpy())
+        feed(digest, "near", test.near.numpy())
         return digest.hexdigest()[:16]
 
     def prior(self, needed: bool = False) -> torch.Tensor:
@@ -149,7 +151,7 @@ class DataSet:
 
     def _read(self, name: str) -> Split:
         path = self.folder / "splits" / f"{name}.csv"
-        text = {"name": str, "subject": str, "duplicate_in": str}
+        text = {"name": str, "subject": str, "duplicate_in": str, "duplicate_kind": str}
         columns = ["row", "label", *self.classes, *text]
         try:
             table = pd.read_csv(path, usecols=columns, dtype=text, keep_default_na=False)
@@ -163,6 +165,7 @@ class DataSet:
         if fault:
             raise UserError(f"{path}: {fault}; {AGAIN}")
         found_in = table["duplicate_in"].to_numpy(str) if name != "train" else np.full(len(table), "")
+        near = (found_in != "") & table["duplicate_kind"].isin(["near", "mirrored"]).to_numpy()
         return Split(
             name=name,
             images=self.images,
@@ -171,8 +174,9 @@ class DataSet:
             subjects=table["subject"].tolist(),
             labels=torch.tensor(table["label"].to_numpy(np.int64)),
             targets=torch.tensor(table[self.classes].to_numpy(np.float32)),
-            in_train=torch.tensor(found_in == "train"),
-            in_val=torch.tensor(found_in == "val"),
+            in_train=torch.tensor((found_in == "train") & ~near),
+            in_val=torch.tensor((found_in == "val") & ~near),
+            near=torch.tensor(near),
         )
 
     def _fault(self, table: pd.DataFrame) -> str:

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from fer.data.holdout import hold_out
 from fer.data.labels import DROPPED, class_prior, label_distribution
+from fer.data.near import SAME, nearest, thumbnails
 from fer.errors import UserError
 
 SPLITS = ("train", "val", "test")
+AT_ONCE = 4096  # images whose thumbnails are made at once
 SEARCHED = {"train": ("train",), "val": ("train",), "test": ("train", "val")}  # for duplicates, in this order
 
 
@@ -27,7 +30,7 @@ class Kind:
     @property
     def columns(self) -> list[str]:
         """Of the table of a split."""
-        return ["row", "name", "label", *self.classes, "subject", "duplicate_of", "duplicate_in"]
+        return ["row", "name", "label", *self.classes, "subject", "duplicate_of", "duplicate_in", "duplicate_kind"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class SplitRules:
     """The settings of `make_splits`, as in params.yaml."""
 
     label_mode: str = "majority"
-    drop_leaked_train: bool = False
+    drop_leaked_train: Literal["none", "exact", "near"] = "none"
+    near_duplicates: float | None = SAME
     prior_min_votes: int = 5
     train_share: float = 1.0
     seed: int = 0
@@ -49,7 +53,7 @@ class Splits:
 
     tables: dict[str, pd.DataFrame]  # by split, with `Kind.columns`
     class_prior: np.ndarray | None  # float64 [C, C], row = label; None for hard labels without a confusion
-    dropped: int  # training images left out because val or test hold the same pixels
+    dropped: int  # training images left out because val or test hold them as well
     raw_rows: dict[str, int]  # images of each split before the vote rule
     held_out: dict[str, str]  # split that the data set lacks -> what it was taken from
 
@@ -81,15 +85,18 @@ def read_labels(path: str | Path, images: int, vote_columns: Sequence[str]) -> p
     return rows
 
 
-def make_splits(rows: pd.DataFrame, kind: Kind, settings: SplitRules) -> Splits:
-    """Label the images, mark duplicates and compute the class prior; `rows` as `read_labels` returns them.
+def make_splits(rows: pd.DataFrame, images: np.ndarray, kind: Kind, settings: SplitRules) -> Splits:
+    """Label the images, mark duplicates and compute the class prior.
 
+    `rows`: as `read_labels` returns them; `images`: the array that they describe, uint8 [N, H, W] or [N, H, W, 3].
     Where the data set has no val or test, they are held out (`holdout.hold_out`).
     `label_mode` applies to the votes of train; val and test always use the majority, as in the official trainer.
     `duplicate_of` names an image with the same pixels: for test one in train, otherwise one in val; for val one in
     train; for train the first copy. It is the image's name, or its row if it has none; the first if there are several.
-    `duplicate_in` is the split of that image. Both are empty if there is none.
-    `drop_leaked_train` removes from train every image that val or test hold.
+    `duplicate_in` is the split of that image, `duplicate_kind` exact. All three are empty if there is none. Of the
+    images of val and test without such a copy, those whose thumbnail has a cosine of `near_duplicates` or more with an
+    image of these splits name that, of kind near, or mirrored if they are more alike that way (`near`).
+    `drop_leaked_train` removes from train every image of which val or test hold an exact copy, or a near one.
     Of the rest, train keeps the fraction `train_share` (in (0, 1]) of each class: round(share n) images, at least one,
     drawn with `seed`; a smaller share is a subset of a larger one. Images left out do not count as duplicates.
     The prior comes from all raw rows of train but the leaked ones, by the published recipe (`labels.class_prior`). It
@@ -103,12 +110,10 @@ def make_splits(rows: pd.DataFrame, kind: Kind, settings: SplitRules) -> Splits:
     modes = {"train": settings.label_mode, "val": "majority", "test": "majority"}
     raw = {split: rows[rows["usage"] == split] for split in SPLITS}
     tables = {split: _labelled(raw[split], kind, modes[split]) for split in SPLITS}
-    leaked = pd.Series(False, index=tables["train"].index)
+    looks = _Looks(images, settings.near_duplicates)
+    leaked = _leaked(tables["train"], tables, settings.drop_leaked_train, looks)
     train = raw["train"]
-    if settings.drop_leaked_train:
-        elsewhere = pd.concat([tables["val"]["sha1"], tables["test"]["sha1"]])
-        leaked = tables["train"]["sha1"].isin(elsewhere)
-        train = train[~train["sha1"].isin(elsewhere)]
+    train = train[~_leaked(train, tables, settings.drop_leaked_train, looks)]
     _refuse_gaps(tables, raw, leaked, kind, settings)
     tables["train"] = _share(tables["train"][~leaked], len(kind.classes), settings)
     if kind.hard:
@@ -117,7 +122,8 @@ def make_splits(rows: pd.DataFrame, kind: Kind, settings: SplitRules) -> Splits:
         votes = train[list(kind.vote_columns)].to_numpy()
         prior = class_prior(votes, train["name"].to_numpy(), settings.prior_min_votes, kind.classes)
     counts = {split: len(part) for split, part in raw.items()}
-    return Splits(_mark_duplicates(tables, kind), prior, int(leaked.sum()), counts, held_out)
+    marked = {split: table[kind.columns] for split, table in _mark_near(_mark_copies(tables), looks).items()}
+    return Splits(marked, prior, int(leaked.sum()), counts, held_out)
 
 
 def count_classes(table: pd.DataFrame, classes: Sequence[str]) -> dict[str, int]:
@@ -174,7 +180,7 @@ def _refuse_gaps(
     if leaked.all():
         raise UserError(
             f"split train is empty: split.drop_leaked_train takes all of its {len(leaked)} images, "
-            "as val or test hold the same: set it to false, or correct the splits of the data set"
+            "as val or test hold the same: set it to none, or correct the splits of the data set"
         )
     counts = count_classes(tables["train"], kind.classes)
     left = count_classes(tables["train"][~leaked], kind.classes)
@@ -183,7 +189,7 @@ def _refuse_gaps(
     if taken:
         raise UserError(
             f"no training image of class {', '.join(taken)} is left: split.drop_leaked_train takes them all, "
-            "as val or test hold the same: set it to false, or add images of the class to train"
+            "as val or test hold the same: set it to none, or add images of the class to train"
         )
     if absent:
         votes = raw["train"][list(kind.vote_columns)].to_numpy()
@@ -210,7 +216,61 @@ def _share(train: pd.DataFrame, classes: int, settings: SplitRules) -> pd.DataFr
     return train.iloc[np.sort(np.concatenate(kept))]
 
 
-def _mark_duplicates(tables: dict[str, pd.DataFrame], kind: Kind) -> dict[str, pd.DataFrame]:
+class _Looks:
+    """Finds near duplicates; makes the thumbnail of an image when it is first asked for."""
+
+    def __init__(self, images: np.ndarray, threshold: float | None):
+        self.images, self.threshold = images, threshold
+        self.known: dict[bool, dict[int, np.ndarray]] = {False: {}, True: {}}
+
+    def near(self, rows: pd.Series, others: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+        """For images `rows` the position of the most similar of `others`, -1 below the threshold; and the kind."""
+        position, kind = np.full(len(rows), -1), np.full(len(rows), "", dtype=object)
+        if self.threshold is None or not len(rows) or not len(others):
+            return position, kind
+        among = self._thumbnails(others, False)
+        plain, cosine = nearest(self._thumbnails(rows, False), among)
+        mirrored, other = nearest(self._thumbnails(rows, True), among)
+        found = np.maximum(cosine, other) >= self.threshold
+        position[found] = np.where(other > cosine, mirrored, plain)[found]
+        kind[found] = np.where(other > cosine, "mirrored", "near")[found]
+        return position, kind
+
+    def _thumbnails(self, rows: pd.Series, mirrored: bool) -> np.ndarray:
+        known = self.known[mirrored]
+        new = [row for row in rows.tolist() if row not in known]
+        for first in range(0, len(new), AT_ONCE):
+            part = new[first : first + AT_ONCE]
+            known |= dict(zip(part, thumbnails(self.images[part], mirrored)))
+        return np.stack([known[row] for row in rows.tolist()])
+
+
+def _leaked(train: pd.DataFrame, tables: dict[str, pd.DataFrame], kinds: str, looks: _Looks) -> pd.Series:
+    """bool, by the index of `train`: whether val or test hold the image, as `drop_leaked_train` counts it."""
+    elsewhere = pd.concat([tables["val"], tables["test"]])
+    leaked = train["sha1"].isin(elsewhere["sha1"]) & (kinds != "none")
+    if kinds == "near":
+        leaked |= looks.near(train["row"], elsewhere["row"])[0] >= 0
+    return leaked
+
+
+def _mark_near(tables: dict[str, pd.DataFrame], looks: _Looks) -> dict[str, pd.DataFrame]:
+    """Fill the three columns of images in val and test that have no exact copy but a near one."""
+    marked = dict(tables)
+    for split in ("val", "test"):
+        table = tables[split].copy()
+        for place in SEARCHED[split]:
+            rest, others = table[table["duplicate_in"] == ""], tables[place]
+            position, kind = looks.near(rest["row"], others["row"])
+            found = rest.index[position >= 0]
+            table.loc[found, "duplicate_of"] = _called(others.iloc[position[position >= 0]]).to_numpy()
+            table.loc[found, "duplicate_in"] = place
+            table.loc[found, "duplicate_kind"] = kind[position >= 0]
+        marked[split] = table
+    return marked
+
+
+def _mark_copies(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     firsts = {split: _first_copies(tables[split]) for split in ("train", "val")}
     marked = {}
     for split, table in tables.items():
@@ -222,28 +282,33 @@ def _mark_duplicates(tables: dict[str, pd.DataFrame], kind: Kind) -> dict[str, p
             if split == other:
                 here &= table["sha1"].duplicated()  # the first copy is the original
             original[here], place[here] = found[here], other
-        marked[split] = table.assign(duplicate_of=original, duplicate_in=place)[kind.columns]
+        kind = place.where(place == "", "exact")
+        marked[split] = table.assign(duplicate_of=original, duplicate_in=place, duplicate_kind=kind)
     return marked
 
 
 def _first_copies(table: pd.DataFrame) -> pd.Series:
     """By sha1, the name of its first image, or the row if it has no name."""
     first = table[~table["sha1"].duplicated()]
-    called = first["name"].where(first["name"] != "", first["row"].astype(str))
-    return pd.Series(called.to_numpy(), index=first["sha1"])
+    return pd.Series(_called(first).to_numpy(), index=first["sha1"])
+
+
+def _called(table: pd.DataFrame) -> pd.Series:
+    return table["name"].where(table["name"] != "", table["row"].astype(str))
 
 
 def duplicates(tables: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """How many images have a duplicate, from `duplicate_in`; `test_in_val` counts those that are not in train."""
+    """How many images have a copy; `test_in_val` counts those that are not in train, `near_...` near duplicates."""
 
-    def count(split: str, place: str) -> int:
-        return int((tables[split]["duplicate_in"] == place).sum())
+    def count(split: str, place: str, exact: bool) -> int:
+        table = tables[split]
+        return int(((table["duplicate_in"] == place) & ((table["duplicate_kind"] == "exact") == exact)).sum())
 
+    places = (("val", "train"), ("test", "train"), ("test", "val"))
     return {
-        "val_in_train": count("val", "train"),
-        "test_in_train": count("test", "train"),
-        "test_in_val": count("test", "val"),
-        "within_train": count("train", "train"),
+        **{f"{split}_in_{place}": count(split, place, exact=True) for split, place in places},
+        "within_train": count("train", "train", exact=True),
+        **{f"near_{split}_in_{place}": count(split, place, exact=False) for split, place in places},
     }
 
 

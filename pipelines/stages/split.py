@@ -30,8 +30,11 @@ def split(params: Params) -> None:
     source = _facts(RAW / "source.json", "download", *needed)
     kind = Kind(source["classes"], source["vote_columns"], source["labels"] == "hard", source["confusion"])
     images = open_images(IMAGES, "upscale")
-    rows = read_labels(RAW / "labels.csv", len(images), kind.vote_columns)
-    splits = make_splits(rows, kind, SplitRules(**config.model_dump()))
+    raw = open_images(RAW / "images.npy", "download")
+    rows = read_labels(RAW / "labels.csv", len(raw), kind.vote_columns)
+    if len(raw) != len(images):
+        raise UserError(f"{IMAGES}: holds {len(images)} images, {RAW / 'images.npy'} {len(raw)}; run `dvc repro`")
+    splits = make_splits(rows, raw, kind, SplitRules(**config.model_dump()))
     with new_folder(SPLITS) as folder:
         for name, table in splits.tables.items():
             write_table(table, folder / f"{name}.csv")
@@ -40,6 +43,7 @@ def split(params: Params) -> None:
             "prior_min_votes": config.prior_min_votes,
             "train_share": config.train_share,
             "seed": config.seed,
+            "near_duplicates": config.near_duplicates,
             "super_resolution": _facts(UPSCALED / "upscale.json", "upscale", "method", "scale"),
         }
         _write(folder / "summary.json", summary)
