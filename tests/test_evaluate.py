@@ -94,7 +94,7 @@ def test_predictions_agree_with_the_numbers(folder: Path, bars: Path) -> None:
 
 
 def test_twins_in_train_and_in_val_by_hand(folder: Path, own: Path) -> None:
-    """Of test's 40 images the first ten are right; 140, 150, 160, 170 are in train, 141, 142, 175 in val, 143 nearly."""
+    """Of test's 40 images the first ten are right; 140, 150, 160, 170 are in train, 141, 142, 175 in val, 143 near."""
     evaluate(folder, own, CPU)
     table = table_of(folder / "predictions_test.csv")
     sure = np.eye(8)[[(row + (row >= 146)) % 8 for row in table["row"]]]
