@@ -112,7 +112,10 @@ OTHER: dict[str, Any] = {
     "schedule": {"name": "constant"}, "augment": {"flip": 0.25},
 }  # fmt: skip
 INNER: dict[str, list[dict[str, Any]]] = {
-    "input": [{"channels": 3}, {"mean": [0.4]}, {"std": [0.3]}],
+    "input": [
+        {"channels": 3}, {"mean": [0.4]}, {"std": [0.3]}, {"equalize": True}, {"flatten": True},
+        {"mean": [0.0], "std": [1.0]}, {"mean": [0.0], "std": [1.0], "standardize": True},
+    ],
     "model": [{"batch_norm": False}, {"conv_dropout": 0.0}, {"dense_dropout": 0.0}],
     "optimizer": [
         {"lr": 0.02}, {"weight_decay": 0.02}, {"name": "sgd"}, {"name": "sgd", "momentum": 0.8},
@@ -134,6 +137,7 @@ PARTS: list[dict[str, Any]] = [
     {}, {"stn": True}, {"head": [8]}, {"head": [8], "head_dropout": 0.25}, {"resizer": {"name": "neural", "size": 32}},
     {"resizer": {"name": "bilinear", "size": 32}}, {"resizer": {"name": "bilinear", "size": 40}},
     {"backbone": {**RESNET, "max_pool": False}}, {"backbone": {**RESNET, "layers": [1, 1, 1, 2]}},
+    *({"backbone": {"name": "vit_tiny_patch16_224", "weights": None, **eps}} for eps in ({}, {"layer_norm_eps": 1e-6})),
     {"backbone": {**RESNET, "weights": "a.pth"}}, {"backbone": {"name": "mobilenet_v3_large", "weights": None}},
 ]  # fmt: skip
 

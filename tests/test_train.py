@@ -220,6 +220,14 @@ def test_best_is_the_first_epoch_with_the_best_val_accuracy(kind: str, uncut: di
         assert result[key] == pytest.approx(rows[meta["epoch"] - 1][f"val_{key}"], abs=1e-9)
 
 
+def test_best_stays_when_later_epochs_are_worse(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = iter([0.3, 0.6, 0.4, 0.5])
+    counts = SimpleNamespace(result=lambda: {"accuracy": next(planned), "loss": 1.0})
+    monkeypatch.setattr(train, "predict_split", lambda *_: (None, counts))
+    folder = fit("x", small_run(epochs=4), CPU, bars, tmp_path)
+    assert checkpoint.load_meta(folder / "best")["epoch"] == 2
+
+
 def test_training_never_looks_at_test(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
     real = DataSet.split
