@@ -152,8 +152,10 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[st
     """
     data = open_data(DATA)
     ready, summary = done(job.folder, data), read_summary(job.folder)
-    if ready and tracker.recorded(job.folder):
-        return
+    if ready:
+        if tracker.recorded(job.folder):
+            return
+        _say(f"{job.folder.name}: finished before, but not in MLflow's store; recording it")
     if summary is not None and (again := outdated(summary, data)):
         _say(f"{job.folder.name}: {again}")
     if is_held(job.folder):

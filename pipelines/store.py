@@ -5,7 +5,8 @@ import re
 import sqlite3
 import urllib.error
 import urllib.request
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from fer.errors import UserError, first_line
@@ -75,6 +76,23 @@ def _check_database(uri: str, shown: str) -> None:
         raise UserError(
             f"tracking.uri: {shown} is no valid address; write : / ? # and @ in a password as %3A %2F %3F %23 %40"
         ) from None
+
+
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Inside the block no other process is in it for this PostgreSQL: two that create MLflow's tables at once fail."""
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(uri)
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("select pg_advisory_lock(hashtext('fer'))"))
+            yield
+    finally:
+        engine.dispose()  # which ends the connection, and so the lock
 
 
 def _check_writable(path: Path) -> None:

@@ -37,7 +37,7 @@ from pipelines.experiments import Job
 from pipelines.processes import ended, process_id
 from pipelines.registry import RUN_ID, Registry
 from pipelines.report import confusion_picture, note
-from pipelines.store import SQLITE, check_answers, tracking_uri, without_password
+from pipelines.store import SQLITE, alone, check_answers, tracking_uri, without_password
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
@@ -80,7 +80,7 @@ class Tracker:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self.uri)
-        with self._one_line():
+        with self._one_line(), alone(self.uri):
             self.client = MlflowClient(self.uri)
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it

@@ -151,3 +151,23 @@ def test_the_better_one_of_two_processes_is_champion(
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
     assert worse(uri, 200, 2) == {}
+
+
+def open_at_once(uri: str, met: Any) -> None:
+    from pipelines.tracking import Tracker
+
+    met.wait(120)
+    Tracker(uri, "new")
+
+
+@pytest.mark.soak
+def test_three_processes_open_an_empty_postgresql_at_once(postgresql: str) -> None:
+    processes = multiprocessing.get_context("spawn")
+    met = processes.Barrier(3)
+    started = [processes.Process(target=open_at_once, args=(postgresql, met)) for _ in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    assert MlflowClient(postgresql).get_experiment_by_name("new") is not None

@@ -1,6 +1,7 @@
 """`fer ui` with small programs as servers: what they write does not stop them, and they end together, with a reason."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -129,3 +130,17 @@ def test_a_server_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: py
     with signalled_when(pid.exists, signal.SIGINT):
         serve([Server("Deaf", free_port(), shell(f"trap '' TERM; {sleeper(pid)}"))], tmp_path, lambda line: None)
     assert gone(pid)
+
+
+@pytest.mark.slow
+def test_the_address_of_the_store_is_on_no_command_line(
+    project: Path, empty_store: Path, here: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold a password, and every user of the machine can read command lines."""
+    shutil.copy(empty_store, project / "mlflow.db")
+    started: list[Server] = []
+    monkeypatch.setattr(ui, "serve", lambda servers, *_: started.extend(servers))
+    assert here("ui").returncode == 0
+    assert [server.name for server in started] == ["MLflow", "Prefect"]
+    assert started[0].environment == {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{project}/mlflow.db"}
+    assert "sqlite" not in " ".join(word for server in started for word in server.command)
