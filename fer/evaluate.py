@@ -164,15 +164,27 @@ def metrics(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
 
 def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
     """The exact probabilities float32 [n, C] in predictions_*.csv. Raises UserError if there are none."""
+    return read_evaluated(path, classes)[classes].to_numpy(np.float32)
+
+
+def read_evaluated(path: Path, classes: list[str]) -> pd.DataFrame:
+    """predictions_*.csv: row, name, label (its index in `classes`) and a probability per class.
+
+    Raises UserError if it is missing or damaged.
+    """
+    text = {"name": str, "label": str}
     try:
-        found = pd.read_csv(path, usecols=classes)[classes].to_numpy(np.float32)
-        reason = "" if ((found >= 0) & (found <= 1)).all() else "not between 0 and 1"
+        table = pd.read_csv(path, usecols=["row", *text, *classes], dtype=text, keep_default_na=False)
+        shares = table[classes].to_numpy(np.float32)
+        reason = "" if ((shares >= 0) & (shares <= 1)).all() else "not between 0 and 1"
+        table["label"] = table["label"].map({name: index for index, name in enumerate(classes)})
+        reason = "a label that is no class" if table["label"].isna().any() else reason
     except (OSError, ValueError, TypeError, OverflowError) as error:
         reason = first_line(error)
     if reason:
         again = f"delete {path.parent / SUMMARY} and run `fer evaluate {path.parent.name}`"
         raise UserError(f"{path}: no predictions there ({reason}); {again}")
-    return found
+    return table
 
 
 def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, classes: list[str]) -> None:

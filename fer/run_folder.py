@@ -113,6 +113,14 @@ class Summary(Stored):
         return self
 
 
+class Began(Stored):
+    """config.json."""
+
+    format: Positive = 1
+    config: dict[str, Any]
+    data_hash: str
+
+
 class Place(Stored):
     """progress.json."""
 
@@ -133,6 +141,21 @@ def read_rows(folder: Path, remedy: str | None = None) -> list[dict[str, Any]]:
     Raises UserError, with the `remedy`, if it is damaged.
     """
     return read_lines(Row, folder / METRICS, remedy or from_checkpoints(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises UserError if it is missing or damaged."""
+    path, remedy = folder / CONFIG, from_checkpoints(folder)
+    try:
+        return read(Began, path, remedy)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {remedy}") from None
+
+
+def named(runs: Path, word: str) -> list[Path]:
+    """The folder in `runs` whose name is `word`, or else all whose names begin with it, sorted."""
+    known = sorted(path for path in runs.glob("*") if path.is_dir())
+    return [path for path in known if path.name == word] or [path for path in known if path.name.startswith(word)]
 
 
 def read_progress(folder: Path) -> dict[str, int] | None:

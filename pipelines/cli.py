@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error
 from fer.files import is_held
-from fer.run_folder import read_progress, read_rows, read_summary
+from fer.run_folder import named, read_progress, read_rows, read_summary
 
 app = typer.Typer(
     help="Facial-expression-recognition experiments. `dvc repro` prepares the data; experiments/ is what to train.",
@@ -646,13 +646,13 @@ def _first_failure(failed: dict[str, BaseException]) -> BaseException:
 
 def _find(run: str) -> Path:
     """The folder of the one run whose id starts with `run`."""
-    known = sorted(path.name for path in RUNS.glob("*") if path.is_dir())
-    found = [name for name in known if name.startswith(run)]
+    found = named(RUNS, run)
+    names = ", ".join(path.name for path in found or named(RUNS, ""))
     if not found:
-        raise UserError(f"{run}: no such run in {RUNS}; runs: {', '.join(known) or 'none yet'}")
-    if len(found) > 1 and run not in found:
-        raise UserError(f"{run}: matches several runs, give more of the id: {', '.join(found)}")
-    return RUNS / (run if run in found else found[0])
+        raise UserError(f"{run}: no such run in {RUNS}; runs: {names or 'none yet'}")
+    if len(found) > 1:
+        raise UserError(f"{run}: matches several runs, give more of the id: {names}")
+    return found[0]
 
 
 def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> None:

@@ -15,8 +15,8 @@ from fer import statistics
 from fer.data.dataset import DataSet
 from fer.data.near import groups
 from fer.errors import UserError
-from fer.evaluate import read_predictions
-from fer.run_folder import CONFIG, PREDICTIONS, read_summary
+from fer.evaluate import read_evaluated
+from fer.run_folder import PREDICTIONS, SUMMARY, named, read_config, read_summary
 from fer.statistics import Interval
 
 
@@ -35,21 +35,23 @@ class Side:
     @cached_property
     def table(self) -> pd.DataFrame:
         """row, name and label of the test images."""
-        path = self.folders[0] / PREDICTIONS.format(split="test")
-        return pd.read_csv(path, usecols=["row", "name", "label"], keep_default_na=False)
+        return self._read(self.folders[0], "test")[["row", "name", "label"]]
 
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 [n]."""
-        return self.table["label"].map({name: index for index, name in enumerate(self.classes)}).to_numpy(np.int64)
+        return self.table["label"].to_numpy(np.int64)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
         """float32 [runs, n, C], on test."""
-        return np.stack([self._of(folder, "test") for folder in self.folders])
+        return np.stack([self._of(self._read(folder, "test")) for folder in self.folders])
 
-    def _of(self, folder: Path, split: str) -> np.ndarray:
-        return read_predictions(folder / PREDICTIONS.format(split=split), self.classes)
+    def _read(self, folder: Path, split: str) -> pd.DataFrame:
+        return read_evaluated(folder / PREDICTIONS.format(split=split), self.classes)
+
+    def _of(self, table: pd.DataFrame) -> np.ndarray:
+        return table[self.classes].to_numpy(np.float32)
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -64,10 +66,7 @@ class Side:
         """Means over the runs: accuracy, UAR, log loss, Brier score, ECE, and the temperature that val asks for."""
         per_run = []
         for folder, summary, found in zip(self.folders, self.summaries, self.probabilities):
-            val = pd.read_csv(folder / PREDICTIONS.format(split="val"), usecols=["label"], keep_default_na=False)[
-                "label"
-            ]
-            of_val = val.map({name: index for index, name in enumerate(self.classes)}).to_numpy(np.int64)
+            val = self._read(folder, "val")
             test = summary["test"]
             per_run.append(
                 {
@@ -76,7 +75,7 @@ class Side:
                     "log loss": statistics.negative_log_likelihood(found, self.labels),
                     "Brier": statistics.brier(found, self.labels),
                     "ECE": test["ece"],
-                    "T": statistics.temperature(self._of(folder, "val"), of_val),
+                    "T": statistics.temperature(self._of(val), val["label"].to_numpy(np.int64)),
                 }
             )
         return {key: float(np.mean([scores[key] for scores in per_run])) for key in per_run[0]}
@@ -121,10 +120,9 @@ def side(word: str, runs: Path) -> Side:
 
     Raises UserError if there are none, or they are of several recipes.
     """
-    folders = [runs / word] if (runs / word).is_dir() else sorted(runs.glob(f"{_literal(word)}*"))
-    found = [(folder, summary) for folder in folders if (summary := read_summary(folder)) is not None]
+    found = [(folder, summary) for folder in named(runs, word) if (summary := read_summary(folder)) is not None]
     if not found:
-        known = ", ".join(sorted(path.name for path in runs.glob("*") if read_summary(path) is not None)) or "none yet"
+        known = ", ".join(path.name for path in named(runs, "") if (path / SUMMARY).exists()) or "none yet"
         raise UserError(f"{word}: no finished run in {runs}; finished: {known}")
     recipes = {_recipe(folder): folder.name for folder, _ in found}
     if len(recipes) > 1:
@@ -133,15 +131,10 @@ def side(word: str, runs: Path) -> Side:
     return Side(name, tuple(folder for folder, _ in found), tuple(summary for _, summary in found))
 
 
-def _literal(word: str) -> str:
-    """`word` as a pattern that matches only itself."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in word.replace("/", "\0"))
-
-
 def _recipe(folder: Path) -> str:
-    content = json.loads((folder / CONFIG).read_text())
-    content["config"].pop("seed", None)
-    return json.dumps([content["config"], content.get("data_hash")], sort_keys=True)
+    content = read_config(folder)
+    config = {key: value for key, value in content["config"].items() if key != "seed"}
+    return json.dumps([config, content["data_hash"]], sort_keys=True)
 
 
 def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:

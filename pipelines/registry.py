@@ -1,6 +1,5 @@
 """The model registry of MLflow: a version for each run, and the alias `champion`."""
 
-import json
 import random
 import threading
 import time
@@ -21,7 +20,7 @@ from mlflow.types import ColSpec, DataType, Schema
 import fer
 from fer.formats import read_run
 from fer.models import packages
-from fer.run_folder import BEST, CONFIG
+from fer.run_folder import BEST, CONFIG, read_config
 from pipelines.report import note
 
 RUN_ID = "fer.run_id"  # tag of MLflow's runs and versions: our run id
@@ -99,8 +98,7 @@ def _until_done(change: Callable[[], object]) -> None:
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
     """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
-    path = folder / CONFIG
-    run = read_run(json.loads(path.read_text()), path)
+    run = read_run(read_config(folder), folder / CONFIG)
     signature = ModelSignature(
         outputs=Schema([ColSpec(DataType.float, name) for name in summary["classes"]])
     )  # no inputs: `fer.predict` takes arrays of any size and paths, and refuses in one line where MLflow prints pixels
