@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CPU, small_run
 from PIL import Image
 
+from fer.data.dataset import open_data
 from fer.data.labels import CLASSES, VOTE_COLUMNS
 from fer.errors import UserError
+from fer.train import fit
 from pipelines.params import Data, Params, load
 from pipelines.stages.download import download
+from pipelines.stages.split import split
+from pipelines.stages.upscale import upscale
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = load(ROOT / "params.yaml").data
@@ -134,3 +139,119 @@ def test_an_empty_folder_says_how_to_fill_it(project: Path, monkeypatch: pytest.
     ):
         download(params(dataset="ferplus", path="faces"))
     assert not (project / "data").exists()
+
+
+def class_folders(root: Path, people: int = 10) -> None:
+    """Two classes, a picture of each for every person and size, in colour."""
+    for person in range(people):
+        for number, label in enumerate(("happy", "sad")):
+            (root / label).mkdir(parents=True, exist_ok=True)
+            image = Image.new("RGB", (20 + person % 2, 20), (10 * person, 100 * number, 0))
+            image.save(root / label / f"P{person}_{label}.webp", lossless=True)
+
+
+HAPPY = {"dataset": "folders", "path": "faces", "size": 16, "subject_pattern": r"(P\d)_"}
+
+
+def test_class_folders_become_arrays_of_one_size_with_subjects(project: Path, capfd: pytest.CaptureFixture) -> None:
+    class_folders(project / "faces")
+    download(params(**HAPPY))
+    assert capfd.readouterr().out == (
+        "folders: 20 images; read . in faces\nresized to 16x16 pixels: 20 of 20 images (data.size)\n"
+    )
+    raw = project / "data" / "raw"
+    images = np.load(raw / "images.npy")
+    assert (images.shape, images.dtype) == ((20, 16, 16, 3), np.uint8)
+    assert images[:, 0, 0].tolist() == [[10 * (n % 10), 100 * (n // 10), 0] for n in range(20)]
+    lines = (raw / "labels.csv").read_text().splitlines()
+    assert lines[0] == "row,name,usage,subject,happy,sad,sha1"
+    digest = hashlib.sha1(images[11].tobytes()).hexdigest()
+    assert lines[12] == f"11,sad/P1_sad.webp,,P1,0,1,{digest}"
+    source = json.loads((raw / "source.json").read_text())
+    assert (source["labels"], source["classes"], source["images"]) == ("hard", ["happy", "sad"], {"": 20})
+
+
+def split_folders(**changes: object) -> dict:
+    """summary.json of the stages on class folders."""
+    whole = load(ROOT / "params.yaml")
+    download(params(**HAPPY | changes))
+    upscale(whole)
+    split(whole)
+    return json.loads(Path("data/splits/summary.json").read_text())
+
+
+def test_a_set_without_splits_is_split_by_subject_and_trained_on(project: Path) -> None:
+    class_folders(project / "faces")
+    summary = split_folders()
+    assert summary["totals"] == {"train": 14, "val": 2, "test": 4}
+    assert summary["held_out"] == {"test": "all, by subject", "val": "all, by subject"}
+    assert (summary["class_prior"], summary["labels"]) == (None, "hard")
+    data = open_data()
+    people = [set(data.split(name).subjects) for name in ("train", "val", "test")]
+    assert sum(map(len, people)) == len(set.union(*people)) == 10
+    assert data.prior().tolist() == [[1, 0], [0, 1]]
+    run = small_run(loss={"name": "pdls"}, input={"image_size": 16, "channels": 3}, epochs=1)
+    with pytest.raises(UserError) as caught:
+        fit("x", run, CPU, "data", "data/runs")
+    assert str(caught.value) == (
+        "loss.name: this loss needs the class prior, which hard labels do not give: name a file with it in "
+        "data.confusion of params.yaml, or choose another loss"
+    )
+    fit("y", small_run(input={"image_size": 16, "channels": 3}, epochs=1, batch_size=4), CPU, "data", "data/runs")
+
+
+CONFUSION = ",sad,happy\nhappy,1,3\nsad,4,0\n"
+
+
+def test_the_prior_of_hard_labels_is_a_file_that_the_user_names(project: Path) -> None:
+    class_folders(project / "faces")
+    (project / "faces" / "confusion.csv").write_text(CONFUSION)
+    assert split_folders(confusion="confusion.csv")["class_prior"] == [[0.75, 0.25], [0, 1]]
+    source = json.loads(Path("data/raw/source.json").read_text())
+    assert (source["read"], source["left_out"]) == ([".", "confusion.csv"], {})
+    assert open_data().prior(needed=True).tolist() == [[0.75, 0.25], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("sad,4", "bored,4", "faces/confusion.csv must have a row and a column for each of happy, sad"),
+        (",sad,happy", ",sad", "faces/confusion.csv must have a row and a column for each of happy, sad"),
+        ("1,3", "1,x", "faces/confusion.csv must hold a number in every cell"),
+        ("1,3", "1", "faces/confusion.csv must hold a number in every cell"),
+        ("4,0", "0,0", "faces/confusion.csv must hold numbers from 0 up, and some above 0 in every row"),
+        ("4,0", "4,-1", "faces/confusion.csv must hold numbers from 0 up, and some above 0 in every row"),
+        (CONFUSION, "", "faces/confusion.csv must have a row and a column for each of happy, sad"),
+    ],
+)
+def test_a_confusion_that_does_not_fit(old: str, new: str, message: str, project: Path) -> None:
+    class_folders(project / "faces")
+    (project / "faces" / "confusion.csv").write_text(CONFUSION.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        download(params(**HAPPY, confusion="confusion.csv"))
+    assert str(caught.value) == f"data.confusion: {message}"
+    assert not (project / "data").exists() or list((project / "data").iterdir()) == []
+
+
+def test_a_confusion_that_is_not_there(project: Path) -> None:
+    class_folders(project / "faces")
+    with pytest.raises(
+        UserError, match=r"^data.confusion: faces/x.csv not found: give its path relative to data.path$"
+    ):
+        download(params(**HAPPY, confusion="x.csv"))
+
+
+def test_a_confusion_for_votes_is_refused(project: Path) -> None:
+    official_folders(project / "faces")
+    with pytest.raises(
+        UserError, match="^data.confusion: is for data sets with one label an image; this one has votes"
+    ):
+        download(params(dataset="ferplus", path="faces", confusion="x.csv"))
+
+
+@pytest.mark.parametrize("key", ["size", "subject_pattern", "classes"])
+def test_settings_that_ferplus_has_no_use_for(key: str, project: Path) -> None:
+    official_folders(project / "faces")
+    value = {"size": 64, "subject_pattern": "(.)", "classes": ["fear", "anger"]}[key]
+    with pytest.raises(UserError, match=f"^data.{key}: FER\\+ has 48x48 pixels, 8 classes and no subjects: remove it$"):
+        download(params(dataset="ferplus", path="faces", **{key: value}))

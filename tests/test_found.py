@@ -141,7 +141,7 @@ def test_several_candidates_are_named_unless_they_are_the_same(tmp_path: Path) -
         assert one_of([[one], [same]], "tables") == [one]
         for candidates, named in (
             ([[one], [other]], "a/x.csv, c/x.csv"),
-            ([[one], [other, more]], "a/x.csv (1 file), c (2 files)"),
+            ([[one], [other, more]], "a (1 file), c (2 files)"),
         ):
             with pytest.raises(UserError) as caught:
                 one_of(candidates, "tables")

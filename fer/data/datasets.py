@@ -90,5 +90,9 @@ def counted(name: str, images: dict[str, int]) -> str:
     published = DATASETS[name].counts
     if not published or images in published:
         return ""
-    nearest = min(published, key=lambda counts: abs(sum(counts.values()) - sum(images.values())))
+
+    def distance(counts: dict[str, int]) -> tuple[bool, int]:
+        return set(counts) != set(images), abs(sum(counts.values()) - sum(images.values()))
+
+    nearest = min(published, key=distance)
     return " (published: " + ", ".join(f"{count:,} {usage or 'images'}" for usage, count in nearest.items()) + ")"

@@ -180,10 +180,10 @@ def one_of(
     first, *others = candidates
     if all(_same(first, other) for other in others):
         return first
-    numbered = any(len(files) > 1 for files in candidates)
-    named = [
-        _shown(files) + (f" ({len(files)} file{'s'[: len(files) != 1]})" if numbered else "") for files in candidates
-    ]
+    if any(len(files) > 1 for files in candidates):
+        named = [f"{_folder(files)} ({len(files)} file{'s' * (len(files) > 1)})" for files in candidates]
+    else:
+        named = [printable(files[0].name) for files in candidates]
     raise UserError(f"{first[0].root}: holds several {what}: {', '.join(named)}: keep one of them there{remedy}")
 
 
@@ -367,9 +367,6 @@ def _equal(one: Entry, other: Entry) -> bool:
                 return True
 
 
-def _shown(files: list[Entry]) -> str:
-    """A candidate in a message: its file, or the folder that holds all of its files."""
-    if len(files) == 1:
-        return printable(files[0].name)
-    common = os.path.commonpath([entry.name.rpartition("/")[0] or "." for entry in files])
-    return printable(common or ".")
+def _folder(files: list[Entry]) -> str:
+    """The one that holds all of them."""
+    return printable(os.path.commonpath([entry.name.rpartition("/")[0] or "." for entry in files]))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,12 @@ def download(params: Params) -> None:
         fetched = _fill(found, data)
     with look(path) as found:
         source = DATASETS[data.dataset].read(found, _wanted(data))
-        _write(source, data.dataset, _confusion(found, data.confusion, source))
+        confusion = None if data.confusion is None else _confusion(found, data.confusion, source)
+        if data.confusion is not None:
+            unused = {reason: [n for n in names if n != data.confusion] for reason, names in source.left_out.items()}
+            left_out = {reason: names for reason, names in unused.items() if names}
+            source = replace(source, read=[*source.read, data.confusion], left_out=left_out)
+        _write(source, data.dataset, confusion)
     _report(path, data.dataset, source, fetched)
 
 
@@ -97,20 +103,21 @@ def _counts(source: Source) -> dict[str, int]:
     return {usage: int(count) for usage in ("train", "val", "test", "") if (count := (usages == usage).sum())}
 
 
-def _confusion(found: Found, name: str | None, source: Source) -> list[list[float]] | None:
+def _confusion(found: Found, name: str, source: Source) -> list[list[float]]:
     """The rows of the file that `data.confusion` names, in the order of the classes, each divided by its sum."""
-    if name is None:
-        return None
+    if source.labels != "hard":
+        raise UserError("data.confusion: is for data sets with one label an image; this one has votes: remove it")
+    classes = source.classes
     entry = next((entry for entry in found.entries if entry.name == name), None)
     if entry is None:
         raise UserError(f"data.confusion: {found.root / name} not found: give its path relative to data.path")
     lines = [row for row in csv.reader(entry.read().decode("utf-8-sig", "replace").splitlines()) if any(row)]
     header = [text.strip() for text in lines[0][1:]] if lines else []
     rows = {line[0].strip(): line[1:] for line in lines[1:]}
-    if sorted(header) != sorted(source.classes) or sorted(rows) != sorted(source.classes):
-        raise UserError(f"data.confusion: {entry} must have a row and a column for each of {', '.join(source.classes)}")
+    if sorted(header) != sorted(classes) or sorted(rows) != sorted(classes):
+        raise UserError(f"data.confusion: {entry} must have a row and a column for each of {', '.join(classes)}")
     try:
-        shares = np.array([[float(rows[a][header.index(b)]) for b in source.classes] for a in source.classes])
+        shares = np.array([[float(rows[label][header.index(other)]) for other in classes] for label in classes])
     except (ValueError, IndexError):
         raise UserError(f"data.confusion: {entry} must hold a number in every cell") from None
     if not np.isfinite(shares).all() or (shares < 0).any() or not (shares.sum(axis=1) > 0).all():

@@ -100,9 +100,9 @@ def known() -> set[str]:
 
 
 def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN
-        return ""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple | np.ndarray) else str(value).strip()
+    if isinstance(value, list | tuple | np.ndarray):
+        return " ".join(map(str, value))
+    return "" if value is None or value != value else str(value).strip()  # NaN is not itself
 
 
 def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> list[Entry]:

@@ -1,0 +1,111 @@
+"""RAF-DB as its publisher ships it, and as Kaggle's mirror does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_folders import put, read, refused, rows
+
+from fer.data.readers import rafdb
+
+LABELS = {f"train_{n:05}": 1 + n % 7 for n in range(14)} | {f"test_{n:04}": 1 + n % 7 for n in range(7)}
+LIST = "basic/EmoLabel/list_patition_label.txt"
+ALIGNED = "basic/Image/aligned"
+
+
+def published(root: Path) -> Path:
+    put(root, [f"{ALIGNED}/{name}_aligned.jpg" for name in LABELS])
+    put(root, [f"basic/Image/original/{name}.jpg" for name in LABELS])
+    (root / LIST).parent.mkdir()
+    (root / LIST).write_text("".join(f"{name}.jpg {label}\n" for name, label in LABELS.items()))
+    return root
+
+
+def test_the_list_with_aligned_pictures(tmp_path: Path) -> None:
+    source = read(published(tmp_path), rafdb.read)
+    found = {name.rpartition("/")[2]: row for name, row in rows(source).items()}
+    assert len(found) == 21
+    for number, (name, label) in enumerate(LABELS.items()):
+        expected = (name.split("_")[0], "", rafdb.NUMBERS[str(label)], number)
+        assert found[f"{name}_aligned.jpg"] == expected
+    assert (source.classes, source.labels, source.form) == (rafdb.CLASSES, "hard", "list")
+    assert source.read == [ALIGNED, LIST]
+    assert len(source.left_out["the aligned pictures are read instead"]) == 21
+
+
+def test_original_pictures_where_there_are_no_others(tmp_path: Path) -> None:
+    published(tmp_path)
+    for file in (tmp_path / ALIGNED).iterdir():
+        file.unlink()
+    source = read(tmp_path, rafdb.read)
+    assert (len(source.table), source.read) == (21, ["basic/Image/original", LIST])
+
+
+def test_class_folders_as_on_kaggle(tmp_path: Path) -> None:
+    put(tmp_path, [f"DATASET/{name.split('_')[0]}/{label}/{name}_aligned.jpg" for name, label in LABELS.items()])
+    (tmp_path / "train_labels.csv").write_text("image,label\n")
+    source = read(tmp_path, rafdb.read)
+    assert {name.rpartition("/")[2][:-12]: row[2] for name, row in rows(source).items()} == {
+        name: rafdb.NUMBERS[str(label)] for name, label in LABELS.items()
+    }
+    assert source.table["usage"].value_counts().to_dict() == {"train": 14, "test": 7}
+    assert source.left_out == {"no part of the data set": ["train_labels.csv"]}
+
+
+def change_list(change: Callable[[list[str]], list[str]]) -> Callable[[Path], object]:
+    return lambda root: (root / LIST).write_text("\n".join(change((root / LIST).read_text().splitlines())) + "\n")
+
+
+PICTURE = f"{ALIGNED}/train_00001_aligned.jpg"
+MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a list that is cut": (
+        change_list(lambda lines: lines[:15]),
+        f"{{root}}/{LIST}: has no line for 6 of 21 pictures (the first: {{root}}/{ALIGNED}/test_0001_aligned.jpg): "
+        "restore the list",
+    ),
+    "missing pictures": (
+        lambda root: [(root / PICTURE).unlink(), (root / PICTURE.replace("00001", "00002")).unlink()],
+        f"{{root}}/{LIST}: names 2 of 21 pictures that are not there (the first: train_00001.jpg): "
+        "put Image/aligned of RAF-DB there, whole",
+    ),
+    "no pictures": (
+        lambda root: [file.unlink() for file in root.rglob("*.jpg")],
+        "{root}: holds a list of RAF-DB and no pictures: put Image/aligned of RAF-DB there",
+    ),
+    "a line twice": (
+        change_list(lambda lines: [*lines, lines[0]]),
+        f"{{root}}/{LIST} line 22: train_00000.jpg stands in list_patition_label.txt line 1 as well: "
+        "delete one of them",
+    ),
+    "a label of the compound set": (
+        change_list(lambda lines: [lines[0][:-1] + "11", *lines[1:]]),
+        f"{{root}}/{LIST} line 1: 'train_00000.jpg 11' is no name and number from 1 to 7: restore the list",
+    ),
+    "no label": (
+        change_list(lambda lines: [lines[0][:-2], *lines[1:]]),
+        f"{{root}}/{LIST} line 1: 'train_00000.jpg' is no name and number from 1 to 7: restore the list",
+    ),
+    "another name": (
+        change_list(lambda lines: ["x.jpg 1", *lines[1:]]),
+        f"{{root}}/{LIST} line 1: 'x.jpg' begins with neither train_ nor test_: restore the name",
+    ),
+    "a second copy": (
+        lambda root: put(root, ["old/aligned/train_00001_aligned.jpg"]),
+        f"{{root}}: holds several folders of pictures of RAF-DB: {ALIGNED} (21 files), old/aligned (1 file): "
+        "keep one of them there, or set data.path to the one to read",
+    ),
+    "a damaged picture": (
+        lambda root: (root / PICTURE).write_bytes(b""), f"{{root}}/{PICTURE}: is empty: download it again",
+    ),
+    "nothing": (
+        lambda root: [file.unlink() for file in root.rglob("*.*")],
+        "{root}: holds no pictures: put class folders there, as train/happiness/1.png, or correct data.path",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str, tmp_path: Path) -> None:
+    change, message = MISTAKES[mistake]
+    change(published(tmp_path))
+    assert refused(tmp_path, rafdb.read) == message.format(root=tmp_path)
