@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
@@ -15,11 +15,11 @@ from fer.errors import UserError, first_line
 from fer.resources import Resources
 from fer.settings import Fault, Positive, Section, Seed, Unfit, check, nearest
 
-Share = Annotated[float, Field(gt=0, lt=0.5)]
 DEEPEST, MOST = 30, 100_000  # levels and values of a settings file
 LONGEST = 200  # letters of a value in a message
 # what ruamel raises on values that are none of their tag, such as `!!int x` or the date 2001-99-99
 WRONG = (YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+Share = Annotated[float, Field(gt=0, lt=0.5)]
 
 
 class Sample(Section):
@@ -55,30 +55,27 @@ class Data(Section):
     )
     """What the fetched votes must hash to."""
 
-    @model_validator(mode="after")
-    def _known(self) -> "Data":
-        faults = []
-        if self.dataset != "sample":
+    @field_validator("dataset")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name != "sample":
             from fer.data.datasets import DATASETS  # with pandas, which takes a moment
 
-            if self.dataset not in DATASETS:
-                known = nearest(self.dataset, ["sample", *DATASETS])
-                faults.append(Fault("dataset", f"unknown data set '{self.dataset}'{known}"))
-        if self.subject_pattern is not None:
-            try:
-                groups = re.compile(self.subject_pattern).groups
-            except re.error as error:
-                faults.append(
-                    Fault("subject_pattern", f"is no regular expression ({error}), got {self.subject_pattern!r}")
-                )
-            else:
-                if not groups:
-                    faults.append(
-                        Fault("subject_pattern", f"needs a group in parentheses, got {self.subject_pattern!r}")
-                    )
-        if faults:
-            raise Unfit(faults)
-        return self
+            if name not in DATASETS:
+                known = nearest(name, ["sample", *DATASETS])
+                raise Unfit([Fault("", f"unknown data set '{name}'{known}")])
+        return name
+
+    @field_validator("subject_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise Unfit([Fault("", f"is no regular expression ({error}), got {pattern!r}")]) from None
+        if not groups:
+            raise Unfit([Fault("", f"needs a group in parentheses, got {pattern!r}")])
+        return pattern
 
 
 class SuperResolution(Section):

@@ -34,7 +34,7 @@ class Made(Stored):
     """splits/summary.json: what the splits were made of."""
 
     classes: Annotated[list[str], Field(min_length=2)]
-    class_prior: list[list[Fraction]]
+    class_prior: list[list[Fraction]] | None  # None: of hard labels
     images: Count
     image_shape: Annotated[list[Positive], Field(min_length=2, max_length=3)]
     images_sha256: str
@@ -50,7 +50,8 @@ class Made(Stored):
         names = set(self.classes)
         if len(names) < len(self.classes):
             raise Unfit([Fault("classes", "two have the same name")])
-        if {len(self.class_prior), *map(len, self.class_prior)} != {len(names)}:
+        prior = self.class_prior
+        if prior is not None and {len(prior), *map(len, prior)} != {len(names)}:
             raise Unfit([Fault("class_prior", f"is not of {len(names)} x {len(names)} classes")])
         if set(SPLITS) - self.totals.keys() or set(SPLITS) - self.counts.keys():
             raise Unfit([Fault("totals", f"and counts should be those of {', '.join(SPLITS)}")])

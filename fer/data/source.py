@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fer.data.found import Entry, Found, printable
-from fer.data.pictures import CHUNK, Pictures
+from fer.data.picture_files import CHUNK, Pictures
 from fer.errors import UserError
 
 TEXT_COLUMNS = ("name", "usage", "subject")

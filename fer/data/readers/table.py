@@ -10,7 +10,7 @@ import pandas as pd
 
 from fer.data.found import Entry, Found, one_of, printable
 from fer.data.labels import NO_EMOTION
-from fer.data.pictures import Box, Pictures
+from fer.data.picture_files import Box, Pictures
 from fer.data.readers.folders import USAGES, in_order
 from fer.data.rows import header, table, whole
 from fer.data.source import Face, Source, Wanted, left_over, of_faces, subjects_of
