@@ -569,10 +569,8 @@ def test_ferplus_counts_duplicates_and_share(ferplus_folder: Path) -> None:
     near = duplicates(majority(rows, np.asarray(source.images)).tables)
     # looked at, 72 of 72 pairs were the same photograph; a library's rounding may move one across the threshold
     assert {key: near[key] for key in exact} == exact
-    assert (near["near_val_in_train"], near["near_test_in_train"]) == (
-        pytest.approx(157, abs=9),
-        pytest.approx(170, abs=9),
-    )
+    counts = near["near_val_in_train"], near["near_test_in_train"], near["near_test_in_val"]
+    assert counts == pytest.approx((154, 157, 19), abs=2)
     dropped = majority(rows, drop_leaked_train="exact")
     assert duplicates(dropped.tables) == counted(test_in_val=35, within_train=871)
     assert dropped.dropped == 25045 - len(dropped.tables["train"]) == 549
