@@ -124,6 +124,7 @@ class Tracking(Section):
     experiment: str
 
 
+PLAIN = "/._-+=@,~"  # beside letters and digits, what the path of a project may hold
 MOVED = {  # sections of earlier versions -> where their settings are now
     "train": "settings of a run are now in experiments/NAME.yaml, those of the machine in resources; delete it here",
     "models": "each one is now a file experiments/NAME.yaml; move it there and delete it here",
@@ -144,13 +145,30 @@ class Params(Section):
 
 
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check params.yaml. Raises UserError with one line per mistake, each with its dotted path."""
+    """Read and check params.yaml. Raises UserError with one line per mistake, each with its dotted path.
+
+    And if the project lies where the frameworks cannot work.
+    """
+    _check_place(Path.cwd())
     tree = read_yaml(Path(path), f"restore it with `git checkout {path}`")
     moved = [Fault(key, message) for key, message in MOVED.items() if key in tree]
     params, faults = check(Params, {key: value for key, value in tree.items() if key not in MOVED})
     if moved or params is None:
         raise UserError(*(f"{path}: {fault}" for fault in [*moved, *faults]))
     return params
+
+
+def _check_place(folder: Path) -> None:
+    """Raises UserError for a path that shells and the addresses of databases read otherwise.
+
+    Ray would wait for ever, or MLflow and Prefect keep their databases outside the project.
+    """
+    odd = [character for character in str(folder) if not character.isalnum() and character not in PLAIN]
+    if odd:
+        raise UserError(
+            f"{str(folder)!r}: Ray, MLflow and Prefect cannot work in a folder with {odd[0]!r} in its path; move the "
+            f"project to one with letters, digits and {PLAIN} alone"
+        )
 
 
 def machine(params: Params) -> dict[str, Any]:

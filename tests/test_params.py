@@ -184,6 +184,27 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | str | None, me
     assert line.startswith(f"{path}{message.format(path=path)}")
 
 
+@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "a%20b", "a'b", 'a"b', "a\nb", "a:b", "a$(b)", "a\\b", "\udce9"])
+def test_a_project_whose_path_the_frameworks_misread_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        load(ROOT / "params.yaml")
+    (line,) = caught.value.lines
+    assert line.startswith(repr(str(tmp_path / name)))
+    assert ": Ray, MLflow and Prefect cannot work in a folder with " in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("name", ["Gesichter-é_1.2", "表情", "a+b=c@d,e~f"])
+def test_letters_of_all_alphabets_are_fine(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    load(ROOT / "params.yaml")
+
+
 # Values on the command line, and written files
 
 
