@@ -14,6 +14,7 @@ install: $(READY)  ## Create .venv with every package at its pinned version
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=..."; exit 2; }
+	@echo "Installing into $(VENV): 2.4 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,dev]'
 	@touch $@
@@ -23,6 +24,7 @@ data: $(READY)  ## Check what data.path holds, then make the data set that param
 	dvc repro
 
 demo: $(READY)  ## Draw sample data, train two models in parallel, register the better one as champion
+	@echo "Making the data, or checking that it is up to date"
 	python -m pipelines.stages.inputs
 	dvc repro --quiet
 	fer train vgg13_small swin_nr_fpdls_tiny

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -18,6 +20,20 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def one_line(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a UserError of one line, unless it is one.
+
+    For frameworks at their start: they let through what their drivers, parsers of addresses and the like raise.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}; {remedy}") from error
 
 
 class OutOfMemory(Exception):

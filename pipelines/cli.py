@@ -1,12 +1,15 @@
 """The command `fer`."""
 
 import gc
+import importlib
+import io
 import json
 import os
 import sys
 import threading
 from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from fer.errors import UserError, disk_error
+from fer.errors import UserError, disk_error, one_line
 from fer.files import is_held
 from fer.run_folder import named, read_progress, read_rows, read_summary
 
@@ -35,6 +38,21 @@ Words = Annotated[
     typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings to change in all of them."),
 ]
 RUNS = Path("data/runs")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"fer {version('fer-pipeline')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 class _RunByDefault(typer.core.TyperGroup):
@@ -73,9 +91,8 @@ def train(
 
 
 def _train(words: list[str]) -> None:
-    # the bars and the table show it better; Prefect's UI has the whole log
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from pipelines import flow, report
+    flow = _start_frameworks()
+    from pipelines import report
 
     jobs, tracker = flow.prepare(words)
     folders, failed = [job.folder for job in jobs.values()], {}
@@ -93,6 +110,15 @@ def _train(words: list[str]) -> None:
     if failed:
         raise _first_failure(failed)
     console.print("Look closer: [bold]fer ui[/] (MLflow and Prefect), [bold]fer evaluate RUN[/], [bold]fer compare[/].")
+
+
+def _start_frameworks() -> Any:
+    """The module `pipelines.flow`, whose frameworks take seconds to import."""
+    console.print("Starting Prefect, Ray and MLflow ...", style="dim")
+    # the bars and the table show it better; Prefect's UI has the whole log
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    with one_line("Prefect, Ray or MLflow does not start", "correct its variables (PREFECT_..., RAY_..., MLFLOW_...)"):
+        return importlib.import_module("pipelines.flow")
 
 
 def _named(words: list[str] | None, every: bool) -> list[str]:
@@ -419,8 +445,7 @@ def sweep_run(
 
 
 def _sweep(words: list[str], new: bool) -> None:
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from pipelines import flow
+    flow = _start_frameworks()
     from pipelines.sweeps import folder as sweep_folder
 
     plan, _ = flow.prepare_sweep(words, new)
@@ -675,6 +700,8 @@ def _print_champions(tracker: Any) -> None:
 
 def main() -> None:
     """Entry point. Errors are printed one per line; exit status 2 for mistakes of the user, 1 for other failures."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what is no text
     try:
         app()
     except UserError as error:

@@ -43,7 +43,10 @@ def check_server() -> None:
     if not address:
         return
     try:
-        httpx.get(f"{address.rstrip('/')}/health", timeout=10)  # any answer will do: credentials are Prefect's matter
+        answer = httpx.get(f"{address.rstrip('/')}/health", timeout=10)
+        # credentials are Prefect's matter
+        if answer.status_code == 404 or (answer.status_code == 200 and answer.text.strip() != "true"):
+            raise ValueError("what answers is something else; the address ends in /api")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise UserError(
             f"PREFECT_API_URL: no Prefect server answers at {without_password(address)} ({first_line(error)}); "

@@ -57,6 +57,11 @@ def start_ray() -> None:
     try:
         # without "local", Ray joins the cluster last started on this machine, whether it still runs or not
         ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **options)
+    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"Ray does not start on this machine: {first_line(error)}; run the command again, with fewer processes "
+            "beside it, and without limits (ulimit -a) or RAY_ variables that it cannot work with"
+        ) from error
     except OSError as error:
         raise UserError(
             f"RAY_TMPDIR: Ray cannot keep its files in {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} "
@@ -69,14 +74,14 @@ def _join(address: str, options: dict[str, Any]) -> None:
     """Connect to a cluster. Raises UserError if it does not answer, or does not let this process in."""
     try:
         _knock(address)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(
             f"RAY_ADDRESS: no cluster answers at {address} ({first_line(error)}); "
             "start it, or unset the variable to run here"
         ) from None
     try:
         ray.init(**options)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"RAY_ADDRESS: cannot join the cluster at {address} ({first_line(error)}); is it running, and are "
             "RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN, ~/.ray/auth_token) those that it was started with?"

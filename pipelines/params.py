@@ -120,8 +120,8 @@ class Splitting(Section):
 class Tracking(Section):
     """Where MLflow stores runs."""
 
-    uri: str
-    experiment: str
+    uri: Annotated[str, Field(min_length=1, max_length=1000)]
+    experiment: Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00-\x1f]+$")]
 
 
 PLAIN = "/._-+=@,~"  # beside letters and digits, what the path of a project may hold

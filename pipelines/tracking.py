@@ -26,7 +26,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, View
 from mlflow.exceptions import MlflowException
 from mlflow.types import Schema, TensorSpec
 
-from fer.errors import UserError, first_line
+from fer.errors import UserError, first_line, one_line
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
 from fer.run import Run
@@ -37,7 +37,7 @@ from pipelines.experiments import Job
 from pipelines.processes import ended, process_id
 from pipelines.registry import RUN_ID, Registry
 from pipelines.report import confusion_picture, note
-from pipelines.store import SQLITE, alone, check_answers, tracking_uri, without_password
+from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri, without_password
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
@@ -80,7 +80,8 @@ class Tracker:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self.uri)
-        with self._one_line(), alone(self.uri):
+        shown = f"tracking.uri: {without_password(self.uri)}"
+        with one_line(shown, f"{REMEDY}; drivers are installed separately"), alone(self.uri):
             self.client = MlflowClient(self.uri)
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it

@@ -26,6 +26,8 @@ from pipelines.experiments import Job
 
 ROOT = Path(fer.__file__).parents[1]
 PATIENCE = 20.0  # seconds; the process of the previous attempt may still be ending
+# what torch says where a tensor does not fit into the memory of a machine
+NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
 
 
@@ -116,6 +118,8 @@ def _of_error(error: Exception, folder: Path) -> Ended:
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
         return Ended("died", f"another worker of the run is gone ({_first_line(error)})")
     reason = _first_line(error)
+    if any(sign in reason for sign in NO_MEMORY):
+        return Ended("mistake", f"{reason}; lower batch_size, input.image_size or the sizes of the model")
     if isinstance(error, torch.OutOfMemoryError):
         reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
     return Ended("fault", f"{type(error).__name__}: {reason} ({_where(error)}; full log: {folder / LOG})")

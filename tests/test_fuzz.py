@@ -1,0 +1,269 @@
+"""Two thousand damaged files and odd arguments: every command ends by itself, in results or in lines for a person."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, copy_settings, experiment, make_data
+
+from fer.data.dataset import open_data
+from fer.errors import UserError
+from fer.evaluate import evaluate
+from fer.files import write_json
+from fer.run import run_id
+from fer.train import fit
+from pipelines import cli
+from pipelines import experiments as recipes
+from pipelines.experiments import Job
+from pipelines.params import load, machine
+from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps.folder import DONE, PRUNED, Trial
+from pipelines.work import work
+
+CASES, SEED, LIMIT = 2000, 14, 60.0  # LIMIT: seconds after which a command hangs
+NOWHERE = {"RAY_ADDRESS": "127.0.0.1:9", "PREFECT_API_URL": "http://127.0.0.1:9/api"}  # `fer train` ends there
+ODD: list[Any] = [
+    None, True, -1, 0, 3, 99, 10**9, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "a\nb", "\ud800",
+    "é" * 300, "x" * 5000, "../../outside", "2", [], [[]], {}, {"a": 1}, ["a", "b", "c"], [1] * 8, {"name": "x"},
+]  # fmt: skip
+YAML = [
+    "2001-99-99", "!!int x", "!!bool x", "!!python/object:os.system {}", "&a [*a]", "*a", "1" * 5000,
+    "[" * 50 + "]" * 50, "{", "}",
+    "'", "? ", ".nan", ".inf", "-1", "1e30", "0x" + "f" * 40, "~", "[]", "{}", "[a, {b: c}]", "yes", "|\n x",
+    '"\\ud800"', '"a\\0b"', "<<: 3", "%YAML 9.9", "--- 1", "100000", "x" * 3000, "no.such", "2001-01-01 00:00:00",
+]  # fmt: skip
+WORDS = [
+    "one", "vgg13_small", "doe", "tiny", "nope", "**", "/", "..", "../../outside", "", ".", "a/b", "*", "[a", "\udcff",
+    "x" * 300, "x" * 5000, "one.yaml", "params.yaml", "experiments/one.yaml", "data", "/dev/null", "one-s1", "--all",
+    "-x", "--new", "--as", "--help", "--mlflow-port", "-1", "0", "99999999", "a\nb", "seed=", "=1", "a=b=c", "epochs=0",
+]  # fmt: skip
+KEYS = [
+    "seed", "epochs", "batch_size", "model", "model.name", "model.width", "optimizer.lr", "input.image_size", "loss",
+    "resources", "resources.workers", "augment", "init_from", "base", "space", "space.optimizer.lr", "trials",
+    "changes", "schedule.warmup_epochs", "a.b.c", "..", "precision", "input.mean", "hours", "scheduler",
+]  # fmt: skip
+COMMANDS = [
+    ["train", "one"], ["train", "one", "seed=2"], ["config", "one"], ["models", "one"], ["compare"],
+    ["compare", "one-s1"], ["compare", "one-s1", "one-s1"], ["evaluate", "one-s1"], ["sweep", "status"],
+    ["sweep", "apply", "tiny"], ["sweep", "run", "tiny"],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a finished run, one that was cut after its first epoch (seed 2), and a finished sweep."""
+    project = tmp_path_factory.mktemp("base")
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        copy_settings(project)
+        make_data(project / "data")
+        run = experiment(project, "one", {"device": "cpu"}, seed=1)
+        evaluate(fit("one", run, CPU, "data", "data/runs"), "data", CPU)
+        with pytest.raises(InterruptedError):
+            fit("one", run.model_copy(update={"seed": 2}), CPU, "data", "data/runs", _cut)
+        plan = sweeps.plan(["tiny"], {}, "d" * 16)
+        sweeps.begin(plan)
+        sweeps.begin_trial(plan.job(plan.published).folder, plan.published)
+        shutil.copy(next(Path("data/runs").glob("one-s1-*/metrics.jsonl")), plan.job(plan.published).folder)
+        rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 1.0} for i in range(plan.base.run.epochs))
+        trials = [Trial(1, plan.published, PRUNED, None, Path(), rows[:1])]
+        trials.append(Trial(2, {**plan.published, "loss.alpha": 0.6}, DONE, None, Path(), rows))
+        write_json(plan.folder / "result.json", sweeps.conclude(plan, trials, []))
+    finally:
+        os.chdir(before)
+    return project
+
+
+def _cut(row: dict[str, Any]) -> None:
+    raise InterruptedError
+
+
+def work_on(words: list[str]) -> int:
+    """What a worker of `fer train` does, without Ray; the exit status that the command would have."""
+    try:
+        found = recipes.load(words, machine(load()))["one"]
+        folder = Path("data/runs") / run_id(found.name, found.run, open_data("data").hash)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    ended = work(Job(found.name, found.run, found.resources, folder), Path("data").resolve(), patience=0)
+    sys.stderr.write(f"{ended.kind}: {ended.message}\n")
+    return {"done": 0, "mistake": 2, "diverged": 2}.get(ended.kind, 1)
+
+
+# How a file is damaged
+
+
+def damage(draw: random.Random, path: Path) -> None:
+    """Damage a file as its kind allows, or as any file can be."""
+    ways: list[Callable[[random.Random, Path], None]] = [_cut_off, _flipped, _other_bytes, _no_file]
+    ways += {".json": [_json] * 12, ".jsonl": [_json_line] * 8, ".yaml": [_yaml] * 12, ".csv": [_csv] * 8}.get(
+        path.suffix, []
+    )
+    ways += [_tensors] * 6 if path.suffix == ".pt" else []
+    draw.choice(ways)(draw, path)
+
+
+def _cut_off(draw: random.Random, path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size + 1)])
+
+
+def _flipped(draw: random.Random, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.choice([1, 3, 100])):
+        if content:
+            content[draw.randrange(min(len(content), draw.choice([200, 10**9])))] = draw.randrange(256)
+    path.write_bytes(bytes(content))
+
+
+def _other_bytes(draw: random.Random, path: Path) -> None:
+    others = [b"", b"\0", b"\xff\xfe", b"<html>", b"null", b"[]", b"{}", b"NaN", b"[" * 9999, b"1" * 5000]
+    path.write_bytes(draw.choice(others))
+
+
+def _no_file(draw: random.Random, path: Path) -> None:
+    path.unlink()
+    way = draw.randrange(3)
+    if way == 0:
+        path.mkdir()
+    elif way == 1:
+        path.symlink_to(path.name)
+
+
+def _changed(draw: random.Random, tree: Any) -> Any:
+    """A tree of JSON with one value replaced, removed or doubled."""
+    if isinstance(tree, dict | list) and tree and draw.random() < 0.85:
+        key = draw.choice(list(tree)) if isinstance(tree, dict) else draw.randrange(len(tree))
+        if draw.random() < 0.15:
+            del tree[key]
+        else:
+            tree[key] = _changed(draw, tree[key])
+        return tree
+    return draw.choice(ODD)
+
+
+def _json(draw: random.Random, path: Path) -> None:
+    path.write_text(json.dumps(_changed(draw, json.loads(path.read_text()))))
+
+
+def _json_line(draw: random.Random, path: Path) -> None:
+    lines = path.read_text().splitlines()
+    place = draw.randrange(len(lines))
+    lines[place] = json.dumps(_changed(draw, json.loads(lines[place])))
+    path.write_text("\n".join(lines))
+
+
+def _yaml(draw: random.Random, path: Path) -> None:
+    lines = path.read_text().splitlines()
+    place = draw.choice([number for number, line in enumerate(lines) if ":" in line])
+    key, _, _ = lines[place].partition(":")
+    odd = draw.choice([*YAML, json.dumps(draw.choice(ODD))])
+    lines[place] = draw.choice([f"{key}: {odd}", f"{odd}: 1", odd, f"{lines[place]}\n{odd}"])
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _csv(draw: random.Random, path: Path) -> None:
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    row, place = draw.randrange(len(lines)), draw.randrange(len(lines[0]))
+    lines[row][place] = draw.choice(["", "x", "-1", "1.5", "99", "nan", "inf", "1e999", '"', "1" * 400, "\0", "é"])
+    path.write_text("\n".join(",".join(line) for line in lines) + "\n")
+
+
+def _tensors(draw: random.Random, path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    key = draw.choice(list(content))
+    content[key] = draw.choice([*ODD, torch.zeros(3), {}, {"optimizer": {}}])
+    torch.save(content if draw.random() < 0.9 else draw.choice(ODD), path)
+
+
+# A case
+
+
+def prepare(draw: random.Random, project: Path) -> list[str]:
+    """Damage a file of the project, or think of odd arguments; returns the words of the command."""
+    if draw.random() < 0.3:
+        first = draw.choice([["train"], ["config"], ["models"], ["evaluate"], ["compare"], ["sweep"],
+                             ["sweep", "status"], ["sweep", "apply"], ["ui", "--prefect-port"], ["train", "one"],
+                             ["config", "one"], ["sweep", "tiny"]])  # fmt: skip
+        odd = [draw.choice(WORDS), f"{draw.choice(KEYS)}={draw.choice([*YAML, str(draw.choice(ODD))])}"]
+        words = [*first, *draw.choices(odd, k=draw.choice([1, 1, 2]))]
+        return [word.replace("\0", "") for word in words]
+    files = sorted(path for path in project.rglob("*") if path.is_file() and path.suffix != ".txt")
+    path = draw.choice(files)
+    damage(draw, path)
+    inside = path.relative_to(project).parts
+    if inside[:2] == ("data", "runs"):
+        seed = "seed=2" if inside[2].startswith("one-s2") else "seed=1"
+        options = [["WORK", "one", seed], ["compare"], ["compare", "one-s1", "one-s2"], ["evaluate", "one-s"]]
+        if draw.random() < 0.3 and path.name != "summary.json":  # so that it is evaluated again
+            (project / "data/runs" / inside[2] / "summary.json").unlink(missing_ok=True)
+        return draw.choice([*options, ["evaluate", inside[2]], ["train", "one", seed]])
+    if inside[:2] == ("data", "sweeps"):
+        return draw.choice([["sweep", "status"], ["sweep", "apply", "tiny"], ["sweep", "run", "tiny"]])
+    return draw.choice(COMMANDS)
+
+
+def outcome(project: Path, words: list[str]) -> tuple[int | str, str]:
+    """Exit status, or "hangs", and what was written, of a command in a process of its own, forked from this one."""
+    log = project / "output"
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            os.setsid()
+            os.chdir(project)
+            os.environ |= NOWHERE
+            output = os.open(log, os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1), os.dup2(output, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="backslashreplace") for number in (1, 2))
+            sys.argv = ["fer", *words]
+            status = work_on(words[1:]) if words[0] == "WORK" else cli.main() or 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:  # noqa: BLE001  it is what the test looks for
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        pid, how = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(how), log.read_text(errors="replace")
+        time.sleep(0.005)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hangs", log.read_text(errors="replace")
+
+
+def find(base: Path, folder: Path, number: int) -> str | None:
+    """What is wrong with how a case ends; None if nothing is."""
+    draw, project = random.Random(f"{SEED}-{number}"), folder / str(number)
+    shutil.copytree(base, project)
+    words = prepare(draw, project)
+    status, text = outcome(project, words)
+    shutil.rmtree(project)
+    if status in (0, 2) and "Traceback" not in text:
+        return None
+    return f"case {number}: {words}: {status}: {text[-1500:]}"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_whatever_is_damaged_a_command_ends_in_results_or_in_lines(base: Path, tmp_path: Path) -> None:
+    import pipelines.flow  # noqa: F401  before the forks
+
+    finds = [found for number in range(CASES) if (found := find(base, tmp_path, number))]
+    assert finds == []

@@ -1,0 +1,172 @@
+"""What people and disks do wrong, as the command line meets it: one line, exit status 2. The fuzz finds more."""
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import CPU, experiment
+
+from fer.errors import UserError
+from fer.evaluate import evaluate
+from fer.train import fit
+
+Here = Callable[..., subprocess.CompletedProcess]
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "**"], "**: no such run in data/runs; runs: none yet"),
+        (["evaluate", "/"], "/: no such run in data/runs"),
+        (["evaluate", "../../outside"], "../../outside: no such run in data/runs"),
+        (["compare", "../../outside"], "../../outside: no finished run in data/runs"),
+        (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),
+        (["sweep", LONG], f"sweeps/{LONG}.yaml: no such sweep"),
+        (["config", "doe", "seed=2001-99-99"], "seed=2001-99-99: the value is not valid YAML"),
+        (["config", "doe", "seed=5000000000"], "command line: seed: should be less than 4294967296, got 5000000000"),
+        (
+            ["config", "doe", "input.image_size=100000"],
+            "command line: input.image_size: should be less than or equal",
+        ),
+        (["config", "vgg13_small", "model.width=1e6"], "command line: model.width: should be less than or equal to 16"),
+    ],
+)
+def test_a_mistake_on_the_command_line(words: list[str], message: str, project: Path, here: Here) -> None:
+    done = here(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("port", ["-1", "0", "99999999", "x"])
+def test_a_port_that_is_none(port: str, project: Path, here: Here) -> None:
+    for option in ("--mlflow-port", "--prefect-port"):
+        done = here("ui", option, port)
+        assert done.returncode == 2
+        assert option in done.stderr
+
+
+def test_the_version(here: Here) -> None:
+    done = here("--version")
+    assert (done.returncode, done.stdout.split(".")[0]) == (0, "fer 0")
+
+
+def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: Here) -> None:
+    run = experiment(project, "one", {"device": "cpu"}, epochs=1)
+    folder = fit("one", run, CPU, "data", "data/runs")
+    evaluate(folder, "data", CPU)
+    other = folder.with_name("other-s1-00000000")
+    shutil.copytree(folder, other)
+    (other / "summary.json").write_text('{"run_id": "other"')
+    (project / "data/runs/notes.txt").touch()
+    done = here("compare")
+    assert done.returncode == 2
+    assert folder.name in done.stdout
+    remedy = f"delete it and run `fer evaluate {other.name}`"
+    assert done.stderr == f"error: data/runs/{other.name}/summary.json: not valid JSON; {remedy}\n"
+    assert here("evaluate", "other").returncode == 2
+    (other / "summary.json").unlink()
+    assert here("compare").returncode == 0
+    # without best/ the same command would find everything trained, and nothing to evaluate
+    shutil.rmtree(folder / "best")
+    (folder / "summary.json").unlink()
+    done = here("evaluate", "one")
+    assert (done.returncode, done.stderr) == (
+        2, f"error: data/runs/{folder.name}/best: no checkpoint there (checkpoint.json is missing); "
+           f"delete data/runs/{folder.name} and train again\n",
+    )  # fmt: skip
+
+
+def test_a_test_split_that_is_wrong_is_told_before_anything_starts(project: Path, here: Here) -> None:
+    path = project / "data/splits/test.csv"
+    path.write_text(path.read_text().replace("136,136.png,0,", "136,136.png,99,"))
+    done = here("train", "vgg13_small")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data/splits/test.csv: label 99 is not in classes; make it again with")
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """The address of a server that is neither MLflow's nor Prefect's."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_server_that_is_another(other_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.flow_page import check_server
+    from pipelines.tracking import Tracker
+
+    monkeypatch.setenv("PREFECT_API_URL", other_server)
+    with pytest.raises(UserError, match="PREFECT_API_URL: no Prefect server answers at .* the address ends in /api"):
+        check_server()
+    with pytest.raises(UserError, match=f"^tracking.uri: {other_server}: .*not in a valid JSON format"):
+        Tracker(other_server, "fer")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://[::1", "tracking.uri: no server answers at http:... (Invalid IPv6 URL)"),
+        ("mysql+nope://me:secret@127.0.0.1:PORT/x", "mysql.nope"),
+    ],
+)
+def test_a_store_that_no_driver_opens(uri: str, message: str) -> None:
+    from pipelines.tracking import Tracker
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(UserError) as caught:
+        Tracker(uri.replace("PORT", str(listening.getsockname()[1])), "fer")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_address_that_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import launch
+
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    for address in ("nonsense", "[::1:9", "http://127.0.0.1:9"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match="^RAY_ADDRESS: "):
+            launch.start_ray()
+
+
+def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:
+    from pipelines.sweeps import folder as sweeps
+
+    plan = sweeps.plan(["tiny"], {}, "d" * 16)
+    sweeps.begin(plan)
+    sweeps.begin_trial(plan.job(plan.published).folder, plan.published)
+    trial = plan.job(plan.published).folder / "trial.json"
+    whole = json.loads(trial.read_text())
+    for path, text, fault in [
+        (trial, json.dumps(whole | {"point": 3}), "point: should be a table of keys, got 3"),
+        (plan.folder / "result.json", "{}", "sweep: missing"),
+        (plan.folder / "sweep.json", "[]", "should be a table of keys, got []"),
+    ]:
+        path.write_text(text)
+        done = here("sweep", "status")
+        assert done.returncode == 2
+        assert f"{path.name}: {fault}; delete " in done.stderr
+        if path != trial:
+            path.unlink()
+        else:
+            trial.write_text(json.dumps(whole))
