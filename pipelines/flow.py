@@ -29,6 +29,7 @@ from fer.errors import UserError, disk_error
 from fer.evaluate import outdated
 from fer.files import held, is_held, write_json
 from fer.formats import format_of, read_run
+from fer.models import build_model, named_weights
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import LAST, read_summary
 from pipelines import experiments, flow_page, launch, report
@@ -72,6 +73,8 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
         data.prior(job.run.loss.needs_prior)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
+    for name in open_jobs & jobs.keys():
+        _check_weights(jobs[name], len(data.classes))
     with _starting(), _prefect_starting(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment)
         if unfinished:
@@ -93,6 +96,14 @@ def done(folder: Path, data: DataSet) -> bool:
     """Whether a run has been evaluated on the current test split, with the current marks of leaked images."""
     summary = read_summary(folder)
     return summary is not None and outdated(summary, data) is None
+
+
+def _check_weights(job: Job, classes: int) -> None:
+    """Raises UserError if a new run's pretrained weights cannot be had, before its worker finds out."""
+    wanted = named_weights(job.run.model)
+    if wanted and not (job.folder / LAST).exists():
+        _say(f"{job.name}: reads its weights ({', '.join(wanted)}), or fetches them")
+        build_model(job.run.model, job.run.input, classes)
 
 
 def recorded(job: Job, tracker: Tracker) -> bool:

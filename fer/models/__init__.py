@@ -28,6 +28,11 @@ def build_model(model: ModelKind, settings: Input, num_labels: int, pretrained: 
     return network.to(memory_format=torch.channels_last)  # convolutions take a quarter less time
 
 
+def named_weights(model: ModelKind) -> list[str]:
+    """The weights that the model's backbones start from, as their settings name them."""
+    return [backbone.weights for backbone in model.backbones().values() if backbone.weights is not None]
+
+
 def packages(model: ModelKind) -> list[str]:
     """Packages beyond the core dependencies that are needed to load the model."""
     lite = any(isinstance(backbone, Lite) for backbone in model.backbones().values())
