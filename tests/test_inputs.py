@@ -10,7 +10,7 @@ import pytest
 
 from fer.errors import UserError
 from pipelines.params import Params, load
-from pipelines.stages.inputs import inputs
+from pipelines.stages.inputs import IGNORED, inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = Path(sys.executable).parent / "dvc"
@@ -49,10 +49,16 @@ def test_good_input_is_silent(faces: Path, capfd: pytest.CaptureFixture) -> None
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_dvc_ignores_is_ignored() -> None:
+    lines = (ROOT / ".dvcignore").read_text().splitlines()
+    assert {name for name in IGNORED if name not in lines and f"{name}/" not in lines} == set()
+
+
 def test_every_link_to_nothing_is_named(faces: Path) -> None:
     for number in range(4):
         (faces / f"old{number}").symlink_to("/somewhere/else")
-    (faces / "happy" / "2.png").symlink_to("../sad/2.png")
+    (faces / ".cache").mkdir()  # which DVC does not ignore
+    (faces / ".cache" / "2.png").symlink_to("../sad/2.png")
     remedy = "is a link to nothing: delete it, or restore what it points to"
     assert refused("faces") == [f"faces/old0, faces/old1, faces/old2 and 2 more: {remedy}"]
 

@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fer.data.found import check_path, is_own, printable
+from fer.data.found import check_path, printable
 from fer.errors import UserError
 from pipelines.params import Params
 from pipelines.stages import run
 
 NAMED = 3  # files that a message names
+IGNORED = (  # as in .dvcignore
+    ".DS_Store", "._*", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", ".Trash-*",
+    ".ipynb_checkpoints",
+)  # fmt: skip
 
 
 def inputs(params: Params) -> None:
@@ -30,20 +35,30 @@ def inputs(params: Params) -> None:
 
 
 def _files(path: Path) -> Iterator[str]:
-    """Every file and link that DVC looks at: what .dvcignore names is left out."""
+    """Every file and link that DVC looks at. It follows .dvcignore within the project alone."""
+    ignored = IGNORED if _is_inside(path) else ()
     if not path.is_dir():
         yield str(path)
-    for folder, folders, files in os.walk(path, followlinks=False):
-        folders[:] = sorted(name for name in folders if is_own(name))
-        for name in sorted([*files, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]):
-            if is_own(name):
+    for folder, folders, files in os.walk(path):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = sorted(name for name in folders if not _matches(name, ignored))
+        for name in sorted([*files, *links]):
+            if not _matches(name, ignored):
                 yield os.path.join(folder, name)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_inside(path: Path) -> bool:
+    return path.absolute().is_relative_to(Path().absolute())
 
 
 def _fault(name: str) -> str | None:
     if not os.path.exists(name):
         return "is a link to nothing: delete it, or restore what it points to"
-    if printable(name) != name and not Path(name).absolute().is_relative_to(Path().absolute()):
+    if printable(name) != name and not _is_inside(Path(name)):
         return "has a name that is not UTF-8, which DVC cannot write outside of the project: rename it"
     if not os.access(name, os.R_OK):
         return "cannot be read: correct its permissions"
