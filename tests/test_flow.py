@@ -352,6 +352,7 @@ def test_a_deployment_trains_the_runs_of_the_command(project: Path, here: Here, 
         monkeypatch.setattr(f"pipelines.launch.{name}", None)
     done = here("train", *words)
     assert done.returncode == 0, done.stderr
+    assert "finished before, but not in MLflow's store; recording it" in done.stderr
     assert recorded(project) == {"small": finished(2)}
 
 

@@ -1,4 +1,4 @@
-"""What a command has started ends with it, however early it is killed."""
+"""What a command has started ends with it, however early it is killed; several may start at once."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import experiment, free_port, start_fer, wait_for
+from conftest import experiment, free_port, recorded, start_fer, wait_for
 
 from pipelines.processes import MARK, process_id
 
@@ -57,3 +57,17 @@ def test_a_command_that_is_killed_while_it_starts_leaves_no_process(project: Pat
 def test_fer_ui_that_is_killed_leaves_no_server(project: Path) -> None:
     ports = ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
     kill_when_it_has_started(start_fer(project, "ui", *ports), "mlflow", "prefect")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_three_commands_at_once_in_a_new_project(project: Path) -> None:
+    """None of the databases is there yet."""
+    names = ("one", "two", "three")
+    for seed, name in enumerate(names):
+        experiment(project, name, epochs=2, seed=seed)
+    commands = [start_fer(project, "train", name) for name in names]
+    for command in commands:
+        _, errors = command.communicate()
+        assert command.returncode == 0, errors
+    assert recorded(project) == dict.fromkeys(names, ("FINISHED", [1, 2]))
