@@ -116,6 +116,27 @@ def test_the_better_of_two_that_are_promoted_at_once_is_champion(sqlite: str, tm
     assert worse(sqlite, 5, 2) == {}
 
 
+def test_whoever_moves_the_alias_last_has_seen_the_others(
+    sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The better version is added and promoted between the moment another process looks and that when it moves it."""
+    run_id, model = prepare(sqlite, tmp_path)
+    client = MlflowClient(sqlite)
+    first, second = Registry(client), Registry(MlflowClient(sqlite))
+    move = client.set_registered_model_alias
+
+    def late(*where: str) -> None:
+        monkeypatch.setattr(client, "set_registered_model_alias", move)
+        second.add("fer-x", run_id, model, {"val_accuracy": "0.9"}, "")
+        second.crown("fer-x")
+        move(*where)
+
+    monkeypatch.setattr(client, "set_registered_model_alias", late)
+    first.add("fer-x", run_id, model, {"val_accuracy": "0.5"}, "")
+    first.crown("fer-x")
+    assert first.champions()["fer-x"]["version"] == "2"
+
+
 def test_the_first_of_two_equals_is_champion_and_versions_of_others_are_none_of_ours(
     sqlite: str, tmp_path: Path
 ) -> None:
