@@ -157,7 +157,7 @@ def test_class_folders_become_arrays_of_one_size_with_subjects(project: Path, ca
     class_folders(project / "faces")
     download(params(**HAPPY))
     assert capfd.readouterr().out == (
-        "folders: 20 images; read . in faces\nresized to 16x16 pixels: 20 of 20 images (data.size)\n"
+        "folders: 20 images; read faces\nresized to 16x16 pixels: 20 of 20 images (data.size)\n"
     )
     raw = project / "data" / "raw"
     images = np.load(raw / "images.npy")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -756,6 +757,29 @@ def test_real_folders(ferplus_folder: Path) -> None:
     by_row = read_ferplus(ferplus_folder, "fer2013new")
     assert by_row.images.shape == (35_714, 48, 48)  # four names twice
     assert [sum(counts) for counts in majority_counts(by_row).values()] == [25_060, 3_199, 3_153]
+
+
+@pytest.mark.slow
+def test_real_rows_with_the_labels_of_a_clone(ferplus_folder: Path, tmp_path: Path) -> None:
+    """The same images and votes in the same order as from the folders."""
+    pictures = read_ferplus(ferplus_folder)
+    texts = [str(value) for value in range(256)]
+    images = dict(zip(pictures.table["name"], np.asarray(pictures.images).reshape(-1, 48 * 48)))
+    table = pd.read_csv(ferplus_folder / "fer2013new.csv", keep_default_na=False)
+    with (tmp_path / "fer2013.csv").open("w") as file:
+        file.write("pixels,Usage\n")
+        for usage, name in zip(table["Usage"], table["Image name"]):
+            pixels = images[name].tolist() if name else [0] * 48 * 48
+            file.write(f"{' '.join([texts[value] for value in pixels])},{usage}\n")
+    shutil.copy(ferplus_folder / "fer2013new.csv", tmp_path)
+    for folder in FOLDERS:
+        put(tmp_path, {f"FERPlus/data/{folder}/label.csv": (ferplus_folder / folder / "label.csv").read_bytes()})
+    source = read_ferplus(tmp_path)
+    assert majority_counts(source) == PER_CLASS
+    assert source.facts == {"label_source": "label_csv"}
+    assert len(source.left_out["a row that no label.csv names"]) == 177  # 173 without a name, four twice
+    assert source.table.equals(pictures.table)
+    np.testing.assert_array_equal(source.images, pictures.images)
 
 
 def test_no_damaged_byte_of_a_picture_ends_in_a_traceback(tmp_path: Path) -> None:

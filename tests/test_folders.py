@@ -222,6 +222,9 @@ def test_fer2013_from_its_rows(tmp_path: Path) -> None:
     source = read(tmp_path, fer2013.read, classes=("anger", "fear"))
     assert (source.classes, len(source.table)) == (("anger", "fear"), 6)
     assert len(source.left_out["of a class that data.classes leaves out"]) == 15
+    assert refused(tmp_path, fer2013.read, size=64) == (
+        "data.size: rows of pixels are 48x48 and name no subjects: remove it"
+    )
 
 
 @pytest.mark.parametrize("emotions", ["7", "x", "-"])

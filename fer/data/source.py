@@ -88,6 +88,13 @@ def of_faces(
     return Source(images, table, tuple(classes), "hard", form, read, rest)
 
 
+def refuse_settings(wanted: Wanted, keys: Iterable[str], why: str) -> None:
+    """Raise UserError if the user has set one of `keys`, which mean nothing for a data set."""
+    for key in keys:
+        if getattr(wanted, key) is not None:
+            raise UserError(f"data.{key}: {why}: remove it")
+
+
 def check_classes(wanted: Sequence[str], known: Sequence[str]) -> None:
     """Raise UserError unless `data.classes` chooses two or more classes that the data set has."""
     unknown = [name for name in wanted if name not in known]

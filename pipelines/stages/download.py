@@ -132,8 +132,8 @@ def _report(path: Path, dataset: str, source: Source, fetched: bool) -> None:
     agrees = (
         f"; emotion fits the votes of {source.facts['emotion_agrees']:.1%}" if "emotion_agrees" in source.facts else ""
     )
-    how = "downloaded to" if fetched else "in"
-    lines = [f"{dataset}: {images}{counted(dataset, counts)}; read {', '.join(source.read)} {how} {path}{agrees}"]
+    place = f"{', '.join(source.read)} {'downloaded to' if fetched else 'in'} {path}" if source.read != ["."] else path
+    lines = [f"{dataset}: {images}{counted(dataset, counts)}; read {place}{agrees}"]
     if resized := getattr(source.images, "resized", 0):
         side = f"{source.images.shape[2]}x{source.images.shape[1]}"
         lines.append(f"resized to {side} pixels: {resized:,} of {len(source.images):,} images (data.size)")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from fer.data.found import Entry, Found, one_of, printable
 from fer.data.readers import folders
 from fer.data.rows import check_columns, header, table, whole
-from fer.data.source import UNWANTED, Source, Wanted, check_classes, hard_table, left_over
+from fer.data.source import UNWANTED, Source, Wanted, check_classes, hard_table, left_over, refuse_settings
 from fer.errors import UserError
 
 SIDE = 48  # pixels, of every image
@@ -37,6 +37,7 @@ def read(found: Found, wanted: Wanted) -> Source:
     entries = pixel_tables(found)
     if not entries:
         return folders.read_named(found, wanted, CLASSES, usage_in_name=SPLITS)
+    refuse_settings(wanted, ("size", "subject_pattern"), f"rows of pixels are {SIDE}x{SIDE} and name no subjects")
     entry = one_of([[entry] for entry in entries], "csv files with pixels")[0]
     rows = read_rows(entry)
     bad = np.flatnonzero(rows.emotions == UNKNOWN)

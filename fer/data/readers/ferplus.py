@@ -20,7 +20,7 @@ from fer.data.picture_files import UNREADABLE, fault
 from fer.data.readers.fer2013 import EMOTIONS, IMAGE_CSVS, SIDE, SPLITS, UNKNOWN, Rows, official_usage, pixel_tables
 from fer.data.readers.fer2013 import read_rows as read_pixels
 from fer.data.rows import check_columns, header, rows, table, whole
-from fer.data.source import TEXT_COLUMNS, Source, Wanted, left_over
+from fer.data.source import TEXT_COLUMNS, Source, Wanted, left_over, refuse_settings
 from fer.errors import UserError
 
 FOLDERS = {"FER2013Train": "Training", "FER2013Valid": "PublicTest", "FER2013Test": "PrivateTest"}
@@ -51,11 +51,8 @@ def read(found: Found, wanted: Wanted) -> Source:
     empty name where fer2013new.csv has the votes. Raises UserError, one line with file, line and remedy, for anything
     missing, damaged or inconsistent; ValueError for an unknown `label_source`.
     """
-    for key in ("size", "subject_pattern", "classes"):
-        if getattr(wanted, key) is not None:
-            raise UserError(
-                f"data.{key}: FER+ has {SIDE}x{SIDE} pixels, {len(CLASSES)} classes and no subjects: remove it"
-            )
+    why = f"FER+ has {SIDE}x{SIDE} pixels, {len(CLASSES)} classes and no subjects"
+    refuse_settings(wanted, ("size", "subject_pattern", "classes"), why)
     if wanted.label_source not in LABEL_SOURCES:
         raise ValueError(f"unknown label source '{wanted.label_source}'; known: {', '.join(LABEL_SOURCES)}")
     places = look_for(found)
