@@ -73,10 +73,10 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
         data.prior(job.run.loss.needs_prior)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
-    for name in open_jobs & jobs.keys():
-        _check_weights(jobs[name], len(data.classes))
     with _starting(), _prefect_starting(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        for name in open_jobs & jobs.keys():
+            _check_weights(jobs[name], len(data.classes))
         if unfinished:
             launch.start_ray()
             launch.check_resources(jobs.values())
@@ -99,10 +99,13 @@ def done(folder: Path, data: DataSet) -> bool:
 
 
 def _check_weights(job: Job, classes: int) -> None:
-    """Raises UserError if a new run's pretrained weights cannot be had, before its worker finds out."""
+    """Raises UserError if a new run's pretrained weights cannot be had, before its worker finds out.
+
+    The workers of a cluster fetch their own.
+    """
     wanted = named_weights(job.run.model)
-    if wanted and not (job.folder / LAST).exists():
-        _say(f"{job.name}: reads its weights ({', '.join(wanted)}), or fetches them")
+    if wanted and not os.environ.get("RAY_ADDRESS") and not (job.folder / LAST).exists():
+        sys.stdout.write(f"{job.name}: reads its weights ({', '.join(wanted)}), or fetches them\n")
         build_model(job.run.model, job.run.input, classes)
 
 
