@@ -749,22 +749,25 @@ def majority_counts(source: Source) -> dict[str, list[int]]:
     return {split: np.bincount(label[keep & (usage == split)], minlength=len(CLASSES)).tolist() for split in PER_CLASS}
 
 
+@pytest.fixture(scope="module")
+def real(ferplus_folder: Path) -> Source:
+    return read_ferplus(ferplus_folder)
+
+
 @pytest.mark.slow
-def test_real_folders(ferplus_folder: Path) -> None:
-    own = read_ferplus(ferplus_folder, "auto")
-    assert own.images.shape == (35_710, 48, 48)
-    assert majority_counts(own) == PER_CLASS
+def test_real_folders(ferplus_folder: Path, real: Source) -> None:
+    assert real.images.shape == (35_710, 48, 48)
+    assert majority_counts(real) == PER_CLASS
     by_row = read_ferplus(ferplus_folder, "fer2013new")
     assert by_row.images.shape == (35_714, 48, 48)  # four names twice
     assert [sum(counts) for counts in majority_counts(by_row).values()] == [25_060, 3_199, 3_153]
 
 
 @pytest.mark.slow
-def test_real_rows_with_the_labels_of_a_clone(ferplus_folder: Path, tmp_path: Path) -> None:
+def test_real_rows_with_the_labels_of_a_clone(ferplus_folder: Path, real: Source, tmp_path: Path) -> None:
     """The same images and votes in the same order as from the folders."""
-    pictures = read_ferplus(ferplus_folder)
     texts = [str(value) for value in range(256)]
-    images = dict(zip(pictures.table["name"], np.asarray(pictures.images).reshape(-1, 48 * 48)))
+    images = dict(zip(real.table["name"], np.asarray(real.images).reshape(-1, 48 * 48)))
     table = pd.read_csv(ferplus_folder / "fer2013new.csv", keep_default_na=False)
     with (tmp_path / "fer2013.csv").open("w") as file:
         file.write("pixels,Usage\n")
@@ -778,8 +781,8 @@ def test_real_rows_with_the_labels_of_a_clone(ferplus_folder: Path, tmp_path: Pa
     assert majority_counts(source) == PER_CLASS
     assert source.facts == {"label_source": "label_csv"}
     assert len(source.left_out["a row that no label.csv names"]) == 177  # 173 without a name, four twice
-    assert source.table.equals(pictures.table)
-    np.testing.assert_array_equal(source.images, pictures.images)
+    assert source.table.equals(real.table)
+    np.testing.assert_array_equal(source.images, real.images)
 
 
 def test_no_damaged_byte_of_a_picture_ends_in_a_traceback(tmp_path: Path) -> None:
