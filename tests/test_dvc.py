@@ -109,7 +109,7 @@ def outputs(project: Path) -> dict[str, bytes]:
     """Every file under data/ but the user's own, and what is in it."""
     files = [path for path in (project / "data").rglob("*") if path.is_file()]
     names = {str(path.relative_to(project / "data")): path for path in files}
-    own = ("README.md", ".gitignore", "external/", "weights/")
+    own = ("README.md", ".gitignore", ".lock", "external/", "weights/")
     return {name: path.read_bytes() for name, path in sorted(names.items()) if not name.startswith(own)}
 
 

@@ -125,8 +125,8 @@ def test_a_server_that_is_another(other_server: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("http://[::1", "tracking.uri: no server answers at http:... (Invalid IPv6 URL)"),
-        ("mysql+nope://me:secret@127.0.0.1:PORT/x", "mysql.nope"),
+        ("http://[::1", "tracking.uri: no server answers at http://[::1 (Invalid IPv6 URL)"),
+        ("mysql+nope://me:secret@127.0.0.1:PORT/x", "mysql+nope://me:***@"),
     ],
 )
 def test_a_store_that_no_driver_opens(uri: str, message: str) -> None:

@@ -246,6 +246,7 @@ def draw(plan: Plan, trials: list[Trial]) -> list[Path]:
     plots = optuna.visualization.matplotlib
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)  # all trials have the same value
         for name, plot in (("parallel", plots.plot_parallel_coordinate), ("slices", plots.plot_slice)):
             plot(study)
             pictures.append(plan.folder / f"{name}.png")
