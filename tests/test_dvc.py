@@ -203,7 +203,7 @@ def test_a_change_reruns_what_it_concerns(project: Path) -> None:
     assert repro(project) == []
     set_params(project, "super_resolution.method=bicubic", "super_resolution.scale=2")
     assert repro(project) == ["upscale", "split"]
-    set_params(project, "split.drop_leaked_train=true")
+    set_params(project, "split.drop_leaked_train=exact")
     assert repro(project) == ["split"]
     set_params(project, "data.sample.seed=7")
     assert repro(project) == STAGES
@@ -272,7 +272,7 @@ def test_a_clone_pulls_and_needs_no_source_files(project: Path, tmp_path: Path) 
     ferplus = clone("ferplus")
     shutil.rmtree(source)
     assert repro(ferplus, "--allow-missing") == []
-    set_params(ferplus, "split.drop_leaked_train=true")
+    set_params(ferplus, "split.drop_leaked_train=exact")
     assert repro(ferplus, "--allow-missing") == ["split"]
 
 
