@@ -219,7 +219,7 @@ class Pixels:
             sampler=batches,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.readers,
-            prefetch_factor=4 if self.readers else None,
+            prefetch_factor=2 if self.readers else None,
             pin_memory=self.device.type == "cuda",
         )
         for pixels in loader:

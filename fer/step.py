@@ -1,5 +1,6 @@
 """One training step: forward and backward over the parts of a batch, then the update of weights and averages."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fer.data.augment import Mixture
-from fer.device import autocast
+from fer.device import autocast, seed_all
 from fer.losses import Loss
 from fer.optimizer import build_optimizer
 from fer.run import Run
@@ -34,9 +35,7 @@ class Stepper:
         self.run, self.model, self.device = run, model, device
         self.optimizer = build_optimizer(run.optimizer, model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-        self.ema: AveragedModel | None = None
-        if run.ema_decay:
-            self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self.ema = Average(model, run.ema_decay) if run.ema_decay else None
         self.network: Any = model
         if world > 1:
             self.network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -70,20 +69,10 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
-
-    def _average(self, averaged: Any, current: Any, steps: Any) -> None:
-        """In step t the average decays by min(ema_decay, (1 + t) / (10 + t)), so as to forget the initial weights.
-
-        As in TensorFlow's ExponentialMovingAverage. Otherwise, after 150 steps at decay .999, 86 % would be the start.
-        """
-        assert self.ema is not None
-        assert self.run.ema_decay is not None
-        t = int(self.ema.n_averaged)  # on the CPU; `steps` is its copy on the device
-        get_ema_multi_avg_fn(min(self.run.ema_decay, (1 + t) / (10 + t)))(averaged, current, steps)
+            self.ema.update()
 
     def _gradients(self, parts: list[Part], loss: Loss, mixture: Mixture | None, seed: int) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(seed)  # dropout, drop path
+        seed_all(seed, self.device)  # dropout, drop path
         self.optimizer.zero_grad(set_to_none=True)
         logits, total = [], torch.zeros((), device=self.device)
         for number, part in enumerate(parts, 1):
@@ -124,7 +113,7 @@ class Stepper:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "ema": self.ema.state() if self.ema is not None else None,
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -138,7 +127,49 @@ class Stepper:
                     )  # in its memory layout, which fused optimizers need
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"])
+            self.ema.load_state(saved["ema"])
+
+
+class Average:
+    """The exponential moving average of a network: `module` has its weights and statistics.
+
+    torch's AveragedModel does the same, but on a GPU it waits for all pending work at every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.decay, self.updates = copy.deepcopy(model), decay, 0
+        pairs = [
+            (mine.detach(), theirs.detach())
+            for one, other in ((self.module.parameters(), model.parameters()), (self.module.buffers(), model.buffers()))
+            for mine, theirs in zip(one, other, strict=True)
+        ]
+        self.means = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batches, in batch norm
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """In step t the average decays by min(decay, (1 + t) / (10 + t)), so as to forget the initial weights.
+
+        As in TensorFlow's ExponentialMovingAverage. Otherwise, after 150 steps at decay .999, 86 % would be the start.
+        """
+        t = self.updates
+        decay = min(self.decay, (1 + t) / (10 + t)) if t else 0.0
+        mine, theirs = map(list, zip(*self.means))
+        get_ema_multi_avg_fn(decay)(mine, theirs, t)
+        for mean, current in self.counts:
+            mean.copy_(current)
+        self.updates += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """As AveragedModel's, which earlier checkpoints hold."""
+        weights = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        return {"n_averaged": torch.tensor(self.updates), **weights}
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        self.updates = int(saved["n_averaged"])
+        weights = {name.removeprefix("module."): tensor for name, tensor in saved.items() if name != "n_averaged"}
+        self.module.load_state_dict(weights)
 
 
 def _mixed_loss(loss: Loss, logits: Tensor, part: Part, mixture: Mixture | None) -> Tensor:

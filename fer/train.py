@@ -174,11 +174,11 @@ class Trainer:
         if not math.isfinite(row["val_loss"]):
             where = f"after epoch {row['epoch']} (lr {row['lr']:.3g})"
             raise NonFiniteLoss(f"{self.folder.name}: val loss is {row['val_loss']} {where}; {REMEDY}")
-        self.since, self.spent = time.perf_counter(), 0.0
         self.epoch, self.step, self.history = self.epoch + 1, 0, [*self.history, row]
         self.counts = Counts(len(self.data.classes), self.device)
         if self.rank == 0:
             self._save(row["val_accuracy"] > self.best)
+        self.since, self.spent = time.perf_counter(), 0.0  # saving counts for no epoch
         self.best = max(self.best, row["val_accuracy"])
         return row
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import filled
 
-from fer.models.resnet50 import ResNet50, caffe_input
+from fer.models.resnet50 import CaffeInput, ResNet50
 
 PUBLISHED: dict[str, Any] = {
     "channels": 3, "num_labels": 1000, "layers": [3, 4, 6, 3], "width": 64, "max_pool": True, "caffe": False
@@ -69,7 +69,7 @@ def test_input_of_the_caffe_layout_by_hand() -> None:
     images = torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1).repeat(2, 1, 2, 3)
     images[1, 0, 1, 2] = 0.2
     before = images.clone()
-    out = caffe_input(images)
+    out = CaffeInput([(0.0, 1.0)])(images)
     # blue 0 - 91.4953, green 127.5 - 103.8827, red 255 - 131.0912
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([-91.4953, 23.6173, 123.9088]))
     torch.testing.assert_close(out[1, 2, 1, 2], torch.tensor(51 - 131.0912))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -697,6 +697,7 @@ class Job:
     exits: int | None = None  # rank 1 dies before this step
     dies_saving: bool = False  # rank 0 dies before its new checkpoint takes the name last/
     sync: bool = False  # batch norm, which needs GPUs
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def _rank(rank: int, port: int, data: Path, jobs: list[Job], told: Path) -> None:
@@ -714,7 +715,7 @@ def _rank(rank: int, port: int, data: Path, jobs: list[Job], told: Path) -> None
             planted(patch, job.spoilt)
         if job.dies_saving and rank == 0:
             patch.setattr(Path, "replace", lambda path, to: os._exit(1) if to.name == "last" else os.replace(path, to))
-        resources = Resources(device="cpu", workers=2, accumulate=job.accumulate, sync_batch_norm=job.sync)
+        resources = Resources(device=job.device, workers=2, accumulate=job.accumulate, sync_batch_norm=job.sync)
         try:
             fit("x", job.run, resources, data, job.runs, rows.append, leaves=looks)
         except UserError as caught:

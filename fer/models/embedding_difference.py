@@ -18,7 +18,7 @@ from fer.errors import UserError
 from fer.input import Input
 from fer.models.backbones import BACKBONE, ResNet, backbone_faults, build_backbone
 from fer.models.network import Backbone, FrozenEncoder, ModelKind
-from fer.models.resnet50 import caffe_input
+from fer.models.resnet50 import CaffeInput
 from fer.settings import Fault, OneOf, Positive, Section, Width, by_name
 
 
@@ -68,15 +68,13 @@ class EmotionEncoderNetwork(FrozenEncoder):
         self.identity = build_backbone(model.identity, *shape, "model.identity", pretrained)
         self.freeze(self.identity)
         self.head = mlp(self.backbone.num_features + self.identity.num_features, model.hidden, num_labels)
-        self.pixels = settings.normalisation() if _sees_caffe_input(model.identity) else None
+        sees_caffe_input = _sees_caffe_input(model.identity)
+        self.convert = CaffeInput(settings.normalisation()) if sees_caffe_input else nn.Identity()
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Identity embeddings [B, F] of images [B, channels, S, S]."""
-        if self.pixels is not None:
-            mean, std = torch.tensor(self.pixels, device=pixel_values.device).T.reshape(2, 1, -1, 1, 1)
-            pixel_values = caffe_input(pixel_values * std + mean)
-        return self.identity(pixel_values)
+        return self.identity(self.convert(pixel_values))
 
     def forward(self, pixel_values: Tensor, embedding: Tensor | None = None) -> Tensor:
         identity = self.embed(pixel_values) if embedding is None else embedding

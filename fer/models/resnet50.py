@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-MEAN = (131.0912, 103.8827, 91.4953)  # red, green, blue of VGGFace2's faces in 0..255
+FACES = (131.0912, 103.8827, 91.4953)  # mean red, green, blue of VGGFace2's faces in 0..255
 
 
 class ResNet50(nn.Module):
@@ -12,7 +12,7 @@ class ResNet50(nn.Module):
     Published: `layers` [3, 4, 6, 3] and `width` 64; with 3 channels and 1000 labels 25,557,032 parameters. Without
     `num_labels` there is no dense layer. `max_pool` false omits the pool, as the published code of the disentangled
     difference of embeddings does. `caffe` is the layout of the first release, which VGGFace2's public weights need
-    together with `caffe_input`: a stage halves the map in its first 1x1 convolution, and the pool pads only at the far
+    together with `CaffeInput`: a stage halves the map in its first 1x1 convolution, and the pool pads only at the far
     edges. Otherwise the 3x3 convolution halves the map, as in torchvision.
     """
 
@@ -43,10 +43,24 @@ class ResNet50(nn.Module):
         return self.fc(self.avgpool(maps).flatten(1))
 
 
-def caffe_input(images: Tensor) -> Tensor:
-    """RGB in [0, 1], [B, 3, H, W] -> BGR in 0..255 minus the mean of VGGFace2's faces, [B, 3, H, W]."""
-    mean = torch.tensor(MEAN, dtype=images.dtype, device=images.device).view(3, 1, 1)
-    return (255 * images - mean).flip(1)
+class CaffeInput(nn.Module):
+    """RGB normalised by `normalisation`, [B, 3, H, W] -> BGR in 0..255 minus the mean of VGGFace2's faces.
+
+    `normalisation`: mean and standard deviation of each channel of images in [0, 1], or of all.
+    """
+
+    mean: Tensor
+    std: Tensor
+    faces: Tensor
+
+    def __init__(self, normalisation: list[tuple[float, float]]):
+        super().__init__()
+        mean, std = torch.tensor(normalisation).T.reshape(2, -1, 1, 1)
+        for name, values in (("mean", mean), ("std", std), ("faces", torch.tensor(FACES).view(3, 1, 1))):
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (255 * (images * self.std + self.mean) - self.faces).flip(1)
 
 
 def _stage(before: int, width: int, blocks: int, stride: int, caffe: bool) -> nn.Sequential:
