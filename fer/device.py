@@ -32,6 +32,11 @@ def use_cpu(threads: int) -> None:
     _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def use_gpu() -> None:
+    """Set up a process that trains on a GPU: convolutions that give the same bits each time."""
+    torch.backends.cudnn.deterministic = True
+
+
 def share_heaps() -> None:
     """Let all threads of a process share two heaps, since a heap per thread never returns what it once held."""
     _mallopt(_ARENA_MAX, 2)

@@ -20,6 +20,8 @@ class Resources(Section):
     """GPUs per worker, if the device is a GPU; below 1, several runs share one."""
     accumulate: Positive = 1
     """Gradient accumulation: parts into which a worker splits its share of a batch, to save memory."""
+    cuda_graphs: bool = True
+    """Record a step's passes through the network once and replay them, on a GPU, if a step is one forward pass."""
     sync_batch_norm: bool = False
     """Batch-norm statistics over the images of all workers; GPUs only."""
     data_share: Fraction = 0.5

@@ -1,7 +1,7 @@
 """One training step: forward and backward over the parts of a batch, then the update of weights and averages."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fer.data.augment import Mixture
 from fer.device import autocast, seed_all
+from fer.errors import UserError, first_line
 from fer.losses import Loss
 from fer.optimizer import build_optimizer
 from fer.run import Run
@@ -29,10 +30,15 @@ class Part:
 
 
 class Stepper:
-    """The network in training, its optimizer, and its averaged weights if the run has `ema_decay`."""
+    """The network in training, its optimizer, and its averaged weights if the run has `ema_decay`.
 
-    def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1):
+    `graphs`: on a GPU, replay the passes of the first step in later ones; every step is then one part of one size.
+    """
+
+    def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1, graphs: bool = False):
         self.run, self.model, self.device = run, model, device
+        self.graphs = graphs and device.type == "cuda" and world == 1 and not run.sam_rho
+        self.recorded: Callable[..., Tensor] | None = None
         self.optimizer = build_optimizer(run.optimizer, model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         self.ema = Average(model, run.ema_decay) if run.ema_decay else None
@@ -78,12 +84,19 @@ class Stepper:
         for number, part in enumerate(parts, 1):
             with self._without_exchange(number < len(parts)):
                 with autocast(self.run.precision, self.device):
-                    found = self.network(**part.inputs)
+                    found = self._forward(part.inputs)
                 value = _mixed_loss(loss, found, part, mixture) * part.weight
                 self.scaler.scale(value).backward()
             logits.append(found.detach())
             total += value.detach()
         return torch.cat(logits), total
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        if not self.graphs:
+            return self.network(**inputs)
+        if self.recorded is None:
+            self.recorded = record(self.model, inputs)
+        return self.recorded(*inputs.values())
 
     def _without_exchange(self, more: bool) -> AbstractContextManager:
         """With gradient accumulation, workers exchange gradients once per step, in the last part."""
@@ -178,6 +191,43 @@ def _mixed_loss(loss: Loss, logits: Tensor, part: Part, mixture: Mixture | None)
         return value
     others = mixture.partner(logits)
     return mixture.share * value + (1 - mixture.share) * loss(logits, part.labels[others], part.targets[others])
+
+
+def record(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """The network as a function of the values of `inputs`, whose two passes are a CUDA graph each.
+
+    Small networks are bound by the launches of their kernels, of which a graph needs one. The numbers stay the same.
+    Raises UserError if the network cannot be recorded, as one whose operations wait for the GPU.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    samples = tuple(value.clone() for value in inputs.values())
+    kind = torch.get_autocast_dtype("cuda")
+    try:
+        with torch.autocast("cuda", kind, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            found: Any = torch.cuda.make_graphed_callables(
+                ByPosition(model, list(inputs)), samples, allow_unused_input=True
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"resources.cuda_graphs: this network cannot be recorded ({first_line(error)}); set it to false"
+        ) from None
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])  # batch norm's statistics, which recording has changed
+    return found
+
+
+class ByPosition(nn.Module):
+    """A network whose arguments have lost their `names`."""
+
+    def __init__(self, network: nn.Module, names: list[str]):
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.network(**dict(zip(self.names, values, strict=True)))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fer import checkpoint
 from fer.batches import Feed, TrainBatches, seed_of
 from fer.data.dataset import DataSet, open_data
-from fer.device import pick_device, use_cpu
+from fer.device import pick_device, use_cpu, use_gpu
 from fer.errors import UserError
 from fer.evaluate import last_epoch, predict_split
 from fer.files import recover, write_json
@@ -70,6 +70,8 @@ def fit(
     device = pick_device(resources.device)
     if device.type == "cpu":
         use_cpu(resources.cpus_per_worker)
+    else:
+        use_gpu()
     data = open_data(data_dir)
     folder = Path(runs_dir) / run_id(name, run, data.hash, start)
     stop = StopSignal(folder, leads=rank == 0, leaves=leaves)
@@ -119,7 +121,8 @@ class Trainer:
         prior = data.prior(run.loss.needs_prior).to(device)
         about_loss = run.loss, run.class_weights, prior, counts.to(device)
         self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
-        self.stepper = Stepper(run, model, device, self.world)
+        graphs = resources.cuda_graphs and resources.accumulate == 1
+        self.stepper = Stepper(run, model, device, self.world, graphs)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None
         self.request = Agreement(self.control, stop) if self.world > 1 else stop.request
         self.steps = self.batches.steps

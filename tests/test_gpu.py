@@ -10,12 +10,13 @@ import torch
 from conftest import PEOPLE, make_data, small_run
 from test_dic import small
 from test_train import KINDS, STEPS, Cut, Job, Looks, assert_equal_runs, cut_after, on_two_ranks, rows_of, untimed
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.training import settings
 from fer.batches import Feed, TrainBatches
 from fer.data.augment import Augmenter
 from fer.data.dataset import open_data
+from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.losses import LOSSES, build_loss
 from fer.models import build_model
@@ -23,7 +24,7 @@ from fer.predict import Predictor
 from fer.resources import Resources
 from fer.run import Run
 from fer.signals import Stopped
-from fer.step import Stepper
+from fer.step import Part, Stepper
 from fer.super_resolution.networks import NetworkUpscaler
 from fer.train import fit
 
@@ -78,6 +79,34 @@ def test_a_run_cut_and_resumed_equals_the_uncut_one(kind: str, bars: Path, tmp_p
     with pytest.raises(Stopped):
         fit("x", run, resources, bars, tmp_path / "cut", leaves=Looks(STEPS // 2))
     assert_equal_runs(fit("x", run, resources, bars, tmp_path / "cut"), whole)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_recorded_passes_change_no_bit(kind: str, bars: Path, tmp_path: Path) -> None:
+    asked = [Resources(device="cuda", cuda_graphs=graphs) for graphs in (False, True)]
+    folders = [fit("x", small_run(**RUNS[kind]), one, bars, tmp_path / str(one.cuda_graphs)) for one in asked]
+    assert_equal_runs(*folders)
+
+
+class Waits(nn.Module):
+    """It looks at a number on the GPU in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        scale = pixel_values.mean().item()
+        return pixel_values.flatten(1)[:, :8] * self.weight * scale
+
+
+def test_a_network_that_cannot_be_recorded_is_named() -> None:
+    stepper = Stepper(small_run(), Waits().to(GPU), GPU, graphs=True)
+    pixels = torch.rand(4, 1, 16, 16, device=GPU)
+    part = Part({"pixel_values": pixels}, torch.zeros(4, dtype=torch.int64), torch.zeros(4, 8), 1.0)
+    with pytest.raises(UserError, match=r"^resources.cuda_graphs: this network cannot be recorded .+; set it to false"):
+        stepper([part], lambda logits, labels, targets: logits.sum(), None, 1e-3, 0)
+    assert float(torch.ones(3, device=GPU).sum()) == 3  # the GPU is still of use
 
 
 @pytest.mark.parametrize("readers", [0, 2])
@@ -156,10 +185,13 @@ def prepared(run: Run, resources: Resources, data: Path, device: torch.device) -
     counts = torch.bincount(opened.split("train").labels)
     loss = build_loss(run.loss, run.class_weights, opened.prior().to(device), counts.to(device))
     model.train()
-    return Stepper(run, model, device), TrainBatches(feed, run, 1, 0, 1), loss
+    graphs = resources.cuda_graphs and device.type == "cuda"
+    return Stepper(run, model, device, graphs=graphs), TrainBatches(feed, run, 1, 0, 1), loss
 
 
 def recipe(name: str, **changes: Any) -> tuple[Run, Resources]:
+    if name.startswith("efficientnet_lite"):
+        pytest.importorskip("efficientnet_lite_pytorch")
     return settings(name, GPU, batch_size=16, **changes)
 
 
