@@ -78,6 +78,9 @@ class Stepper:
             self.ema.update()
 
     def _gradients(self, parts: list[Part], loss: Loss, mixture: Mixture | None, seed: int) -> tuple[Tensor, Tensor]:
+        if self.graphs and self.recorded is None:
+            with autocast(self.run.precision, self.device):
+                self.recorded = record(self.model, parts[0].inputs)  # before the seed, as it draws numbers
         seed_all(seed, self.device)  # dropout, drop path
         self.optimizer.zero_grad(set_to_none=True)
         logits, total = [], torch.zeros((), device=self.device)
@@ -92,11 +95,7 @@ class Stepper:
         return torch.cat(logits), total
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        if not self.graphs:
-            return self.network(**inputs)
-        if self.recorded is None:
-            self.recorded = record(self.model, inputs)
-        return self.recorded(*inputs.values())
+        return self.network(**inputs) if self.recorded is None else self.recorded(*inputs.values())
 
     def _without_exchange(self, more: bool) -> AbstractContextManager:
         """With gradient accumulation, workers exchange gradients once per step, in the last part."""
@@ -199,6 +198,8 @@ def record(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[..., Tensor]
     Small networks are bound by the launches of their kernels, of which a graph needs one. The numbers stay the same.
     Raises UserError if the network cannot be recorded, as one whose operations wait for the GPU.
     """
+    # the first backward pass after a recording warns that it crosses streams, which it does rightly
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     samples = tuple(value.clone() for value in inputs.values())
     kind = torch.get_autocast_dtype("cuda")
