@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test test-soak test-fast bench lint format clean
+.PHONY: help install data demo test test-soak test-fast gpu bench lint format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +37,11 @@ test-soak: $(READY)  ## Run the soak tests: many runs, processes killed again an
 
 test-fast: $(READY)  ## Run the tests that need no servers, no Ray and no real data
 	python -m pytest -m "not slow and not soak"
+
+gpu: $(READY)  ## On a machine with a GPU: the tests of it, then its speed
+	python -m pytest tests/test_gpu.py
+	python -m benchmarks --only recorded
+	python -m benchmarks --only published
 
 bench: $(READY)  ## Measure the speed of each part next to a plain reference
 	python -m benchmarks

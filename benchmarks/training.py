@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import reference
 from benchmarks.faces import write_faces
 from benchmarks.measure import ROOT, Effort, Row, Work, beside
-from fer.batches import Feed
+from fer.batches import Feed, TrainBatches
 from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
 from fer.evaluate import predict_split
@@ -149,12 +149,12 @@ def augmentation(run: Run, device: torch.device, effort: Effort, images: int) ->
 class Steps:
     """A network with its loss and optimizer, and a step of the engine or of the reference (fp32)."""
 
-    def __init__(self, run: Run, data: DataSet, device: torch.device):
+    def __init__(self, run: Run, data: DataSet, device: torch.device, graphs: bool = False):
         torch.manual_seed(run.seed)
         self.run = run
         self.model = build_model(run.model, run.input, len(data.classes)).to(device).train()
         self.loss = loss_of(run, data, device)
-        self.stepper = Stepper(run, self.model, device, 1)
+        self.stepper = Stepper(run, self.model, device, graphs=graphs)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
     def step(self, inputs: dict[str, Tensor], labels: Tensor, targets: Tensor) -> None:
@@ -170,7 +170,7 @@ def train_step(run: Run, resources: Resources, device: torch.device, effort: Eff
     """Forward, backward and update on one prepared batch."""
     with faces(run, train=run.batch_size) as (data, _):
         inputs, labels, targets = next(batches(run, resources, data, device, augmented=False))
-        sides = Steps(run, data, device), Steps(run, data, device)
+        sides = Steps(run, data, device, resources.cuda_graphs), Steps(run, data, device)
 
     def ours() -> int:
         sides[0].step(inputs, labels, targets)
@@ -181,6 +181,40 @@ def train_step(run: Run, resources: Resources, device: torch.device, effort: Eff
         return len(labels)
 
     yield Row(f"train step, {name}, {run.precision}", *_named("fp32, .item()", beside(effort, ours, theirs)))
+
+
+def recorded(
+    run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
+) -> Iterator[Row]:
+    """Epochs without evaluation: the network's passes replayed, against launched one operation at a time."""
+    with faces(run, train=images) as (data, _):
+
+        def way(graphs: bool) -> Work:
+            asked = resources.model_copy(update={"cuda_graphs": graphs})
+            stepper, whole, loss = ready(run, asked, data, device)
+
+            def work() -> int:
+                for step, (parts, mixture) in enumerate(whole.epoch(0)):
+                    stepper.network.train()
+                    stepper(parts, loss, mixture, 1e-4, step)
+                return whole.images
+
+            return work
+
+        _forget_peak(device)
+        rates = beside(effort, way(True), way(False))
+        memory = _peak_memory(device)
+    yield Row(f"steps, {name}, {run.precision}", *_named("not recorded", rates), f"{memory:.1f} GiB" if memory else "")
+
+
+def ready(run: Run, resources: Resources, data: DataSet, device: torch.device) -> tuple[Stepper, TrainBatches, Loss]:
+    """What a run has before its first step."""
+    torch.manual_seed(run.seed)
+    model = build_model(run.model, run.input, len(data.classes)).to(device).train()
+    feed = Feed(model, run, resources, data.split("train"), data.classes, device)
+    feed.begin()
+    stepper = Stepper(run, model, device, graphs=resources.cuda_graphs)
+    return stepper, TrainBatches(feed, run, 1, 0, 1), loss_of(run, data, device)
 
 
 def evaluation(
@@ -305,6 +339,14 @@ def _epoch(device: torch.device, effort: Effort) -> Iterator[Row]:
         yield from epoch(*settings(name, device, epochs=1 + effort.rounds), device, effort, name, effort.small)
 
 
+def _recorded(device: torch.device, effort: Effort) -> Iterator[Row]:
+    """On a GPU only: on a CPU nothing is recorded."""
+    for name in RECIPES if device.type == "cuda" else ():
+        asked = settings(name, device)
+        small = asked[0].input.image_size <= 64
+        yield from recorded(*asked, device, effort, name, 2 * effort.small if small else effort.large)
+
+
 def _published(device: torch.device, effort: Effort) -> Iterator[Row]:
     """On a GPU only: on a CPU an epoch takes hours."""
     for name in ("swin_nr_fpdls", "vit_se") if device.type == "cuda" else ():
@@ -313,10 +355,12 @@ def _published(device: torch.device, effort: Effort) -> Iterator[Row]:
 
 
 SMALL = ("vgg13_small", "swin_nr_fpdls_tiny")
+RECIPES = ("vgg13_small", "vgg13_ferplus", "small_resnet", "small_resnet_wide", "swin_nr_fpdls", "vit_se")
 CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
     "input": _input,
     "augmentation": _augmentation,
     "step": _train_step,
+    "recorded": _recorded,
     "evaluation": _evaluation,
     "epoch": _epoch,
     "published": _published,

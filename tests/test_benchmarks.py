@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Callable[[], object], int]] = {
     "input": (lambda: training.input_path(small_run(), CPU, DEVICE, LITTLE, 16), 3),
     "augmentation": (lambda: training.augmentation(small_run(), DEVICE, LITTLE, 16), 1),
     "step": (lambda: training.train_step(small_run(), CPU, DEVICE, LITTLE, "x"), 1),
+    "recorded": (lambda: training.recorded(small_run(batch_size=8), CPU, DEVICE, LITTLE, "x", 16), 1),
     "evaluation": (lambda: training.evaluation(small_run(), CPU, DEVICE, LITTLE, "x", 16), 1),
     "epoch": (lambda: training.epoch(small_run(epochs=2), CPU, DEVICE, LITTLE, "x", 16), 1),
     "published": (lambda: training.published(small_run(epochs=2), CPU, DEVICE, LITTLE, "x", 16), 1),
@@ -106,7 +107,7 @@ def test_settings_are_those_of_the_experiment_without_files_of_weights(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize(("words", "message"), [
     (["--device", "cuda"], "--device cuda: this machine has no usable GPU; leave it out or give cpu"),
-    (["--only", "published"], "--only published: Swin-B and ViT-B/16 are measured on a GPU only"),
+    (["--only", "published"], "--only published: is measured on a GPU only"),
 ])  # fmt: skip
 def test_what_needs_a_gpu_says_so(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

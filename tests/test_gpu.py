@@ -13,8 +13,7 @@ from test_dic import small
 from test_train import KINDS, STEPS, Cut, Job, Looks, assert_equal_runs, cut_after, on_two_ranks, rows_of, untimed
 from torch import Tensor, nn
 
-from benchmarks.training import settings
-from fer.batches import Feed, TrainBatches
+from benchmarks.training import ready, settings
 from fer.data.augment import Augmenter
 from fer.data.dataset import open_data
 from fer.errors import UserError
@@ -183,20 +182,6 @@ def test_memory_that_does_not_suffice_is_one_line(bars: Path, tmp_path: Path) ->
 # Steps
 
 
-def prepared(run: Run, resources: Resources, data: Path, device: torch.device) -> tuple[Stepper, TrainBatches, Any]:
-    """What a run has before its first step."""
-    opened = open_data(data)
-    torch.manual_seed(run.seed)
-    model = build_model(run.model, run.input, 8).to(device)
-    feed = Feed(model, run, resources, opened.split("train"), opened.classes, device)
-    feed.begin()
-    counts = torch.bincount(opened.split("train").labels)
-    loss = build_loss(run.loss, run.class_weights, opened.prior().to(device), counts.to(device))
-    model.train()
-    graphs = resources.cuda_graphs and device.type == "cuda"
-    return Stepper(run, model, device, graphs=graphs), TrainBatches(feed, run, 1, 0, 1), loss
-
-
 def recipe(name: str, **changes: Any) -> tuple[Run, Resources]:
     if name.startswith("efficientnet_lite"):
         pytest.importorskip("efficientnet_lite_pytorch")
@@ -206,7 +191,7 @@ def recipe(name: str, **changes: Any) -> tuple[Run, Resources]:
 @pytest.mark.parametrize("extra", [{}, {"loss": "vote_sampling", "ema_decay": 0.99}], ids=["as it is", "sampled, ema"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_never_waits_for_the_gpu(name: str, extra: dict[str, Any], many: Path) -> None:
-    stepper, batches, loss = prepared(*recipe(name, **extra), many, GPU)
+    stepper, batches, loss = ready(*recipe(name, **extra), open_data(many), GPU)
     try:
         for step, (parts, mixture) in enumerate(batches.epoch(0)):
             stepper(parts, loss, mixture, 1e-4, step)
@@ -225,7 +210,7 @@ def test_networks_and_gradients_are_those_of_the_cpu(name: str, many: Path) -> N
     run, resources = recipe(name, precision="fp32")
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     for device in (torch.device("cpu"), GPU):
-        stepper, batches, loss = prepared(run, resources, many, device)
+        stepper, batches, loss = ready(run, resources, open_data(many), device)
         stepper.model.eval()  # no dropout, whose random numbers differ
         parts, _ = next(iter(batches.epoch(0)))
         if device.type == "cpu":
