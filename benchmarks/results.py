@@ -1,0 +1,119 @@
+"""docs/results: the test predictions of the runs that the README reports, and every number recomputed from them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks.measure import ROOT
+from fer.evaluate import metrics
+from fer.run_folder import PREDICTIONS, read_rows, read_summary
+from fer.statistics import share
+
+FOLDER = ROOT / "docs" / "results"
+INDEX = "index.csv"
+FIRST = 3  # of the classes among a file's columns: name, label, leaked, then a probability for each class
+KEPT = {"test": ["", "near", "train", "val"], "test_exact_unleaked": ["", "near"], "test_near_unleaked": [""]}
+COLUMNS = ["row", "kind", "seed", "run", "command", "minutes", "val", *KEPT, "uar"]
+KINDS = ("scratch", "imagenet", "ensemble", "ablation")
+HEAD = ["| model | runs | val | test | exact | unleaked | UAR | minutes | command |", f"|{9 * '---|'}"]
+
+
+def predictions(run: str, folder: Path = FOLDER) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Probabilities [n, C] and labels [n] of a run's test images, and which of them are leaked and how ("": not)."""
+    table = pd.read_csv(folder / f"{run}.csv", keep_default_na=False)
+    names = list(table.columns[FIRST:])
+    labels = torch.tensor([names.index(name) for name in table["label"]])
+    return torch.tensor(table[names].to_numpy(np.float32)), labels, table["leaked"].to_numpy(str)
+
+
+def numbers(run: str, folder: Path = FOLDER) -> dict[str, float]:
+    """The test numbers of a row of the index, in %, from the predictions."""
+    probabilities, labels, leaked = predictions(run, folder)
+    found = {}
+    for name, kinds in KEPT.items():
+        rows = torch.from_numpy(np.isin(leaked, kinds))
+        found[name] = 100 * metrics(probabilities[rows], labels[rows])["accuracy"]
+    return found | {"uar": 100 * metrics(probabilities, labels)["balanced_accuracy"]}
+
+
+def index(folder: Path = FOLDER) -> pd.DataFrame:
+    """docs/results/index.csv. Raises ValueError where a number is not that of the predictions."""
+    table = pd.read_csv(folder / INDEX)
+    for entry in table.to_dict("records"):
+        for name, value in numbers(entry["run"], folder).items():
+            if round(value, 2) != entry[name]:
+                raise ValueError(f"{folder / INDEX}: {name} of {entry['run']} is {entry[name]}, not {value:.2f}")
+    return table
+
+
+def add(run: Path, row: str, kind: str, command: str, folder: Path = FOLDER) -> None:
+    """Copy the test predictions of a finished run, and write its row of the index."""
+    summary = read_summary(run)
+    if summary is None:
+        raise SystemExit(f"{run}: has no summary.json; finish the run")
+    table = pd.read_csv(run / PREDICTIONS.format(split="test"), keep_default_na=False)
+    kept = table[["name", "label", "leaked", *summary["classes"]]]
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.to_csv(folder / f"{summary['run_id']}.csv", index=False, float_format="%.6g")
+    seed = int(summary["run_id"].split("-s")[-1].split("-")[0])
+    minutes = sum(entry["seconds"] for entry in read_rows(run)) / 60
+    entry: dict[str, Any] = {"row": row, "kind": kind, "seed": seed, "run": summary["run_id"], "command": command}
+    entry |= {"minutes": round(minutes, 1), "val": round(100 * summary["val"]["accuracy"], 2)}
+    entry |= {name: round(value, 2) for name, value in numbers(summary["run_id"], folder).items()}
+    path = folder / INDEX
+    old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    others = old[old["run"] != entry["run"]].to_dict("records")
+    pd.DataFrame([*others, entry], columns=COLUMNS).sort_values(["row", "seed"]).to_csv(path, index=False)
+
+
+def lines(folder: Path = FOLDER) -> list[str]:
+    """A table with a line for each row of the index: the mean over its seeds and their standard deviation."""
+    found = list(HEAD)
+    for row, part in index(folder).groupby("row", sort=False):
+        shown = " | ".join(_mean(part[name]) for name in ("val", *KEPT, "uar", "minutes"))
+        found.append(f"| {row} | {len(part)} | {shown} | `{part['command'].iloc[0]}` |")
+    return found
+
+
+def recalls(row: str, folder: Path = FOLDER) -> list[str]:
+    """A line for each class: mean recall over the seeds of a row, and Wilson's 95 % interval of so many hits."""
+    table = index(folder)
+    runs = [predictions(run, folder) for run in table.loc[table["row"] == row, "run"]]
+    names = pd.read_csv(folder / f"{table['run'].iloc[0]}.csv", nrows=1).columns[FIRST:]
+    found = ["| class | images | recall % | 95 % |", "|---|---|---|---|"]
+    for number, name in enumerate(names):
+        hits = [int((probabilities[labels == number].argmax(1) == number).sum()) for probabilities, labels, _ in runs]
+        images, hit = int((runs[0][1] == number).sum()), float(np.mean(hits))
+        wilson = share(round(hit), images)
+        between = f"{100 * wilson.low:.1f} to {100 * wilson.high:.1f}"
+        found.append(f"| {name} | {images} | {100 * hit / images:.1f} | {between} |")
+    return found
+
+
+def _mean(values: pd.Series) -> str:
+    spread = f" ± {values.std():.2f}" if len(values) > 1 and values.name != "minutes" else ""
+    return f"{values.mean():.2f}{spread}" if values.name != "minutes" else f"{values.mean():.1f}"
+
+
+def main() -> None:
+    """Check docs/results and print its tables, or add a run to it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--add", type=Path, metavar="RUN_FOLDER", help="a finished run")
+    parser.add_argument("--row", help="with --add: the name of its row, the same for all seeds")
+    parser.add_argument("--kind", choices=KINDS, help="with --add")
+    parser.add_argument("--command", help="with --add: the command that trains it, without the seed")
+    parser.add_argument("--recalls", metavar="ROW", help="class by class")
+    asked = parser.parse_args()
+    if asked.add is not None:
+        if None in (asked.row, asked.kind, asked.command):
+            parser.error("--add needs --row, --kind and --command")
+        add(asked.add, asked.row, asked.kind, asked.command)
+    print("\n".join(recalls(asked.recalls) if asked.recalls else lines()))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
