@@ -20,6 +20,7 @@ from fer.losses import Loss
 from fer.made_by import made_by
 from fer.metrics import Counts
 from fer.models import build_model, origin
+from fer.models.ensemble import Ensemble
 from fer.resources import Resources
 from fer.run import FORMAT
 from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary, write_summary
@@ -68,8 +69,8 @@ def outdated(summary: dict[str, Any], data: DataSet) -> str | None:
 
 
 def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Resources) -> dict[str, Any]:
-    last = last_epoch(folder)
     run = read_run(meta, folder / BEST / checkpoint.META)
+    last = meta if isinstance(run.model, Ensemble) else last_epoch(folder)  # an ensemble was not trained
     device = pick_device(resources.device)
     model = build_model(run.model, run.input, len(data.classes), pretrained=False).to(device)
     checkpoint.load_weights(folder / BEST, model)

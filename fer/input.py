@@ -105,11 +105,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def to_float(pixels: Tensor, image_size: int) -> Tensor:
     """uint8 [B, H, W] or [B, H, W, 3] -> float32 [B, 1 or 3, image_size, image_size] in [0, 1]."""
     images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return resized(images.to(torch.float32, memory_format=torch.contiguous_format).div_(255), image_size)
+
+
+def resized(images: Tensor, image_size: int) -> Tensor:
+    """float32 [B, C, H, W] in [0, 1] -> [B, C, image_size, image_size]; the same tensor if it has that size."""
     if images.shape[-2:] == (image_size, image_size):
         return images
-    resized = F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
-    return resized.clamp_(0, 1)
+    return F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True).clamp_(0, 1)
 
 
 def even_light(images: Tensor, settings: Input) -> Tensor:

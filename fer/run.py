@@ -10,6 +10,7 @@ from fer.data.augment import Augment
 from fer.input import Input
 from fer.losses import LOSSES, CrossEntropy, LossKind
 from fer.models import MODELS
+from fer.models.ensemble import Ensemble
 from fer.models.network import ModelKind
 from fer.optimizer import OPTIMIZERS, AdamW, Optimizer
 from fer.resources import Resources
@@ -24,7 +25,7 @@ FORMAT = 2
 class Run(Section):
     """Everything that determines the results of one run."""
 
-    model: Annotated[ModelKind, OneOf(MODELS)]
+    model: Annotated[ModelKind, OneOf({**MODELS, "ensemble": Ensemble})]
     """The network."""
     init_from: str | None = None
     """Experiment whose best checkpoint initialises the backbone; it is trained first."""

@@ -27,9 +27,9 @@ class Row(Stored):
 
     __pydantic_extra__: dict[str, float]
     epoch: Positive
-    lr: float
-    train_loss: float
-    train_accuracy: Fraction
+    lr: float = 0.0  # an ensemble has neither this nor the next two
+    train_loss: float = 0.0
+    train_accuracy: Fraction = 0.0
     val_loss: float
     val_accuracy: Fraction
     seconds: NonNegative

@@ -108,11 +108,16 @@ def differing(section: Section) -> dict[str, Any]:
         value = getattr(section, key)
         if key == "name" or value == field.get_default(call_default_factory=True):
             continue
-        if isinstance(value, Section):
-            found[key] = ({"name": value.name} if hasattr(value, "name") else {}) | differing(value)
-        else:
-            found[key] = value
+        found[key] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, Section):
+        return value
+    return ({"name": value.name} if hasattr(value, "name") else {}) | differing(value)
 
 
 def nearest(word: str, known: list[str]) -> str:

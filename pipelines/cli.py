@@ -214,6 +214,45 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or its first cha
 
 
 @app.command()
+def ensemble(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, or the start of several ids.")],
+    mirror: Annotated[bool, typer.Option("--mirror", help="Each network also sees the mirrored face.")] = False,
+) -> None:
+    """Average finished runs into one, which is evaluated, recorded and registered like any other.
+
+    Its shares of the networks are fitted on val.
+    """
+    from fer.ensemble import combine
+    from pipelines.params import load
+
+    chosen = [folder for word in runs for folder in _find_all(word)]
+    params = load()
+    console.print(f"Averaging {', '.join(folder.name for folder in chosen)} ...", style="dim", highlight=False)
+    folder = combine(chosen, "data", params.resources, mirror)
+    _record_made(folder, params)
+    found = [summary for one in (*chosen, folder) if (summary := read_summary(one)) is not None]
+    _print_table(found)
+
+
+def _record_made(folder: Path, params: Any) -> None:
+    """Record a run in MLflow that was made in one go, not trained."""
+    from fer.data.dataset import open_data
+    from fer.formats import read_run
+    from fer.run_folder import CONFIG, read_config
+    from pipelines.experiments import Job
+    from pipelines.tracking import Tracker
+
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    if tracker.recorded(folder):
+        return
+    content, data = read_config(folder), open_data("data")
+    run = read_run(content, folder / CONFIG)
+    job = Job(content["name"], run, params.resources, folder, content["start"])
+    with tracker.record(job, {**data.summary, "hash": data.hash}):
+        console.print("Recording and registering it", style="dim")
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[str] | None,
@@ -671,13 +710,19 @@ def _first_failure(failed: dict[str, BaseException]) -> BaseException:
 
 def _find(run: str) -> Path:
     """The folder of the one run whose id starts with `run`."""
-    found = named(RUNS, run)
-    names = ", ".join(path.name for path in found or named(RUNS, ""))
-    if not found:
-        raise UserError(f"{run}: no such run in {RUNS}; runs: {names or 'none yet'}")
+    found = _find_all(run)
     if len(found) > 1:
+        names = ", ".join(path.name for path in found)
         raise UserError(f"{run}: matches several runs, give more of the id: {names}")
     return found[0]
+
+
+def _find_all(run: str) -> list[Path]:
+    """The folders of the runs whose id starts with `run`, at least one."""
+    if found := named(RUNS, run):
+        return found
+    names = ", ".join(path.name for path in named(RUNS, ""))
+    raise UserError(f"{run}: no such run in {RUNS}; runs: {names or 'none yet'}")
 
 
 def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> None:

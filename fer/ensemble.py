@@ -1,0 +1,128 @@
+"""One run out of several finished ones: their networks, averaged with the shares that fit val best."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import optimize
+
+from fer import checkpoint
+from fer.batches import Feed
+from fer.data.dataset import DataSet, open_data
+from fer.device import pick_device
+from fer.errors import UserError
+from fer.evaluate import evaluate, predict_split, read_predictions
+from fer.files import write_json
+from fer.formats import format_of, read_run
+from fer.input import Input
+from fer.losses import CrossEntropy, build_loss
+from fer.made_by import made_by
+from fer.models import build_model
+from fer.models.ensemble import Ensemble, Member
+from fer.resources import Resources
+from fer.run import FORMAT, Run, run_id
+from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
+from fer.schedule import Constant
+
+NAME = "ensemble"
+
+
+def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mirror: bool = False) -> Path:
+    """Make and evaluate the ensemble of the finished runs in `folders`; returns its folder, beside theirs.
+
+    The shares minimise the cross-entropy of the runs' stored predictions of val. Test is read once, at the end.
+    Raises UserError if a run is not finished, was trained on other data or cannot be a member.
+    """
+    data = open_data(data_dir)
+    metas = [_finished(folder, data) for folder in folders]
+    members = [_member(folder, meta) for folder, meta in zip(folders, metas)]
+    run = Run(
+        model=Ensemble(members=members, weights=fitted(*_on_val(folders, data)), mirror=mirror),
+        input=Input(image_size=data.images.shape[1], channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),
+        seed=metas[0]["config"]["seed"],
+        epochs=1,
+        schedule=Constant(warmup_epochs=0),
+    )
+    start = "+".join(meta["run_id"] for meta in metas)
+    folder = folders[0].parent / run_id(NAME, run, data.hash, start)
+    if read_summary(folder) is None:
+        _write(folder, run, start, folders, data, resources)
+    evaluate(folder, data_dir, resources)
+    return folder
+
+
+def fitted(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The shares [M] that minimise the cross-entropy of the mean of probabilities [M, n, C]; labels [n]."""
+    right = np.stack([found[np.arange(len(labels)), labels] for found in probabilities])  # [M, n]
+
+    def loss(free: np.ndarray) -> float:
+        return float(-np.log((_shares(free) @ right).clip(1e-12)).mean())
+
+    found = optimize.minimize(loss, np.zeros(len(right) - 1), method="Nelder-Mead", options={"xatol": 1e-4}).x
+    shares = _shares(found).round(4)
+    shares[shares.argmax()] += 1 - shares.sum()
+    return [round(float(share), 4) for share in shares]
+
+
+def _shares(free: np.ndarray) -> np.ndarray:
+    """Any numbers [M - 1] -> shares [M], equal for zeros."""
+    raised = np.exp(np.append(free, 0.0))
+    return raised / raised.sum()
+
+
+def _finished(folder: Path, data: DataSet) -> dict[str, Any]:
+    """The checkpoint.json of the run's best epoch."""
+    summary = read_summary(folder)
+    if summary is None:
+        raise UserError(f"{folder}: the run is not finished; finish it with `fer train`")
+    meta = checkpoint.load_meta(folder / BEST)
+    if meta["data_hash"] != data.hash or format_of(meta) != FORMAT:
+        raise UserError(f"{folder}: was trained on other data than {data.folder} holds, or by an earlier version")
+    return meta
+
+
+def _member(folder: Path, meta: dict[str, Any]) -> Member:
+    run = read_run(meta, folder / BEST / checkpoint.META)
+    if isinstance(run.model, Ensemble):
+        raise UserError(f"{folder}: is an ensemble itself; name its members")
+    return Member(model=run.model, input=run.input, precision=run.precision)
+
+
+def _on_val(folders: list[Path], data: DataSet) -> tuple[np.ndarray, np.ndarray]:
+    path = PREDICTIONS.format(split="val")
+    found = np.stack([read_predictions(folder / path, data.classes) for folder in folders])
+    return found.astype(np.float64), data.split("val").labels.numpy()
+
+
+def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSet, resources: Resources) -> None:
+    """The files of a run of one epoch, in which the val metrics are those of the ensemble."""
+    device = pick_device(resources.device)
+    model: Any = build_model(run.model, run.input, len(data.classes), pretrained=False)
+    for member, source in zip(model.members, folders):
+        checkpoint.load_weights(source / BEST, member)
+    model.to(device)
+    split = data.split("val")
+    counts = torch.bincount(data.split("train").labels, minlength=len(data.classes)).to(device)
+    loss = build_loss(CrossEntropy(), 0.0, data.prior().to(device), counts)
+    found = predict_split(model, Feed(model, run, resources, split, data.classes, device), loss)[1].result()
+    spent = sum(summary["train_seconds"] for summary in map(read_summary, folders) if summary is not None)
+    val = {f"val_{key}": value for key, value in found.items()}
+    history = [{"epoch": 1, **val, "seconds": spent, "time": time.time()}]
+    about = {
+        "format": FORMAT,
+        "name": NAME,
+        "run_id": folder.name,
+        "classes": data.classes,
+        "class_prior": data.summary["class_prior"],
+        "data": {key: value for key, value in data.summary.items() if key not in ("classes", "class_prior")},
+        "data_hash": data.hash,
+        "config": run.model_dump(),
+        "made_by": made_by(device, torch.get_num_threads()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [source.name for source in folders]
+    write_json(folder / CONFIG, {**about, "starts_from": names, "start": start, "resources": resources.model_dump()})
+    checkpoint.save(folder / BEST, model.state_dict(), {**about, "epoch": 1, "history": history}, training=None)
+    write_rows(folder, history)
