@@ -111,6 +111,12 @@ def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project
     assert "Test, class by class" in here("evaluate", "vit").stdout
     compared = here("compare")
     assert all(summary["run_id"] in compared.stdout for summary in summaries(project).values())
+    for _ in range(2):  # made and recorded once
+        averaged = here("ensemble", "small", "vit", "--mirror")
+        assert averaged.returncode == 0
+        assert summaries(project)["ensemble"]["run_id"] in averaged.stdout
+    assert recorded(project)["ensemble"] == finished(1)
+    assert here("ensemble", "ensemble").stderr.endswith("is an ensemble itself; name its members\n")
 
 
 def saved(folder: Path) -> tuple[int, int]:
