@@ -19,6 +19,7 @@ _DEFAULTS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half the memory; nothing here needs the job runner
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a dead server must not delay a run; metrics are on disk first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",  # of MLflow, which logs a page where git is missing; a commit is nice to have
     "HF_HUB_VERBOSITY": "error",  # without a network it logs every attempt
     "RAY_USAGE_STATS_ENABLED": "0",

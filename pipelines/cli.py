@@ -106,7 +106,7 @@ def _train(words: list[str]) -> None:
     ended = [job.folder for name, job in jobs.items() if name not in failed]
     if "flow" not in failed and (found := report.summaries(ended)):
         _print_table(found)
-        _print_champions(tracker)
+        _print_champions(tracker, [folder.name for folder in ended])
     if failed:
         raise _first_failure(failed)
     console.print("Look closer: [bold]fer ui[/] (MLflow and Prefect), [bold]fer evaluate RUN[/], [bold]fer compare[/].")
@@ -388,13 +388,76 @@ def _model(run: str | None) -> Path:
     if run is not None:
         known = any((Path(run) / name).exists() for name in ("checkpoint.json", "best/checkpoint.json"))
         return Path(run) if known else _find(run)
-    from pipelines.params import load
     from pipelines.predicting import checkpoint_of
+
+    name, tracker = _registered(None)
+    return checkpoint_of(tracker.registry.champions(), name.removeprefix("fer-"), RUNS)
+
+
+Dataset = Annotated[
+    str | None, typer.Option(help="The data set whose registered model is meant; the one in params.yaml by default.")
+]
+Reason = Annotated[str, typer.Option(help="Why, for the history.")]
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="A version, `challenger`, or a run id or its first characters.")],
+    reason: Reason = "",
+    dataset: Dataset = None,
+) -> None:
+    """Make a version of the registered model champion by hand, until a run is better by the rule."""
+    name, tracker = _registered(dataset)
+    with tracker.in_one_line():
+        _print_move(name, tracker.registry.promote(name, version, reason))
+
+
+@app.command()
+def rollback(reason: Reason = "", dataset: Dataset = None) -> None:
+    """Make the champion before this one champion again."""
+    name, tracker = _registered(dataset)
+    with tracker.in_one_line():
+        _print_move(name, tracker.registry.rollback(name, reason))
+
+
+@app.command()
+def registry(dataset: Dataset = None) -> None:
+    """Show the history of the registered model: every decision about its champion, and the evidence."""
+    from datetime import datetime
+
+    name, tracker = _registered(dataset)
+    with tracker.in_one_line():
+        records, aliases = tracker.registry.history(name), tracker.registry.aliases(name)
+    columns = [Column(key, no_wrap=True) for key in ("when", "version", "decision", "champion")]
+    columns += [Column(key, justify="right", no_wrap=True) for key in ("val %", "test %")]
+    table = Table(*columns, Column("why", ratio=1, overflow="fold"), title=name, box=box.SIMPLE_HEAD, padding=(0, 1))
+    for record in records:
+        moved = "" if record.before == record.champion else f"{record.before or '-'} -> {record.champion or '-'}"
+        known = (record.evidence.get(key) for key in ("val_accuracy", "test_accuracy"))
+        shares = ("-" if share is None else f"{100 * share:.2f}" for share in known)
+        decision = record.outcome if record.what == "run" else record.what
+        when = datetime.fromtimestamp(record.when).strftime("%Y-%m-%d %H:%M")
+        why = escape(f"{record.run}: {record.reason} ({record.who}, commit {record.commit})")
+        table.add_row(when, record.version, decision, moved, *shares, why)
+    console.print(table)
+    shown = ", ".join(f"{alias} {version}" for alias, version in sorted(aliases.items())) or "none"
+    console.print(f"Aliases of models:/{name}: {shown}. Val decides; test is shown beside.", highlight=False)
+
+
+def _registered(dataset: str | None) -> tuple[str, Any]:
+    """The name of a data set's registered model, and the tracker."""
+    from pipelines.params import load
     from pipelines.tracking import Tracker
 
     params = load()
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
-    return checkpoint_of(tracker.registry.champions(), params.data.dataset, RUNS)
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
+    return f"fer-{dataset or params.data.dataset}", tracker
+
+
+def _print_move(name: str, record: Any) -> None:
+    before = f"version {record.before}" if record.before else "none"
+    console.print(f"models:/{name}@champion: version {record.version}, {record.run} (before: {before})")
+    console.print(record.reason, style="dim", highlight=False, markup=False)
 
 
 @app.command()
@@ -737,10 +800,16 @@ def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> N
     console.print(report.LEGEND, style="dim")
 
 
-def _print_champions(tracker: Any) -> None:
-    for name, tags in tracker.registry.champions().items():
-        accuracy = 100 * float(tags["val_accuracy"])
-        console.print(f"models:/{name}@champion: version {tags['version']}, {tags['fer.run_id']}, val {accuracy:.2f} %")
+def _print_champions(tracker: Any, runs: list[str]) -> None:
+    """The champions, and why which of the `runs` did not become one."""
+    with tracker.in_one_line():
+        for name, tags in tracker.registry.champions().items():
+            accuracy = 100 * float(tags.get("val_accuracy", "nan"))
+            run = tags.get("fer.run_id", "of another origin")
+            console.print(f"models:/{name}@champion: version {tags['version']}, {run}, val {accuracy:.2f} %")
+            for record in tracker.registry.history(name):
+                if record.run in runs and record.champion != record.version:
+                    console.print(f"{record.run}: version {record.version}, {record.reason}", style="dim")
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
     with _starting(), _prefect_starting(unfinished):
-        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
         for name in open_jobs & jobs.keys():
             _check_weights(jobs[name], len(data.classes))
         if unfinished:
@@ -308,7 +308,7 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     flow_page.check_server()
     unfinished = not sweeps.complete(plan)
     with _starting(), _prefect_starting(unfinished):
-        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
         if unfinished:
             from pipelines.sweeps import search
 

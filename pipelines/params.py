@@ -20,6 +20,7 @@ LONGEST = 200  # letters of a value in a message
 # what ruamel raises on values that are none of their tag, such as `!!int x` or the date 2001-99-99
 WRONG = (YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 Share = Annotated[float, Field(gt=0, lt=0.5)]
+Points = Annotated[float, Field(ge=0, le=100)]
 
 
 class Sample(Section):
@@ -117,11 +118,32 @@ class Splitting(Section):
     """Share of all images that becomes test where the data set has no splits."""
 
 
+class Promotion(Section):
+    """What a run must show on val to become champion."""
+
+    margin: float | Literal["significant"] = 0.0
+    """Points of val accuracy above the champion; significant: an exact McNemar test with p < .05."""
+    uar_drop: Points | None = 5.0
+    """Points of UAR on val that it may lose; null: any."""
+    ece_rise: Points | None = 10.0
+    """Points of calibration error (ECE) on val that it may gain; null: any."""
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _is_margin(cls, value: Any) -> Any:
+        points = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
+        if not points and value != "significant":
+            raise Unfit([Fault("", f"should be points from 0 to 100, or significant, got {value!r}")])
+        return value
+
+
 class Tracking(Section):
     """Where MLflow stores runs."""
 
     uri: Annotated[str, Field(min_length=1, max_length=1000)]
     experiment: Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00-\x1f]+$")]
+    promotion: Promotion = Promotion()
+    """When a recorded run becomes champion."""
 
 
 PLAIN = "/._-+=@,~"  # beside letters and digits, what the path of a project may hold

@@ -1,38 +1,64 @@
-"""The model registry of MLflow: a version for each run, and the alias `champion`."""
+"""The model registry of MLflow: a version for each run, its aliases, and the history of what moved them.
 
+MLflow keeps no history of aliases. Ours is a run of MLflow for each registered model, with a param for each decision,
+numbered from 00001. A param can be written once, in every store: of two processes that write the next one, the second
+is refused, looks again and decides anew. The aliases follow from the history.
+"""
+
+import getpass
+import json
 import random
+import socket
+import tempfile
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
+import pandas as pd
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, DataType, Schema
 
 import fer
+from fer.errors import UserError
 from fer.formats import read_run
+from fer.made_by import repository
 from fer.models import packages
-from fer.run_folder import BEST, CONFIG, read_config
+from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_config
+from pipelines import promotion
+from pipelines.params import Promotion
+from pipelines.promotion import Candidate, Record, Verdict
 from pipelines.report import note
 
 RUN_ID = "fer.run_id"  # tag of MLflow's runs and versions: our run id
-ACCURACY = "val_accuracy"  # tag of a version
+ACCURACY, TEST = "val_accuracy", "test_accuracy"  # tags of a version
+HISTORY = (
+    "fer.history"  # tag of a registered model, and param of the run of its first version: the run with the history
+)
+EXPERIMENT = "fer registry"  # of those runs
+ALIASES = ("champion", "challenger", "previous")
 TRIES = 5
+LONGEST = 500  # letters of a reason; MLflow cuts params of more than 6,000
+Result = TypeVar("Result")
 
 
 class Registry:
     """The registered models `fer-<dataset>` of a server; its methods may be called from several threads."""
 
-    def __init__(self, client: MlflowClient):
-        self.client, self._lock = client, threading.Lock()
+    def __init__(self, client: MlflowClient, rules: Promotion | None = None):
+        self.client, self.rules, self._lock = client, rules or Promotion(), threading.Lock()
 
     def champions(self) -> dict[str, dict[str, str]]:
         """Registered model -> tags of its champion version, and `version`, its number."""
@@ -44,56 +70,311 @@ class Registry:
         return found
 
     def register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
-        """One version of `fer-<dataset>` per run; the alias moves to it if its val accuracy is the best so far."""
-        name, accuracy = f"fer-{summary['data']['dataset']}", f"{summary['val']['accuracy']:.6f}"
+        """One version of `fer-<dataset>` per run, of which it is decided once whether it becomes champion."""
+        name = f"fer-{summary['data']['dataset']}"
         with self._lock:
-            if not self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-                tags = {ACCURACY: accuracy, RUN_ID: summary["run_id"], "data_hash": summary["data_hash"]}
-                self.add(name, run_id, _log_model(run_id, folder, summary), tags, note(summary))
-            self.crown(name)
+            found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+            if found:
+                number = str(found[0].version)
+            else:
+                number = self.add(name, run_id, _log_model(run_id, folder, summary), _tags(summary), note(summary))
+            self.decide(name, number)
 
-    def add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> None:
-        """A new version of the registered model `name`, which is made if there is none."""
-        _until_done(lambda: self._add(name, run_id, model, tags, text))
+    def add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> str:
+        """The number of a new version of the registered model `name`, which is made if there is none."""
+        return str(_until_done(lambda: self._add(name, run_id, model, tags, text)).version)
 
-    def crown(self, name: str) -> None:
-        """Give the alias to the version with the best val accuracy, the first of several.
+    def decide(self, name: str, number: str) -> None:
+        """Decide by the rule whether a version becomes champion, unless that was decided already; move the aliases."""
 
-        Of processes that do so at the same time, on any machines, whoever moves the alias last looks again, and then
-        sees the versions of all others: each adds its own before it looks.
+        def judge(records: list[Record]) -> Record | None:
+            if any(record.what == promotion.RUN and record.version == number for record in records):
+                return None
+            versions, before = self._versions(name), promotion.state(records).champion
+            new, old = versions[number], versions.get(before or "")
+            verdict = self._verdict(new, old)
+            after = number if verdict.outcome == promotion.PROMOTE else before
+            evidence = _evidence(new, old) | ({} if verdict.p is None else {"p": verdict.p})
+            return _record(promotion.RUN, new, before, after, verdict.outcome, verdict.reason, evidence)
+
+        self._append(name, judge)
+        self._settle(name)
+
+    def promote(self, name: str, word: str, reason: str = "") -> Record:
+        """Make a version champion by hand: its number, its alias, or the start of its run id.
+
+        Raises UserError if there is no such version.
         """
-        while (best := self._best(name)) != str(self.client.get_registered_model(name).aliases.get("champion")):
-            _until_done(partial(self.client.set_registered_model_alias, name, "champion", best))
+        new = self._named(name, word)
 
-    def _best(self, name: str) -> str:
-        found, token = [], None
+        def move(records: list[Record]) -> Record:
+            versions, before = self._versions(name), promotion.state(records).champion
+            old, number = versions.get(before or ""), str(new.version)
+            if number == before:
+                raise UserError(f"models:/{name}/{number}: is champion already")
+            rule = self._verdict(new, old)
+            said = reason[:LONGEST] or f"the rule says {rule.outcome}: {rule.reason}"
+            return _record(promotion.HAND, new, before, number, promotion.PROMOTE, said, _evidence(new, old))
+
+        return self._by_hand(name, move)
+
+    def rollback(self, name: str, reason: str = "") -> Record:
+        """Make the champion before this one champion again. Raises UserError if there is none."""
+
+        def move(records: list[Record]) -> Record:
+            versions, now = self._versions(name), promotion.state(records)
+            target = now.previous(versions)
+            if target is None:
+                raise UserError(f"models:/{name}: no earlier champion is left; name a version: `fer promote VERSION`")
+            new, old = versions[target], versions.get(now.champion or "")
+            said = reason[:LONGEST] or "back to the champion before"
+            return _record(promotion.ROLLBACK, new, now.champion, target, promotion.PROMOTE, said, _evidence(new, old))
+
+        return self._by_hand(name, move)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Alias -> version of a registered model."""
+        return {alias: str(number) for alias, number in self.client.get_registered_model(name).aliases.items()}
+
+    def history(self, name: str) -> list[Record]:
+        """The decisions on a registered model, the first one first. Raises UserError if there is no such model."""
+        try:
+            run_id = self.client.get_registered_model(name).tags.get(HISTORY)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            known = ", ".join(sorted(model.name for model in self.client.search_registered_models())) or "none yet"
+            raise UserError(f"models:/{name}: no such model; known: {known}; `fer train` records one") from None
+        return self._records(run_id) if run_id else []
+
+    def _records(self, run_id: str) -> list[Record]:
+        params = self.client.get_run(run_id).data.params
+        return [Record(**json.loads(params[key])) for key in sorted(params)]
+
+    def _by_hand(self, name: str, move: Callable[[list[Record]], Record]) -> Record:
+        done, found = uuid.uuid4().hex, list[Record]()
+
+        def once(records: list[Record]) -> Record | None:
+            found[:] = [record for record in records if record.id == done]
+            return None if found else Record(**{**asdict(move(records)), "id": done})
+
+        with self._lock:
+            self.history(name)  # tells if there is no such model
+            self._append(name, once)
+            self._settle(name)
+        return found[0]
+
+    def _append(self, name: str, following: Callable[[list[Record]], Record | None]) -> None:
+        """Add what `following` makes of the history so far, until it makes nothing of it."""
+        run_id = self._history_run(name)
+        while True:
+            records = self._records(run_id)
+            record = self._unrecorded(name, records) or following(records)
+            if record is None:
+                return
+            self._put(run_id, f"{len(records) + 1:05}", json.dumps(asdict(record), ensure_ascii=False))
+
+    def _unrecorded(self, name: str, records: list[Record]) -> Record | None:
+        """What happened in MLflow alone: an alias set to what was never champion, or a champion that was deleted.
+
+        The versions are read after `records`, so those of which they tell are among them.
+        """
+        versions, before = self._versions(name), promotion.state(records).champion
+        alias = self.aliases(name).get("champion", "")
+        if alias in versions and alias not in {record.champion for record in records}:
+            said = "the alias was set in MLflow, or by an earlier version of fer"
+            return _record(promotion.FOUND, versions[alias], before, alias, promotion.PROMOTE, said, {})
+        if before is None or before in versions:
+            return None
+        data = next((record.data_hash for record in reversed(records) if record.version == before), "")
+        left = promotion.best_left(data, [(number, _facts(one)) for number, one in versions.items()])
+        if left is None:
+            return None
+        said = f"version {before} was deleted; of those left on the same data it is the best on val"
+        return _record(promotion.DELETED, versions[left], before, left, promotion.PROMOTE, said, {})
+
+    def _settle(self, name: str) -> None:
+        """Move the aliases to where the history says.
+
+        Of processes that do so at the same time, on any machines, whoever moves one last looks again, and then sees
+        what all others have decided: each writes that down before it moves any.
+        """
+        while True:
+            records = self.history(name)
+            wanted = promotion.state(records).aliases(self._versions(name))
+            there = {alias: number for alias, number in self.aliases(name).items() if alias in ALIASES}
+            if wanted == there:
+                return
+            for alias in ALIASES:
+                if alias not in wanted and alias in there:
+                    _until_done(partial(self.client.delete_registered_model_alias, name, alias))
+                elif wanted.get(alias) != there.get(alias):
+                    _until_done(partial(self.client.set_registered_model_alias, name, alias, wanted[alias]))
+
+    def _history_run(self, name: str) -> str:
+        """The run with the history, made where there is none; all who need one at the same time get the same."""
+        known = self.client.get_registered_model(name).tags.get(HISTORY)
+        if known:
+            return known
+        runs = (one.run_id for one in self._versions(name).values())
+        first = next(run for run in runs if run and self.client.get_run(run).info.lifecycle_stage == "active")
+        made = self.client.create_run(self._experiment(), run_name=name).info.run_id
+        self.client.set_terminated(made)
+        agreed = self._put(first, f"{HISTORY}.{name}", made)
+        if agreed != made:
+            self.client.delete_run(made)
+        _until_done(partial(self.client.set_registered_model_tag, name, HISTORY, agreed))
+        return agreed
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            try:
+                return self.client.create_experiment(EXPERIMENT)
+            except MlflowException:  # another process was making it
+                found = self.client.get_experiment_by_name(EXPERIMENT)
+                if found is None:
+                    raise
+        return found.experiment_id
+
+    def _put(self, run_id: str, key: str, value: str) -> str:
+        """Write a param unless there is one; the value that is there then."""
+
+        def put() -> str:
+            try:
+                self.client.log_param(run_id, key, value)
+            except MlflowException:
+                there = self.client.get_run(run_id).data.params
+                if key not in there:
+                    raise
+                return there[key]
+            return value
+
+        return _until_done(put)
+
+    def _versions(self, name: str) -> dict[str, ModelVersion]:
+        """Number -> version, of all that exist, the first one first."""
+        found, token = list[ModelVersion](), None
         while token != "":
             page = self.client.search_model_versions(f"name = '{name}'", page_token=token)
-            found += [version for version in page if ACCURACY in version.tags]
+            found += page
             token = page.token or ""
-        return str(max(found, key=lambda version: (float(version.tags[ACCURACY]), -int(version.version))).version)
+        return {str(one.version): one for one in sorted(found, key=lambda one: int(one.version))}
 
-    def _add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> None:
+    def _named(self, name: str, word: str) -> ModelVersion:
+        self.history(name)  # tells if there is no such model
+        versions = self._versions(name)
+        number = self.aliases(name).get(word, word)
+        if number in versions:
+            return versions[number]
+        found = [one for one in versions.values() if one.tags.get(RUN_ID, "").startswith(word)] if word else []
+        if len(found) == 1:
+            return found[0]
+        shown = ", ".join(f"{number} ({one.tags.get(RUN_ID, '?')})" for number, one in versions.items())
+        many = "names several versions, give more of the run id" if found else "no such version or run"
+        raise UserError(f"{word}: {many}; versions of models:/{name}: {shown or 'none'}")
+
+    def _verdict(self, new: ModelVersion, old: ModelVersion | None) -> Verdict:
+        if old is not None and old.version == new.version:
+            return Verdict(promotion.KEEP, "is champion already")
+        return promotion.decide(self._candidate(new), None if old is None else self._candidate(old), self.rules)
+
+    def _candidate(self, one: ModelVersion) -> Candidate:
+        """A version with its val predictions, where they can be had."""
+        columns = ["row", "label", "prediction"]
+        path = PREDICTIONS.format(split="val")
+        table = None
+        with tempfile.TemporaryDirectory() as folder, suppress(MlflowException, OSError, ValueError):
+            # without, as they were deleted or are on another machine, there is no test, which the verdict tells
+            table = pd.read_csv(self.client.download_artifacts(one.run_id or "", path, folder), usecols=columns)
+        return _facts(one, table)
+
+    def _add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> ModelVersion:
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        self.client.create_model_version(
+        return self.client.create_model_version(
             name, model.model_uri, run_id, tags=tags, description=text, model_id=model.model_id
         )
 
 
-def _until_done(change: Callable[[], object]) -> None:
+def _tags(summary: dict[str, Any]) -> dict[str, str]:
+    """What the rule needs of a run, as tags of its version; the test accuracy is shown beside."""
+    val = summary["val"]
+    return {
+        RUN_ID: summary["run_id"],
+        "data_hash": summary["data_hash"],
+        "label_rule": str(summary["data"].get("label_mode", "")),
+        "classes": ", ".join(summary["classes"]),
+        "val_images": str(val["images"]),
+        ACCURACY: f"{val['accuracy']:.6f}",
+        "val_uar": f"{val['balanced_accuracy']:.6f}",
+        "val_ece": f"{val['ece']:.6f}",
+        TEST: f"{summary['test']['accuracy']:.6f}",
+    }
+
+
+def _facts(one: ModelVersion, predictions: pd.DataFrame | None = None) -> Candidate:
+    """What the tags of a version tell; versions of earlier versions of fer have but few of them."""
+    tags = one.tags
+    images = tags.get("val_images", "")
+    return Candidate(
+        name=f"version {one.version}",
+        data_hash=tags.get("data_hash"),
+        val_images=int(images) if images.isdigit() else None,
+        label_rule=tags.get("label_rule"),
+        classes=tags.get("classes"),
+        accuracy=_number(tags.get(ACCURACY, "")),
+        uar=_number(tags.get("val_uar", "")),
+        ece=_number(tags.get("val_ece", "")),
+        predictions=predictions,
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _evidence(new: ModelVersion, old: ModelVersion | None) -> dict[str, float]:
+    """Accuracies of a version and of the champion before it; those on test are shown, and decide nothing."""
+    sides = {"": new.tags, "champion_": old.tags if old else {}}
+    found = {f"{prefix}{key}": _number(tags.get(key, "")) for prefix, tags in sides.items() for key in (ACCURACY, TEST)}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _record(
+    what: str,
+    new: ModelVersion,
+    before: str | None,
+    after: str | None,
+    outcome: str,
+    reason: str,
+    evidence: dict[str, float],
+) -> Record:
+    commit, changed = repository()
+    return Record(
+        id=uuid.uuid4().hex, what=what, version=str(new.version), run=new.tags.get(RUN_ID, ""), before=before,
+        champion=after, outcome=outcome, reason=reason, who=f"{getpass.getuser()}@{socket.gethostname()}",
+        when=time.time(), commit=commit[:12] + ("+" if changed is True else ""), evidence=evidence,
+        data_hash=new.tags.get("data_hash", ""),
+    )  # fmt: skip
+
+
+def _until_done(change: Callable[[], Result]) -> Result:
     """Try again if it fails: MLflow refuses one of two changes that meet in its store."""
     for left in reversed(range(TRIES)):
         try:
-            change()
-            return
+            return change()
         except MlflowException:
             if not left:
                 raise
             time.sleep(random.random() / 2)
+    raise AssertionError("unreachable")
 
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:

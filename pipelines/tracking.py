@@ -1,4 +1,4 @@
-"""The only module that imports mlflow: records runs from their files, registers models, moves the alias `champion`.
+"""Records runs in MLflow from their files, and registers their models.
 
 Training only writes files. A thread here sends new lines of metrics.jsonl to MLflow, so that a slow or dead server
 costs neither training time nor a point: what is missing is sent at the end, or by the next command.
@@ -34,6 +34,7 @@ from fer.run_folder import CONFIG, CONFUSION, LOG, PREDICTIONS, SUMMARY, read_ro
 from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
+from pipelines.params import Promotion
 from pipelines.processes import ended, process_id
 from pipelines.registry import RUN_ID, Registry
 from pipelines.report import confusion_picture, note
@@ -74,7 +75,7 @@ OnRows = Callable[[Sequence[dict[str, Any]]], None]
 class Tracker:
     """An experiment on a tracking server. Raises UserError if the server does not answer."""
 
-    def __init__(self, uri: str, experiment: str):
+    def __init__(self, uri: str, experiment: str, rules: Promotion | None = None):
         self.uri, self.name = tracking_uri(uri), experiment
         check_answers(self.uri)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -86,7 +87,7 @@ class Tracker:
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
         self._closing = threading.RLock()  # a run is closed once: by its thread, or by `leave` in a signal handler
-        self.registry = Registry(self.client)
+        self.registry = Registry(self.client, rules)
         self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
 
     def _choose(self, experiment: str) -> str:
@@ -114,7 +115,7 @@ class Tracker:
         return f"/#/experiments/{self.experiment}/runs?viewStateShareKey=fer&workflowType=machine_learning"
 
     @contextmanager
-    def _one_line(self) -> Iterator[None]:
+    def in_one_line(self) -> Iterator[None]:
         """Turn an MlflowException raised inside into a UserError of one line."""
         try:
             yield
@@ -136,7 +137,7 @@ class Tracker:
         run in MLflow, and returns what to call with the new rows of metrics.jsonl. Raises UserError if the server no
         longer answers at the end.
         """
-        with self._one_line():
+        with self.in_one_line():
             run_id = self._open(job.folder.name, job.name, job.run, data, tags)
         on_rows: OnRows = page(self._address(run_id)) if page else lambda rows: None
         follower = _Follower(self.client, lambda: [(run_id, job.folder)], on_rows)
@@ -214,7 +215,7 @@ class Tracker:
     def recorded(self, folder: Path) -> bool:
         """Whether this experiment of this server already has the finished run in `folder`, as last evaluated."""
         summary = read_summary(folder)
-        with self._one_line():
+        with self.in_one_line():
             found = self._find(folder.name)
         return summary is not None and found is not None and found.data.tags.get(FINISHED) == str(summary["finished"])
 

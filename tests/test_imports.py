@@ -57,7 +57,7 @@ FLOORS = [
         "pipelines.sweeps.files",
         "pipelines.ui",
     },
-    {"pipelines.experiments", "pipelines.flow_page"},
+    {"pipelines.experiments", "pipelines.flow_page", "pipelines.promotion"},
     {"pipelines.work"},
     {"pipelines.launch", "pipelines.sweeps.settings", "pipelines.sweeps.space"},
     {"pipelines.sweeps.folder"},

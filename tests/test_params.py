@@ -26,7 +26,7 @@ from fer.resources import Resources
 from fer.run import Run
 from fer.schedule import SCHEDULES
 from pipelines.experiments import Recipe
-from pipelines.params import MOVED, Params, Sample, load, machine, parse_value, read_yaml, yaml_of
+from pipelines.params import MOVED, Params, Promotion, Sample, load, machine, parse_value, read_yaml, yaml_of
 from pipelines.sweeps.settings import Sweep
 
 SHIPPED = ROOT / "params.yaml"
@@ -64,13 +64,14 @@ def mistakes(folder: Path, tree: dict[str, Any]) -> list[str]:
 def test_the_shipped_file_loads(tmp_path: Path) -> None:
     params = load(SHIPPED)
     assert (params.data.dataset, params.super_resolution.method) == ("sample", "none")
-    assert params.resources == Resources()  # what it writes out are the defaults
+    # what it writes out are the defaults
+    assert (params.resources, params.tracking.promotion) == (Resources(), Promotion())
     share = read(tmp_path, changed(split__train_share=1)).split.train_share
     assert (share, type(share)) == (1.0, float)
     for name, field in Params.model_fields.items():
         if name != "resources":  # every key without a default stands there
             keys = field.annotation.model_fields.items()  # type: ignore[union-attr]
-            assert set(plain()[name]) == {key for key, inner in keys if inner.is_required()}
+            assert set(plain()[name]) - {"promotion"} == {key for key, inner in keys if inner.is_required()}
 
 
 def test_what_the_machine_says_is_only_what_it_says(tmp_path: Path) -> None:
@@ -104,6 +105,14 @@ def test_what_the_machine_says_is_only_what_it_says(tmp_path: Path) -> None:
         ({"tracking": None}, "tracking: should be a table of keys, got None"),
         ({"super_resolution__scale": 17}, "super_resolution.scale: should be less than or equal to 16, got 17"),
         ({"super_resolution__scale": 2}, "super_resolution.scale: must be 1, as method none keeps the size, got 2"),
+        *(
+            (
+                {"tracking__promotion__margin": value},
+                f"tracking.promotion.margin: should be points from 0 to 100, or significant, got {value!r}",
+            )
+            for value in (-1, "big", True)
+        ),
+        ({"tracking__promotion__uar": 1}, "tracking.promotion.uar: unknown key, did you mean 'uar_drop'?"),
         ({"split__prior_min_votes": 0}, "split.prior_min_votes: should be greater than 0, got 0"),
         ({"split__train_share": 1.5}, "split.train_share: should be less than or equal to 1, got 1.5"),
         ({"resources__gpus_per_worker": 1.5}, "resources.gpus_per_worker: above 1 must be a whole number, got 1.5"),

@@ -1,4 +1,4 @@
-"""The champion is the best version, whoever registers at the same time and in whichever store."""
+"""One champion and one record for each decision, whoever decides at the same time and in whichever store."""
 
 import multiprocessing
 import os
@@ -7,7 +7,9 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import mlflow
 import pytest
 from conftest import BIN, answers, free_port, wait_for
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models.model import ModelInfo
 
+from fer.errors import UserError
 from pipelines.registry import Registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -79,6 +83,16 @@ def prepare(uri: str, folder: Path) -> tuple[str, ModelInfo]:
     return run_id, model
 
 
+def record(
+    registry: Registry, name: str, run_id: str, model: ModelInfo, accuracy: float | None, run: str = "", **tags: str
+) -> str:
+    """Add a version with that val accuracy, and decide on it."""
+    known = {} if accuracy is None else {"val_accuracy": f"{accuracy:.6f}", "data_hash": "d", "fer.run_id": run}
+    number = registry.add(name, run_id, model, known | tags, "")
+    registry.decide(name, number)
+    return number
+
+
 def compete(uri: str, number: int, rounds: int, run_id: str, model: ModelInfo, met: Any) -> None:
     """Promote a version in each round, at the same time as the others; the best one comes from each in turn."""
     mlflow.set_tracking_uri(uri)
@@ -86,16 +100,17 @@ def compete(uri: str, number: int, rounds: int, run_id: str, model: ModelInfo, m
     for turn in range(rounds):
         met.wait(120)
         accuracy = 0.9 if turn % 2 == number % 2 else 0.5
-        registry.add(f"fer-{turn}", run_id, model, {"val_accuracy": f"{accuracy:.6f}", "by": str(number)}, "")
-        registry.crown(f"fer-{turn}")
+        record(registry, f"fer-{turn}", run_id, model, accuracy)
 
 
 def worse(uri: str, rounds: int, many: int) -> dict[str, str]:
-    """Names -> accuracy of the champion, where that is not the best, or where a version is missing."""
+    """Names -> accuracy of the champion, where that is not the best, or where a version or a record is missing."""
     client, found = MlflowClient(uri), {}
+    registry = Registry(client)
     for name in [f"fer-{turn}" for turn in range(rounds)]:
         champion = client.get_model_version_by_alias(name, "champion").tags["val_accuracy"]
-        if champion != "0.900000" or len(client.search_model_versions(f"name = '{name}'")) != many:
+        records = [one.version for one in registry.history(name)]
+        if champion != "0.900000" or sorted(records) != [str(number + 1) for number in range(many)]:
             found[name] = champion
     return found
 
@@ -116,42 +131,167 @@ def test_the_better_of_two_that_are_promoted_at_once_is_champion(sqlite: str, tm
     assert worse(sqlite, 5, 2) == {}
 
 
-def test_whoever_moves_the_alias_last_has_seen_the_others(
-    sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["log_param", "set_registered_model_alias"])
+def test_whoever_decides_last_has_seen_the_others(
+    place: str, sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The better version is added and promoted between the moment another process looks and that when it moves it."""
+    """The better version is added and promoted between the moment another process looks and that when it writes."""
     run_id, model = prepare(sqlite, tmp_path)
     client = MlflowClient(sqlite)
     first, second = Registry(client), Registry(MlflowClient(sqlite))
-    move = client.set_registered_model_alias
+    write = getattr(client, place)
 
-    def late(*where: str) -> None:
-        monkeypatch.setattr(client, "set_registered_model_alias", move)
-        second.add("fer-x", run_id, model, {"val_accuracy": "0.9"}, "")
-        second.crown("fer-x")
-        move(*where)
+    def late(*what: str) -> None:
+        if place == "log_param" and what[1] == "fer.history.fer-x":  # which both find to be the same one
+            record(second, "fer-x", run_id, model, 0.4)
+        else:
+            monkeypatch.setattr(client, place, write)
+            record(second, "fer-x", run_id, model, 0.9)
+        write(*what)
 
-    monkeypatch.setattr(client, "set_registered_model_alias", late)
-    first.add("fer-x", run_id, model, {"val_accuracy": "0.5"}, "")
-    first.crown("fer-x")
-    assert first.champions()["fer-x"]["version"] == "2"
+    monkeypatch.setattr(client, place, late)
+    record(first, "fer-x", run_id, model, 0.5)
+    assert first.champions()["fer-x"]["val_accuracy"] == "0.900000"
+    assert sorted(one.version for one in first.history("fer-x")) == sorted(
+        str(one.version) for one in client.search_model_versions("name = 'fer-x'")
+    )
 
 
-def test_the_first_of_two_equals_is_champion_and_versions_of_others_are_none_of_ours(
-    sqlite: str, tmp_path: Path
-) -> None:
+@pytest.fixture
+def shop(sqlite: str, tmp_path: Path) -> tuple[Registry, str, ModelInfo]:
     run_id, model = prepare(sqlite, tmp_path)
-    client = MlflowClient(sqlite)
-    registry = Registry(client)
+    return Registry(MlflowClient(sqlite)), run_id, model
+
+
+def test_by_hand_back_and_forth(shop: tuple[Registry, str, ModelInfo]) -> None:
+    """What a person chose stays until a run is better by the rule."""
+    registry, *made = shop
+    for number, accuracy in enumerate((0.5, 0.6, 0.7), 1):
+        record(registry, "fer-x", *made, accuracy, f"small-s{number}")
+    assert registry.aliases("fer-x") == {"champion": "3", "previous": "2"}
+    moved = registry.promote("fer-x", "small-s1", "the others have seen test")
+    assert (moved.before, moved.champion, moved.run, moved.reason) == (
+        "3",
+        "1",
+        "small-s1",
+        "the others have seen test",
+    )
+    registry.decide("fer-x", "3")  # recorded again
+    record(registry, "fer-x", *made, 0.45, "small-s4")
+    assert registry.aliases("fer-x") == {"champion": "1", "previous": "3"}
+    record(registry, "fer-x", *made, 0.55, "small-s5")
+    assert registry.aliases("fer-x") == {"champion": "5", "previous": "1"}
+    assert [registry.rollback("fer-x").champion for _ in range(4)] == ["1", "3", "2", "1"]
+    with pytest.raises(UserError, match="no earlier champion is left; name a version: `fer promote VERSION`$"):
+        registry.rollback("fer-x")
+    promoted = registry.promote("fer-x", "4")
+    assert promoted.reason == "the rule says keep: 5.00 points below version 1 on the same val images"
+    assert promoted.evidence == {"val_accuracy": 0.45, "champion_val_accuracy": 0.5}
+    assert [one.what for one in registry.history("fer-x")] == [
+        "run", "run", "run", "by hand", "run", "run", *["rollback"] * 4, "by hand"
+    ]  # fmt: skip
+
+
+def test_the_challenger_can_be_promoted(shop: tuple[Registry, str, ModelInfo]) -> None:
+    registry, *made = shop
+    record(registry, "fer-x", *made, 0.5, val_uar="0.5")
+    record(registry, "fer-x", *made, 0.6, val_uar="0.1")
+    assert registry.aliases("fer-x") == {"champion": "1", "challenger": "2"}
+    registry.promote("fer-x", "challenger")
+    assert registry.aliases("fer-x") == {"champion": "2", "previous": "1"}
+
+
+def test_other_data_displace_no_champion_and_versions_of_others_are_none_of_ours(
+    shop: tuple[Registry, str, ModelInfo],
+) -> None:
+    registry, *made = shop
     found = []
-    for accuracy in ("0.500000", "0.700000", None, "0.700000", "0.600000"):
-        registry.add("fer-x", run_id, model, {"val_accuracy": accuracy} if accuracy else {}, "")
-        registry.crown("fer-x")
-        found.append(registry.champions()["fer-x"]["version"])
-    assert found == ["1", "2", "2", "2", "2"]
-    client.delete_model_version("fer-x", "2")
-    registry.crown("fer-x")
-    assert registry.champions()["fer-x"]["version"] == "4"
+    for accuracy, data in ((0.5, "d"), (0.7, "d"), (0.9, "e"), (None, ""), (0.7, "d"), (0.8, "e")):
+        record(registry, "fer-x", *made, accuracy, data_hash=data)
+        found.append(registry.aliases("fer-x")["champion"])
+    assert found == ["1", "2", "2", "2", "2", "2"]
+    registry.client.delete_model_version("fer-x", "2")
+    assert registry.aliases("fer-x") == {"previous": "1"}
+    record(registry, "fer-x", *made, 0.6)
+    assert registry.aliases("fer-x") == {"champion": "5", "previous": "1"}
+    assert [(one.what, one.champion) for one in registry.history("fer-x")[-2:]] == [("deleted", "5"), ("run", "5")]
+
+
+def test_a_store_of_an_earlier_version_keeps_its_champion(shop: tuple[Registry, str, ModelInfo]) -> None:
+    registry, *made = shop
+    for accuracy in ("0.5", "0.7"):
+        registry.add("fer-x", *made, {"val_accuracy": accuracy, "data_hash": "d"}, "")
+    registry.client.set_registered_model_alias("fer-x", "champion", "2")
+    assert registry.history("fer-x") == []
+    record(registry, "fer-x", *made, 0.6)
+    assert [(one.what, one.version, one.champion) for one in registry.history("fer-x")] == [
+        ("found", "2", "2"), ("run", "3", "2")
+    ]  # fmt: skip
+    assert registry.aliases("fer-x") == {"champion": "2"}
+
+
+@pytest.mark.parametrize("place", ["log_param", "set_registered_model_alias", "get_registered_model"])
+def test_a_server_that_goes_in_between_leaves_nothing_to_mend_by_hand(
+    place: str, shop: tuple[Registry, str, ModelInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any call of `place`; the same command decides again, once."""
+    registry, *made = shop
+    record(registry, "fer-x", *made, 0.5)
+    number = registry.add("fer-x", *made, {"val_accuracy": "0.6", "data_hash": "d"}, "")
+    whole, left = getattr(registry.client, place), [0]
+
+    def gone(*what: str) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MlflowException("gone")
+        return whole(*what)
+
+    for calls in range(20):
+        left[0] = calls
+        with monkeypatch.context() as patch, suppress(MlflowException):
+            patch.setattr(time, "sleep", lambda seconds: None)
+            patch.setattr(registry.client, place, gone)
+            registry.decide("fer-x", number)
+            break
+    assert calls > 0
+    assert registry.aliases("fer-x") == {"champion": "2", "previous": "1"}
+    assert [one.version for one in registry.history("fer-x")] == ["1", "2"]
+
+
+def test_mistakes_in_naming_a_version(shop: tuple[Registry, str, ModelInfo]) -> None:
+    registry, *made = shop
+    for number in (1, 2):
+        record(registry, "fer-x", *made, 0.5, f"small-s{number}")
+    shown = "versions of models:/fer-x: 1 (small-s1), 2 (small-s2)"
+    for name, word, told in (
+        ("fer-x", "7", f"7: no such version or run; {shown}"),
+        ("fer-x", "small", f"small: names several versions, give more of the run id; {shown}"),
+        ("fer-x", "", f": no such version or run; {shown}"),
+        ("fer-x", "1", "models:/fer-x/1: is champion already"),
+        ("fer-y", "1", "models:/fer-y: no such model; known: fer-x; `fer train` records one"),
+    ):
+        with pytest.raises(UserError) as caught:
+            registry.promote(name, word)
+        assert str(caught.value) == told
+
+
+def test_the_commands(project: Path, empty_store: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
+    shutil.copy(empty_store, project / "mlflow.db")
+    made = prepare(f"sqlite:///{project}/mlflow.db", project)
+    competitor = Registry(MlflowClient())
+    for number, accuracy in ((1, 0.5), (2, 0.6)):
+        record(competitor, "fer-sample", *made, accuracy, f"small-s{number}")
+    moved = here("promote", "1", "--reason", "smaller").stdout
+    assert moved.splitlines() == ["models:/fer-sample@champion: version 1, small-s1 (before: version 2)", "smaller"]
+    assert here("rollback").stdout.startswith("models:/fer-sample@champion: version 2, small-s2 (before: version 1)")
+    shown = here("registry").stdout
+    assert [line.split()[2:4] for line in shown.splitlines() if line.startswith("  20")] == [
+        ["1", "promote"], ["2", "promote"], ["1", "by"], ["2", "rollback"]
+    ]  # fmt: skip
+    assert "Aliases of models:/fer-sample: champion 2, previous 1." in shown
+    missing = here("rollback", "--dataset", "rafdb")
+    told = "error: models:/fer-rafdb: no such model; known: fer-sample; `fer train` records one\n"
+    assert (missing.returncode, missing.stderr) == (2, told)
 
 
 @pytest.mark.soak
