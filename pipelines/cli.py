@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error, one_line
-from fer.files import is_held
+from fer.files import held, is_held
 from fer.run_folder import named, read_progress, read_rows, read_summary
 
 app = typer.Typer(
@@ -189,8 +189,20 @@ def _print_settings(found: Any) -> None:
 
 
 @app.command()
-def evaluate(run: Annotated[str, typer.Argument(help="A run id, or its first characters.")]) -> None:
-    """Show a finished run's results on val and test, class by class."""
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run id, or its first characters.")],
+    on: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The data folder of another project, whose test split to use.")
+    ] = None,
+) -> None:
+    """Show a finished run's results on val and test, class by class; with --on, on the test split of other data."""
+    if on is None:
+        _evaluate(run)
+    else:
+        _evaluate_on(run, on)
+
+
+def _evaluate(run: str) -> None:
     from fer.data.dataset import open_data
     from fer.evaluate import evaluate as evaluate_run
     from fer.evaluate import outdated
@@ -211,6 +223,28 @@ def evaluate(run: Annotated[str, typer.Argument(help="A run id, or its first cha
         table.add_row(name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken)
     console.print(table)
     console.print(f"Predictions, confusion matrix, checkpoint: [bold]{folder}[/]")
+
+
+def _evaluate_on(run: str, on: Path) -> None:
+    from fer.across import evaluate_across, result_of
+    from pipelines import report
+    from pipelines.params import load
+
+    folder, params = _find(run), load()
+    with held(folder):
+        result = evaluate_across(folder, on, params.resources.device)
+        rows = report.across_rows(result)
+        table = _table(f"{folder.name} on {result['dataset']}", *list(rows[0])[1:])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table)
+        console.print(report.across_note(result), highlight=False, markup=False)
+        path = result_of(folder, result["dataset"], result["hash"])
+        console.print(f"Predictions, confusion matrices: [bold]{path.with_suffix('.*')}[/]")
+        from pipelines.tracking import Tracker
+
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        tracker.record_across(folder, result, [path, path.with_suffix(".csv")])
 
 
 @app.command()
@@ -242,7 +276,7 @@ def _record_made(folder: Path, params: Any) -> None:
     from pipelines.experiments import Job
     from pipelines.tracking import Tracker
 
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
     if tracker.recorded(folder):
         return
     content, data = read_config(folder), open_data("data")

@@ -81,6 +81,35 @@ def note(summary: dict[str, Any]) -> str:
     )
 
 
+def across_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A run on another data set, class by class, as text: first all, then each shared class; in %."""
+    every, some = result["all_classes"], result["shared_classes"]
+    theirs = {ours: [name for name, own in result["matched"].items() if own == ours] for ours in some["classes"]}
+    counts = dict(zip(every["classes"], map(sum, every["confusion"])))
+    recalls = dict(zip(every["classes"], every["recall"]))
+    rows = [("accuracy", "", result["images"], every["accuracy"], some["accuracy"])]
+    rows += [("UAR", "", result["images"], every["balanced_accuracy"], some["balanced_accuracy"])]
+    rows += [
+        (f"recall {name}", " or ".join(theirs[name]), counts[name], recalls[name], recall)
+        for name, recall in zip(some["classes"], some["recall"])
+    ]
+    choices = f"% among all {len(every['classes'])}", f"% among {len(some['classes'])} shared"
+    head = ("", f"in {result['dataset']}", "images", *choices)
+    return [dict(zip(head, (row[0], row[1], str(row[2]), _percent(row[3]), _percent(row[4])))) for row in rows]
+
+
+def across_note(result: dict[str, Any]) -> str:
+    """What a run was evaluated on, and what was left out, in a few sentences."""
+    left_out = ", ".join(f"{name} ({count} images)" for name, count in result["left_out"].items())
+    return (
+        f"{result['images']} of {result['test_images']} test images of {result['dataset']} "
+        f"({_percent(result['coverage'])} %) are of a class that the run knows"
+        + (f"; without a partner: {left_out}" if left_out else "")
+        + ("; classes that only the run has: " + ", ".join(result["unused"]) if result["unused"] else "")
+        + "."
+    )
+
+
 def _images(data: dict[str, Any]) -> str:
     """`96x96 images, upscaled by lanczos x2`."""
     side = "x".join(map(str, data["image_shape"][:2]))

@@ -22,7 +22,7 @@ import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.data.schema import TensorDatasetSchema
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.types import Schema, TensorSpec
 
@@ -37,15 +37,17 @@ from pipelines.experiments import Job
 from pipelines.params import Promotion
 from pipelines.processes import ended, process_id
 from pipelines.registry import RUN_ID, Registry
-from pipelines.report import confusion_picture, note
+from pipelines.report import across_note, confusion_picture, note
 from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri, without_password
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
 ERROR = "fer.error"  # tag: why the run is not finished
 SWEEP = "fer.sweep"  # tag: the sweep that a run belongs to
+ON = "fer.on"  # tag: the other data set that a run was evaluated on, of a child of that run
 HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
-STATE, PARENT = "fer.state", "mlflow.parentRunId"  # tags of a trial: how it ended, and the MLflow run of its sweep
+STATE = "fer.state"  # tag of a trial: how it ended
+PARENT = "mlflow.parentRunId"  # tag: the MLflow run of the sweep of a trial, or of the run that was evaluated
 NOT_METRICS = ("epoch", "time")
 RENAMED = {"lr": "train/lr", "seconds": "train/seconds"}  # metrics.jsonl -> MLflow, where accuracies come first
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
@@ -218,6 +220,36 @@ class Tracker:
         with self.in_one_line():
             found = self._find(folder.name)
         return summary is not None and found is not None and found.data.tags.get(FINISHED) == str(summary["finished"])
+
+    def record_across(self, folder: Path, result: dict[str, Any], files: Sequence[Path]) -> None:
+        """Record the result of the run in `folder` on another data set, once, as a child of the run.
+
+        Raises UserError if this experiment does not have the run, or the server does not answer.
+        """
+        ours = f"{folder.name}/on/{result['dataset']}-{result['hash']}"
+        with self._one_line():
+            parent, found = self._find(folder.name), self._find(ours)
+            if parent is None:
+                raise UserError(
+                    f"{folder.name}: MLflow's experiment '{self.name}' does not have this run, so its result is not "
+                    f"recorded: run `fer train {result['name']}`, then this command again"
+                )
+            finished = {PARENT: parent.info.run_id, FINISHED: str(result["finished"])}
+            if found is not None and finished.items() <= found.data.tags.items() and found.info.status == "FINISHED":
+                return
+            tags = {RUN_ID: ours, ON: result["dataset"], "experiment": result["name"], "dataset": result["dataset"]}
+            tags |= {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
+            tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer evaluate {folder.name} --on"}
+            tags |= {"mlflow.source.type": "JOB", "mlflow.note.content": across_note(result)}
+            if found is None:
+                found = self.client.create_run(self.experiment, run_name=ours, tags=tags)
+            run_id, when = found.info.run_id, int(result["finished"] * 1000)
+            points = [Metric(key, value, when, 0) for key, value in across_metrics(result).items()]
+            self.client.log_inputs(run_id, [_other_test(result)])
+            self.client.log_batch(run_id, metrics=points, tags=[RunTag(*tag) for tag in (tags | finished).items()])
+            for path in files:
+                self.client.log_artifact(run_id, str(path))
+            self.client.set_terminated(run_id, "FINISHED")
 
     def _find(self, ours: str) -> Any:
         """MLflow's run of our run id; None where there is none."""
@@ -453,6 +485,23 @@ def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
         )
         found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
     return found
+
+
+def _other_test(result: dict[str, Any]) -> DatasetInput:
+    """The test split of another data set, for MLflow's dataset tab."""
+    source, profile = {"data.dataset": result["dataset"]}, {"images": result["test_images"]}
+    dataset = Dataset(result["dataset"], f"{result['hash']}-test", "dvc", json.dumps(source), None, json.dumps(profile))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])
+
+
+def across_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a run on another data set: `on/...` among all classes, `on_shared/...` among the shared ones."""
+    values: dict[str, float] = {"on/coverage": result["coverage"], "on/images": result["images"]}
+    for prefix, found in (("on", result["all_classes"]), ("on_shared", result["shared_classes"])):
+        values |= {f"{prefix}/{key}": found[key] for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece")}
+        recalls = zip(found["classes"], found["recall"])
+        values |= {f"{prefix}/recall_{name}": recall for name, recall in recalls if recall is not None}
+    return values
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:

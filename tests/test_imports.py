@@ -43,7 +43,7 @@ LAYERS = [
     {"fer.formats", "fer.step"},
     {"fer.batches"},
     {"fer.evaluate", "fer.predict"},
-    {"fer.ensemble", "fer.faces"},
+    {"fer.across", "fer.ensemble", "fer.faces"},
     {"fer.train"},
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included
