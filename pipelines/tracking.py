@@ -227,7 +227,7 @@ class Tracker:
         Raises UserError if this experiment does not have the run, or the server does not answer.
         """
         ours = f"{folder.name}/on/{result['dataset']}-{result['hash']}"
-        with self._one_line():
+        with self.in_one_line():
             parent, found = self._find(folder.name), self._find(ours)
             if parent is None:
                 raise UserError(
