@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -39,7 +40,7 @@ logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # failures reach the 
 def start_ray() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine; does nothing if Ray is running.
 
-    Raises UserError if no cluster answers there.
+    Raises UserError if no cluster answers there, or Ray cannot start here.
     """
     share_heaps()  # a flow's tasks are threads, in which MLflow and matplotlib allocate memory
     if ray.is_initialized():
@@ -54,6 +55,8 @@ def start_ray() -> None:
     if address:
         _join(address, options)
         return
+    if shutil.which("bash") is None:  # Ray would try again for ever
+        raise UserError("PATH: Ray starts its workers by bash, which is not there; install it, or add its folder")
     try:
         # without "local", Ray joins the cluster last started on this machine, whether it still runs or not
         ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **options)
@@ -79,6 +82,11 @@ def _join(address: str, options: dict[str, Any]) -> None:
             f"RAY_ADDRESS: no cluster answers at {address} ({first_line(error)}); "
             "start it, or unset the variable to run here"
         ) from None
+    if _knows_another_token(address):
+        raise UserError(
+            f"RAY_ADDRESS: the cluster at {address} was started with another token, as by another user; set "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token to that token, or unset RAY_ADDRESS to run here"
+        )
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -93,6 +101,16 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _knows_another_token(address: str) -> bool:
+    """Ask by Ray's own command, which answers in 3 s; `ray.init` would try for 20 s, and not tell the reason."""
+    command = [Path(sys.executable).parent / "ray", "status", "--address", address]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+    except subprocess.TimeoutExpired:  # a busy machine: `ray.init` finds out
+        return False
+    return done.returncode != 0 and b"InvalidAuthToken" in done.stderr
 
 
 def _refuse_shared_gpus() -> None:

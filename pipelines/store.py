@@ -102,7 +102,8 @@ def _check_writable(path: Path) -> None:
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):  # another process is writing
             raise UserError(
-                f"tracking.uri: cannot write {path} ({error}); free some space or choose a writable file"
+                f"tracking.uri: cannot write {path} ({error}); set MLFLOW_TRACKING_URI=sqlite:///data/mlflow.db, or "
+                "to another writable file, or free some space"
             ) from None
     except sqlite3.DatabaseError as error:
         raise UserError(

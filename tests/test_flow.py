@@ -119,6 +119,37 @@ def test_two_models_train_together_and_the_second_call_has_nothing_to_do(project
     assert here("ensemble", "ensemble").stderr.endswith("is an ensemble itself; name its members\n")
 
 
+# $1 is the project, $2 an empty folder, the rest the command
+CONTAINER = """
+mount --bind "$1" "$1" && mount --bind "$1/data" "$1/data" && mount -o remount,bind,ro "$1" || exit 99
+cd "$1" && shift && ln -s "$(command -v bash)" "$1/bash" && export PATH="$1" && shift
+exec "$@"
+"""
+
+
+def test_in_a_container_without_git_and_home_and_with_a_project_that_is_read_only_but_for_data(
+    project: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    """And with a proxy for everything, that does not answer."""
+    experiment(project, "small", epochs=2)
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+    known = environment(**proxies)
+    for name in ("HOME", "no_proxy", "NO_PROXY", "USER", "LOGNAME"):
+        known.pop(name, None)
+
+    known["MLFLOW_TRACKING_URI"] = "sqlite:///data/mlflow.db"
+    inside = ["sh", "-c", CONTAINER, "sh", project, tmp_path_factory.mktemp("bin"), BIN / "fer", "train", "small"]
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", *inside],
+        env=known, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    if done.returncode == 99 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"cannot make a read-only mount here: {done.stderr.strip()}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert recorded(project / "data") == {"small": finished(2)}
+    assert not {"mlflow.db", "mlruns", ".prefect"} & {path.name for path in project.iterdir()}
+
+
 def saved(folder: Path) -> tuple[int, int]:
     """Epoch and step of the last checkpoint; of a command that has ended."""
     training = torch.load(folder / "last/training.pt", weights_only=True)

@@ -149,6 +149,28 @@ def test_an_address_that_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
             launch.start_ray()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PATH", "", "PATH: Ray starts its workers by bash, which is not there"),
+        ("RAY_TMPDIR", "/proc/nowhere", "RAY_TMPDIR: Ray cannot keep its files in /proc/nowhere "),
+        ("RAY_TMPDIR", "DEEP", "RAY_TMPDIR: Ray cannot keep its files in .*; set it to a folder of your own"),
+    ],
+)
+def test_what_ray_cannot_start_with(
+    name: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of another user ends as one that cannot be made; for a socket's path 107 bytes are the limit."""
+    from pipelines import launch
+
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setenv(name, str(deep) if value == "DEEP" else value)
+    with pytest.raises(UserError, match=f"^{message}"):
+        launch.start_ray()
+
+
 def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:
     from pipelines.sweeps import folder as sweeps
 

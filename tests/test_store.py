@@ -82,7 +82,7 @@ def silent() -> Iterator[int]:
         (f"oracle://me:{SECRET}@host/x", r"'oracle://me:\*\*\*@host/x' is no tracking store"),
         (
             "sqlite:////nowhere/mlflow.db",
-            r"cannot write /nowhere/mlflow.db \(unable to open database file\); free ",
+            r"cannot write /nowhere/mlflow.db \(unable to open database file\); set MLFLOW_TRACKING_URI=sqlite:///data/",
         ),
         (
             f"postgresql://me:{SECRET}@127.0.0.1:x/y",

@@ -332,7 +332,7 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(
     [
         ("http://127.0.0.1:PORT", "no server answers at"),
         ("./mlruns", "'./mlruns' is no tracking store; use sqlite:///FILE"),
-        ("sqlite:////nowhere/mlflow.db", "cannot write /nowhere/mlflow.db (unable to open database file); free some"),
+        ("sqlite:////nowhere/mlflow.db", "cannot write /nowhere/mlflow.db (unable to open database file); set MLF"),
     ],
 )
 def test_a_tracking_uri_that_cannot_work_is_one_line(uri: str, message: str):
