@@ -76,6 +76,7 @@ def prepare(uri: str, folder: Path) -> tuple[str, ModelInfo]:
     client = MlflowClient(uri)
     experiment = client.create_experiment("race", (folder / "artifacts").as_uri())
     run_id = client.create_run(experiment).info.run_id
+    mlflow.set_experiment(experiment_id=experiment)  # a test before may have set another
     with mlflow.start_run(run_id=run_id):
         model = mlflow.pyfunc.log_model(
             name="model", loader_module="json", data_path=str(folder / "weights.txt"), pip_requirements=[]
