@@ -25,6 +25,7 @@ from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
 from fer.schedule import Constant
+from fer.statistics import softened, temperature
 
 NAME = "ensemble"
 
@@ -32,14 +33,18 @@ NAME = "ensemble"
 def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mirror: bool = False) -> Path:
     """Make and evaluate the ensemble of the finished runs in `folders`; returns its folder, beside theirs.
 
-    The shares minimise the cross-entropy of the runs' stored predictions of val. Test is read once, at the end.
+    From the runs' stored predictions of val each network gets its temperature, then the shares minimise the
+    cross-entropy. Test is read once, at the end.
     Raises UserError if a run is not finished, was trained on other data or cannot be a member.
     """
     data = open_data(data_dir)
     metas = [_finished(folder, data) for folder in folders]
-    members = [_member(folder, meta) for folder, meta in zip(folders, metas)]
+    found, labels = _on_val(folders, data)
+    heats = [round(temperature(one, labels), 4) for one in found]
+    members = [_member(folder, meta, heat) for folder, meta, heat in zip(folders, metas, heats)]
+    shares = fitted(np.stack([softened(np.log(one), heat) for one, heat in zip(found, heats)]), labels)
     run = Run(
-        model=Ensemble(members=members, weights=fitted(*_on_val(folders, data)), mirror=mirror),
+        model=Ensemble(members=members, weights=shares, mirror=mirror),
         input=Input(image_size=data.images.shape[1], channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),
         seed=metas[0]["config"]["seed"],
         epochs=1,
@@ -83,17 +88,17 @@ def _finished(folder: Path, data: DataSet) -> dict[str, Any]:
     return meta
 
 
-def _member(folder: Path, meta: dict[str, Any]) -> Member:
+def _member(folder: Path, meta: dict[str, Any], heat: float) -> Member:
     run = read_run(meta, folder / BEST / checkpoint.META)
     if isinstance(run.model, Ensemble):
         raise UserError(f"{folder}: is an ensemble itself; name its members")
-    return Member(model=run.model, input=run.input, precision=run.precision)
+    return Member(model=run.model, input=run.input, precision=run.precision, temperature=heat)
 
 
 def _on_val(folders: list[Path], data: DataSet) -> tuple[np.ndarray, np.ndarray]:
     path = PREDICTIONS.format(split="val")
     found = np.stack([read_predictions(folder / path, data.classes) for folder in folders])
-    return found.astype(np.float64), data.split("val").labels.numpy()
+    return found.astype(np.float64).clip(1e-12), data.split("val").labels.numpy()
 
 
 def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSet, resources: Resources) -> None:

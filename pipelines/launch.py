@@ -105,7 +105,7 @@ def _knock(address: str) -> None:
 
 def _knows_another_token(address: str) -> bool:
     """Ask by Ray's own command, which answers in 3 s; `ray.init` would try for 20 s, and not tell the reason."""
-    command = [Path(sys.executable).parent / "ray", "status", "--address", address]
+    command = [str(Path(sys.executable).parent / "ray"), "status", "--address", address]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     except subprocess.TimeoutExpired:  # a busy machine: `ray.init` finds out

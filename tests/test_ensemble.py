@@ -18,6 +18,7 @@ from fer.models.cost import cost
 from fer.models.ensemble import Ensemble
 from fer.predict import Predictor
 from fer.run_folder import read_rows, read_summary
+from fer.statistics import softened
 from fer.train import fit
 
 OTHER: dict[str, Any] = {
@@ -45,8 +46,11 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], d
     folder = combine(members, data, CPU)
     run, faces = Predictor(folder).run, open_data(data).split("test").pixels(np.arange(40)).numpy()
     assert isinstance(run.model, Ensemble)
-    alone = np.stack([Predictor(member).probabilities(faces) for member in members])
-    mean = np.tensordot(run.model.weights, alone, 1)
+    alone = [Predictor(member).probabilities(faces) for member in members]
+    mean = sum(
+        share * softened(np.log(one), member.temperature)
+        for share, one, member in zip(run.model.weights, alone, run.model.members)
+    )
     np.testing.assert_allclose(Predictor(folder).probabilities(faces), mean, atol=2e-6)
     stored = read_predictions(folder / "predictions_test.csv", open_data(data).classes)
     np.testing.assert_allclose(stored, mean, atol=2e-6)
@@ -63,8 +67,9 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], d
 def test_mirrored_faces_count_as_much_as_the_faces(members: list[Path], data: Path) -> None:
     folder = combine(members[:1], data, CPU, mirror=True)
     faces = open_data(data).split("test").pixels(np.arange(40)).numpy()
-    one = Predictor(members[0])
-    mean = (one.probabilities(faces) + one.probabilities(np.ascontiguousarray(faces[:, :, ::-1]))) / 2
+    one, heat = Predictor(members[0]), Predictor(folder).run.model.members[0].temperature
+    views = [one.probabilities(view) for view in (faces, np.ascontiguousarray(faces[:, :, ::-1]))]
+    mean = sum(softened(np.log(view), heat) for view in views) / 2
     np.testing.assert_allclose(Predictor(folder).probabilities(faces), mean, atol=2e-6)
 
 
@@ -131,7 +136,9 @@ def test_colour_images_stay_colour(tmp_path: Path) -> None:
     folder = fit("x", small_run(**keys), CPU, data, tmp_path / "runs")
     evaluate(folder, data, CPU)
     made, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
-    np.testing.assert_allclose(Predictor(made).probabilities(faces), Predictor(folder).probabilities(faces), atol=2e-6)
+    predictor = Predictor(made)
+    alone = softened(np.log(Predictor(folder).probabilities(faces)), predictor.run.model.members[0].temperature)
+    np.testing.assert_allclose(predictor.probabilities(faces), alone, atol=2e-6)
 
 
 def _rehash(data: Path) -> None:

@@ -23,6 +23,8 @@ class Member(Section):
     """How an image is presented to it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of its forward pass."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides its logits, so that it is as sure as it is right (Guo et al. 2017, arXiv 1706.04599, section 4.2)."""
 
 
 class Ensemble(ModelKind):
@@ -79,4 +81,4 @@ def _probabilities(network: nn.Module, member: Member, images: Tensor) -> Tensor
     prepared = torch.empty(len(images), channels, side, side, device=images.device)
     normalize(resized(images.float().contiguous(), side), member.input, prepared)
     with autocast("fp32" if images.is_meta else member.precision, images.device):  # the meta device has no autocast
-        return torch.softmax(network(prepared).float(), 1)
+        return torch.softmax(network(prepared).float() / member.temperature, 1)
