@@ -125,8 +125,8 @@ class Promotion(Section):
     """Points of val accuracy above the champion; significant: an exact McNemar test with p < .05."""
     uar_drop: Points | None = 5.0
     """Points of UAR on val that it may lose; null: any."""
-    ece_rise: Points | None = 10.0
-    """Points of calibration error (ECE) on val that it may gain; null: any."""
+    ece_rise: Points | None = None
+    """Points of calibration error (ECE) on val that it may gain; null: any, as a temperature mends it."""
 
     @field_validator("margin", mode="before")
     @classmethod

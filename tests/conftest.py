@@ -347,7 +347,9 @@ def epochs_done(project: Path) -> dict[str, list[dict[str, Any]]]:
 def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
     """name -> status and steps of its MLflow run, of which there is one, read from the store itself."""
     with closing(sqlite3.connect(project / "mlflow.db")) as store:
-        runs = store.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'").fetchall()
+        trained = "experiment_id is not (select experiment_id from experiments where name = 'fer registry')"
+        known = f"select run_uuid, name, status from runs where lifecycle_stage = 'active' and {trained}"
+        runs = store.execute(known).fetchall()
         steps = "select step from metrics where run_uuid = ? and key = 'val_accuracy' order by timestamp, step"
         found = {name.split("-")[0]: (status, [s for (s,) in store.execute(steps, [i])]) for i, name, status in runs}
     assert len(found) == len(runs)

@@ -64,8 +64,10 @@ CASES: dict[str, tuple[tuple[Candidate, Candidate | None], dict[str, Any], str, 
     "UAR at the guard": (like(uar=0.65), {}, "promote", "1.00 points above"),
     "worse UAR": (like(uar=0.6499), {}, "challenge", f"above {SAME}, but UAR is 5.01 points below (uar_drop: 5)"),
     "worse UAR, no guard": (like(uar=0.1), {"uar_drop": None}, "promote", "1.00 points above"),
-    "worse ECE": (like(ece=0.2), {}, "challenge", f"above {SAME}, but ECE is 15.00 points above (ece_rise: 10)"),
-    "worse ECE, no guard": (like(ece=0.9), {"ece_rise": None}, "promote", "1.00 points above"),
+    "worse ECE": (
+        like(ece=0.2), {"ece_rise": 10}, "challenge", f"above {SAME}, but ECE is 15.00 points above (ece_rise: 10)",
+    ),
+    "worse ECE, no guard": (like(ece=0.9), {}, "promote", "1.00 points above"),
     "significant": (beside(range(40, 80)), WITHOUT, "promote", f"10.00 points above {SAME}, McNemar p 1.8e-12"),
     "5 of 5 images": (  # two-sided: 2 / 2**5
         beside(range(5, 80)), WITHOUT, "challenge", "McNemar p 0.062, but that is not told apart from chance",
