@@ -69,6 +69,8 @@ sweeps = typer.Typer(
     help="Search for better settings of an experiment: `fer sweep NAME` runs sweeps/NAME.yaml.",
 )
 app.add_typer(sweeps, name="sweep")
+checks = typer.Typer(no_args_is_help=True, help="Look at the data that `dvc repro` has made.")
+app.add_typer(checks, name="data")
 
 
 @app.command()
@@ -562,6 +564,26 @@ def upscale_gallery(
     console.print(f"[bold]{path}[/]: {', '.join(rows)}")
     for line in left_out:
         console.print(line, style="yellow")
+
+
+@checks.command(name="check")
+def data_check() -> None:
+    """Look for copies, doubtful labels, blank images and people on two sides; write data/check.json and check.html."""
+    from fer.data.check import check
+    from fer.data.images import open_images
+    from pipelines import check_page
+
+    with console.status("Reading data/raw and data/splits ..."):
+        found = check("data")
+    drawn = found["dataset"] == "sample"  # real faces are private
+    images = open_images("data/raw/images.npy", "download") if drawn else None
+    numbers, page = check_page.write(found, Path("data"), images)
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    for line in check_page.findings(found):
+        style = {"ok": "green", "look": "yellow", "note": "dim"}[line.mark]
+        table.add_row(f"[{style}]{line.mark}[/]", line.topic, escape(line.text))
+    console.print(table, highlight=False)
+    console.print(f"[bold]{page}[/] (open it in a browser), [bold]{numbers}[/]")
 
 
 @sweeps.command(name="run")

@@ -11,7 +11,7 @@ PATHS = sorted([*ROOT.glob("fer/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 FRAMEWORKS = {
     "prefect", "ray", "mlflow", "dvc", "yaml", "ruamel", "typer", "rich", "torchvision", "timm", "kagglehub", "optuna",
-    "fastapi", "matplotlib",
+    "fastapi", "matplotlib", "jinja2",
 }  # fmt: skip
 # inside a function: for those who download, and for those with several processes
 LAZY = {"pipelines.stages.fetch": {"kagglehub"}, "pipelines.stages.upscale": {"pipelines.launch"}}
@@ -23,6 +23,7 @@ OWNERS = {
     "optuna": {"pipelines.sweeps.search"},
     "ruamel": {"pipelines.params"},
     "kagglehub": {"pipelines.stages.fetch"},
+    "jinja2": {"pipelines.check_page"},
     "typer": {"pipelines.cli"},
     "rich": {"pipelines.cli"},
     "yaml": set(),
@@ -49,6 +50,7 @@ LAYERS = [
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
     {
+        "pipelines.check_page",
         "pipelines.comparison",
         "pipelines.params",
         "pipelines.predicting",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fer.data.near import groups, nearest, thumbnails
+from fer.data.near import SIDE, groups, nearest, pairs, thumbnails
 
 RNG = np.random.default_rng(1)
 # smooth noise: as different from each other as photographs of different people
@@ -52,6 +52,15 @@ def test_a_blank_image_is_like_none_and_nothing_is_near_to_nothing() -> None:
     assert nearest(blank, thumbnails(PHOTOS))[1].tolist() == [0.0]
     rows, cosines = nearest(thumbnails(PHOTOS[:2]), blank[:0])
     assert (rows.tolist(), cosines.tolist()) == ([-1, -1], [-1.0, -1.0])
+
+
+def test_pairs_far_apart_and_in_the_mirror() -> None:
+    """More images than are compared at once."""
+    noise = RNG.integers(0, 256, (1100, SIDE, SIDE), np.uint8)
+    noise[[590, 1080]], noise[1099] = noise[3], noise[1098, :, ::-1]
+    found = thumbnails(noise)
+    assert pairs(found).T.tolist() == [[3, 590], [3, 1080], [590, 1080]]
+    assert pairs(found, mirrored=True).T.tolist() == [[1098, 1099]]
 
 
 def test_groups_are_what_is_linked_by_near_duplicates() -> None:

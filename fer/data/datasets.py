@@ -85,14 +85,18 @@ DATASETS = {
 }
 
 
-def counted(name: str, images: dict[str, int]) -> str:
-    """What to say of the numbers of `images` beside the nearest published ones; empty if they are the same."""
-    published = DATASETS[name].counts
-    if not published or images in published:
-        return ""
+def published(name: str, images: dict[str, int]) -> dict[str, int]:
+    """The published numbers of images in each split that are nearest to `images`; empty where none are known."""
 
     def distance(counts: dict[str, int]) -> tuple[bool, int]:
         return set(counts) != set(images), abs(sum(counts.values()) - sum(images.values()))
 
-    nearest = min(published, key=distance)
+    return min(DATASETS[name].counts, key=distance, default={}) if name in DATASETS else {}
+
+
+def counted(name: str, images: dict[str, int]) -> str:
+    """What to say of the numbers of `images` beside the nearest published ones; empty if they are the same."""
+    nearest = published(name, images)
+    if not nearest or images in DATASETS[name].counts:
+        return ""
     return " (published: " + ", ".join(f"{count:,} {usage or 'images'}" for usage, count in nearest.items()) + ")"

@@ -43,13 +43,21 @@ def nearest(queries: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndar
     return rows, cosines
 
 
+def pairs(found: np.ndarray, threshold: float = SAME, mirrored: bool = False) -> np.ndarray:
+    """int64 [2, P]: positions i < j of `thumbnails` [N, 576] whose cosine is `threshold` or more.
+
+    `mirrored`: the cosine of the one and the mirror image of the other.
+    """
+    others = found.reshape(-1, SIDE, SIDE)[:, :, ::-1].reshape(found.shape) if mirrored else found
+    links = [np.empty((2, 0), np.int64)]
+    for first in range(0, len(found), ROWS):
+        here, there = np.nonzero(np.triu(found[first : first + ROWS] @ others[first:].T, 1) >= threshold)
+        links.append(np.stack([here, there]) + first)
+    return np.concatenate(links, 1)
+
+
 def groups(images: np.ndarray, threshold: float = SAME) -> np.ndarray:
     """int64 [N]: images of a group are linked by copies or near duplicates of each other."""
-    found = thumbnails(images)
-    pairs = [np.empty((2, 0), np.int64)]
-    for first in range(0, len(found), ROWS):
-        here, there = np.nonzero(found[first : first + ROWS] @ found.T >= threshold)
-        pairs.append(np.stack([here + first, there]))
-    links = np.concatenate(pairs, 1)
-    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(len(found), len(found)))
+    links = pairs(thumbnails(images), threshold)
+    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(len(images), len(images)))
     return connected_components(graph, directed=False)[1].astype(np.int64)
