@@ -51,8 +51,8 @@ def pairs(found: np.ndarray, threshold: float = SAME, mirrored: bool = False) ->
     others = found.reshape(-1, SIDE, SIDE)[:, :, ::-1].reshape(found.shape) if mirrored else found
     links = [np.empty((2, 0), np.int64)]
     for first in range(0, len(found), ROWS):
-        here, there = np.nonzero(np.triu(found[first : first + ROWS] @ others[first:].T, 1) >= threshold)
-        links.append(np.stack([here, there]) + first)
+        here, there = np.nonzero(found[first : first + ROWS] @ others[first:].T >= threshold)
+        links.append(np.stack([here, there])[:, here < there] + first)
     return np.concatenate(links, 1)
 
 
