@@ -606,10 +606,12 @@ def _sweep(words: list[str], new: bool) -> None:
     flow = _start_frameworks()
     from pipelines.sweeps import folder as sweep_folder
 
-    plan, _ = flow.prepare_sweep(words, new)
-    if sweep_folder.complete(plan):
+    plan, tracker = flow.prepare_sweep(words, new)
+    if flow.sweep_recorded(plan, tracker):
         console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to continue.")
     else:
+        if sweep_folder.complete(plan):
+            console.print(f"{plan.folder.name}: complete, but not in MLflow's store; recording it")
         _warn_of_random_weights({plan.base.name: plan.base.run})
         with _Board(plan.folder):
             state = flow.sweep(words, new, return_state=True)

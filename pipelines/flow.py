@@ -306,10 +306,9 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     plan = sweeps.plan(words, machine(params), open_data(DATA).hash)
     sweeps.check_same(plan, new)
     flow_page.check_server()
-    unfinished = not sweeps.complete(plan)
-    with _starting(), _prefect_starting(unfinished):
+    with _starting(), _prefect_starting(not sweeps.complete(plan)):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
-        if unfinished:
+        if not sweep_recorded(plan, tracker):
             from pipelines.sweeps import search
 
             launch.start_ray()
@@ -318,6 +317,11 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
                 launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, RUNS)])
     sweeps.begin(plan)
     return plan, tracker
+
+
+def sweep_recorded(plan: Plan, tracker: Tracker) -> bool:
+    """Whether a sweep is complete and in MLflow, so that nothing is left to do."""
+    return sweeps.complete(plan) and tracker.recorded_sweep(plan)
 
 
 @flow(name="sweep", flow_run_name=_run_name, validate_parameters=False)
@@ -368,6 +372,8 @@ def search_trials(plan: Plan) -> list[Trial]:
     """Run the trials that are left. Raises UserError if the time was up before any of them finished an epoch."""
     from pipelines.sweeps import search  # takes seconds to import
 
+    if sweeps.complete(plan):  # and to be recorded again
+        return sweeps.read_trials(plan.folder)
     found = search.search(plan)
     if sweeps.best_of(found) is None:
         raise UserError(f"sweep {plan.name}: hours: over before any trial finished an epoch; raise it")

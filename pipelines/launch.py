@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import ActorPool, get_current_placement_group, remove_placement_group
 
 from fer.device import share_heaps
-from fer.errors import UserError, first_line
+from fer.errors import UserError, first_line, one_line
 from fer.files import is_held
 from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
@@ -32,6 +33,7 @@ FREE_MEMORY = (
     "the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
     "resources.workers, or train fewer models at the same time"
 )
+OBJECT_STORE = 128 * 2**20  # bytes of the file in which Ray keeps objects; a run has none to speak of
 GRAVITY = ("fault", "mistake", "diverged", "terminated", "stopped", "died")  # of several ranks' ends the first counts
 ON_GPUS = "undefined"  # NCCL if torch sees a GPU, else Gloo; Ray's default is NCCL even if torch sees none
 logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # failures reach the caller as exceptions
@@ -57,19 +59,24 @@ def start_ray() -> None:
         return
     if shutil.which("bash") is None:  # Ray would try again for ever
         raise UserError("PATH: Ray starts its workers by bash, which is not there; install it, or add its folder")
-    try:
-        # without "local", Ray joins the cluster last started on this machine, whether it still runs or not
-        ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, **options)
-    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < OBJECT_STORE:
         raise UserError(
-            f"Ray does not start on this machine: {first_line(error)}; run the command again, with fewer processes "
-            "beside it, and without limits (ulimit -a) or RAY_ variables that it cannot work with"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"RAY_TMPDIR: Ray cannot keep its files in {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} "
-            f"({first_line(error)}); set it to a folder of your own with a short path"
-        ) from None
+            f"ulimit -f: a file may have {limit >> 20} MB, and Ray needs one of {OBJECT_STORE >> 20}; raise the limit"
+        )
+    remedy = (
+        "run the command again, with fewer processes beside it, and without limits (ulimit -a) or RAY_ variables that "
+        "it cannot work with"
+    )
+    with one_line("Ray does not start on this machine", remedy):  # it raises a bare Exception for a start too slow
+        try:
+            # without "local", Ray joins the cluster last started on this machine, whether it still runs or not
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **options)
+        except OSError as error:
+            raise UserError(
+                f"RAY_TMPDIR: Ray cannot keep its files in {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} "
+                f"({first_line(error)}); set it to a folder of your own with a short path"
+            ) from None
     _refuse_shared_gpus()
 
 

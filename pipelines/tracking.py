@@ -221,6 +221,12 @@ class Tracker:
             found = self._find(folder.name)
         return summary is not None and found is not None and found.data.tags.get(FINISHED) == str(summary["finished"])
 
+    def recorded_sweep(self, plan: Plan) -> bool:
+        """Whether this experiment of this server already has the whole sweep."""
+        with self.in_one_line():
+            found = self._find(plan.folder.name)
+        return found is not None and found.info.status == "FINISHED"
+
     def record_across(self, folder: Path, result: dict[str, Any], files: Sequence[Path]) -> None:
         """Record the result of the run in `folder` on another data set, once, as a child of the run.
 

@@ -232,6 +232,14 @@ def test_votes_that_do_not_come(page: str, sha256: str, fault: str, folder: Path
     assert names(folder) == [".gitkeep", "README.md"]
 
 
+def test_no_password_of_the_address_is_shown(folder: Path) -> None:
+    for address in ("http://me:secret@127.0.0.1/x", "http://127.0.0.1:9/x?token=secret", "ftp://me:secret@host/x"):
+        message = refused(fetch_votes, folder / "fer2013new.csv", address, SHA256)
+        assert message.startswith("data.votes_url: ")
+        assert "***" in message
+        assert "secret" not in message
+
+
 def test_votes_from_a_file_address(folder: Path) -> None:
     message = refused(fetch_votes, folder / "fer2013new.csv", f"file://{folder}/README.md", SHA256)
     assert message.startswith(f"data.votes_url: must start with https:// or http://, got 'file://{folder}/README.md'")

@@ -1,6 +1,7 @@
 """What people and disks do wrong, as the command line meets it: one line, exit status 2. The fuzz finds more."""
 
 import json
+import resource
 import shutil
 import socket
 import subprocess
@@ -169,6 +170,19 @@ def test_what_ray_cannot_start_with(
     monkeypatch.setenv(name, str(deep) if value == "DEEP" else value)
     with pytest.raises(UserError, match=f"^{message}"):
         launch.start_ray()
+
+
+def test_a_limit_on_the_size_of_files_that_is_too_low_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import launch
+
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 2**20, before[1]))
+    try:
+        with pytest.raises(UserError, match="^ulimit -f: a file may have 20 MB, and Ray needs one of 128; raise"):
+            launch.start_ray()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:

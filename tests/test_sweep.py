@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -81,7 +82,9 @@ def epochs_of(folder: Path) -> int:
 
 
 @pytest.mark.timeout(900)  # five commands
-def test_a_sweep_from_search_to_model(project: Path, prefect_server: str, here, ray_here):
+def test_a_sweep_from_search_to_model(
+    project: Path, prefect_server: str, here, ray_here, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Killed on the way, it goes on from its epochs. One choice brings a range of its own."""
     own = ["confirm_seeds=1", "changes.optimizer.lr=1e-7"]  # so that the base is not the best, which needs no other run
     own += ["scheduler=none"]  # so that the best does not hang on which trial was faster
@@ -127,6 +130,14 @@ def test_a_sweep_from_search_to_model(project: Path, prefect_server: str, here, 
 
     again = here("sweep", "sample", *SMALL, *own)
     assert "Nothing to do: " in again.stdout, again.stderr
+    (project / "empty").mkdir()
+    shutil.copy(empty_store, project / "empty/mlflow.db")
+    with monkeypatch.context() as patch:  # as if the store were lost
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/empty/mlflow.db")
+        again = here("sweep", "sample", *SMALL, *own)
+        assert f"{folder.name}: complete, but not in MLflow's store; recording it" in again.stdout, again.stderr
+        assert statuses(project / "empty") == statuses(project)
+        assert sweeps.read_trials(folder) == found
     changed = here("sweep", "sample", *SMALL, *own, "seed=1")
     assert (changed.returncode, len(changed.stderr.splitlines())) == (2, 1)
     assert changed.stderr.startswith(f"error: sweep sample: seed differs from the sweep in data/sweeps/{folder.name}; ")

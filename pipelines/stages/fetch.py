@@ -12,6 +12,7 @@ from fer.data.readers.fer2013 import IMAGE_CSVS, pixel_tables
 from fer.data.readers.ferplus import VOTES_CSV, look_for
 from fer.errors import UserError, disk_error
 from fer.files import write_bytes
+from pipelines.store import without_password
 
 TIMEOUT = 30  # seconds without a response
 KAGGLE_FILES = (IMAGE_CSVS[0], "fer2013.tar.gz", IMAGE_CSVS[1])  # the first that exists is taken
@@ -40,8 +41,11 @@ def fill(found: Found, competition: str, votes_url: str, votes_sha256: str, vote
 def fetch_votes(target: Path, url: str, sha256: str) -> None:
     """Download the votes to `target`. Raises UserError if that fails or their SHA-256 is not `sha256`."""
     by_hand = f"or put {VOTES_CSV} of the microsoft/FERPlus repository at {target}"
+    shown = without_password(url)
     if not url.startswith(("https://", "http://")):
-        raise UserError(f"data.votes_url: must start with https:// or http://, got '{url}': correct it {by_hand}")
+        raise UserError(f"data.votes_url: must start with https:// or http://, got '{shown}': correct it {by_hand}")
+    if "@" in url.split("/")[2]:  # urllib would take the password for a port, and show it
+        raise UserError(f"data.votes_url: {shown}: leave user and password out of the address, {by_hand}")
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             content = answer.read()
@@ -49,12 +53,12 @@ def fetch_votes(target: Path, url: str, sha256: str) -> None:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         raise UserError(
-            f"data.votes_url: {url} cannot be downloaded ({error}): check the connection {by_hand}"
+            f"data.votes_url: {shown} cannot be downloaded ({error}): check the connection {by_hand}"
         ) from None
     digest = hashlib.sha256(content).hexdigest()
     if digest != sha256:
         raise UserError(
-            f"data.votes_url: {url} has SHA-256 {digest} instead of {sha256} and was not kept: "
+            f"data.votes_url: {shown} has SHA-256 {digest} instead of {sha256} and was not kept: "
             f"correct data.votes_url or data.votes_sha256 {by_hand}"
         )
     write_bytes(target, content)
