@@ -53,9 +53,9 @@ RENAMED = {"lr": "train/lr", "seconds": "train/seconds"}  # metrics.jsonl -> MLf
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
 BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
 COLUMNS = [  # of MLflow's table of runs, as `fer ui` opens it
-    f"metrics.`{BEST_VAL}`", "metrics.`final/test_accuracy`", "metrics.`final/test_unleaked_accuracy`",
-    "metrics.`final/test_balanced_accuracy`", "params.`super_resolution.method`", "params.`epochs`", "params.`seed`",
-    "attributes.`Dataset`",
+    f"metrics.`{BEST_VAL}`", "metrics.`final/test_accuracy`", "params.`super_resolution.method`",
+    "metrics.`final/test_unleaked_accuracy`", "metrics.`final/test_balanced_accuracy`", "params.`epochs`",
+    "params.`seed`", "attributes.`Dataset`",
 ]  # fmt: skip
 COMPARED = (  # settings that every run has as params; of the others those that differ from the defaults
     "model.name", "seed", "epochs", "batch_size", "input.image_size", "loss.name", "optimizer.name", "optimizer.lr",
@@ -70,6 +70,7 @@ DATA_PARAMS = {  # summary.json of the splits -> params
     "seed": "split.seed",
     "dropped_leaked_train": "split.dropped_leaked_train",
 }
+MEASURED = ("raw_shape", "restored")  # of super_resolution: no settings
 AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
 
@@ -468,7 +469,8 @@ def run_params(run: Run) -> dict[str, Any]:
 def data_params(data: dict[str, Any]) -> dict[str, Any]:
     """How the data were made, as `data` (summary.json of the splits) tells; key -> value."""
     found = {name: data[key] for key, name in DATA_PARAMS.items() if key in data}
-    return found | flatten(data.get("super_resolution", {}), "super_resolution.")
+    made = {key: value for key, value in data.get("super_resolution", {}).items() if key not in MEASURED}
+    return found | flatten(made, "super_resolution.")
 
 
 def _inputs(data: dict[str, Any]) -> list[DatasetInput]:

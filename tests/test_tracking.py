@@ -100,7 +100,9 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     """Recorded again, it gets no second run, version or point; another experiment has it once it is recorded there."""
     data, summary = folder.parents[1], json.loads((folder / "summary.json").read_text())
     for content, path in ((open_data(data).summary, data / "splits/summary.json"), (summary, folder / "summary.json")):
-        content.get("data", content)["super_resolution"] = {"method": "lanczos", "scale": 2}
+        content.get("data", content)["super_resolution"] = {
+            "method": "lanczos", "scale": 2, "raw_shape": [8, 8], "restored": {"lanczos": {"psnr": 26.9}},
+        }  # fmt: skip
         path.write_text(json.dumps(content))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert not tracker.recorded(folder)
@@ -117,7 +119,8 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
         "split.label_mode": "majority", "super_resolution.method": "lanczos", "super_resolution.scale": "2",
     }  # fmt: skip
     assert params.items() <= run.data.params.items()
-    assert not [key for key in run.data.params if key.startswith(("resources", "augment"))]  # no part of it, defaults
+    left_out = ("resources", "augment", "super_resolution.r")  # no part of it, defaults, measurements
+    assert not [key for key in run.data.params if key.startswith(left_out)]
     tags = {"experiment": "small", "data_hash": summary["data_hash"], "mlflow.note.content": version.description}
     assert tags.items() <= run.data.tags.items()
     assert "upscaled by lanczos x2" in version.description
