@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error, one_line
-from fer.files import held, is_held
+from fer.files import held, is_held, write_bytes
 from fer.run_folder import named, read_progress, read_rows, read_summary
 
 app = typer.Typer(
@@ -297,18 +297,25 @@ def compare(
             help="Run ids, or the start of several ids that differ in their seed alone; all if none.",
         ),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write all of it, with charts, as one page of HTML.")
+    ] = None,
 ) -> None:
     """Compare finished runs on the same test images, with intervals and tests; without names, list all of them."""
     if runs:
-        _compare_pairs(runs)
+        _compare_pairs(runs, report)
+    elif report:
+        raise UserError(f"--report {report}: name the runs to compare, `fer compare RUN RUN --report {report}`")
     else:
         _compare_all()
 
 
-def _compare_pairs(words: list[str]) -> None:
+def _compare_pairs(words: list[str], report: Path | None) -> None:
     from fer.data.dataset import open_data
     from pipelines import comparison
 
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise UserError(f"--report {report}: name a file in a folder that exists")
     sides = [comparison.side(word, RUNS) for word in words]
     _print_table([summary for side in sides for summary in side.summaries])
     try:
@@ -325,8 +332,14 @@ def _compare_pairs(words: list[str]) -> None:
     for name, row in zip(sides[0].classes, zip(*(side.recalls() for side in sides))):
         recalls.add_row(name, *(_percents(recall) for recall in row))
     console.print(recalls)
-    if len(sides) > 1:
-        _print_pairs(comparison.pairs(sides, data))
+    pairs = comparison.pairs(sides, data)
+    if pairs:
+        _print_pairs(pairs)
+    if report is not None:
+        from pipelines.page import compared
+
+        write_bytes(report, compared(sides, pairs).encode())
+        console.print(f"[bold]{report}[/]", soft_wrap=True)
 
 
 def _print_pairs(pairs: list[Any]) -> None:

@@ -64,7 +64,7 @@ FLOORS = [
     {"pipelines.launch", "pipelines.sweeps.settings", "pipelines.sweeps.space"},
     {"pipelines.sweeps.folder"},
     {"pipelines.sweeps.search", "pipelines.report"},
-    {"pipelines.registry"},
+    {"pipelines.page", "pipelines.registry"},
     {"pipelines.tracking"},
     {"pipelines.guard"},
     {"pipelines.flow"},

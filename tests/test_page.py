@@ -1,0 +1,110 @@
+"""The page of `fer compare --report`: complete in itself, with the numbers of the stored predictions."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_comparison import CLASSES, LABELS, right, write_run
+
+from pipelines.comparison import pairs, side
+from pipelines.page import compared
+
+ONE, OTHER = right(0.9, 1), right(0.8, 2)
+
+
+class Page(HTMLParser):
+    """Elements, attributes and texts of a page; every element must be closed."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = list[str](), set[str](), list[str](), list[str]()
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.open += [] if tag == "meta" else [tag]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts += [" ".join(data.split())] if data.strip() else []
+
+
+@pytest.fixture
+def runs(recipes: Path) -> Path:
+    """Three runs of two recipes in the project, with curves, and a picture with an odd name."""
+    runs = recipes / "data/runs"
+    for name, seed, hits in (("one", 1, ONE), ("one", 2, right(0.9, 3)), ("other", 1, OTHER)):
+        folder = runs / write_run(runs, name, seed, hits)
+        keys = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "time")
+        rows = [{"epoch": epoch, **dict.fromkeys(keys, 1 / epoch)} for epoch in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for path in folder.glob("predictions_*.csv"):
+            pd.read_csv(path).assign(name="<script>x.png").to_csv(path, index=False)
+    return runs
+
+
+def test_a_page_needs_nothing_beside_it_and_tells_what_the_predictions_tell(runs: Path) -> None:
+    sides = [side(word, runs) for word in ("one-s1", "other")]
+    html = compared(sides, pairs(sides, None))
+    page = Page(html)
+    assert {"script", "img", "link", "iframe"}.isdisjoint(page.tags)
+    assert {"src", "href", "onload"}.isdisjoint(page.attributes)
+    assert "url(" not in html
+    assert "<script>x.png" in page.texts  # as a text, not as an element
+    alone = [(ONE & ~OTHER).sum(), (OTHER & ~ONE).sum()]
+    both = f"Both are right on {(ONE & OTHER).sum()} images and both wrong on {(~ONE & ~OTHER).sum()}."
+    assert both in page.texts
+    for each, many in zip(sides, alone):
+        assert any(text.startswith(f"{each.name} alone is right on {many}") for text in page.texts)
+    for hits in (ONE, OTHER):
+        for label, name in enumerate(CLASSES):
+            rows = label == LABELS
+            assert f"{name} as {name}: {(hits & rows).sum()} of {rows.sum()}" in page.texts
+    gap = 100 * (ONE.mean() - OTHER.mean())
+    assert f"accuracy {gap:+.2f}" in page.texts
+    share = 100 * np.array([ONE.mean(), OTHER.mean()])  # all predictions have probability .8
+    found = [re.search(r"^400 predictions, confidence 80.0 %, right ([\d.]+) %$", text) for text in page.texts]
+    assert [float(match[1]) for match in found if match] == pytest.approx(share, abs=0.05)
+
+
+def test_seeds_are_one_side_with_a_line_for_each(runs: Path) -> None:
+    sides = [side(word, runs) for word in ("one", "other")]
+    page = Page(compared(sides, pairs(sides, None)))
+    assert "one (2 seeds): sums over 2 runs" in "".join(page.texts)
+    assert page.tags.count("polyline") == 2 * 3 + 2 * 3 + 2  # accuracies, losses, reliability
+
+
+def test_one_side_alone_and_without_curves(runs: Path) -> None:
+    for path in runs.glob("*/metrics.jsonl"):
+        path.unlink()
+    page = Page(compared([side("other", runs)], []))
+    assert page.texts.count("No curves are stored.") == 2
+    assert not any("disagree" in text for text in page.texts)
+
+
+def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
+    assert here("compare", "one", "other", "--report", "page.html").returncode == 0
+    Page(Path("page.html").read_text())
+    assert list(Path().glob("*.partial")) == []
+    for words, told in (
+        (["one", "--report", "no/page.html"], "--report no/page.html: name a file in a folder that exists"),
+        (["one", "--report", "data"], "--report data: name a file in a folder that exists"),
+        (["--report", "p.html"], "--report p.html: name the runs to compare, `fer compare RUN RUN --report p.html`"),
+    ):
+        failed = here("compare", *words)
+        assert (failed.returncode, failed.stderr) == (2, f"error: {told}\n")
