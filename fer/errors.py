@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,7 @@ class OutOfMemory(Exception):
     """A batch does not fit into the GPU's memory; a smaller one may."""
 
 
+SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|token|secret|key)[^=&]*)=[^&]*", re.IGNORECASE)
 DISK_FAULTS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is exceeded: free some space",
@@ -65,3 +67,11 @@ def disk_error(error: OSError, where: str | os.PathLike) -> UserError | None:
     if error.errno not in DISK_FAULTS:
         return None
     return UserError(f"cannot write {error.filename or where}: {DISK_FAULTS[error.errno]} and run the command again")
+
+
+def without_password(uri: str) -> str:
+    """`uri` with *** for its passwords, to be shown or stored; of a web address without the whole user."""
+    if uri.startswith("sqlite"):
+        return uri
+    secret = r"(://).*@" if uri.startswith("http") else r"(://[^:@/]*:).*@"
+    return SECRET.sub(r"\1=***", re.sub(secret, r"\1***@", uri))

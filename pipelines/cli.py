@@ -684,9 +684,9 @@ def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect.", min=1, max=65535)] = 4200,
 ) -> None:
     """Start the MLflow and Prefect user interfaces on 127.0.0.1 until Ctrl-C."""
+    from fer.errors import without_password
     from pipelines.guard import guarded
     from pipelines.params import load
-    from pipelines.store import without_password
     from pipelines.tracking import Tracker
     from pipelines.ui import Server, serve
 

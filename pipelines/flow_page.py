@@ -28,9 +28,8 @@ from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed, State
 
-from fer.errors import UserError, first_line
+from fer.errors import UserError, first_line, without_password
 from pipelines.processes import ended, process_id
-from pipelines.store import without_password
 
 FLOWS = ["train", "sweep"]
 HOST, PROCESS = "fer.host", "fer.process"  # labels of a flow run: who carries it out

@@ -1,7 +1,6 @@
 """The address of the tracking store, tried once before MLflow, which itself tries for minutes."""
 
 import os
-import re
 import sqlite3
 import urllib.error
 import urllib.request
@@ -9,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from fer.errors import UserError, first_line
+from fer.errors import UserError, first_line, without_password
 
 SQLITE = "sqlite:///"
 DATABASES = ("postgresql", "mysql", "mssql")
 TIMEOUT = 3  # seconds
 REMEDY = "start it (`fer ui`, `mlflow server`) or correct tracking.uri or MLFLOW_TRACKING_URI"
-SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|token|secret|key)[^=&]*)=[^&]*", re.IGNORECASE)
 
 
 def tracking_uri(configured: str) -> str:
@@ -109,11 +107,3 @@ def _check_writable(path: Path) -> None:
         raise UserError(
             f"tracking.uri: {path} is damaged ({error}); move it away: the same command records the runs again"
         ) from None
-
-
-def without_password(uri: str) -> str:
-    """`uri` with *** for its passwords, to be shown or stored; of a web address without the whole user."""
-    if uri.startswith("sqlite"):
-        return uri
-    secret = r"(://).*@" if uri.startswith("http") else r"(://[^:@/]*:).*@"
-    return SECRET.sub(r"\1=***", re.sub(secret, r"\1***@", uri))

@@ -26,7 +26,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.types import Schema, TensorSpec
 
-from fer.errors import UserError, first_line, one_line
+from fer.errors import UserError, first_line, one_line, without_password
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
 from fer.run import Run
@@ -38,7 +38,7 @@ from pipelines.params import Promotion
 from pipelines.processes import ended, process_id
 from pipelines.registry import RUN_ID, Registry
 from pipelines.report import across_note, confusion_picture, note
-from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri, without_password
+from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
 
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded

@@ -23,7 +23,7 @@ OWNERS = {
     "optuna": {"pipelines.sweeps.search"},
     "ruamel": {"pipelines.params"},
     "kagglehub": {"pipelines.stages.fetch"},
-    "jinja2": {"pipelines.check_page"},
+    "jinja2": {"pipelines.check_page", "pipelines.page"},
     "typer": {"pipelines.cli"},
     "rich": {"pipelines.cli"},
     "yaml": set(),

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 
-from fer.errors import UserError
-from pipelines.store import check_answers, without_password
+from fer.errors import UserError, without_password
+from pipelines.store import check_answers
 
 SECRET = "s3cr3t"
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from fer.data.found import Found
 from fer.data.readers.fer2013 import IMAGE_CSVS, pixel_tables
 from fer.data.readers.ferplus import VOTES_CSV, look_for
-from fer.errors import UserError, disk_error
+from fer.errors import UserError, disk_error, without_password
 from fer.files import write_bytes
-from pipelines.store import without_password
 
 TIMEOUT = 30  # seconds without a response
 KAGGLE_FILES = (IMAGE_CSVS[0], "fer2013.tar.gz", IMAGE_CSVS[1])  # the first that exists is taken
