@@ -49,7 +49,7 @@ def compared(sides: Sequence[Side], pairs: Sequence[Pair]) -> str:
         title=" and ".join(side.name for side in sides),
         data=f"{runs[0]['data']['dataset']}, {len(sides[0].labels):,} test images, data {runs[0]['data_hash']}",
         sides=list(zip(sides, colours)),
-        verdicts=[pair.verdict() for pair in pairs],
+        verdicts=[pair.verdict() if len(pairs) == 1 else f"{_names(pair)}: {pair.verdict()}" for pair in pairs],
         columns=report.COLUMNS,
         legend=report.LEGEND,
         runs=[report.row(summary) for summary in runs],
@@ -98,6 +98,10 @@ def _gaps(pairs: Sequence[Pair]) -> list[tuple[str, Markup]]:
         rows = [(f"{name} {100 * gap.value:+.2f}", [(gap, "#222", name)]) for name, gap in what.items()]
         found.append((f"{pair.one.name} minus {pair.other.name}", _whiskers(rows, zero=True)))
     return found
+
+
+def _names(pair: Pair) -> str:
+    return f"{pair.one.name} and {pair.other.name}"
 
 
 def _recalls(sides: Sequence[Side], colours: Sequence[str]) -> Markup:
@@ -213,7 +217,7 @@ def _disagreement(pair: Pair) -> dict[str, Any]:
         listed = [_image(pair.one, row, said, means) for row in rows[np.argsort(-sure, kind="stable")][:NAMES]]
         alone.append((side.name, len(rows), listed))
     both, none = int((right[0] & right[1]).sum()), int((~right[0] & ~right[1]).sum())
-    return {"names": [side.name for side in sides], "both": both, "none": none, "alone": alone}
+    return {"title": _names(pair), "names": [side.name for side in sides], "both": both, "none": none, "alone": alone}
 
 
 def _image(side: Side, row: int, said: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> list[str]:
@@ -313,7 +317,7 @@ it the network is too modest, below it too sure. The area of a dot is the share 
 <div class="grid">{% for name, chart in reliability %}<div><h3>{{ name }}</h3>{{ chart }}</div>{% endfor %}</div>
 
 {% for pair in disagreements %}
-<h2>Where {{ pair.names[0] }} and {{ pair.names[1] }} disagree</h2>
+<h2>Where {{ pair.title }} disagree</h2>
 <p>Both are right on {{ "{:,}".format(pair.both) }} images and both wrong on {{ "{:,}".format(pair.none) }}.</p>
 <div class="grid">
 {% for name, many, rows in pair.alone %}
