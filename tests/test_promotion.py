@@ -113,6 +113,7 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], str, str]] = {  # existing vers
     "worse and refused": ([RISE[0], record(2, 1, "keep"), record(3, 1, "refuse")], "123", "1--"),
     "rolled back": ([*RISE, back(2)], "123", "2-1"),
     "rolled back twice": ([*RISE, back(2), back(1)], "123", "1--"),
+    "rolled back over a deleted one": ([*RISE, back(1)], "13", "1--"),
     "better after a rollback": ([*RISE, back(2), record(4, 4)], "1234", "4-2"),
     "an old one by hand": ([*RISE, record(1, 1, what="by hand")], "123", "1-3"),
     "by hand, then a worse run": ([*RISE, record(1, 1, what="by hand"), record(4, 1, "keep")], "1234", "1-3"),
