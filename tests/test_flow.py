@@ -522,6 +522,19 @@ def test_a_users_mistake_is_one_line_and_status_2_and_leaves_nothing(
     assert not (project / "data/runs").exists()
 
 
+@pytest.mark.usefixtures("ray_here")
+def test_weights_that_are_missing_are_told_before_ray_starts(
+    project: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+):
+    backbone = {**VIT["model"]["backbone"], "weights": "nowhere.safetensors"}
+    experiment(project, "vit", **{**VIT, "model": {**VIT["model"], "backbone": backbone}})
+    monkeypatch.setattr("pipelines.launch.start_ray", None)
+    done = here("train", "vit")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: model\.backbone\.weights: .*nowhere\.safetensors.*\n", done.stderr), done.stderr
+    assert recorded(project) == {}
+
+
 def test_missing_data_and_params_name_the_remedy(tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for words in (["train", "doe"], ["train"], ["train", "--all"], ["config"], ["models"]):
