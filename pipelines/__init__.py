@@ -14,6 +14,7 @@ _DEFAULTS = {
     "PREFECT_HOME": str(Path.cwd() / (".prefect" if os.access(".", os.W_OK) else "data/.prefect")),
     "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN": "1",  # otherwise Prefect's temporary server waits 5 s for its own clients
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default 20 is too short on a loaded machine
+    "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 s for each call to a dead server; with the default of 5 a minute
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half the memory; nothing here needs the job runner

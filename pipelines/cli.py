@@ -102,7 +102,7 @@ def _train(words: list[str]) -> None:
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
         _warn_of_random_weights({name: job.run for name, job in jobs.items()})
-        with _Bars(folders):
+        with _Bars(folders), flow.flow_page.server_needed():
             state = flow.train(words, return_state=True)
         failed = _failures(state)
     ended = [job.folder for name, job in jobs.items() if name not in failed]
@@ -626,7 +626,7 @@ def _sweep(words: list[str], new: bool) -> None:
         if sweep_folder.complete(plan):
             console.print(f"{plan.folder.name}: complete, but not in MLflow's store; recording it")
         _warn_of_random_weights({plan.base.name: plan.base.run})
-        with _Board(plan.folder):
+        with _Board(plan.folder), flow.flow_page.server_needed():
             state = flow.sweep(words, new, return_state=True)
         failed = _failures(state)
         if failed:

@@ -3,7 +3,8 @@
 import os
 import re
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
 from uuid import UUID
@@ -87,6 +88,18 @@ def _close(client: Any, run_id: UUID, state: State) -> None:
     for task in tasks:
         client.set_task_run_state(task.id, state, force=True)
     client.set_flow_run_state(run_id, state, force=True)
+
+
+@contextmanager
+def server_needed() -> Iterator[None]:
+    """Raises UserError if Prefect's server is gone when a flow in the block ends."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise UserError(
+            f"Prefect's server no longer answers ({first_line(error)}); the runs are safe on disk: run the same "
+            "command again"
+        ) from None
 
 
 class Progress:

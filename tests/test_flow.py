@@ -259,6 +259,24 @@ def test_a_worker_that_is_killed_is_started_again_as_often_as_restarts_says(proj
 
 @pytest.mark.usefixtures("ray_here")
 @pytest.mark.soak
+def test_a_command_ends_when_prefects_server_is_killed(project: Path, here: Here):
+    """In one line, with the run recorded, whatever the server was about to be told."""
+    experiment(project, "small", epochs=30)
+    running = start_fer(project, "train", "small")
+    folder = wait_for(lambda: next((project / "data/runs").glob("small-*"), None))
+    wait_for(lambda: reached(folder) > (0, 0))
+    children = psutil.Process(running.pid).children(recursive=True)
+    (server,) = (child for child in children if any("prefect.server" in word for word in child.cmdline()))
+    server.kill()
+    _, said = running.communicate(timeout=250)
+    assert running.returncode == 2
+    assert "Traceback" not in said
+    assert "error: Prefect's server no longer answers ([Errno 111] Connection refused); the runs are safe" in said
+    assert here("train", "small").returncode == 0
+    assert recorded(project) == {"small": finished(30)}
+
+
+@pytest.mark.soak
 def test_a_run_whose_second_worker_is_killed_is_started_again(project: Path, here: Here):
     """What the other one meets then, an error of Gloo, is not taken for one of the program."""
     experiment(project, "small", epochs=30, resources={"workers": 2, "restarts": 1})
