@@ -212,19 +212,26 @@ class Registry:
                     _until_done(partial(self.client.set_registered_model_alias, name, alias, wanted[alias]))
 
     def _history_run(self, name: str) -> str:
-        """The run with the history, made where there is none; all who need one at the same time get the same."""
+        """The run with the history; all who need one at the same time get the same.
+
+        It is made where there is none yet, as for a model that an earlier version of fer registered.
+        """
         known = self.client.get_registered_model(name).tags.get(HISTORY)
         if known:
             return known
         runs = (one.run_id for one in self._versions(name).values())
         first = next(run for run in runs if run and self.client.get_run(run).info.lifecycle_stage == "active")
-        made = self.client.create_run(self._experiment(), run_name=name).info.run_id
-        self.client.set_terminated(made)
+        made = self._new_history(name)
         agreed = self._put(first, f"{HISTORY}.{name}", made)
         if agreed != made:
             self.client.delete_run(made)
         _until_done(partial(self.client.set_registered_model_tag, name, HISTORY, agreed))
         return agreed
+
+    def _new_history(self, name: str) -> str:
+        made = self.client.create_run(self._experiment(), run_name=name).info.run_id
+        self.client.set_terminated(made)
+        return made
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(EXPERIMENT)
@@ -290,14 +297,27 @@ class Registry:
         return _facts(one, table)
 
     def _add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> ModelVersion:
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        self._make(name)
         return self.client.create_model_version(
             name, model.model_uri, run_id, tags=tags, description=text, model_id=model.model_id
         )
+
+    def _make(self, name: str) -> None:
+        """Make the registered model with the run of its history, unless there is one."""
+        try:
+            self.client.get_registered_model(name)
+            return
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        made = self._new_history(name)
+        try:
+            self.client.create_registered_model(name, tags={HISTORY: made})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            if self.client.get_registered_model(name).tags.get(HISTORY) != made:  # another process was making it
+                self.client.delete_run(made)
 
 
 def _tags(summary: dict[str, Any]) -> dict[str, str]:

@@ -333,3 +333,13 @@ def test_three_processes_open_an_empty_postgresql_at_once(postgresql: str) -> No
         process.join()
     assert [process.exitcode for process in started] == [0, 0, 0]
     assert MlflowClient(postgresql).get_experiment_by_name("new") is not None
+
+
+def test_the_history_leaves_no_trace_in_the_runs(empty_store: Path, tmp_path: Path) -> None:
+    """What stands among the params of one run alone fills MLflow's pages that compare runs."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    run_id, model = prepare(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    registry = Registry(MlflowClient())
+    record(registry, "fer-x", run_id, model, 0.5, "small-s1")
+    assert registry.history("fer-x")
+    assert MlflowClient().get_run(run_id).data.params == {}
