@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=..."; exit 2; }
 	@echo "Installing into $(VENV): 2.4 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,dev]'
+	$(VENV)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,onnx,dev]'
 	@touch $@
 
 data: $(READY)  ## Check what data.path holds, then make the data set that params.yaml names

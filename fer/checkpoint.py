@@ -1,5 +1,6 @@
 """A checkpoint is a folder: model.safetensors, training.pt (optimizer state) and a descriptive checkpoint.json."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from fer.stored import Stored, read
 from fer.weights import DAMAGE, check_fit
 
 WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
+SUMS = "SHA256SUMS"  # of the files of an exported checkpoint, as sha256sum writes them
 BACKBONE = "backbone."  # the prefix of its tensors in every model that has one
 
 
@@ -36,6 +38,8 @@ class Meta(Stored):
     made_by: dict[str, Any] = {}
     epoch: Natural
     history: list[Row]
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits in prediction, so that the network is as sure as it is right; fitted on val at the end."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Meta":
@@ -89,6 +93,18 @@ def load_backbone(folder: Path, model: nn.Module) -> None:
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
     check_fit(wanted, found, str(folder / WEIGHTS))
     model.load_state_dict(found, strict=False)
+
+
+def check_sums(folder: Path) -> None:
+    """Raises UserError if the folder lists checksums of its files, and one differs."""
+    path = folder / SUMS
+    if not path.is_file():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        wanted, _, name = line.partition("  ")
+        file = folder / Path(name).name  # in this folder alone
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
+            raise UserError(f"{file}: is not the file that {SUMS} lists; fetch the folder again")
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from fer.batches import Feed
 from fer.data.dataset import DataSet, Split, open_data
 from fer.device import autocast, pick_device
 from fer.errors import UserError, first_line
-from fer.files import write_bytes
+from fer.files import write_bytes, write_json
 from fer.formats import format_of, read_run
 from fer.losses import Loss
 from fer.made_by import made_by
@@ -24,10 +24,14 @@ from fer.models.ensemble import Ensemble
 from fer.resources import Resources
 from fer.run import FORMAT
 from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary, write_summary
+from fer.statistics import temperature
 
 
 def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> dict[str, Any]:
     """Predict val and test with `folder`/best; write predictions_{val,test}.csv, then summary.json, which it returns.
+
+    From val comes the temperature that prediction divides by; it is noted in the checkpoint, and the tables are from
+    before it.
 
     Test is read once: a run whose summary matches the current data is not evaluated again. If only the leak marks have
     changed, their columns are recomputed from the stored predictions. A run that was evaluated on other data keeps its
@@ -99,6 +103,9 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
             raise UserError(f"{folder / BEST}: predicts no numbers, so it is damaged; delete {folder} and train again")
         _write_predictions(folder / PREDICTIONS.format(split=name), split, probabilities.numpy(), data.classes)
         summary[name] = metrics(probabilities, split.labels)
+        if name == "val":
+            heat = round(temperature(probabilities.numpy(), split.labels.numpy()), 4)
+            write_json(folder / BEST / checkpoint.META, meta | {"temperature": heat})
     return summary
 
 

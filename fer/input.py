@@ -125,7 +125,7 @@ def even_light(images: Tensor, settings: Input) -> Tensor:
     flat = images.reshape(count * channels, side * side)
     if settings.equalize:
         levels = (flat * 255).round().long()
-        histogram = torch.zeros(len(flat), 256, device=flat.device)
+        histogram = torch.zeros(flat.shape[0], 256, device=flat.device)
         shares = histogram.scatter_add_(1, levels, torch.ones_like(flat)).cumsum(1) / flat.shape[1]
         flat = shares.gather(1, levels)
     if settings.flatten:

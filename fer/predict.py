@@ -29,10 +29,12 @@ class Predictor:
         folder = Path(folder)
         if (folder / BEST).is_dir():
             folder = folder / BEST
+        checkpoint.check_sums(folder)
         meta = checkpoint.load_meta(folder)
         self.run = read_run(meta, folder / checkpoint.META)
         self.classes: list[str] = meta["classes"]
         self.faces = Faces.of(meta["data"])
+        self.temperature = float(meta.get("temperature", 1.0))
         self.device = pick_device(device)
         self.batch_size = Resources().eval_batch_size
         network = build_model(self.run.model, self.run.input, len(self.classes), pretrained=False)
@@ -41,7 +43,7 @@ class Predictor:
 
     @torch.inference_mode()
     def probabilities(self, images: Picture | Iterable[Picture], **beside: Picture | Iterable[Picture]) -> np.ndarray:
-        """Faces -> float32 [B, C], a row for each, in the order of `classes`.
+        """Faces -> float32 [B, C], a row for each, in the order of `classes`, softened by the checkpoint's temperature.
 
         `images`: uint8 [H, W], [B, H, W], [B, H, W, 1] or [B, H, W, 3], the path of a picture, or a list of paths or
         arrays. Faces of another size than the training data are resized, upscaled and made grey as those were. An array
@@ -63,7 +65,7 @@ class Predictor:
                 inputs = {"pixel_values": self._pixels(faces[part])}
                 inputs |= {name: self.model.embed(self._pixels(given[part])).float() for name, given in others.items()}
                 logits = self.model(**inputs).float()
-            found.append(torch.softmax(logits, 1).cpu().numpy())
+            found.append(torch.softmax(logits / self.temperature, 1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
 
     def _check(self, count: int, beside: Mapping[str, Sized]) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,10 +32,10 @@ from mlflow.types import ColSpec, DataType, Schema
 
 import fer
 from fer.errors import UserError
+from fer.export import requirements, write_folder
 from fer.formats import read_run
 from fer.made_by import repository
-from fer.models import packages
-from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_config
+from fer.run_folder import CONFIG, PREDICTIONS, read_config
 from pipelines import promotion
 from pipelines.params import Promotion
 from pipelines.promotion import Candidate, Record, Verdict
@@ -398,20 +397,25 @@ def _until_done(change: Callable[[], Result]) -> Result:
 
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:
-    """The best checkpoint as a pyfunc model: safetensors, JSON and the code of `fer`, no pickle."""
-    run = read_run(read_config(folder), folder / CONFIG)
+    """The best checkpoint as it is exported, and the code of `fer`, as a pyfunc model; no pickle."""
     signature = ModelSignature(
         outputs=Schema([ColSpec(DataType.float, name) for name in summary["classes"]])
     )  # no inputs: `fer.predict` takes arrays of any size and paths, and refuses in one line where MLflow prints pixels
-    needs = ("torch", "transformers", "numpy", "pandas", "pillow", "safetensors", "pydantic", *packages(run.model))
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False), warnings.catch_warnings():
+    run = read_run(read_config(folder), folder / CONFIG)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        mlflow.start_run(run_id=run_id, log_system_metrics=False),
+        warnings.catch_warnings(),
+    ):
+        exported = Path(place) / "model"
+        write_folder(folder, exported)
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is enough
         return mlflow.pyfunc.log_model(
             name=summary["name"],
             loader_module="fer.predict",
-            data_path=str(folder / BEST),
+            data_path=str(exported),
             code_paths=[str(Path(fer.__file__).parent)],
             signature=signature,
-            pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in needs],
+            pip_requirements=requirements(run),
             metadata={"classes": summary["classes"], "run_id": summary["run_id"]},
         )

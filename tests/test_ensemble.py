@@ -27,6 +27,13 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 
 
+def raw(folder: Path) -> Predictor:
+    """Without the temperature of the whole."""
+    predictor = Predictor(folder)
+    predictor.temperature = 1.0
+    return predictor
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("bars") / "data", subjects=PEOPLE)
@@ -46,12 +53,12 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], d
     folder = combine(members, data, CPU)
     run, faces = Predictor(folder).run, open_data(data).split("test").pixels(np.arange(40)).numpy()
     assert isinstance(run.model, Ensemble)
-    alone = [Predictor(member).probabilities(faces) for member in members]
+    alone = [raw(member).probabilities(faces) for member in members]
     mean = sum(
         share * softened(np.log(one), member.temperature)
         for share, one, member in zip(run.model.weights, alone, run.model.members)
     )
-    np.testing.assert_allclose(Predictor(folder).probabilities(faces), mean, atol=2e-6)
+    np.testing.assert_allclose(raw(folder).probabilities(faces), mean, atol=2e-6)
     stored = read_predictions(folder / "predictions_test.csv", open_data(data).classes)
     np.testing.assert_allclose(stored, mean, atol=2e-6)
     summary, row = read_summary(folder), read_rows(folder)[0]
@@ -67,10 +74,10 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], d
 def test_mirrored_faces_count_as_much_as_the_faces(members: list[Path], data: Path) -> None:
     folder = combine(members[:1], data, CPU, mirror=True)
     faces = open_data(data).split("test").pixels(np.arange(40)).numpy()
-    one, heat = Predictor(members[0]), Predictor(folder).run.model.members[0].temperature
+    one, heat = raw(members[0]), Predictor(folder).run.model.members[0].temperature
     views = [one.probabilities(view) for view in (faces, np.ascontiguousarray(faces[:, :, ::-1]))]
     mean = sum(softened(np.log(view), heat) for view in views) / 2
-    np.testing.assert_allclose(Predictor(folder).probabilities(faces), mean, atol=2e-6)
+    np.testing.assert_allclose(raw(folder).probabilities(faces), mean, atol=2e-6)
 
 
 def test_made_again_it_is_the_same_run_and_others_are_other_runs(members: list[Path], data: Path) -> None:
@@ -136,8 +143,8 @@ def test_colour_images_stay_colour(tmp_path: Path) -> None:
     folder = fit("x", small_run(**keys), CPU, data, tmp_path / "runs")
     evaluate(folder, data, CPU)
     made, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
-    predictor = Predictor(made)
-    alone = softened(np.log(Predictor(folder).probabilities(faces)), predictor.run.model.members[0].temperature)
+    predictor = raw(made)
+    alone = softened(np.log(raw(folder).probabilities(faces)), predictor.run.model.members[0].temperature)
     np.testing.assert_allclose(predictor.probabilities(faces), alone, atol=2e-6)
 
 

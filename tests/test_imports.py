@@ -45,6 +45,8 @@ LAYERS = [
     {"fer.batches"},
     {"fer.evaluate", "fer.predict"},
     {"fer.across", "fer.ensemble", "fer.faces"},
+    {"fer.card"},
+    {"fer.export"},
     {"fer.train"},
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included

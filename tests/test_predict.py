@@ -1,5 +1,6 @@
-"""A checkpoint alone gives the answers that the evaluation gave."""
+"""A checkpoint alone gives the answers that the evaluation gave, softened by its temperature."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from conftest import CLASSES, CPU, NO_AUGMENT, PEOPLE, doe, emotion_encoder, mak
 from safetensors.torch import load_file
 
 from fer.errors import UserError
-from fer.evaluate import evaluate
+from fer.evaluate import evaluate, read_predictions
 from fer.predict import Predictor, _load_pyfunc
 from fer.resources import Resources
+from fer.statistics import softened
 from fer.train import fit
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,12 +37,18 @@ def run(
     data = make_data(place / "data")
     folder = fit("x", small_run(epochs=2, **KINDS[request.param]), CPU, data, place / "runs")
     evaluate(folder, data, CPU)
-    table = pd.read_csv(folder / "predictions_test.csv", keep_default_na=False)
-    images = np.load(data / "upscaled" / "images.npy")[table["row"]]
+    rows = pd.read_csv(folder / "predictions_test.csv")["row"]
+    images, wanted = np.load(data / "upscaled" / "images.npy")[rows], softer(folder)
     moved = tmp_path_factory.mktemp("moved") / "model"
     shutil.copytree(folder / "best", moved)
     shutil.rmtree(place)
-    return moved, images, table[CLASSES].to_numpy()
+    return moved, images, wanted
+
+
+def softer(folder: Path) -> np.ndarray:
+    """What the evaluation said of test, divided by the temperature that val asked for."""
+    logits = np.log(read_predictions(folder / "predictions_test.csv", CLASSES))
+    return softened(logits, json.loads((folder / "best" / "checkpoint.json").read_text())["temperature"])
 
 
 def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, np.ndarray]) -> None:
@@ -56,7 +64,7 @@ def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, 
         np.testing.assert_allclose(predictor.probabilities(grey_as_colour), found, atol=1e-5)
     assert predictor.probabilities(images[:0]).shape == (0, 8)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
-    assert found.std(0).max() > 1e-4  # they do depend on the image
+    assert np.log(found).std(0).max() * predictor.temperature > 1e-3  # they do depend on the image
 
 
 def test_one_image_gets_the_probabilities_that_it_had_among_others(run: tuple[Path, np.ndarray, np.ndarray]) -> None:
@@ -103,7 +111,7 @@ def test_same_subject_compares_with_the_face_that_is_given(
 ) -> None:
     folder = trained("same_subject", people, tmp_path, precision=precision)
     evaluate(folder, people, Resources(device="cpu", eval_batch_size=16))
-    wanted = pd.read_csv(folder / "predictions_test.csv", keep_default_na=False)[CLASSES].to_numpy()
+    wanted = softer(folder)
     images, partners = faces_of(people)
     predictor = Predictor(folder / "best")
     for predictor.batch_size in (256, 7):

@@ -78,7 +78,7 @@ class EnsembleNetwork(Network):
 def _probabilities(network: nn.Module, member: Member, images: Tensor) -> Tensor:
     """What the network alone would answer, from the same input and in the same precision."""
     side, channels = member.input.image_size, member.input.channels
-    prepared = torch.empty(len(images), channels, side, side, device=images.device)
+    prepared = torch.empty(images.shape[0], channels, side, side, device=images.device)
     normalize(resized(images.float().contiguous(), side), member.input, prepared)
     with autocast("fp32" if images.is_meta else member.precision, images.device):  # the meta device has no autocast
         return torch.softmax(network(prepared).float() / member.temperature, 1)

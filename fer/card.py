@@ -1,0 +1,74 @@
+"""The model card of a finished run: what it is, how good, for what, and where its limits are."""
+
+from pathlib import Path
+from typing import Any
+
+from fer.data.datasets import DATASETS
+from fer.faces.detect import Haar, YuNet
+from fer.statistics import Interval, share
+
+TEMPLATE = Path(__file__).with_name("card.md")
+SPLITS = {"val": "val", "test": "test", "test_unleaked": "test, unleaked"}
+
+
+def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
+    """Markdown with the metadata that model hubs read, from a run's summary.json and checkpoint.json."""
+    from huggingface_hub import ModelCard  # cards alone need yaml and jinja2
+
+    data = meta["data"]
+    row = DATASETS.get(data["dataset"])
+    made = data.get("super_resolution", {})
+    method, raw = made.get("method", "none"), made.get("raw_shape", data["image_shape"])
+    enlarged = f", then enlarged {made['scale']} times with {method}" if method != "none" else ""
+    targets = data.get("label_mode")
+    found = ModelCard.from_template(
+        _metadata(summary, data["dataset"]),
+        str(TEMPLATE),
+        run_id=summary["run_id"],
+        classes=summary["classes"],
+        dataset=data["dataset"],
+        targets=f" (label rule: {targets})" if targets else "",
+        starts_from=summary.get("starts_from", ["not stated"]),
+        parameters=f"{summary['parameters']:,}",
+        splits=[_scores(title, summary[name]) for name, title in SPLITS.items() if summary.get(name, {}).get("images")],
+        recalls=_recalls(summary),
+        temperature=f"{meta.get('temperature', 1.0):g}",
+        shape=f"{raw[1]}x{raw[0]} pixels, {'grey' if len(raw) == 2 else 'colour'}",
+        super_resolution=enlarged,
+        haar=f"{Haar.margin:g}",
+        yunet=f"{YuNet.margin:g}",
+        licence=(row.licence if row else "") or "its licence is not stated here",
+        commit=meta.get("made_by", {}).get("commit", "unknown"),
+    )
+    return str(found)
+
+
+def _metadata(summary: dict[str, Any], dataset: str) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    names = {"accuracy": "accuracy", "balanced_accuracy": "UAR"}
+    results = [
+        EvalResult("image-classification", dataset, dataset, key, summary["test"][key], "Facial expressions",
+                   dataset_split="test", metric_name=name)
+        for key, name in names.items()
+    ]  # fmt: skip
+    return ModelCardData(
+        license="other", license_name="see-data-and-licences", pipeline_tag="image-classification",
+        tags=["facial-expression-recognition"], model_name=summary["run_id"], eval_results=results,
+    )  # fmt: skip
+
+
+def _scores(title: str, scores: dict[str, Any]) -> list[str]:
+    right = sum(line[label] for label, line in enumerate(scores["confusion"]))
+    others = [f"{100 * scores[key]:.2f}" for key in ("balanced_accuracy", "macro_f1", "ece")]
+    return [title, str(scores["images"]), _percent(share(right, scores["images"])), *others]
+
+
+def _recalls(summary: dict[str, Any]) -> list[list[str]]:
+    confusion = summary["test"]["confusion"]
+    rows = zip(summary["classes"], confusion, range(len(confusion)))
+    return [[name, str(sum(line)), _percent(share(line[label], sum(line)))] for name, line, label in rows if sum(line)]
+
+
+def _percent(found: Interval) -> str:
+    return f"{100 * found.value:.2f} ({100 * found.low:.2f} to {100 * found.high:.2f})"
