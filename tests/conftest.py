@@ -23,6 +23,7 @@ import torch
 
 import pipelines  # noqa: F401  sets what the frameworks read when they are imported, as here by some test
 from fer.data.augment import Augment
+from fer.errors import UserError
 from fer.resources import Resources
 from fer.run import Run
 from fer.run_folder import read_rows
@@ -354,3 +355,21 @@ def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
         found = {name.split("-")[0]: (status, [s for (s,) in store.execute(steps, [i])]) for i, name, status in runs}
     assert len(found) == len(runs)
     return found
+
+
+# Data and mistakes
+
+
+@pytest.fixture(scope="session")
+def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data that no test changes."""
+    return make_data(tmp_path_factory.mktemp("bars") / "data", subjects=PEOPLE)
+
+
+def refusal(call: Callable[..., Any], *words: Any, **named: Any) -> str:
+    """The line of the UserError that the call ends with."""
+    with pytest.raises(UserError) as caught:
+        call(*words, **named)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

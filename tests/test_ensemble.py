@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CPU, PEOPLE, doe, make_data, small_run
+from conftest import CPU, doe, make_data, refusal, small_run
 
 from fer.data.dataset import open_data
 from fer.data.images import sha256
 from fer.ensemble import combine, fitted
-from fer.errors import UserError
 from fer.evaluate import evaluate, read_predictions
 from fer.models import packages
 from fer.models.cost import cost
@@ -35,23 +34,18 @@ def raw(folder: Path) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("bars") / "data", subjects=PEOPLE)
-
-
-@pytest.fixture(scope="module")
-def members(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def members(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Runs of two forms, input sizes, numbers of channels and precisions."""
     runs = tmp_path_factory.mktemp("runs")
-    folders = [fit("x", small_run(**keys), CPU, data, runs) for keys in ({}, {"seed": 2}, OTHER)]
+    folders = [fit("x", small_run(**keys), CPU, bars, runs) for keys in ({}, {"seed": 2, "epochs": 2}, OTHER)]
     for folder in folders:
-        evaluate(folder, data, CPU)
+        evaluate(folder, bars, CPU)
     return folders
 
 
-def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], data: Path) -> None:
-    folder = combine(members, data, CPU)
-    run, faces = Predictor(folder).run, open_data(data).split("test").pixels(np.arange(40)).numpy()
+def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], bars: Path) -> None:
+    folder = combine(members, bars, CPU)
+    run, faces = Predictor(folder).run, open_data(bars).split("test").pixels(np.arange(40)).numpy()
     assert isinstance(run.model, Ensemble)
     alone = [raw(member).probabilities(faces) for member in members]
     mean = sum(
@@ -59,33 +53,33 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], d
         for share, one, member in zip(run.model.weights, alone, run.model.members)
     )
     np.testing.assert_allclose(raw(folder).probabilities(faces), mean, atol=2e-6)
-    stored = read_predictions(folder / "predictions_test.csv", open_data(data).classes)
+    stored = read_predictions(folder / "predictions_test.csv", open_data(bars).classes)
     np.testing.assert_allclose(stored, mean, atol=2e-6)
-    summary, row = read_summary(folder), read_rows(folder)[0]
+    summary = read_summary(folder)
     assert summary is not None
-    assert summary["val"]["accuracy"] == row["val_accuracy"]
+    assert summary["val"]["accuracy"] == read_rows(folder)[0]["val_accuracy"]
     parts = [read_summary(member) for member in members]
-    assert summary["parameters"] == sum(part["parameters"] for part in parts if part)
-    assert summary["train_seconds"] == pytest.approx(sum(part["train_seconds"] for part in parts if part))
+    for key in ("parameters", "train_seconds"):
+        assert summary[key] == pytest.approx(sum(part[key] for part in parts if part))
     assert cost(run.model, run.input, 8).parameters == summary["parameters"]
     assert packages(run.model) == []
 
 
-def test_mirrored_faces_count_as_much_as_the_faces(members: list[Path], data: Path) -> None:
-    folder = combine(members[:1], data, CPU, mirror=True)
-    faces = open_data(data).split("test").pixels(np.arange(40)).numpy()
+def test_mirrored_faces_count_as_much_as_the_faces(members: list[Path], bars: Path) -> None:
+    folder = combine(members[:1], bars, CPU, mirror=True)
+    faces = open_data(bars).split("test").pixels(np.arange(40)).numpy()
     one, heat = raw(members[0]), Predictor(folder).run.model.members[0].temperature
     views = [one.probabilities(view) for view in (faces, np.ascontiguousarray(faces[:, :, ::-1]))]
     mean = sum(softened(np.log(view), heat) for view in views) / 2
     np.testing.assert_allclose(raw(folder).probabilities(faces), mean, atol=2e-6)
 
 
-def test_made_again_it_is_the_same_run_and_others_are_other_runs(members: list[Path], data: Path) -> None:
-    first = combine(members[:2], data, CPU)
+def test_made_again_it_is_the_same_run_and_others_are_other_runs(members: list[Path], bars: Path) -> None:
+    first = combine(members[:2], bars, CPU)
     before = (first / "summary.json").read_bytes()
-    assert combine(members[:2], data, CPU) == first
+    assert combine(members[:2], bars, CPU) == first
     assert (first / "summary.json").read_bytes() == before
-    assert len({first, combine(members[::2], data, CPU), combine(members[:2], data, CPU, mirror=True)}) == 3
+    assert len({first, combine(members[::2], bars, CPU), combine(members[:2], bars, CPU, mirror=True)}) == 3
 
 
 def test_shares_minimise_the_cross_entropy_of_val() -> None:
@@ -96,59 +90,45 @@ def test_shares_minimise_the_cross_entropy_of_val() -> None:
     assert sum(shares) == pytest.approx(1)
     assert shares[1] < 0.02  # noise only takes away
 
+    mixed = np.where(rng.random((400, 1)) < 0.7, good, noise[::-1])
+
     def loss(share: float) -> float:
-        mean = share * noise + (1 - share) * rng_free
+        mean = share * noise + (1 - share) * mixed
         return float(-np.log(mean[np.arange(400), labels]).mean())
 
-    rng_free = np.where(rng.random((400, 1)) < 0.7, good, noise[::-1])
     by_grid = min(np.linspace(0, 1, 1001), key=loss)
-    assert fitted(np.stack([noise, rng_free]), labels)[0] == pytest.approx(by_grid, abs=0.002)
+    assert fitted(np.stack([noise, mixed]), labels)[0] == pytest.approx(by_grid, abs=0.002)
     assert fitted(np.stack([good]), labels) == [1.0]
 
 
-def test_what_cannot_be_a_member(members: list[Path], data: Path, tmp_path: Path) -> None:
-    whole = combine(members[:2], data, CPU)
-    with pytest.raises(UserError, match="is an ensemble itself; name its members"):
-        combine([members[0], whole], data, CPU)
-    unfinished = fit("x", small_run(seed=3), CPU, data, tmp_path)
-    with pytest.raises(UserError, match="the run is not finished; finish it with `fer train`"):
-        combine([unfinished], data, CPU)
+def test_what_cannot_be_a_member_or_be_trained(members: list[Path], bars: Path, tmp_path: Path) -> None:
+    whole = combine(members[:2], bars, CPU)
+    assert "is an ensemble itself; name its members" in refusal(combine, [members[0], whole], bars, CPU)
+    message = refusal(fit, "x", Predictor(whole).run, CPU, bars, tmp_path)
+    assert "an ensemble is not trained; make one of finished runs with `fer ensemble`" in message
+    unfinished = fit("x", small_run(seed=3, epochs=1), CPU, bars, tmp_path)
+    assert "the run is not finished; finish it with `fer train`" in refusal(combine, [unfinished], bars, CPU)
     other = make_data(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="was trained on other data than"):
-        combine(members, other, CPU)
-    compares = fit("x", small_run(**doe(epochs=1)), CPU, data, tmp_path)
-    evaluate(compares, data, CPU)
-    with pytest.raises(UserError, match="compare a face with others cannot be members"):
-        combine([compares], data, CPU)
-
-
-def test_it_is_not_trained(members: list[Path], data: Path, tmp_path: Path) -> None:
-    run = Predictor(combine(members[:2], data, CPU)).run
-    with pytest.raises(UserError, match="an ensemble is not trained; make one of finished runs with `fer ensemble`"):
-        fit("x", run, CPU, data, tmp_path)
-
-
-@pytest.mark.parametrize("weights", [[0.5, 0.4], [1.0], [0.5, 0.5, 0.0]])
-def test_shares_that_are_none(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="should be 2 shares that sum to 1"):
-        Ensemble(members=[{"model": {"name": "vgg13"}}] * 2, weights=weights)
+    assert "was trained on other data than" in refusal(combine, members, other, CPU)
+    compares = fit("x", small_run(**doe(epochs=1)), CPU, bars, tmp_path)
+    evaluate(compares, bars, CPU)
+    assert "compare a face with others cannot be members" in refusal(combine, [compares], bars, CPU)
+    for weights in ([0.5, 0.4], [1.0]):
+        with pytest.raises(ValueError, match="should be 2 shares that sum to 1"):
+            Ensemble(members=[{"model": {"name": "vgg13"}}] * 2, weights=weights)
 
 
 def test_colour_images_stay_colour(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
-    images = np.load(data / "upscaled" / "images.npy")
-    np.save(data / "upscaled" / "images.npy", np.stack([images, images // 2, 255 - images], -1))
-    _rehash(data)
+    path, described = data / "upscaled" / "images.npy", data / "splits" / "summary.json"
+    images = np.load(path)
+    np.save(path, np.stack([images, images // 2, 255 - images], -1))
+    made = json.loads(described.read_text()) | {"images_sha256": sha256(path), "image_shape": [16, 16, 3]}
+    described.write_text(json.dumps(made))
     keys = {**OTHER, "epochs": 1, "input": {"image_size": 16, "channels": 3}}
     folder = fit("x", small_run(**keys), CPU, data, tmp_path / "runs")
     evaluate(folder, data, CPU)
-    made, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
-    predictor = raw(made)
+    whole, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
+    predictor = Predictor(whole)
     alone = softened(np.log(raw(folder).probabilities(faces)), predictor.run.model.members[0].temperature)
     np.testing.assert_allclose(predictor.probabilities(faces), alone, atol=2e-6)
-
-
-def _rehash(data: Path) -> None:
-    path = data / "splits" / "summary.json"
-    made = json.loads(path.read_text()) | {"images_sha256": sha256(data / "upscaled" / "images.npy")}
-    path.write_text(json.dumps(made | {"image_shape": [16, 16, 3]}))

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, CPU, PEOPLE, ROOT, doe, emotion_encoder, make_data, small_run
+from conftest import CLASSES, CPU, PEOPLE, ROOT, doe, make_data, refusal, small_run
 
 from fer import checkpoint
 from fer.batches import Feed
 from fer.data.dataset import open_data
-from fer.errors import UserError
 from fer.evaluate import evaluate, metrics, outdated, predict_split
 from fer.models import build_model
 from fer.resources import Resources
@@ -24,11 +23,6 @@ from fer.run_folder import read_summary
 from fer.train import fit
 
 FORMAT_1 = sorted((ROOT / "tests" / "golden" / "format1" / "runs").iterdir())
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("bars") / "data", subjects=PEOPLE)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +80,6 @@ def test_predictions_agree_with_the_numbers(folder: Path, bars: Path) -> None:
         np.testing.assert_allclose(table[CLASSES].sum(axis=1), 1, atol=5e-6)
         found, right = summary[split], table["label"] == table["prediction"]
         assert (found["images"], found["accuracy"]) == (40, pytest.approx(right.mean()))
-        assert found["recall"] == pytest.approx([right[table["label"] == name].mean() for name in CLASSES])
-        assert found["balanced_accuracy"] == pytest.approx(np.mean(found["recall"]))
         counted = pd.crosstab(table["label"], table["prediction"]).reindex(index=CLASSES, columns=CLASSES, fill_value=0)
         assert found["confusion"] == counted.to_numpy().tolist()
     assert summary["val"]["accuracy"] > 0.2  # it has learned something: the tables are not all alike
@@ -109,11 +101,6 @@ def test_twins_in_train_and_in_val_by_hand(folder: Path, own: Path) -> None:
     assert (summary["test_unleaked"]["images"], summary["test_unleaked"]["accuracy"]) == (32, 6 / 32)
     assert unleaked["accuracy"] == 7 / 33  # without 140, 141 and 142
     assert without_train["accuracy"] == 9 / 36  # without 140
-    # sadness: 139, 147, 155, 163, 171, of which the first is right and none leaked
-    assert unleaked["recall"][3] == without_train["recall"][3] == 1 / 5
-    # anger: 140 (in train), 148, 156, 164, 172; disgust: 141 (in val), 149, 157, 165, 173
-    assert unleaked["recall"][4:6] == [0.0, 0.0]
-    assert without_train["recall"][4:6] == [0.0, 1 / 5]
     table = table_of(folder / "predictions_test.csv")
     found = {place: table["row"][table["leaked"] == place].tolist() for place in ("train", "val", "near")}
     assert found == {"train": [140, 150, 160, 170], "val": [141, 142, 175], "near": [143]}
@@ -130,10 +117,8 @@ def test_the_summary_tells_of_the_best_checkpoint(folder: Path, bars: Path) -> N
         "starts_from": ["random weights"], "train_seconds": pytest.approx(sum(row["seconds"] for row in rows)),
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == expected
-    assert summary["val"]["accuracy"] == max(row["val_accuracy"] for row in rows)
-    for key in ("balanced_accuracy", "macro_f1", "ece"):
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
         assert summary["val"][key] == pytest.approx(rows[best - 1][f"val_{key}"], abs=1e-6)
-    assert summary["data"]["dataset"] == "bars"
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
@@ -154,7 +139,7 @@ def test_test_is_read_once_and_a_run_on_other_data_keeps_its_numbers(
 # The data change after the evaluation
 
 
-def test_other_leak_marks_need_no_network(
+def test_other_leak_marks_need_no_network_but_the_predictions(
     folder: Path, own: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     fresh = shutil.copytree(folder, tmp_path / "fresh" / folder.name)
@@ -167,28 +152,19 @@ def test_other_leak_marks_need_no_network(
     request.getfixturevalue("no_network")
     found = evaluate(folder, own, CPU)
     assert found == wanted | {"finished": found["finished"]}
-    for name in ("predictions_val.csv", "predictions_test.csv"):
-        assert (folder / name).read_bytes() == (fresh / name).read_bytes()
+    assert (folder / "predictions_test.csv").read_bytes() == (fresh / "predictions_test.csv").read_bytes()
     assert (found["test_unleaked"]["images"], found["test_without_train"]["images"]) == (35, 37)
     assert found["finished"] > before["finished"]
     assert (read_summary(folder), outdated(found, open_data(own))) == (found, None)
-
-
-def test_leak_marks_need_the_predictions(folder: Path, own: Path) -> None:
-    evaluate(folder, own, CPU)
-    set_cells(own, "test", "duplicate_in", {141: "val"})
     path = folder / "predictions_test.csv"
+    set_cells(own, "test", "duplicate_in", {143: "val"})
     for spoil in (path.unlink, lambda: path.write_text("row,name\n"), lambda: path.write_text("")):
         spoil()
-        with pytest.raises(UserError) as caught:
-            evaluate(folder, own, CPU)
         again = rf"delete {folder}/summary\.json and run `fer evaluate {folder.name}`"
-        assert re.fullmatch(rf"{path}: no predictions there \([^\n]+\); {again}", str(caught.value))
-    (folder / "summary.json").unlink()  # as it says
-    assert evaluate(folder, own, CPU)["test_unleaked"]["images"] == 35
+        assert re.fullmatch(rf"{path}: no predictions there \([^\n]+\); {again}", refusal(evaluate, folder, own, CPU))
 
 
-@pytest.mark.parametrize("change", ["label", "subject", "fewer", "label and marks"])
+@pytest.mark.parametrize("change", ["label and marks", "subject", "fewer"])
 def test_another_test_split_is_evaluated_from_the_best_checkpoint(
     change: str, folder: Path, own: Path, tmp_path: Path
 ) -> None:
@@ -201,7 +177,6 @@ def test_another_test_split_is_evaluated_from_the_best_checkpoint(
         set_cells(own, "test", "subject", {139: "c"})
     else:
         set_cells(own, "test", "label", {139: 7})
-    if change == "label and marks":
         set_cells(own, "test", "duplicate_in", {141: "val"})
     assert outdated(before, open_data(own)) == (
         "the test split has changed since: evaluated again, from its best checkpoint"
@@ -210,32 +185,24 @@ def test_another_test_split_is_evaluated_from_the_best_checkpoint(
     found, wanted = evaluate(folder, own, CPU), evaluate(fresh, own, CPU)
     assert found == wanted | {"finished": found["finished"]}
     assert (folder / "predictions_test.csv").read_bytes() == (fresh / "predictions_test.csv").read_bytes()
-    assert found["test"]["images"] == (37 if change == "fewer" else 40)
-    assert found["val"] == before["val"]
-    assert (found["test"]["recall"] == before["test"]["recall"]) == (change == "subject")
+    assert (found["test"]["images"], found["val"]) == (37 if change == "fewer" else 40, before["val"])
 
 
-# Format 1
-
-
-@pytest.mark.parametrize("run", FORMAT_1, ids=lambda path: path.name)
-def test_a_summary_of_format_1_is_read_and_never_made_again(
-    run: Path, own: Path, tmp_path: Path, no_network: None
-) -> None:
-    stored = json.loads((run / "summary.json").read_text())
-    summary = read_summary(run)
-    assert summary is not None
-    assert summary == {"test_without_train": stored.pop("test_without_leaked"), **stored}
-    folder = shutil.copytree(run, tmp_path / run.name)
-    before = files_of(folder)
+def test_a_summary_of_format_1_is_read_and_never_made_again(own: Path, tmp_path: Path, no_network: None) -> None:
     set_cells(own, "test", "duplicate_in", {141: "val"})
-    assert outdated(summary, open_data(own)) is None
-    assert evaluate(folder, own, CPU) == summary
-    assert files_of(folder) == before
+    for run in FORMAT_1:
+        stored = json.loads((run / "summary.json").read_text())
+        summary = read_summary(run)
+        assert summary is not None
+        assert summary == {"test_without_train": stored.pop("test_without_leaked"), **stored}
+        folder = shutil.copytree(run, tmp_path / run.name)
+        before = files_of(folder)
+        assert outdated(summary, open_data(own)) is None
+        assert evaluate(folder, own, CPU) == summary
+        assert files_of(folder) == before
     (folder / "summary.json").unlink()
-    with pytest.raises(UserError) as caught:
-        evaluate(folder, own, CPU)
-    assert str(caught.value) == f"{folder}: written in format 1, which can no longer be evaluated; train the run again"
+    message = f"{folder}: written in format 1, which can no longer be evaluated; train the run again"
+    assert refusal(evaluate, folder, own, CPU) == message
 
 
 # What is refused, and what changes nothing
@@ -251,36 +218,17 @@ def test_cut_while_evaluating_leaves_no_summary(folder: Path, bars: Path, monkey
     assert evaluate(folder, bars, CPU)["test"]["images"] == 40
 
 
-def test_an_unfinished_run_is_refused(folder: Path, bars: Path) -> None:
+def test_other_data_and_unfinished_runs_are_refused(folder: Path, bars: Path, tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other", {"train": 96, "val": 41, "test": 40})
+    ours, theirs = open_data(bars).hash, open_data(other).hash
+    message = f"was trained on data {ours}, but {other} holds {theirs}; `dvc checkout` the former"
+    assert refusal(evaluate, folder, other, CPU) == f"{folder}: {message}"
     path = folder / "last" / "checkpoint.json"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"epoch": 2, "history": meta["history"][:2]}))
-    with pytest.raises(UserError) as caught:
-        evaluate(folder, bars, CPU)
-    assert str(caught.value) == f"{folder}: 2 of 4 epochs are done; finish it with `fer train x`"
+    message = f"{folder}: 2 of 4 epochs are done; finish it with `fer train x`"
+    assert refusal(evaluate, folder, bars, CPU) == message
     assert not (folder / "predictions_test.csv").exists()
-
-
-def test_other_data_are_refused(folder: Path, bars: Path, tmp_path: Path) -> None:
-    other = make_data(tmp_path / "other", {"train": 96, "val": 41, "test": 40})
-    with pytest.raises(UserError) as caught:
-        evaluate(folder, other, CPU)
-    ours, theirs = open_data(bars).hash, open_data(other).hash
-    message = f"was trained on data {ours}, but {other} holds {theirs}; `dvc checkout` the former"
-    assert str(caught.value) == f"{folder}: {message}"
-    assert not (folder / "summary.json").exists()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
-def test_a_gpu_changes_no_number(folder: Path, bars: Path) -> None:
-    wanted = evaluate(folder, bars, CPU)
-    tables = {split: table_of(folder / f"predictions_{split}.csv") for split in ("val", "test")}
-    (folder / "summary.json").unlink()
-    found = evaluate(folder, bars, Resources(device="cuda", eval_batch_size=16))
-    for split, table in tables.items():
-        again = table_of(folder / f"predictions_{split}.csv")
-        np.testing.assert_allclose(again[CLASSES], table[CLASSES], atol=2e-3)
-        assert found[split]["confusion"] == wanted[split]["confusion"]
 
 
 def test_no_images_have_no_accuracy() -> None:
@@ -288,24 +236,8 @@ def test_no_images_have_no_accuracy() -> None:
     assert found == {"images": 0, "recall": [None, None], "confusion": [[0, 0], [0, 0]]}
 
 
-# Networks with a frozen encoder
-
-FROZEN: dict[str, dict[str, Any]] = {
-    "random_neutral": doe(), "same_subject": doe("same_subject"), "emotion_encoder": emotion_encoder()
-}  # fmt: skip
-
-
-def test_parameters_of_a_frozen_encoder_count_and_do_not_learn(bars: Path, tmp_path: Path) -> None:
-    summary = evaluate(fit("x", small_run(**emotion_encoder(epochs=1)), CPU, bars, tmp_path), bars, CPU)
-    head = (2 * 128 + 1) * 16 + (16 + 1) * 8  # 128 features of each encoder, 16 hidden units, 8 classes
-    # of two equal encoders one learns
-    assert summary["parameters"] - head == 2 * (summary["trainable_parameters"] - head) > 0
-    assert summary["starts_from"] == ["random weights"] * 2
-
-
-@pytest.mark.parametrize("kind", ["plain", *FROZEN])
-def test_the_size_of_evaluation_batches_changes_nothing(kind: str, bars: Path) -> None:
-    run, data = small_run(**FROZEN.get(kind, {})), open_data(bars)
+def test_the_size_of_evaluation_batches_changes_nothing(bars: Path) -> None:
+    run, data = small_run(**doe("same_subject")), open_data(bars)
     model = build_model(run.model, run.input, 8)
 
     def logits(size: int) -> torch.Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CPU, ROOT, make_data, small_run
+from conftest import CPU, ROOT, refusal, small_run
 
 from fer.data.augment import Augment
-from fer.errors import UserError
 from fer.formats import format_of, read_run
 from fer.input import Input
 from fer.predict import Predictor
@@ -91,7 +90,6 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("doe", {"options.pairing": "prototype"}, {"model.pairing": {"name": "prototype"}}),
     ("emotion_encoder", {"options.identity.settings.max_pool": False}, {"model.identity.max_pool": False}),
 ]  # fmt: skip
-# what a run of format 1 kept and did not use
 # what recipes that have changed since were then
 BEFORE: dict[str, dict[str, Any]] = {
     "swin_nr_fpdls": {"schedule.step_epochs": [15, 30, 45, 60, 75, 90]},
@@ -102,6 +100,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "augment.scale": 0.05, "augment.stretch": 0.0, "augment.skew": 0.0,
     },
 }  # fmt: skip
+# what a run of format 1 kept and did not use
 UNUSED: list[tuple[str, dict[str, Any]]] = [
     ("vgg13_small", {"loss_alpha": 0.4, "loss_gamma": 0.4, "momentum": 0.4, "step_epochs": [3], "step_factors": [0.4]}),
     ("vgg13_small", {"eval_batch_size": 3, "resources": {"device": "cpu", "workers": 3}}),
@@ -124,25 +123,24 @@ def changed(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-@pytest.mark.parametrize(("name", "values", "expected"), CHANGES)
-def test_each_key_of_format_1_decides_what_it_did(name: str, values: dict[str, Any], expected: dict[str, Any]) -> None:
-    config = changed(CONFIGS[name], values)
-    before = copy.deepcopy(config)
-    assert read(config).model_dump() == changed(read(CONFIGS[name]).model_dump(), expected)
-    assert config == before  # it is left as it was
-
-
-@pytest.mark.parametrize(("name", "values"), UNUSED)
-def test_what_format_1_did_not_use_is_left_out(name: str, values: dict[str, Any]) -> None:
-    assert read(changed(CONFIGS[name], values)) == read(CONFIGS[name])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_key_of_format_1_decides_what_it_did(name: str) -> None:
+    then = read(CONFIGS[name]).model_dump()
+    for values, expected in [row[1:] for row in CHANGES if row[0] == name]:
+        config = changed(CONFIGS[name], values)
+        before = copy.deepcopy(config)
+        assert read(config).model_dump() == changed(then, expected)
+        assert config == before  # it is left as it was
+    for values in [row[1] for row in UNUSED if row[0] == name]:
+        assert read(changed(CONFIGS[name], values)).model_dump() == then
 
 
 # Today's
 
 
-def test_a_run_of_today_is_read_from_its_files(tmp_path: Path) -> None:
+def test_a_run_of_today_is_read_from_its_files(bars: Path, tmp_path: Path) -> None:
     run = small_run(epochs=1, ema_decay=0.9, loss={"name": "focal", "gamma": 1})
-    folder = fit("x", run, CPU, make_data(tmp_path / "data"), tmp_path / "runs")
+    folder = fit("x", run, CPU, bars, tmp_path / "runs")
     for path in (folder / "config.json", folder / "best/checkpoint.json", folder / "last/checkpoint.json"):
         content = json.loads(path.read_text())
         assert (format_of(content), read_run(content, path)) == (FORMAT, run)
@@ -151,17 +149,14 @@ def test_a_run_of_today_is_read_from_its_files(tmp_path: Path) -> None:
 # What cannot be read
 
 
-@pytest.mark.parametrize("found", [FORMAT + 1, "3", None, 2.5])
+@pytest.mark.parametrize("found", [FORMAT + 1, "3", None])
 def test_a_later_format_is_named(found: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        read_run({"format": found, "config": small_run().model_dump()}, "data/runs/x/best/checkpoint.json")
-    assert str(caught.value) == (
-        f"data/runs/x/best/checkpoint.json: format {found} was written by a later version "
+    assert refusal(read_run, {"format": found, "config": small_run().model_dump()}, "x/checkpoint.json") == (
+        f"x/checkpoint.json: format {found} was written by a later version "
         f"(this one reads up to {FORMAT}); update the project"
     )
 
 
-GOOD = small_run().model_dump()
 VGG_1 = CONFIGS["vgg13_small"]
 BROKEN: dict[str, tuple[Any, str]] = {
     "no settings": ({}, "holds no settings of a run (KeyError: 'config')"),
@@ -169,8 +164,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "format 1 under the number 2": ({"format": 2, "config": VGG_1},
         "config.model: should be a table of keys, got 'vgg13'; its settings cannot be read"),
     "format 1 without a table": ({"config": {**VGG_1, "options": None}}, "holds no settings of a run (TypeError: "),
-    "format 1 with an unknown schedule": ({"config": {**VGG_1, "schedule": "linear"}},
-        "holds no settings of a run (KeyError: 'linear')"),
     "format 1 with a backbone that is gone": ({"config": changed(CONFIGS["efficientnet_lite0"],
         {"options.backbone": {"name": "convnextv2_tiny", "weights": None, "settings": {}}})},
         "config.model.backbone.name: unknown backbone 'convnextv2_tiny'; known: deit_base_patch16_224,"),
@@ -180,7 +173,4 @@ BROKEN: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_settings_are_one_line(case: str) -> None:
     content, message = BROKEN[case]
-    with pytest.raises(UserError) as caught:
-        read_run(content, "a/config.json")
-    assert str(caught.value).startswith(f"a/config.json: {message}")
-    assert "\n" not in str(caught.value)
+    assert refusal(read_run, content, "a/config.json").startswith(f"a/config.json: {message}")

@@ -54,7 +54,7 @@ BY_HAND = {
 # 9, 4 and 1 images: 14 / (3 n) for power 1; 1/3, 1/2 and 1, which sum up to 3 + 2 + 1 = 6 over the images, for .5
 WEIGHTS = {0.0: [1.0, 1.0, 1.0], 1.0: [14 / 27, 14 / 12, 14 / 3], 0.5: [14 / 18, 14 / 12, 14 / 6]}
 
-WITH_GAMMA = [(name, gamma) for name in LOSSES for gamma in ((0.5, 1.0, 2.0) if name.startswith("focal") else (2.0,))]
+WITH_GAMMA = [(name, gamma) for name in LOSSES for gamma in ((0.5, 2.0) if name.startswith("focal") else (2.0,))]
 
 
 def kind(name: str, alpha: float = A, gamma: float = G) -> LossKind:
@@ -70,10 +70,9 @@ def value(
     return build_loss(kind(name, alpha, gamma), power, prior, COUNTS, expected)(logits, labels, votes)
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "vote_sampling"])
 def test_value_by_hand(name: str) -> None:
     assert float(value(name)) == pytest.approx(BY_HAND[name], rel=1e-12)
-    assert set(BY_HAND) == set(LOSSES) - {"vote_sampling"}
     for precision in (torch.float32, torch.bfloat16, torch.float16):  # what is lost is the rounding of the logits alone
         logits = LOGITS.to(precision)
         found = value(name, logits, LABELS, VOTES.float(), PRIOR.float())
@@ -103,26 +102,10 @@ def test_the_expectation_of_sampling_from_votes_is_the_vote_cross_entropy() -> N
     assert one == {round(-math.log(0.5), 6), round(-math.log(0.3), 6)}  # each, and only what has votes
 
 
-@pytest.mark.parametrize(
-    ("one", "settings", "other"),
-    [
-        ("focal_pdls", {"gamma": 0.0}, "pdls"),
-        ("focal_pdls", {"alpha": 1.0}, "focal"),
-        ("label_smoothing", {"alpha": 1.0}, "cross_entropy"),
-        ("pdls", {"prior": torch.full((3, 3), 1 / 3, dtype=torch.float64)}, "label_smoothing"),
-    ],
-)
-def test_special_cases_agree(one: str, settings: dict, other: str) -> None:
-    assert float(value(one, **settings)) == pytest.approx(float(value(other)), rel=1e-12)
-
-
-@pytest.mark.parametrize("power", WEIGHTS)
-def test_class_weights_by_hand(power: float) -> None:
-    assert class_weights(COUNTS, power).tolist() == pytest.approx(WEIGHTS[power], rel=1e-12)
-
-
-def test_a_class_without_images_weighs_as_much_as_one_with_a_single_image() -> None:
-    # of 4 images, classes of 3 and 1: 4 / (2 n); the empty class is no part of the mean
+def test_class_weights_by_hand() -> None:
+    for power, weights in WEIGHTS.items():
+        assert class_weights(COUNTS, power).tolist() == pytest.approx(weights, rel=1e-12)
+    # a class without images weighs as much as one with a single image, and is no part of the mean: 4 / (2 n)
     assert class_weights(torch.tensor([3, 0, 1]), 1.0).tolist() == pytest.approx([2 / 3, 2, 2], rel=1e-12)
 
 
@@ -132,12 +115,11 @@ def sure(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("power", WEIGHTS)
-def test_each_image_has_the_weight_of_its_label(name: str, power: float) -> None:
+def test_each_image_has_the_weight_of_its_label(name: str) -> None:
     """The sum of the weights in the batch does not divide, so that halves of a batch average to the whole."""
     alone = [float(value(name, LOGITS[i : i + 1], LABELS[i : i + 1], sure(name)[i : i + 1])) for i in (0, 1)]
-    wanted = [WEIGHTS[power][label] * one for label, one in zip([0, 2], alone)]
-    assert float(value(name, votes=sure(name), power=power)) == pytest.approx(sum(wanted) / 2, rel=1e-12)
+    wanted = [WEIGHTS[0.5][label] * one for label, one in zip([0, 2], alone)]
+    assert float(value(name, votes=sure(name), power=0.5)) == pytest.approx(sum(wanted) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)
@@ -146,16 +128,16 @@ def test_gradient_is_that_of_finite_differences(name: str, gamma: float) -> None
     assert torch.autograd.gradcheck(lambda x: value(name, x, votes=sure(name), gamma=gamma, power=1.0), (logits,))
 
 
-@pytest.mark.parametrize("size", [1e4, 17.0])  # 17: p rounds to 1 in fp32
 @pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)
-def test_extreme_logits_have_a_finite_loss_and_gradient(name: str, gamma: float, size: float) -> None:
+def test_extreme_logits_have_a_finite_loss_and_gradient(name: str, gamma: float) -> None:
     signs = torch.tensor([[1.0, -1, -1], [-1, 1, 1], [0, 0, -1], [-1, -1, -1]])
-    logits = (size * signs).requires_grad_()
     labels = torch.tensor([0, 0, 2, 1])
     votes = torch.tensor([[1.0, 0, 0], [0.5, 0, 0.5], [0, 0, 1.0], [0.2, 0.3, 0.5]])
-    found = value(name, logits, labels, votes, PRIOR.float(), gamma=gamma, power=1.0)
-    found.backward()
-    assert torch.isfinite(found)
-    assert found >= 0
-    assert logits.grad is not None
-    assert torch.isfinite(logits.grad).all()
+    for size in (1e4, 17.0):  # 17: p rounds to 1 in fp32
+        logits = (size * signs).requires_grad_()
+        found = value(name, logits, labels, votes, PRIOR.float(), gamma=gamma, power=1.0)
+        found.backward()
+        assert torch.isfinite(found)
+        assert found >= 0
+        assert logits.grad is not None
+        assert torch.isfinite(logits.grad).all()

@@ -7,7 +7,6 @@ import torch
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
-    multiclass_confusion_matrix,
     multiclass_f1_score,
 )
 
@@ -35,12 +34,6 @@ def images_of(table: list[list[int]], logit: float = 4.0) -> tuple[torch.Tensor,
     return logit * torch.eye(len(table))[predictions], labels
 
 
-def random_predictions(images: int = 500, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    labels = torch.randint(classes, (images,))
-    return 2 * torch.randn(images, classes) + 2 * torch.eye(classes)[labels], labels
-
-
 def test_hand_counted_table() -> None:
     counts = counts_of(*images_of(TABLE))
     result = counts.result()
@@ -56,12 +49,11 @@ def test_hand_counted_table() -> None:
     assert result["loss"] == pytest.approx(math.log(math.exp(4) + 2) - 4 * 0.6)
 
 
-@pytest.mark.parametrize("batch", [1, 64, 500])
-def test_agrees_with_torchmetrics(batch: int) -> None:
-    logits, labels = random_predictions()
-    counts = counts_of(logits, labels, batch)
-    ours = counts.result()
-    assert torch.equal(counts.confusion, multiclass_confusion_matrix(logits, labels, 8))
+def test_agrees_with_torchmetrics() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(8, (500,))
+    logits = 2 * torch.randn(500, 8) + 2 * torch.eye(8)[labels]
+    counts = counts_of(logits, labels, batch=64)
     theirs = {
         "accuracy": multiclass_accuracy(logits, labels, 8, average="micro"),
         "balanced_accuracy": multiclass_accuracy(logits, labels, 8, average="macro"),
@@ -69,11 +61,7 @@ def test_agrees_with_torchmetrics(batch: int) -> None:
         "ece": multiclass_calibration_error(logits.softmax(1), labels, 8, n_bins=15, norm="l1"),
         "loss": torch.nn.functional.cross_entropy(logits, labels),
     }
-    assert ours == pytest.approx({name: float(value) for name, value in theirs.items()}, abs=1e-6)
-    found = Counts(8)  # probabilities are counted like the logits that they come from
-    for rows in torch.arange(len(labels)).chunk(3):
-        found.add(torch.softmax(logits[rows], 1), labels[rows])
-    assert found.result() == pytest.approx(ours | {"loss": 0.0}, abs=1e-6)
+    assert counts.result() == pytest.approx({name: float(value) for name, value in theirs.items()}, abs=1e-6)
 
 
 def test_classes_without_images_are_left_out_of_recall() -> None:
@@ -83,12 +71,6 @@ def test_classes_without_images_are_left_out_of_recall() -> None:
     assert counts.result()["balanced_accuracy"] == pytest.approx(0.75)
     # F1 of classes 0, 1, 2: 4/(2+3), 4/(4+2), 0/(0+1)
     assert counts.result()["macro_f1"] == pytest.approx((4 / 5 + 4 / 6 + 0) / 3)
-
-
-def test_confidences_of_neighbouring_bins_do_not_cancel_out() -> None:
-    # .92 lies in the 14th of 15 bins, .99 in the 15th: |.92 - 1| and |.99 - 0|, of two images
-    logits = torch.log(torch.tensor([[0.92, 0.08], [0.99, 0.01]]))
-    assert counts_of(logits, torch.tensor([0, 1])).result()["ece"] == pytest.approx((0.08 + 0.99) / 2)
 
 
 @pytest.mark.parametrize("probability", [1.0, 14 / 15, 1 / 3])

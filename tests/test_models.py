@@ -66,8 +66,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DoE": doe({"name": "random_neutral", "references": 3}),
     "DoE, prototype": doe({"name": "prototype"}),
     "DoE, same subject": doe({"name": "same_subject"}),
-    "emotion encoder": keys("emotion_encoder", 32, backbone=MOBILENET, identity=RESNET, hidden=[16]),
-    "emotion encoder, caffe": keys(
+    "emotion encoder": keys(
         "emotion_encoder", 32, backbone=MOBILENET, identity=RESNET | {"caffe": True}, hidden=[16]
     ) | {"input": COLOUR},
     "vgg13": keys("vgg13", 16, **VGG),
@@ -77,9 +76,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 with chdir(ROOT):
     SHIPPED = {name: experiment.run for name, experiment in experiments.load(experiments.known(), {}).items()}
-# those for a CPU; a frozen encoder without weights, such as that of step two, gives all images one embedding
-TINY = [name for name, run in SHIPPED.items() if ("tiny" in name or "small" in name) and not run.init_from]
-LEARNING = ["vit", "stn, neural resizer, head", "ViT-SE", "DoE", "vgg13", "small resnet"]
+LEARNING = ["stn, neural resizer, head", "ViT-SE", "DoE", "vgg13", "small resnet"]
 
 
 def run_of(name: str) -> Run:
@@ -121,7 +118,7 @@ def test_every_row_of_both_tables_is_tested() -> None:
 NO_GRADIENT = ("key.bias", "k_proj.bias", "stn.fc_loc.0.weight", "stn.fc_loc.0.bias")
 
 
-@pytest.mark.parametrize("name", [*SMALL, *TINY])
+@pytest.mark.parametrize("name", SMALL)
 def test_forward_backward_and_file(name: str, tmp_path: Path) -> None:
     run, model = built(name)
     inputs = inputs_for(run, model)
@@ -148,16 +145,7 @@ def test_forward_backward_and_file(name: str, tmp_path: Path) -> None:
         assert torch.equal(other(**inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "lite0", "stn, neural resizer, head", "vgg13"])
-def test_training_draws_at_random(name: str) -> None:
-    run, model = built(name)
-    inputs = inputs_for(run, model, 8)
-    model.train()
-    # some draw per image whether a layer is left out
-    assert any(not torch.equal(model(**inputs), model(**inputs)) for _ in range(5))
-
-
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["swin", "lite0", "DoE"])
 def test_bf16_autocast_is_close_to_fp32(name: str) -> None:
     run, model = built(name)
     inputs = inputs_for(run, model, 16)
@@ -195,15 +183,16 @@ def test_sixteen_images_are_learned_by_heart(name: str) -> None:
 
 # The published systems, whole: their sizes, without their weights
 
+MOBILENET_V3 = 5_483_032 - (961 * 1280 + 1281 * 1000)  # without its classifier, 960 -> 1280 -> 1000
 # head of 512 with batch norm on 1024 features, 8 classes
 SWIN_B, HEAD = 86_743_224, 1024 * 512 + 512 + 2 * 512 + 512 * 8 + 8
 PARAMETERS = {
     "swin_nr_fpdls": SWIN_B + HEAD + 12_083 + 2_711_904,
     # ViT-B/16 with pooler 86,389,248; 768 -> 192 -> 768, 768 -> 8
     "vit_se": 86_389_248 + 768 * 192 + 192 + 192 * 768 + 768 + 768 * 8 + 8,
-    # MobileNetV3-Large without its classifier (960 -> 1280 -> 1000); 1920 -> 256 -> 128 -> 64 -> 32 -> 8
-    "doe": 5_483_032 - (961 * 1280 + 1281 * 1000) + 1921 * 256 + 257 * 128 + 129 * 64 + 65 * 32 + 33 * 8,
-    "emotion_encoder": 5_483_032 - (961 * 1280 + 1281 * 1000) + (25_557_032 - 2049 * 1000)
+    # 1920 -> 256 -> 128 -> 64 -> 32 -> 8
+    "doe": MOBILENET_V3 + 1921 * 256 + 257 * 128 + 129 * 64 + 65 * 32 + 33 * 8,
+    "emotion_encoder": MOBILENET_V3 + (25_557_032 - 2049 * 1000)
     + 3009 * 256 + 257 * 128 + 129 * 64 + 65 * 32 + 33 * 8,
     "vgg13_ferplus": 8_757_704,
 }  # fmt: skip
@@ -213,9 +202,8 @@ PARAMETERS = {
 def test_published_sizes(name: str) -> None:
     found = cost(SHIPPED[name].model, SHIPPED[name].input, 8)
     assert found.parameters == PARAMETERS[name]
-    frozen = 5_483_032 - (961 * 1280 + 1281 * 1000) if name == "doe" else 0
-    if name != "emotion_encoder":
-        assert found.parameters - found.trainable == frozen
+    frozen = {"doe": MOBILENET_V3, "emotion_encoder": 25_557_032 - 2049 * 1000}
+    assert found.parameters - found.trainable == frozen.get(name, 0)
 
 
 def test_operations_by_hand() -> None:
@@ -235,21 +223,14 @@ def test_where_weights_come_from() -> None:
         "vgg13_small": ["random weights"],
     }.items():
         assert origin(SHIPPED[name].model, SHIPPED[name].init_from) == sources
-
-
-def test_which_backbones_start_from_random_weights() -> None:
     encoder = run_of("emotion encoder").model
     assert random_backbones(encoder, None) == ["mobilenet_v3_large", "resnet50"]
     assert random_backbones(encoder, "another") == ["resnet50"]
-    assert random_backbones(run_of("doe").model, None) == random_backbones(run_of("vgg13").model, None) == []
+    assert random_backbones(SHIPPED["doe"].model, None) == random_backbones(run_of("vgg13").model, None) == []
 
 
 def test_vgg13_is_the_published_one() -> None:
     model: Any = build_model(SHIPPED["vgg13_ferplus"].model, SHIPPED["vgg13_ferplus"].input, 8)
-    # convolutions: 9 in out + out; dense: 256 maps of 4x4 -> 1024 -> 1024 -> 8
-    planned = [(1, 64), (64, 64), (64, 128), (128, 128), (128, 256), *5 * [(256, 256)]]
-    convolutions = sum(9 * before * after + after for before, after in planned)
-    assert convolutions + (256 * 16 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 8 == PARAMETERS["vgg13_ferplus"]
     kinds = [type(layer).__name__ for layer in model.features]
     assert [kinds.count(kind) for kind in ("Conv2d", "ReLU", "MaxPool2d", "Dropout")] == [10, 10, 4, 4]
     assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.25] * 4 + [0.5] * 2

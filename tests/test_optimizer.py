@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_run
-from test_models import LABELS, SHIPPED, SMALL, SWIN, classifier, run_of
+from test_models import LABELS, SMALL, run_of
 from torch import nn
 
 from fer.models import build_model
@@ -30,7 +29,7 @@ class Groups(AdamW):
 
 @cache
 def planned(name: str) -> nn.Module:
-    """A backbone, a small model or an experiment's, without memory for its tensors."""
+    """A backbone or a small model, without memory for its tensors."""
     with torch.device("meta"):
         if name in BACKBONES:
             return BACKBONES[name].kind().build(224, 3)
@@ -47,10 +46,7 @@ def decay_of(model: nn.Module, weight_decay: float = 0.3) -> dict[str, float]:
     return dict(found)
 
 
-EVERY = [*BACKBONES, *SMALL, *SHIPPED]
-
-
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*BACKBONES, *SMALL])
 def test_of_all_that_learns_only_weights_of_linear_and_convolution_layers_decay(name: str) -> None:
     model = planned(name)
     found = decay_of(model)
@@ -66,20 +62,6 @@ def test_of_all_that_learns_only_weights_of_linear_and_convolution_layers_decay(
     # what else has several dimensions stands in transformers, and has a name of its own
     shaped = {key.rpartition(".")[2] for key in found.keys() - kernels if model.get_parameter(key).ndim > 1}
     assert shaped <= {"cls_token", "position_embeddings", "relative_position_bias_table"}
-
-
-def test_how_many_numbers_decay() -> None:
-    def decaying(name: str) -> int:
-        model = planned(name)
-        return sum(model.get_parameter(key).numel() for key, value in decay_of(model).items() if value)
-
-    # patches of 16x16x3; each of 12 layers: query, key, value, output, and the MLP of 4 times the width
-    assert decaying("vit_base_patch16_224") == 768 * 768 + 12 * 12 * 768**2
-    # patches of 4x4x3; blocks as above; between stages four tokens become one of twice the width
-    blocks = sum(depth * 12 * (96 * 2**stage) ** 2 for stage, depth in enumerate([2, 2, 6, 2]))
-    assert decaying("swin_tiny_patch4_window7_224") == 48 * 96 + blocks + sum(8 * (96 * 2**i) ** 2 for i in range(3))
-    # the published network, less its dense layer and the scales and shifts of 53 norms
-    assert decaying("resnet50") == 25_557_032 - 2049 * 1000 - 53_120
 
 
 class Zoo(nn.Module):
@@ -104,30 +86,14 @@ def test_weights_that_two_layers_share_decay_once() -> None:
     assert decay_of(model) == {"0.weight": 0.3}
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_without_a_gradient_a_step_takes_decay_times_rate_of_what_decays(name: str) -> None:
-    run = small_run(**classifier(SWIN, head=[8]))
-    model = build_model(run.model, run.input, LABELS)
-    optimizer = build_optimizer(OPTIMIZERS[name](lr=0.1, weight_decay=0.5), model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)  # nothing is zero
-            parameter.grad = torch.zeros_like(parameter)
-    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    optimizer.step()
-    decay = decay_of(model)
-    for key, parameter in model.named_parameters():
-        expected = 0.95 * before[key] if decay[key] else before[key]
-        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
-
-
-def test_adam_adds_decay_to_the_gradient() -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_without_a_gradient_by_hand(name: str) -> None:
+    """A weight of 2 loses rate * decay * 2 = .1; Adam's first step is the rate, .1, in the direction of the decay."""
     model = nn.Linear(2, 1)
-    nn.init.constant_(model.weight, 2.0)
-    nn.init.constant_(model.bias, 2.0)
-    optimizer = build_optimizer(OPTIMIZERS["adam"](lr=0.1, weight_decay=0.5), model)
-    model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.zeros(1)
-    optimizer.step()  # the first step of Adam is the rate in the direction of the gradient
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 2.0)
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(OPTIMIZERS[name](lr=0.1, weight_decay=0.5), model).step()
     torch.testing.assert_close(model.weight.detach(), torch.full((1, 2), 1.9))
     assert model.bias.item() == 2.0
 

@@ -20,29 +20,24 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def test_published_sizes() -> None:
+def test_published_sizes_and_tensor_names() -> None:
     # 7x7, 1x1, norm; block: twice 3x3 and norm; 3x3, norm; 7x7
     block = 2 * (9 * 16 * 16 + 16 + 32)
     by_hand = (49 * 3 * 16 + 16) + (16 * 16 + 16) + 32 + block + (9 * 16 * 16 + 16) + 32 + (49 * 16 * 3 + 3)
-    resizer = Resizer(224, 1, 16, 3, None)
-    assert sum(p.numel() for p in resizer.parameters()) == by_hand == 12_083
-    assert sum(p.numel() for p in Resizer(224, 3, 16, 3, None).parameters()) == by_hand + 2 * block
-    # 384 -> 378 -> 189 -> 185 -> 92
-    stn = SpatialTransformer(384, 3)
-    localization = 49 * 3 * 8 + 8 + 25 * 8 * 10 + 10
-    assert sum(p.numel() for p in stn.parameters()) == localization + (10 * 92 * 92 + 1) * 32 + 33 * 6 == 2_711_904
-
-
-def test_tensor_names() -> None:
+    assert sum(p.numel() for p in Resizer(224, 1, 16, 3, None).parameters()) == by_hand == 12_083
     assert {name.rpartition(".")[0] for name in Resizer(8, 2, 4, 3, None).state_dict()} == {
         "conv1", "conv2", "bn1", "conv3", "bn2", "conv4",
         *(f"resblock.{i}.{part}" for i in range(2) for part in ("conv1", "bn1", "conv2", "bn2")),
     }  # fmt: skip
-    parts = {name.rpartition(".")[0] for name in SpatialTransformer(SMALLEST, 1).state_dict()}
+    # 384 -> 378 -> 189 -> 185 -> 92
+    stn = SpatialTransformer(384, 3)
+    localization = 49 * 3 * 8 + 8 + 25 * 8 * 10 + 10
+    assert sum(p.numel() for p in stn.parameters()) == localization + (10 * 92 * 92 + 1) * 32 + 33 * 6 == 2_711_904
+    parts = {name.rpartition(".")[0] for name in stn.state_dict()}
     assert parts == {"localization.0", "localization.3", "fc_loc.0", "fc_loc.2"}
 
 
-@pytest.mark.parametrize(("side", "size", "scale"), [(48, 28, None), (20, 33, None), (48, 28, 0.584), (7, 3, 0.5)])
+@pytest.mark.parametrize(("side", "size", "scale"), [(48, 28, None), (20, 33, None), (48, 28, 0.584)])
 def test_resizer_is_its_formula(side: int, size: int, scale: float | None) -> None:
     module = randomised(Resizer(size, 2, 5, 3, scale)).double()
     weights: dict[str, Tensor] = dict(module.state_dict())
@@ -96,14 +91,6 @@ def test_spatial_transformer_by_hand() -> None:
         moved = stn(images)
     torch.testing.assert_close(moved[..., :-3], images[..., 3:], atol=1e-5, rtol=0)
     assert moved[..., -3:].abs().max() < 1e-5  # zeros from outside
-
-
-def test_every_image_has_its_own_warp() -> None:
-    stn = randomised(SpatialTransformer(24, 1))
-    images = torch.rand(3, 1, 24, 24)
-    torch.testing.assert_close(stn(images)[1:2], stn(images[1:2]), atol=1e-5, rtol=1e-5)
-    theta = stn.fc_loc(stn.localization(images).flatten(1))  # type: ignore[operator]
-    assert not torch.allclose(theta[0], theta[1])
 
 
 def test_half_precision_moves_no_pixel() -> None:

@@ -38,23 +38,16 @@ def test_the_rate_by_hand(settings: dict[str, Any], changes: dict[str, Any], rat
     assert {each["name"] for each in (COSINE, LINEAR, STEP, CONSTANT)} == set(SCHEDULES)
 
 
-FAULTS = {
-    "no factors": ({"name": "step", "step_epochs": [3]}, "schedule.step_factors: missing"),
-    "falling steps": (STEP | {"step_epochs": [20, 10]}, "schedule.step_epochs: must rise, got [20, 10]"),
-    "a step twice": (STEP | {"step_epochs": [10, 10]}, "schedule.step_epochs: must rise, got [10, 10]"),
-    "a factor too few": (STEP | {"step_factors": [0.5]}, "schedule.step_factors: has 1 numbers, step_epochs 2"),
-    "a step at the start": (STEP | {"step_epochs": [0, 10]}, "schedule.step_epochs.0: should be greater than 0, got 0"),
-    "a rising factor": (STEP | {"step_factors": [1.5, 0.1]},
-        "schedule.step_factors.0: should be less than or equal to 1, got 1.5"),
-    "before the start": (CONSTANT | {"warmup_epochs": -1},
-        "schedule.warmup_epochs: should be greater than or equal to 0, got -1"),
-}  # fmt: skip
+FAULTS = [
+    ({"name": "step", "step_epochs": [3]}, "schedule.step_factors: missing"),
+    (STEP | {"step_epochs": [10, 10]}, "schedule.step_epochs: must rise, got [10, 10]"),
+    (STEP | {"step_factors": [0.5]}, "schedule.step_factors: has 1 numbers, step_epochs 2"),
+    (STEP | {"step_epochs": [0, 10]}, "schedule.step_epochs.0: should be greater than 0, got 0"),
+    (STEP | {"step_factors": [1.5, 0.1]}, "schedule.step_factors.0: should be less than or equal to 1, got 1.5"),
+]
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_settings_that_cannot_be(case: str) -> None:
-    settings, message = FAULTS[case]
-    run, faults = check(Run, small_run(epochs=3).model_dump() | {"schedule": settings})
-    assert run is None
-    (fault,) = map(str, faults)
-    assert fault.startswith(message)
+@pytest.mark.parametrize(("settings", "message"), FAULTS)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    (fault,) = check(Run, small_run(epochs=3).model_dump() | {"schedule": settings})[1]
+    assert str(fault).startswith(message)

@@ -71,17 +71,16 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.03, 2 - 0.04]))
 
 
-@pytest.mark.parametrize("decay", [0.999, 0.8])
-def test_averaged_weights_follow_with_a_decay_that_grows(decay: float) -> None:
+def test_averaged_weights_follow_with_a_decay_that_grows() -> None:
     """The first average is the weight itself; then min(decay, (1 + t) / (10 + t)) of it is kept, t = 1, 2, ..."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 10.0)
-    stepper = Stepper(small_run(**LINEAR, ema_decay=decay), model, CPU)
+    stepper = Stepper(small_run(**LINEAR, ema_decay=0.8), model, CPU)
     average = 9.0
     for t in range(40):  # of the weights 9, 8, 7, ...; .8 is reached with t = 35
         model.weight.grad = torch.ones(1, 1)
         stepper.update()
-        kept = min(decay, (1 + t) / (10 + t)) if t else 0.0
+        kept = min(0.8, (1 + t) / (10 + t)) if t else 0.0
         average = kept * average + (1 - kept) * (9 - t)
         assert float(stepper.evaluated.get_parameter("weight").detach()) == pytest.approx(average, abs=1e-4), t
 
@@ -95,17 +94,6 @@ class Normed(Square):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.norms(super().forward(pixel_values))
-
-
-def test_a_sharpness_aware_step_that_fails_uphill_leaves_the_network_as_it_was() -> None:
-    model = Normed()
-    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    losses = iter([half_square])  # the second look fails
-    stepper = Stepper(small_run(**LINEAR, sam_rho=0.5), model, CPU)
-    with pytest.raises(StopIteration):
-        stepper([part([[3.0, 1.0], [1.0, 0.0]])], lambda *batch: next(losses)(*batch), None, 0.1, 0)
-    assert [norm.track_running_stats for norm in model.norms] == [True, False]
-    assert all(torch.equal(parameter, before[key]) for key, parameter in model.named_parameters())
 
 
 def test_the_second_look_of_a_sharpness_aware_step_leaves_batch_norm_alone() -> None:
@@ -126,18 +114,14 @@ class Linear(nn.Linear):
         return super().forward(pixel_values)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_loss_of_mixed_images_is_mixed_alike(parts: int) -> None:
+def test_the_loss_of_mixed_images_is_mixed_alike() -> None:
     torch.manual_seed(0)
     images, labels, targets = torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), torch.softmax(torch.randn(4, 3), 1)
     model = Linear(3, 3)
     log_p = torch.log_softmax(model(images), 1).detach()
     wanted = -((0.7 * targets + 0.3 * targets[[1, 0, 3, 2]]) * log_p).sum(1).mean()
     loss = build_loss(VoteCrossEntropy(), 0.0, torch.eye(3), torch.ones(3, dtype=torch.int64))
-    pieces = [
-        Part({"pixel_values": images[rows]}, labels[rows], targets[rows], 1 / parts)
-        for rows in torch.arange(4).chunk(parts)
-    ]
+    pieces = [Part({"pixel_values": images[i : i + 2]}, labels[i : i + 2], targets[i : i + 2], 0.5) for i in (0, 2)]
     logits, value = Stepper(small_run(**LINEAR), model, CPU)(pieces, loss, Mixture(0.7, None), 0.1, 0)
     assert logits.shape == (4, 3)
     torch.testing.assert_close(value, wanted)
@@ -172,16 +156,6 @@ def curve(steps: int, parts: int = 1, kind: torch.dtype = torch.float64, **keys:
         torch.set_default_dtype(torch.float32)
     loss, rate = build_loss(run.loss, run.class_weights, prior, torch.full((8,), 12)), run.optimizer.lr
     return [float(stepper(batch_of(run, step, parts, kind), loss, None, rate, step)[1]) for step in range(steps)]
-
-
-UNNORMED = {"batch_norm": False, "conv_dropout": 0.0, "dense_dropout": 0.0}
-
-
-@pytest.mark.parametrize("sam_rho", [None, 0.05])
-def test_four_parts_of_four_are_one_of_sixteen(sam_rho: float | None) -> None:
-    loss = {"name": "focal_pdls"}
-    keys: dict[str, Any] = {"model": UNNORMED, "loss": loss, "class_weights": 0.5, "clip_grad_norm": 0.5}
-    assert curve(10, **keys, sam_rho=sam_rho, parts=4) == pytest.approx(curve(10, **keys, sam_rho=sam_rho), rel=1e-6)
 
 
 KNOWN: dict[str, dict[str, Any]] = {

