@@ -1,5 +1,8 @@
 """Ray as a command starts it: nobody else can use it."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +49,28 @@ def test_a_ray_of_ones_own_listens_on_the_loopback_interface_and_nobody_else_get
             with pytest.raises(UserError, match=f"^RAY_ADDRESS: the cluster at {address} was started with another"):
                 launch.start_ray()
         owner.communicate("\n")
+
+
+@pytest.mark.soak
+def test_what_ends_the_work_of_several_processes() -> None:
+    from pipelines.launch import spread
+
+    def work(item: int) -> int:
+        if item == 3:
+            raise UserError("super_resolution: a line")
+        if item == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item * item
+
+    with pytest.raises(UserError) as caught:
+        list(spread(work, [0], 1000, "cpu"))
+    message = r"super_resolution.workers: 1000 need a CPU each, there are \d+; lower it"
+    assert re.fullmatch(message, str(caught.value))
+    died = (
+        "super_resolution.workers: a process died four times, as for want of memory; lower it and run the command again"
+    )
+    for bad, message in ((3, "super_resolution: a line"), (4, died)):
+        with pytest.raises(UserError) as caught:
+            list(spread(work, [0, 1, 2, bad], 1, "cpu"))
+        assert str(caught.value) == message
+        assert type(caught.value) is UserError
