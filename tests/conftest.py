@@ -373,3 +373,14 @@ def refusal(call: Callable[..., Any], *words: Any, **named: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.fixture(scope="session")
+def real_ferplus(ferplus_folder: Path) -> Any:
+    """The Source of the real FER+, read once: folders of pictures with label.csv."""
+    from fer.data.found import look
+    from fer.data.readers import ferplus
+    from fer.data.source import Wanted
+
+    with look(ferplus_folder) as found:
+        return ferplus.read(found, Wanted())

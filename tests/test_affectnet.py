@@ -77,16 +77,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str]
                       "{root}/training.csv line 5: expression is '11': must be a whole number from 0 to 10"),
     "no box": (tables, edit("training.csv", ",1,2,6,5,", ",NULL,2,6,5,"),
                "{root}/training.csv line 2: the face's box is 'NULL 2 6 5': must be four whole numbers"),
-    "a box outside": (
-        tables, edit("training.csv", ",1,2,6,5,", ",9,2,6,5,"),
-        f"{{root}}/{IMAGES}/0/tr0.jpg: is 8x8 pixels, and its box (9, 2, 15, 7) lies outside: correct the box",
-    ),
-    "a cut row": (
-        tables, lambda root: (root / "training.csv").write_text((root / "training.csv").read_text()[:-14]),
-        "{root}/training.csv line 12: has 6 columns instead of 9: the file is truncated or edited; fetch it again",
-    ),
-    "a lost column": (tables, edit("training.csv", "face_width", "w"),
-                      "{root}/training.csv line 1: lacks the columns face_width: use the file as AffectNet ships it"),
     "a picture without annotation": (
         annotations, lambda root: (root / EXP).unlink(),
         "{root}: 1 of 18 pictures have no partner, the first lacks the annotation of "
@@ -96,8 +86,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str]
         annotations, lambda root: (root / "AffectNet/train_set/images/3.jpg").unlink(),
         f"{{root}}: 1 of 18 annotations have no partner, the first lacks the picture of {EXP}: restore it",
     ),
-    "a damaged annotation": (annotations, lambda root: (root / EXP).write_bytes(b"x"),
-                             f"{{root}}/{EXP}: holds no number from 0 to 10: restore it"),
     "a pickle": (annotations, lambda root: np.save(root / EXP, np.array([{}], dtype=object), allow_pickle=True),
                  f"{{root}}/{EXP}: holds no number from 0 to 10: restore it"),
     "a second copy": (

@@ -49,11 +49,11 @@ def rows(source: Source) -> dict[str, tuple[str, str, str, int]]:
 
 LAYOUTS = {  # pattern of the names -> usages
     "{label}/{n}.png": [""],
-    "some/where/{label}/{n}.png": [""],
     "{label}/deeper/{n}/x.png": [""],
     "{usage}/{label}/{n}.png": ["train", "val", "test"],
     "set/{Usage}/{Label}/{n}.JPG": ["train", "test"],
     "{label}/{usage}/{n}.png": ["train", "test"],
+    "{Usage}ing/{label}/{n}.png": ["train", "test"],
 }
 
 
@@ -69,13 +69,6 @@ def test_splits_above_below_or_none(layout: str, tmp_path: Path) -> None:
     assert rows(source) == dict(zip(names, expected))
     assert (source.labels, source.form, source.left_out) == ("hard", "class folders", {})
     assert [name.lower() for name in source.classes] == CLASSES
-
-
-def test_other_names_of_the_splits(tmp_path: Path) -> None:
-    names = [f"{usage}/{label}/1.png" for usage in ("Training", "Validation", "Testing") for label in CLASSES]
-    assert [usage for usage, *_ in rows(read(put(tmp_path, names))).values()] == ["test"] * 3 + ["train"] * 3 + [
-        "val"
-    ] * 3
 
 
 def test_numbers_are_in_order_and_names_stay_as_they_are(tmp_path: Path) -> None:
@@ -126,9 +119,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing": (
         [], "{root}: holds no pictures: put class folders there, as train/happiness/1.png, or correct data.path",
     ),
-    "no class folders": (["1.png", "2.png"], f"{{root}}/1.png: {NO_CLASS} happiness/1.png"),
     "a picture beside the classes": (["a/1.png", "b/1.png", "x.png"], f"{{root}}/x.png: {NO_CLASS} happiness/1.png"),
-    "a picture in a split": ([*BOTH, "test/x.png"], f"{{root}}/test/x.png: {NO_CLASS} train/happiness/1.png"),
     "one class": (
         ["happy/1.png", "happy/2.png"],
         "{root}: holds pictures of one class only, happy: name the folder above the classes",
@@ -136,10 +127,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a folder beside the splits": (
         [*BOTH, "test/sad/1.png", "old/sad/1.png"],
         "{root}/old/sad/1.png: lies beside the folders of the splits, not in them: move or delete old",
-    ),
-    "two names of a split": (
-        ["train/a/1.png", "val/a/1.png", "valid/b/1.png"],
-        "{root}: holds several folders for val: val, valid: keep one of them",
     ),
     "no train": (["val/a/1.png", "test/b/1.png"], "{root}: has test, val and no train: name the folder above them"),
     "no test": (
@@ -192,16 +179,9 @@ def test_fer2013_as_class_folders_whose_names_tell_the_split(tmp_path: Path) -> 
     assert refused(tmp_path, fer2013.read) == (
         f"{tmp_path}/test/angry/Training_0.jpg: its name says train, its folder test: move it back"
     )
-
-
-def test_fer2013_as_class_folders_with_other_names(tmp_path: Path) -> None:
-    names = [f"{usage}/{label}/im{n}.png" for usage in ("train", "test") for label in FER2013_FOLDERS for n in range(2)]
-    source = read(put(tmp_path / "fer2013", names), fer2013.read)
-    assert source.table["usage"].value_counts().to_dict() == {"train": 14, "test": 14}
-    (tmp_path / "fer2013/train/sad").rename(tmp_path / "fer2013/train/bored")
-    assert refused(tmp_path / "fer2013", fer2013.read) == (
-        f"{tmp_path}/fer2013: folder 'bored' is none of neutral, happiness, surprise, sadness, anger, disgust, fear: "
-        "remove it"
+    (tmp_path / "train/sad").rename(tmp_path / "train/bored")
+    assert refused(tmp_path, fer2013.read) == (
+        f"{tmp_path}: folder 'bored' is none of neutral, happiness, surprise, sadness, anger, disgust, fear: remove it"
     )
 
 
@@ -226,10 +206,7 @@ def test_fer2013_from_its_rows(tmp_path: Path) -> None:
         "data.size: rows of pixels are 48x48 and name no subjects: remove it"
     )
 
-
-@pytest.mark.parametrize("emotions", ["7", "x", "-"])
-def test_an_emotion_that_is_none_is_refused(emotions: str, tmp_path: Path) -> None:
-    (tmp_path / "fer2013.csv").write_text(pixel_rows(f"012{emotions}456"))
+    (tmp_path / "fer2013.csv").write_text(pixel_rows("0127456"))
     assert refused(tmp_path, fer2013.read) == (
         f"{tmp_path}/fer2013.csv line 5: emotion must be a whole number, 0 to 6: "
         "use fer2013.csv or icml_face_data.csv as Kaggle ships it"

@@ -7,20 +7,20 @@ import lzma
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from fer.data.found import Entry, Found, look, one_of
+from fer.data.found import look, one_of
 from fer.errors import UserError
 
 FILES = {"set/a/1.csv": b"name\nfirst\n", "set/b/2.csv": b"name\nsecond\n"}
 
 
-def zipped(members: dict[str, bytes]) -> bytes:
+def zipped(members: dict[str, bytes], packing: int = zipfile.ZIP_DEFLATED) -> bytes:
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(packed, "w", packing) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return packed.getvalue()
@@ -36,10 +36,10 @@ def tarred(members: dict[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def put(root: Path, files: dict[str, bytes]) -> Path:
+def put(root: Path, files: Mapping[str, bytes | str]) -> Path:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return root
 
 
@@ -53,7 +53,6 @@ PACKED: dict[str, bytes] = {
     "x.zip": zipped(FILES),
     "x.tar": tarred(FILES),
     "x.tar.gz": gzip.compress(tarred(FILES)),
-    "x.tgz": gzip.compress(tarred(FILES)),
     "x.tar.bz2": bz2.compress(tarred(FILES)),
     "x.tar.xz": lzma.compress(tarred(FILES)),
     "unpacked by the browser.tar.gz": tarred(FILES),
@@ -61,7 +60,6 @@ PACKED: dict[str, bytes] = {
     "folder entries.zip": zipped({"set/": b"", "set/a/1.csv/": b"", **FILES}),
     "climbing.zip": zipped({f"../../{name}": content for name, content in FILES.items()}),
     "from a mac.zip": zipped({**FILES, "__MACOSX/set/a/._1.csv": b"\0", "set/.DS_Store": b"\0"}),
-    "from Windows.zip": zipped({**FILES, "set/Thumbs.db": b"\0", "set/desktop.ini": b"x"}),
 }
 
 
@@ -77,39 +75,34 @@ def test_an_archive_is_known_by_its_bytes_and_read_like_a_folder(name: str, tmp_
         assert sorted(os.listdir(tmp_path)) == [name]
 
 
-@pytest.mark.parametrize("name", ["fer.csv.gz", "fer.csv.zip", "fer.tar.gz"])
-def test_a_single_file_in_another_shape(name: str, tmp_path: Path) -> None:
+def test_a_single_file_in_another_shape(tmp_path: Path) -> None:
     """Compressed alone; zipped alone, as Kaggle does; or a csv whatever its name."""
-    content = {
-        "fer.csv.gz": gzip.compress(b"a,b\n"),
-        "fer.csv.zip": zipped({"fer.csv": b"a,b\n"}),
-        "fer.tar.gz": b"a,b\n",
-    }
-    put(tmp_path, {name: content[name]})
+    put(tmp_path, {"1.csv.gz": gzip.compress(b"a,b\n"), "2.csv.zip": zipped({"2.csv": b"a,b\n"}), "3.tar.gz": b"a,b\n"})
     with look(tmp_path) as found:
-        (entry,) = found.entries
-        assert (entry.read(), entry.place) == (b"a,b\n", name if name == "fer.tar.gz" else "fer.csv")
-        assert found.tables() == [entry]
+        assert [(entry.place, entry.read()) for entry in found.tables()] == [
+            ("1.csv", b"a,b\n"), ("2.csv", b"a,b\n"), ("3.tar.gz", b"a,b\n"),
+        ]  # fmt: skip
 
 
 def test_what_is_hidden_foreign_or_half_downloaded_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    hidden = [".git/x.csv", ".ipynb_checkpoints/x.csv", "._x.zip", "__MACOSX/x.csv", "Thumbs.db", "set/Desktop.ini",
-              ".Trash-1000/x.csv", "~$x.csv", "x.zip.crdownload", "$RECYCLE.BIN/x.csv"]  # fmt: skip
+    hidden = [".git/x.csv", "._x.zip", "__MACOSX/x.csv", "Thumbs.db", "set/Desktop.ini", "~$x.csv", "x.zip.crdownload"]
     put(tmp_path, {**FILES, **dict.fromkeys(hidden, b"\0\x05\x16\x07")})
     (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "set" / "round").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with open(os.fsencode(tmp_path) + b"/\xfc.txt", "w") as file:
-        file.write("x")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfc.txt")).write_text("x")
     content, left_out = there(tmp_path)
     assert content == FILES
     assert {reason: len(names) for reason, names in left_out.items()} == {
-        "hidden, half downloaded, or left by the operating system": 10,
+        "hidden, half downloaded, or left by the operating system": 7,
         "a link to nothing": 1,
         "a link to a folder above it": 1,
         "no file": 1,
         "a name that is not UTF-8": 1,
     }
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfc.png")).write_text("x")
+    with pytest.raises(UserError, match=r"\\udcfc.png: its name is not UTF-8: rename it$"):
+        there(tmp_path)
 
 
 def test_a_linked_folder_is_read(tmp_path: Path) -> None:
@@ -119,19 +112,17 @@ def test_a_linked_folder_is_read(tmp_path: Path) -> None:
     assert there(tmp_path / "data")[0] == {f"faces/{name[4:]}": data for name, data in FILES.items()}
 
 
-def test_an_archive_beside_what_was_unpacked_from_it_is_the_same_data(tmp_path: Path) -> None:
-    for number, (members, where) in enumerate(
-        [(FILES, ""), (FILES, "x/"), ({"a.csv": b"a", "b.csv": b"b"}, "x/"), ({"a.csv": b"a"}, "")]
-    ):
-        root = tmp_path / str(number)
-        put(root, {"x.zip": zipped(members), **{where + name: data for name, data in members.items()}})
-        content, left_out = there(root)
-        assert (len(content), left_out) == (len(members), {"an archive that is unpacked beside it": ["x.zip"]})
-        (root / where / next(iter(members))).write_bytes(b"another size")  # then both are there
-        assert len(there(root)[0]) == 2 * len(members)
-
-
-Candidates = Callable[[Found], list[list[Entry]]]
+@pytest.mark.parametrize(
+    ("members", "where"), [(FILES, ""), (FILES, "x/"), ({"a.csv": b"a", "b.csv": b"b"}, "x/"), ({"a.csv": b"a"}, "")]
+)
+def test_an_archive_beside_what_was_unpacked_from_it_is_the_same_data(
+    members: dict[str, bytes], where: str, tmp_path: Path
+) -> None:
+    put(tmp_path, {"x.zip": zipped(members), **{where + name: data for name, data in members.items()}})
+    content, left_out = there(tmp_path)
+    assert (len(content), left_out) == (len(members), {"an archive that is unpacked beside it": ["x.zip"]})
+    (tmp_path / where / next(iter(members))).write_bytes(b"another size")  # then both are there
+    assert len(there(tmp_path)[0]) == 2 * len(members)
 
 
 def test_several_candidates_are_named_unless_they_are_the_same(tmp_path: Path) -> None:
@@ -157,7 +148,6 @@ USELESS = {
                   f"is a git-annex pointer, not the file: run `git annex get` {CLONE}"),
     "page.zip": (b"\n<!DOCTYPE html><html>", "is a web page, not the file: sign in there and download it again"),
     "x.rar": (b"Rar!\x1a\x07\0", "is a RAR archive, which is not read: unpack it and delete it"),
-    "x.7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z archive, which is not read: unpack it and delete it"),
     "empty.csv": (b"", "is empty: download it again"),
     "excel.csv": ("a,b\n".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
     "noise.zip": (b"\0\1\2\3", "is no archive, or damaged: download it again"),
@@ -176,28 +166,19 @@ def test_what_a_file_is_instead_is_said_where_nothing_else_is_there(name: str, t
 
 
 def test_an_encrypted_or_damaged_member_is_named(tmp_path: Path) -> None:
-    stored = io.BytesIO()
-    with zipfile.ZipFile(stored, "w") as archive:
-        archive.writestr("x.csv", "name\n")
-    whole = stored.getvalue()
+    whole = zipped({"x.csv": b"name\n"}, zipfile.ZIP_STORED)
     locked = bytearray(whole)
     for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         locked[whole.index(mark) + place] |= 1
     put(tmp_path, {"damaged.zip": whole.replace(b"name", b"nama"), "locked.zip": bytes(locked)})
     with look(tmp_path) as found:
-        messages = []
-        for entry in found.entries:
+        for entry, fault in zip(
+            found.entries,
+            (
+                "damaged.zip/x.csv: is truncated or damaged (Bad CRC-32 for file 'x.csv'): download it again",
+                "locked.zip/x.csv: is encrypted or has an unknown compression: unpack it by hand",
+            ),
+        ):
             with pytest.raises(UserError) as caught:
                 entry.read()
-            messages.append(str(caught.value))
-    assert messages == [
-        f"{tmp_path}/damaged.zip/x.csv: is truncated or damaged (Bad CRC-32 for file 'x.csv'): download it again",
-        f"{tmp_path}/locked.zip/x.csv: is encrypted or has an unknown compression: unpack it by hand",
-    ]
-
-
-def test_a_picture_with_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    with open(os.fsencode(tmp_path) + b"/\xfc.png", "w") as file:
-        file.write("x")
-    with pytest.raises(UserError, match=r"\\udcfc.png: its name is not UTF-8: rename it$"), look(tmp_path):
-        pass
+            assert str(caught.value) == f"{tmp_path}/{fault}"
