@@ -10,6 +10,7 @@ from test_folders import put, read, refused, rows
 from fer.data.readers import affectnet
 
 HEADER = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"
+MEANT = ["neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt"]  # by their number
 SETS = {"training.csv": "train", "validation.csv": "test"}
 IMAGES = "Manually_Annotated/Manually_Annotated_Images"
 
@@ -40,7 +41,7 @@ def test_tables_with_boxes(tmp_path: Path) -> None:
     found = rows(source)
     assert len(found) == 16
     for number, (name, usage) in enumerate(SETS.items()):
-        for n, label in enumerate(affectnet.NUMBERS):
+        for n, label in enumerate(MEANT):
             expected = (usage, "", label, 11 * number + n)
             assert found[f"{IMAGES}/{n}/{name[:2]}{n}.jpg"] == expected
     assert source.images.shape == (16, 5, 6)  # the box, as it lies in the picture
@@ -54,7 +55,7 @@ def test_folders_with_annotations(tmp_path: Path) -> None:
     source = read(annotations(tmp_path), affectnet.read)
     found = rows(source)
     for folder, usage in affectnet.SETS.items():
-        for n, label in enumerate(affectnet.NUMBERS):
+        for n, label in enumerate(MEANT):
             assert found[f"AffectNet/{folder}/images/{n}.jpg"][:3] == (usage, "", label)
     assert len(found) == 16
     assert len(source.left_out["none, uncertain or no face, as annotated"]) == 2

@@ -24,10 +24,16 @@ def test_a_name_and_its_partner_in_both_directions(theirs: str, ours: str) -> No
     assert back.theirs == [1 if name == ours else -1 for name in OURS]
 
 
-@pytest.mark.parametrize("name", ["3", " 03_", "", "unhappy", "happily surprised", "neutral face"])
+@pytest.mark.parametrize("name", ["3", " 03_", "", "unhappy", "neutral face"])
 def test_what_is_no_alias(name: str) -> None:
     assert match(OURS, [name, "sad"]).theirs == [-1, 3]
     assert match([name, "other"], OURS).shared == []
+
+
+def test_numbers_are_no_names() -> None:
+    """3 is another expression in RAF-DB than in AffectNet."""
+    found = match(["0", "1", "2"], ["0", "1", "2"])
+    assert (found.names, found.theirs, found.shared) == (["0", "1", "2"], [-1, -1, -1], [])
 
 
 def test_a_name_that_both_have_means_itself() -> None:
@@ -37,9 +43,3 @@ def test_a_name_that_both_have_means_itself() -> None:
     assert match(["neutral"], ["neutral", "calm"]).theirs == [0, 0]
     one = match(both, ["natural", "happy"])
     assert (one.names, one.ours, one.theirs) == (["Calm or neutral", "Bored"], [0, 0, 1], [0, -1])
-
-
-def test_numbers_are_no_names() -> None:
-    """3 is another expression in RAF-DB than in AffectNet."""
-    found = match(["0", "1", "2"], ["0", "1", "2"])
-    assert (found.names, found.ours, found.theirs, found.shared) == (["0", "1", "2"], [0, 1, 2], [-1, -1, -1], [])

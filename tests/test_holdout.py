@@ -16,7 +16,7 @@ def table(usages: list[str], subjects: list[str], pictures: list[str] | None = N
     )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=60),
     st.sampled_from(["", "train"]),
@@ -67,11 +67,10 @@ def test_identical_pictures_stay_together_and_test_is_never_touched() -> None:
     assert found.groupby("sha1")["usage"].nunique().max() == 1
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_too_few_are_named(images: int) -> None:
+def test_too_few_are_named() -> None:
     with pytest.raises(UserError) as caught:
-        hold_out(table(["train"] * images, ["a"] * images), np.zeros(images, int), 0.1, 0.2, 0)
+        hold_out(table(["train"] * 2, ["a"] * 2), np.zeros(2, int), 0.1, 0.2, 0)
     assert str(caught.value) == (
         "split val: none in the data set, and train has too few images or subjects to take one out of it "
-        f"({images} images, 1 subjects or different images): add images, or a split val"
+        "(2 images, 1 subjects or different images): add images, or a split val"
     )

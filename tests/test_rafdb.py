@@ -8,6 +8,7 @@ from test_folders import put, read, refused, rows
 
 from fer.data.readers import rafdb
 
+MEANT = ["", "surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral"]  # by the publisher's number
 LABELS = {f"train_{n:05}": 1 + n % 7 for n in range(14)} | {f"test_{n:04}": 1 + n % 7 for n in range(7)}
 LIST = "basic/EmoLabel/list_patition_label.txt"
 ALIGNED = "basic/Image/aligned"
@@ -26,7 +27,7 @@ def test_the_list_with_aligned_pictures(tmp_path: Path) -> None:
     found = {name.rpartition("/")[2]: row for name, row in rows(source).items()}
     assert len(found) == 21
     for number, (name, label) in enumerate(LABELS.items()):
-        expected = (name.split("_")[0], "", rafdb.NUMBERS[str(label)], number)
+        expected = (name.split("_")[0], "", MEANT[label], number)
         assert found[f"{name}_aligned.jpg"] == expected
     assert (source.classes, source.labels, source.form) == (rafdb.CLASSES, "hard", "list")
     assert source.read == [ALIGNED, LIST]
@@ -41,7 +42,7 @@ def test_class_folders_as_on_kaggle(tmp_path: Path) -> None:
     (tmp_path / "train_labels.csv").write_text("image,label\n")
     source = read(tmp_path, rafdb.read)
     assert {name.rpartition("/")[2][:-12]: row[2] for name, row in rows(source).items()} == {
-        name: rafdb.NUMBERS[str(label)] for name, label in LABELS.items()
+        name: MEANT[label] for name, label in LABELS.items()
     }
     assert source.table["usage"].value_counts().to_dict() == {"train": 14, "test": 7}
     assert source.left_out == {"no part of the data set": ["train_labels.csv"]}
