@@ -38,12 +38,9 @@ def archive(path: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), MISSING),
     "cut": (lambda path: os.truncate(path, path.stat().st_size - 1), DAMAGED),
-    "cut in the header": (lambda path: os.truncate(path, 8), DAMAGED),
-    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
     "text": (lambda path: path.write_text("<html>"), DAMAGED),
     "pickle": (saved(np.array([{}], dtype=object)), DAMAGED),
     "zip": (archive, f"not a .npy file{AGAIN}"),
-    "no image": (saved(random_images(0, 12, 12)), f"holds no image{AGAIN}"),
     "rgba": (saved(random_images(5, 12, 12, 4)), f"{FORM} uint8 [5, 12, 12, 4]{AGAIN}"),
     "float": (saved(np.zeros((5, 12, 12))), f"{FORM} float64 [5, 12, 12]{AGAIN}"),
 }
@@ -61,28 +58,23 @@ def test_a_bad_file_is_one_line(tmp_path: Path, fault: str) -> None:
     assert str(caught.value) == f"{path}: {message}"
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 4, 3, 3)])
-def test_images_stay_on_the_disk_and_cannot_be_changed(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    write_images(tmp_path / "images.npy", random_images(*shape))
-    images = open_images(tmp_path / "images.npy", "upscale")
-    assert isinstance(images, np.memmap)
-    assert not images.flags.writeable
-    np.testing.assert_array_equal(images, random_images(*shape))
-
-
-def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
-    images, path = random_images(9, 3, 4, 3), tmp_path / "images.npy"
-    np.save(tmp_path / "expected.npy", images)
+@pytest.mark.parametrize("shape", [(9, 4, 3), (9, 4, 3, 3)])
+def test_rows_are_written_in_any_order_and_stay_on_the_disk(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    images, path = random_images(*shape), tmp_path / "images.npy"
+    write_images(tmp_path / "expected.npy", images)
     allocate_images(path, images.shape)
     assert not np.load(path).any()
     for first, last in ((6, 9), (0, 1), (4, 6), (1, 4)):
         put(path, first, images[first:last])
-    put(path, 9, images[:0])
     put(path, 2, np.asfortranarray(images[2:4]))
-    for first, rows in ((8, images[:2]), (0, images[..., 0]), (0, images[:, :2])):
-        with pytest.raises(ValueError, match=r"do not fit into \(9, 3, 4, 3\)"):
+    for first, rows in ((8, images[:2]), (0, images[:, :2])):
+        with pytest.raises(ValueError, match=r"do not fit into \(9, 4, 3"):
             put(path, first, rows)
     assert path.read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    opened = open_images(path, "upscale")
+    assert isinstance(opened, np.memmap)
+    assert not opened.flags.writeable
+    np.testing.assert_array_equal(opened, images)
 
 
 def test_a_disk_without_the_room_gets_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,16 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import BIN, ROOT
 
 from fer.errors import UserError
 from pipelines.params import Params, load
 from pipelines.stages.inputs import IGNORED, inputs
 
-ROOT = Path(__file__).resolve().parents[1]
-DVC = Path(sys.executable).parent / "dvc"
+DVC = BIN / "dvc"
 
 
 @pytest.fixture

@@ -11,9 +11,7 @@ from fer.data.found import look
 from fer.data.picture_files import Box, Pictures
 from fer.errors import UserError
 
-RNG = np.random.default_rng(0)
-COLOUR = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-ORIENTATION = 0x0112
+COLOUR = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -27,79 +25,67 @@ def picture(mode: str = "L", size: tuple[int, int] = (30, 20)) -> Image.Image:
 
 
 def read(folder: Path, files: dict[str, bytes], size: int | None = None, boxes: list[Box | None] | None = None):
+    """The array of all pictures, and how many were resized."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
     with look(folder) as found:
         pictures = Pictures([entry for entry in found.entries if entry.name in files], size, boxes)
-        return pictures, np.asarray(pictures)
+        images = np.asarray(pictures)
+        assert pictures.shape == images.shape
+        return images, pictures.resized
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("PNG", {}),
-        ("BMP", {}),
-        ("TIFF", {}),
-        ("PPM", {}),
-        ("WEBP", {"lossless": True}),
-        ("JPEG", {"quality": 100, "subsampling": 0}),
-    ],
-)
-def test_every_format_whatever_the_name(kind: str, options: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG"])
+def test_every_format_whatever_the_name(kind: str, tmp_path: Path) -> None:
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
     for mode, shape in (("L", (20, 30)), ("RGB", (20, 30, 3))):
-        content = encoded(picture(mode), kind, **options)
-        pictures, images = read(tmp_path, {"a.png": content})
         shape = (20, 30, 3) if kind == "WEBP" else shape  # which has no grey
-        assert pictures.shape == images.shape == (1, *shape)
+        images = read(tmp_path, {"a.png": encoded(picture(mode), kind, **options)})[0]
         expected = np.asarray(picture(mode).convert("RGB" if len(shape) == 3 else "L")).astype(int)
+        assert images.shape == (1, *shape)
         assert np.abs(images[0] - expected).mean() <= (4 if kind == "JPEG" else 0)
 
 
 def test_grey_and_colour_together_are_colour(tmp_path: Path) -> None:
-    files = {"a.png": encoded(picture("L")), "b.png": encoded(picture("RGB")), "c.png": encoded(picture("P"))}
-    pictures, images = read(tmp_path, {**files, "d.png": encoded(picture("RGBA"))})
-    assert images.shape == pictures.shape == (4, 20, 30, 3)
+    modes = ("L", "RGB", "P", "RGBA")
+    images = read(tmp_path, {f"{number}.png": encoded(picture(mode)) for number, mode in enumerate(modes)})[0]
+    assert images.shape == (4, 20, 30, 3)
     assert (images[0] == np.asarray(picture("L"))[..., None]).all()
     assert (images[3] == np.asarray(picture("RGB"))).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_is_turned_upright(orientation: int, kind: str, tmp_path: Path) -> None:
+def test_exif_is_turned_upright(kind: str, tmp_path: Path) -> None:
     upright = np.zeros((16, 24), np.uint8)
     upright[:8, :8] = 255  # light in the upper left corner
-    turned = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
-              6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}[orientation]  # fmt: skip
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    content = encoded(Image.fromarray(np.ascontiguousarray(turned)), kind, exif=exif)
-    pictures, images = read(tmp_path, {"a.jpg": content})
-    assert pictures.shape[1:3] == (16, 24)
-    assert np.abs(images[0].reshape(16, 24, -1)[..., 0].astype(int) - upright).mean() < 3
+    turned = [upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1], upright.T, np.rot90(upright),
+              upright[::-1, ::-1].T, np.rot90(upright, -1)]  # fmt: skip
+    for orientation, pixels in enumerate(turned, start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encoded(Image.fromarray(np.ascontiguousarray(pixels)), kind, exif=exif)
+        images = read(tmp_path, {"a.jpg": content})[0]
+        assert np.abs(images.reshape(16, 24, -1)[..., 0].astype(int) - upright).mean() < 3, orientation
 
 
-def test_sizes_that_differ_become_one(tmp_path: Path) -> None:
+def test_sizes_that_differ_become_one_and_the_same_size_is_kept(tmp_path: Path) -> None:
     files = {f"{n}.png": encoded(picture("L", size)) for n, size in enumerate([(30, 20), (20, 40), (112, 112)])}
-    pictures, images = read(tmp_path, files)
-    assert (images.shape, pictures.resized) == ((3, 112, 112), 2)
+    images, resized = read(tmp_path, files)
+    assert (images.shape, resized) == ((3, 112, 112), 2)
     assert (images[2] == np.asarray(picture("L", (112, 112)))).all()
-    pictures, images = read(tmp_path, files, size=24)
-    assert (images.shape, pictures.resized) == ((3, 24, 24), 3)
+    images, resized = read(tmp_path, files, size=24)
+    assert (images.shape, resized) == ((3, 24, 24), 3)
     middle = picture("L").crop((5, 0, 25, 20)).resize((24, 24), Image.Resampling.BICUBIC)
     inner = np.s_[3:-3, 3:-3]  # the edge is interpolated with its neighbours outside
     np.testing.assert_array_equal(images[0][inner], np.asarray(middle)[inner])  # the largest square in the middle
-
-
-def test_the_same_size_is_kept_unless_another_is_asked_for(tmp_path: Path) -> None:
-    files = {name: encoded(picture("L")) for name in ("a.png", "b.png")}
-    assert read(tmp_path, files)[1].shape == (2, 20, 30)
-    assert read(tmp_path, files, size=20)[1].shape == (2, 20, 20)
+    same = dict.fromkeys(("a.png", "b.png"), encoded(picture("L")))
+    assert read(tmp_path, same)[0].shape == (2, 20, 30)
+    assert read(tmp_path, same, size=20)[0].shape == (2, 20, 20)
 
 
 def test_boxes_are_cut_out_and_end_at_the_edge(tmp_path: Path) -> None:
-    files = {"a.png": encoded(picture("L")), "b.png": encoded(picture("L"))}
-    whole = np.asarray(picture("L"))
-    images = read(tmp_path, files, boxes=[(3, 4, 13, 14), (20, 10, 40, 40)])[1]
+    files, whole = dict.fromkeys(("a.png", "b.png"), encoded(picture("L"))), np.asarray(picture("L"))
+    images = read(tmp_path, files, boxes=[(3, 4, 13, 14), (20, 10, 40, 40)])[0]
     assert (images[0] == whole[4:14, 3:13]).all()
     assert (images[1] == whole[10:20, 20:30]).all()
     with pytest.raises(UserError, match=r"b.png: is 30x20 pixels, and its box \(30, 0, 35, 5\) lies outside"):
@@ -111,10 +97,6 @@ FAULTS = {
     "empty": (b"", "is empty: download it again"),
     "text": (b"hello", "is no picture that can be read (PNG, JPEG, WEBP, BMP, TIFF, PPM): replace it or delete it"),
     "a web page": (b"<html>sign in</html>", "is a web page, not the file: sign in there and download it again"),
-    "a git-lfs pointer": (
-        b"version https://git-lfs.github.com/spec/v1\n",
-        "is a git-lfs pointer, not the file: run `git lfs pull` in the clone it comes from",
-    ),
     "cut": (JPEG[:1500], "is truncated or damaged (image file is truncated"),
     "cut in the header": (JPEG[:100], "is truncated or damaged ("),
     "16 bits": (encoded(Image.fromarray(np.zeros((9, 9), np.uint16))), "has more than 8 bits a pixel: convert it to 8"),
@@ -125,7 +107,7 @@ FAULTS = {
 def test_what_cannot_be_read_is_named_with_the_reason(fault: str, tmp_path: Path) -> None:
     content, reason = FAULTS[fault]
     with pytest.raises(UserError) as caught:
-        read(tmp_path, {"a.jpg": content, "b.jpg": encoded(picture("RGB", (300, 200)), "JPEG")})
+        read(tmp_path, {"a.jpg": content, "b.jpg": JPEG})
     assert str(caught.value).startswith(f"{tmp_path}/a.jpg: {reason}")
 
 
