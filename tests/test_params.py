@@ -2,7 +2,6 @@
 
 import ast
 import subprocess
-from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -66,88 +65,52 @@ def test_the_shipped_file_loads(tmp_path: Path) -> None:
     assert (params.data.dataset, params.super_resolution.method) == ("sample", "none")
     # what it writes out are the defaults
     assert (params.resources, params.tracking.promotion) == (Resources(), Promotion())
-    share = read(tmp_path, changed(split__train_share=1)).split.train_share
-    assert (share, type(share)) == (1.0, float)
     for name, field in Params.model_fields.items():
         if name != "resources":  # every key without a default stands there
             keys = field.annotation.model_fields.items()  # type: ignore[union-attr]
             assert set(plain()[name]) - {"promotion"} == {key for key, inner in keys if inner.is_required()}
 
 
-def test_what_the_machine_says_is_only_what_it_says(tmp_path: Path) -> None:
-    assert machine(load(SHIPPED)) == plain()["resources"]
-    some = {"device": "cpu", "workers": 1}  # a default, written out
-    params = read(tmp_path, plain() | {"resources": some})
-    assert machine(params) == some
-    assert params.resources == Resources(device="cpu")
-    tree = plain()
-    del tree["resources"]
-    assert machine(read(tmp_path, tree)) == {}
+@pytest.mark.parametrize("said", [{"device": "cpu", "workers": 1}, {}])
+def test_what_the_machine_says_is_only_what_it_says(said: dict[str, Any], tmp_path: Path) -> None:
+    """A default that is written out is said."""
+    params = read(tmp_path, plain() | {"resources": said})
+    assert (machine(params), params.resources) == (said, Resources.model_validate(said))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        # types and ranges
         ({"data__dataset": "raf"}, "data.dataset: unknown data set 'raf', did you mean 'rafdb'?"),
-        ({"data__size": 8}, "data.size: should be greater than or equal to 16, got 8"),
         ({"data__classes": "fear"}, "data.classes: should be a valid list, got 'fear'"),
         ({"data__subject_pattern": r"S\d+_"}, "data.subject_pattern: needs a group in parentheses, got 'S\\\\d+_'"),
-        (
-            {"data__subject_pattern": "*"},
-            "data.subject_pattern: is no regular expression (nothing to repeat at position 0), got '*'",
-        ),
-        ({"split__val_share": 0}, "split.val_share: should be greater than 0, got 0"),
-        ({"split__test_share": 0.5}, "split.test_share: should be less than 0.5, got 0.5"),
-        ({"data__path": 3}, "data.path: should be a valid string, got 3"),
+        ({"data__subject_pattern": "*"},
+         "data.subject_pattern: is no regular expression (nothing to repeat at position 0), got '*'"),
         ({"data__votes_sha256": "abc"}, "data.votes_sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'"),
-        ({"data__sample__train": 79}, "data.sample.train: should be greater than or equal to 80, got 79"),
-        ({"tracking": None}, "tracking: should be a table of keys, got None"),
-        ({"super_resolution__scale": 17}, "super_resolution.scale: should be less than or equal to 16, got 17"),
+        ({"split__val_share": 0}, "split.val_share: should be greater than 0, got 0"),
         ({"super_resolution__scale": 2}, "super_resolution.scale: must be 1, as method none keeps the size, got 2"),
-        *(
-            (
-                {"tracking__promotion__margin": value},
-                f"tracking.promotion.margin: should be points from 0 to 100, or significant, got {value!r}",
-            )
-            for value in (-1, "big", True)
-        ),
-        ({"tracking__promotion__uar": 1}, "tracking.promotion.uar: unknown key, did you mean 'uar_drop'?"),
-        ({"split__prior_min_votes": 0}, "split.prior_min_votes: should be greater than 0, got 0"),
-        ({"split__train_share": 1.5}, "split.train_share: should be less than or equal to 1, got 1.5"),
-        ({"resources__gpus_per_worker": 1.5}, "resources.gpus_per_worker: above 1 must be a whole number, got 1.5"),
+        ({"super_resolution": plain()["super_resolution"] | {"method": "swin2sr", "scale": 3}},
+         "super_resolution.scale: must be 2 or 4, as method swin2sr makes images larger by 2 or 4, got 3"),
+        *(({"tracking__promotion__margin": value},
+           f"tracking.promotion.margin: should be points from 0 to 100, or significant, got {value!r}")
+          for value in (-1, "big", True)),
         ({"data__sample__tran": 100}, "data.sample.tran: unknown key, did you mean 'train'?"),
         ({"epochs": 3}, "epochs: unknown key; known: data, resources, split, super_resolution, tracking"),
         *(({f"{key}__x": 3}, f"{key}: {told}") for key, told in MOVED.items()),  # sections of earlier versions
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_reported_once_where_it_stands(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert mistakes(tmp_path, changed(**changes)) == [message]
-
-
-@pytest.mark.parametrize(("method", "able"), [("none", [1]), ("dic", [8]), ("swin2sr", [2, 4]), ("bicubic", [1, 16])])
-def test_scales_of_super_resolution(method: str, able: list[int], tmp_path: Path) -> None:
-    for scale in able:
-        tree = changed(super_resolution__method=method, super_resolution__scale=scale)
-        assert read(tmp_path, tree).super_resolution.scale == scale
-    if method in ("dic", "swin2sr"):
-        named = " or ".join(map(str, able))
-        wanted = f"super_resolution.scale: must be {named}, as method {method} makes images larger by {named}, got 3"
-        assert mistakes(tmp_path, tree | {"super_resolution": tree["super_resolution"] | {"scale": 3}}) == [wanted]
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     tree = changed(data__size=8, resources__workers=0, zzz=1, models={}, train=None) | {1: "x"}
     del tree["tracking"], tree["split"]["seed"], tree["data"]["sample"]["val"]
+    tree["split"][7] = "x"
     assert [line.partition(": ")[0] for line in mistakes(tmp_path, tree)] == [
-        "train", "models", "data.sample.val", "data.size", "split.seed", "resources.workers", "tracking", "zzz", "1"
+        "train", "models", "data.sample.val", "data.size", "split.seed", "split.7", "resources.workers", "tracking",
+        "zzz", "1",
     ]  # fmt: skip
-
-
-def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    tree = plain() | {1: "x"}
-    tree["tracking"][7] = "x"
-    assert [line.partition(":")[0] for line in mistakes(tmp_path, tree)] == ["tracking.7", "1"]
 
 
 # each list holds the one before eight times
@@ -158,13 +121,10 @@ BOMB = b"0: &0 [1]\n" + b"".join(b"%d: &%d [%s]\n" % (n + 1, n + 1, b", ".join([
     ("text", "message"),
     [
         (b"", ": holds no keys; restore it with `git checkout {path}`"),
-        (b"- a\n- b\n", ": holds no keys; restore it with `git checkout {path}`"),
-        (b"a: 1\nb: [1, 2\n", ": line 3 is not valid YAML: expected ',' or ']', but got '<stream end>'"),
         (b"a: 1\nb: 2\na: 3\n", ': line 3 is not valid YAML: found duplicate key "a" with value "3"'),
         (b"a: !!python/object:os.system {}\n", ": line 1 is not valid YAML: could not determine a constructor"),
         (b"a: \xff\xfe", ": is not valid YAML: 'utf-8' codec"),
         (b"a: 2001-99-99\n", ": is not valid YAML: month must be in 1..12"),
-        (b"a: !!int x\n", ": is not valid YAML: invalid literal for int() with base 10: 'x'"),
         (b"a: !!bool x\n", ": is not valid YAML: 'x'"),
         (b"a: " + b"1" * 5000, ": is not valid YAML: Exceeds the limit (4300 digits)"),
         (b"a: 1" + b"0" * 30, ": holds a number of more than 64 bits"),
@@ -193,25 +153,20 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: bytes | str | None, me
     assert line.startswith(f"{path}{message.format(path=path)}")
 
 
-@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "a%20b", "a'b", 'a"b', "a\nb", "a:b", "a$(b)", "a\\b", "\udce9"])
+@pytest.mark.parametrize("name", ["a b", "a#b", "a%20b", "a\nb", "a$(b)", "\udce9"])
 def test_a_project_whose_path_the_frameworks_misread_is_refused(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     with pytest.raises(UserError) as caught:
-        load(ROOT / "params.yaml")
+        load(SHIPPED)
     (line,) = caught.value.lines
-    assert line.startswith(repr(str(tmp_path / name)))
-    assert ": Ray, MLflow and Prefect cannot work in a folder with " in line
+    assert line.startswith(f"{str(tmp_path / name)!r}: Ray, MLflow and Prefect cannot work in a folder with ")
     assert line.isprintable()
-
-
-@pytest.mark.parametrize("name", ["Gesichter-é_1.2", "表情", "a+b=c@d,e~f"])
-def test_letters_of_all_alphabets_are_fine(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / name)
-    load(ROOT / "params.yaml")
+    (tmp_path / "表情-é_1.2,a+b=c@d~f").mkdir()  # letters of all alphabets are fine
+    monkeypatch.chdir(tmp_path / "表情-é_1.2,a+b=c@d~f")
+    load(SHIPPED)
 
 
 # Values on the command line, and written files
@@ -220,9 +175,8 @@ def test_letters_of_all_alphabets_are_fine(tmp_path: Path, name: str, monkeypatc
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), (".5", 0.5), ("3", 3), ("3.0", 3.0), ("null", None), ("", None), ("[3, 5]", [3, 5]),
-        ("{name: sgd, lr: 1e-3}", {"name": "sgd", "lr": 1e-3}), ("true", True), ("yes", "yes"), ("'3'", "3"),
-        ("a/b.pth", "a/b.pth"), (" 3 ", 3),
+        ("1e-4", 1e-4), ("3", 3), ("3.0", 3.0), ("null", None), ("", None), ("[3, 5]", [3, 5]), ("'3'", "3"),
+        ("{name: sgd, lr: 1e-3}", {"name": "sgd", "lr": 1e-3}), ("true", True), ("yes", "yes"), ("a/b.pth", "a/b.pth"),
     ],
 )  # fmt: skip
 def test_a_value_is_read_as_yaml(text: str, value: object) -> None:
@@ -230,7 +184,7 @@ def test_a_value_is_read_as_yaml(text: str, value: object) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["[1", "{a: 1", "'x", "a: b: c", "2001-99-99", "!!int x", "&a [*a]", '"\\ud800"'])
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "2001-99-99", "&a [*a]", '"\\ud800"'])
 def test_a_value_that_is_no_yaml(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_value(text, f"x.y={text}")
@@ -239,18 +193,9 @@ def test_a_value_that_is_no_yaml(text: str) -> None:
 
 def test_written_yaml_has_a_line_for_each_table_and_list() -> None:
     model = {"name": "x", "head": [8], "backbone": {"depths": [2, 2], "weights": None}}
-    tree = {"base": "doe", "model": model, "optimizer": {"lr": 1e-05, "name": "sgd"}, "epochs": None}
-    before = deepcopy(tree)
-    assert yaml_of(tree).splitlines() == [
-        "base: doe",
-        "model:",
-        "  name: x",
-        "  head: [8]",
-        "  backbone: {depths: [2, 2], weights: null}",
-        "optimizer: {lr: 1e-05, name: sgd}",
-        "epochs:",
-    ]
-    assert tree == before
+    tree = {"model": model, "optimizer": {"lr": 1e-05, "name": "sgd"}, "epochs": None}
+    lines = ["  name: x", "  head: [8]", "  backbone: {depths: [2, 2], weights: null}"]
+    assert yaml_of(tree).splitlines() == ["model:", *lines, "optimizer: {lr: 1e-05, name: sgd}", "epochs:"]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]))  # no control characters

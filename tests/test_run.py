@@ -12,7 +12,7 @@ from fer.data.augment import Augment
 from fer.losses import LOSSES
 from fer.models.embedding_difference import PAIRINGS
 from fer.resources import Resources
-from fer.run import FORMAT, Run, chain_faults, resource_faults, run_id
+from fer.run import FORMAT, Run, resource_faults, run_id
 from fer.settings import Section, check, differing, section_at, table_of
 from pipelines import experiments
 
@@ -41,26 +41,18 @@ def places(kind: type[Section], place: str, found: dict[type[Section], str]) -> 
 ALL = {place: kind for kind, place in places(Run, "run", {}).items()}
 
 
-@pytest.mark.parametrize("place", [*ALL, "resources"])
-def test_every_key_has_a_meaning(place: str) -> None:
-    kind = (ALL | {"resources": Resources})[place]
-    assert (kind.__doc__ or "").strip()
-    for key, about in kind.model_fields.items():
-        assert key == "name" or about.description, f"{place}.{key}: write a line under it"
+def test_every_key_has_a_meaning() -> None:
+    for place, kind in (ALL | {"resources": Resources}).items():
+        assert (kind.__doc__ or "").strip(), place
+        for key, about in kind.model_fields.items():
+            assert key == "name" or about.description, f"{place}.{key}: write a line under it"
 
 
 # Defaults are part of what an id means
 
 
-def defaults() -> dict[str, dict[str, Any]]:
-    """place -> key -> {"default": plain value}, or "required"."""
-    return {
-        place: {key: of(about) for key, about in kind.model_fields.items() if key != "name"}
-        for place, kind in ALL.items()
-    }
-
-
 def of(about: Any) -> Any:
+    """{"default": plain value}, or "required"."""
     if about.is_required():
         return "required"
     value = about.get_default(call_default_factory=True)
@@ -70,7 +62,9 @@ def of(about: Any) -> Any:
 
 
 def test_no_default_has_changed_since_the_format_was_made() -> None:
-    found, stored = json.loads(json.dumps(defaults())), json.loads(DEFAULTS.read_text())
+    keys = {place: kind.model_fields.items() for place, kind in ALL.items()}
+    defaults = {place: {key: of(about) for key, about in each if key != "name"} for place, each in keys.items()}
+    found, stored = json.loads(json.dumps(defaults)), json.loads(DEFAULTS.read_text())
     kept = {place: {key: found.get(place, {}).get(key) for key in keys} for place, keys in stored.items()}
     assert kept == stored, "a default that has changed or gone is a new format: see CONTRIBUTING.md, A new setting"
     new = {place: {key: keys[key] for key in keys if key not in stored.get(place, {})} for place, keys in found.items()}
@@ -84,22 +78,15 @@ def test_no_default_has_changed_since_the_format_was_made() -> None:
 
 def test_run_id_is_stable_over_releases() -> None:
     """If this fails, finished runs are trained again: only with a new format."""
-    run = Run.model_validate({
-        "model": {"name": "vgg13", "width": 0.25, "batch_norm": True, "conv_dropout": 0.25},
-        "seed": 7,
-        "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.5},
-        "schedule": {"name": "cosine", "warmup_epochs": 0},
-        "clip_grad_norm": None,
-        "input": {"image_size": 48, "channels": 1, "mean": [0.5]},
-    })  # fmt: skip
     own = {
         "clip_grad_norm": None, "input": {"channels": 1},
         "model": {"batch_norm": True, "name": "vgg13", "width": 0.25}, "optimizer": {"momentum": 0.5, "name": "sgd"},
         "schedule": {"name": "cosine", "warmup_epochs": 0.0}, "seed": 7,
     }  # fmt: skip
+    defaults = {"input": {"channels": 1, "mean": [0.5], "image_size": 48}, "loss": {"name": "cross_entropy"}}
     content = [2, own, "0123456789abcdef", "first-s1-01234567"]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()  # its keys are in order
-    found = run_id("small", run, "0123456789abcdef", "first-s1-01234567")
+    found = run_id("small", Run.model_validate(own | defaults), "0123456789abcdef", "first-s1-01234567")
     assert found == f"small-s7-{digest[:8]}" == "small-s7-a81c602b"
 
 
@@ -150,15 +137,10 @@ def test_run_id_changes_with_all_that_decides_the_numbers() -> None:
     runs.append(small_run(**model(), init_from="other"))
     runs += [small_run(**doe(pairing)) for pairing in PAIRINGS]
     ids = [run_id("x", run, "d") for run in runs]
-    assert len(set(ids)) == len(runs)
+    ids += [run_id("x", runs[0], data, start) for data, start in (("e", None), ("d", "y-s1-0"), ("d", "y-s1-1"))]
+    assert len(set(ids)) == len(runs) + 3
     assert all(id_.startswith(f"x-s{run.seed}-") for id_, run in zip(ids, runs))
-
-
-def test_run_id_changes_with_data_name_and_the_run_it_starts_from() -> None:
-    run = small_run()
-    assert run_id("y", run, "d") == "y" + run_id("x", run, "d")[1:]
-    about = [("d", None), ("e", None), ("d", "y-s1-01234567"), ("d", "y-s1-01234568")]
-    assert len({run_id("x", run, data, start) for data, start in about}) == 4
+    assert run_id("y", runs[0], "d") == "y" + ids[0][1:]
 
 
 # One meaning, one id
@@ -168,50 +150,30 @@ model: vgg13
 seed: 3
 optimizer: {lr: 0.002}
 schedule: {warmup_epochs: 2}
-input: {channels: 1}
 augment: {rotation: 20}
 """
-SAME: dict[str, tuple[str, list[str]]] = {
-    "names given, in another order": (
-        "{seed: 3, model: {name: vgg13}, optimizer: {name: adamw, lr: 2.0e-3}, loss: cross_entropy,"
-        " augment: {rotation: 20.0}, schedule: {name: cosine, warmup_epochs: 2.0}, input: {channels: 1}}",
-        [],
-    ),
-    "another way there": (
-        "model: {name: vgg13, width: 0.5}\nseed: 4\noptimizer: {name: sgd, momentum: 0.5}\n",
-        [
-            "seed=3", "model.width=1.0", "optimizer=adamw", "optimizer.lr=0.002", "schedule.warmup_epochs=2",
-            "input.channels=1", "augment.rotation=20",
-        ],
-    ),
-    "on a base": ("base: plain\nresources: {device: cpu, workers: 2}", ["augment.mixup=0", "init_from=null"]),
-}  # fmt: skip
+OTHER_WAY = "base: other\nmodel: {name: vgg13, width: 0.5}\nseed: 4\noptimizer: {name: sgd, momentum: 0.5}\n"
+CHANGES = ["seed=3", "model.width=1", "optimizer=adamw", "optimizer.lr=0.002", "schedule.warmup_epochs=2", "init_from="]
 
 
-@pytest.mark.parametrize("way", [*SAME, "all written out"])
-def test_descriptions_that_mean_the_same_have_one_id(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("experiments").mkdir()
+def test_descriptions_that_mean_the_same_have_one_id(recipes: Path) -> None:
     Path("experiments/plain.yaml").write_text(PLAIN)
     plain = experiments.load(["plain"], {})["plain"].run
-    text, changes = (json.dumps(plain.model_dump()), []) if way == "all written out" else SAME[way]
-    Path("experiments/other.yaml").write_text(text)
-    run = experiments.load(["other", *changes], {"device": "cpu"})["other"].run
-    assert run_id("x", run, "d") == run_id("x", plain, "d")
+    Path("experiments/other.yaml").write_text(json.dumps(plain.model_dump()))
+    Path("experiments/another.yaml").write_text(OTHER_WAY)
+    for words in (["other"], ["another", *CHANGES, "resources.workers=2"]):
+        run = experiments.load(words, {"device": "cpu"})[words[0]].run
+        assert run_id("x", run, "d") == run_id("x", plain, "d")
 
 
 # Mistakes
 
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": {"name": "classifier"}}, ["model.backbone: missing"]),
-    (model(resizer={"name": "none", "size": 32}), ["model.resizer.size: unknown key: 'none' has no keys"]),
     ({"input": {"mean": [0.1, 0.2]}}, ["input.mean: has 2 numbers but channels is 3; give one for all"]),
-    ({"input": {"std": []}}, ["input.std: has 0 numbers but channels is 3; give one for all"]),
     ({"input": {"std": [0.2, 0.2, 0.2]}}, ["input.std: is the same for all channels; write it once: [0.2]"]),
-    ({"input": {"image_size": 16, "mean": [0.5, 0.5, 0.4]}}, []),
-    ({"sam_rho": 0.05, "precision": "bf16"}, []),
     ({"schedule": {"name": "constant", "warmup_epochs": 3}}, []),  # rises to the end
-    ({"schedule": {"name": "cosine", "warmup_epochs": 2.5}}, []),
+    ({"schedule": {"name": "cosine", "warmup_epochs": 2.5}, "sam_rho": 0.05, "precision": "bf16"}, []),
     ({"schedule": {"name": "cosine", "warmup_epochs": 3}, "sam_rho": 0.05, "precision": "fp16", "init_from": "a"},
      ["sam_rho: needs precision fp32 or bf16, as fp16 scales its gradients",
       "schedule.warmup_epochs: 3 leaves nothing of epochs 3",
@@ -224,7 +186,6 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({**model(stn=True, resizer={"name": "bilinear", "size": 32}), "input": {"image_size": 17}},
      ["input.image_size: 17 is too small for model.stn: at least 18"]),
     (model(head_dropout=0.2), ["model.head_dropout: has no effect without hidden layers; leave it out"]),
-    (model(head=[4], head_dropout=0.2), []),
     (model(resizer={"name": "neural", "size": 40, "scale": 1.5}),
      ["model.resizer.scale: 1.5 of input.image_size 32 is 48, not model.resizer.size 40"]),
     ({"model": {"name": "emotion_encoder", "backbone": RESNET, "identity": {**RESNET, "caffe": True}},
@@ -245,7 +206,6 @@ def test_what_does_not_fit_together(keys: dict[str, Any], messages: list[str]) -
         (None, [0.5, 0.4, 0.4, 0.4, 0.4], 5),
         (2, [0.5, 0.4, 0.6, 0.6, 0.5], 5),  # equal is not better
         (1, [0.1, 0.2, 0.3, 0.2], 4),
-        (9, [0.3, 0.1, 0.1, 0.1, 0.1], 5),
     ],
 )
 def test_patience_ends_a_run_that_gets_no_better(patience: int | None, values: list[float], epochs: int) -> None:
@@ -255,66 +215,26 @@ def test_patience_ends_a_run_that_gets_no_better(patience: int | None, values: l
 
 # Where a run computes
 
-RESOURCES: list[tuple[dict[str, Any], list[str]]] = [
-    ({"gpus_per_worker": 0.5}, []),
-    ({"gpus_per_worker": 2, "workers": 4}, []),
-    ({"gpus_per_worker": 0, "workers": 4}, []),
-    ({"gpus_per_worker": 1.5}, ["gpus_per_worker: above 1 must be a whole number, got 1.5"]),
-    ({"gpus_per_worker": 0.5, "workers": 2},
-     ["gpus_per_worker: several workers need a whole GPU each, got 0.5; set workers to 1"]),
-    ({"gpus_per_worker": 0.5, "workers": 2, "device": "cpu"}, []),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("tree", "messages"), RESOURCES)
-def test_resources_are_checked(tree: dict[str, Any], messages: list[str]) -> None:
-    assert [str(fault) for fault in check(Resources, tree)[1]] == messages
-
-
 UNEVEN = "batch_size: 16 does not divide by resources.workers {}"
-ODD = "batch_size: augment.mixup and augment.cutmix pair images, but {} parts is odd"
+ODD = "batch_size: augment.mixup and augment.cutmix pair images, but 16 / 4 workers / 4 parts is odd"
+GPUS = "gpus_per_worker: several workers need a whole GPU each, got 0.5; set workers to 1"
+MIXUP: dict[str, Any] = {"augment": {"mixup": 0.2}}
+RESOURCES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({"workers": 4, "accumulate": 4, "gpus_per_worker": 2}, {}, []),
+    ({"workers": 3, "gpus_per_worker": 0}, {}, [UNEVEN.format("3")]),
+    ({"workers": 2, "accumulate": 3}, {}, [UNEVEN.format("2 times resources.accumulate 3")]),
+    ({"workers": 4, "accumulate": 2}, MIXUP, []),
+    ({"workers": 4, "accumulate": 4}, MIXUP, [ODD]),
+    ({"workers": 1, "gpus_per_worker": 0.5}, {}, []),
+    ({"workers": 2, "gpus_per_worker": 0.5}, {}, [GPUS]),
+    ({"workers": 2, "gpus_per_worker": 0.5, "device": "cpu"}, {}, []),
+]
 
 
-@pytest.mark.parametrize(
-    ("keys", "workers", "accumulate", "messages"),
-    [
-        ({}, 4, 4, []),
-        ({}, 3, 1, [UNEVEN.format("3")]),
-        ({}, 2, 3, [UNEVEN.format("2 times resources.accumulate 3")]),
-        ({}, 1, 32, [UNEVEN.format("1 times resources.accumulate 32")]),
-        ({"augment": {"mixup": 0.2}}, 4, 2, []),
-        ({"augment": {"mixup": 0.2}}, 4, 4, [ODD.format("16 / 4 workers / 4")]),
-        ({"augment": {"cutmix": 1.0}, "batch_size": 15}, 1, 1, [ODD.format("15 / 1 workers / 1")]),
-        ({"batch_size": 15}, 1, 1, []),
-    ],
-)
-def test_a_batch_is_shared_in_equal_parts(
-    keys: dict[str, Any], workers: int, accumulate: int, messages: list[str]
+@pytest.mark.parametrize(("tree", "keys", "messages"), RESOURCES)
+def test_a_batch_is_shared_in_equal_parts_and_a_gpu_by_nobody(
+    tree: dict[str, Any], keys: dict[str, Any], messages: list[str]
 ) -> None:
-    found = resource_faults(small_run(**keys), Resources(workers=workers, accumulate=accumulate))
-    assert [str(fault) for fault in found] == messages
-
-
-# A run that starts from another
-
-
-OTHER_BACKBONE = "init_from: first has another backbone ({}); give both the same name and settings"
-
-
-@pytest.mark.parametrize(
-    ("first", "messages"),
-    [
-        (model(backbone={**RESNET, "weights": "a.pth"}), []),  # where its own came from does not matter
-        ({**model(head=[8]), "input": {"image_size": 40}}, []),
-        (doe(), []),  # another model, the same backbone
-        ({}, ["init_from: first has no backbone; set it to null"]),
-        (model(backbone={**RESNET, "width": 8}), [OTHER_BACKBONE.format("resnet50")]),
-        (
-            model(backbone={"name": "mobilenet_v3_large", "weights": None}),
-            [OTHER_BACKBONE.format("mobilenet_v3_large")],
-        ),
-    ],
-)
-def test_the_run_to_start_from_has_the_same_backbone(first: dict[str, Any], messages: list[str]) -> None:
-    found = chain_faults(small_run(**model(), init_from="first"), small_run(**first))
-    assert [str(fault) for fault in found] == messages
+    resources, faults = check(Resources, tree)
+    faults += [] if resources is None else resource_faults(small_run(**keys), resources)
+    assert [str(fault) for fault in faults] == messages

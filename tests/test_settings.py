@@ -5,21 +5,9 @@ import math
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from fer.settings import (
-    Fault,
-    Fraction,
-    NonNegative,
-    OneOf,
-    Positive,
-    Section,
-    Unfit,
-    by_name,
-    check,
-    differing,
-    nearest,
-)
+from fer.settings import Fault, Fraction, OneOf, Positive, Section, Unfit, by_name, check, differing, nearest
 
 
 class Plain(Section):
@@ -50,7 +38,7 @@ class Shape(Section):
 
 class Round(Shape):
     name: Literal["round"] = "round"
-    radius: NonNegative = 1.0
+    radius: float = 1.0
 
 
 class Square(Shape):
@@ -65,7 +53,6 @@ SHAPES = by_name(Round, Square)
 
 class Frame(Section):
     width: Positive = 1
-    colour: Literal["black", "white"] = "black"
     border: Annotated[Section, OneOf(BORDERS)] = Dashed()
 
 
@@ -89,18 +76,14 @@ SECOND = {"second": {"name": "round"}}  # has no default
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "all written": ({"shape": {"name": "square", "side": 2, "border": {"name": "dashed", "dash": 1}, "corners": []},
-        "frame": {"width": 2, "colour": "white", "border": {"name": "plain"}}, "title": "x", "zoom": 2},
-        []),
-    # unknown keys
-    "near": ({"tittle": "x"}, ["tittle: unknown key, did you mean 'title'?"]),
+        "frame": {"width": 2, "border": {"name": "plain"}}, "title": "x", "zoom": 2}, []),
+    # unknown keys and names
     "far": ({"xyz": 1}, ["xyz: unknown key; known: frame, second, shape, title, zoom"]),
     "where there are none": ({"frame": {"border": {"name": "plain", "dash": 1}}},
         ["frame.border.dash: unknown key: 'plain' has no keys"]),
     "two levels down": ({"shape": {"name": "square", "side": 1, "border": {"name": "dashed", "dsah": 1}}},
         ["shape.border.dsah: unknown key of 'dashed', did you mean 'dash'?"]),
-    # names
-    "unknown name, near": ({"shape": {"name": "squar"}}, ["shape.name: unknown shape 'squar', did you mean 'square'?"]),
-    "unknown name, below": ({"shape": {"name": "square", "side": 1, "border": {"name": 3}}},
+    "unknown name": ({"shape": {"name": "square", "side": 1, "border": {"name": 3}}},
         ["shape.border.name: unknown border '3'; known: dashed, plain"]),
     "no name": ({"shape": {"radius": 1.0}}, ["shape.name: missing"]),
     # values
@@ -117,7 +100,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         "dash": 1, "gap": 11}}},
         ["shape.border.gap: 11 hides dash 1", "shape.border.dash: is too short"]),
     "several": ({"zoom": 0, "tittle": "x", "frame": {"width": "2", "q": 1}},
-        ["frame.q: unknown key; known: border, colour, width", "frame.width: should be a valid integer, got '2'",
+        ["frame.q: unknown key; known: border, width", "frame.width: should be a valid integer, got '2'",
         "tittle: unknown key, did you mean 'title'?", "zoom: should be greater than 0, got 0"]),
 }  # fmt: skip
 
@@ -130,17 +113,9 @@ def test_faults_are_named_one_a_line(case: str) -> None:
     assert (picture is None) == bool(expected)
 
 
-@pytest.mark.parametrize("tree", [None, [], "x", 3])
-def test_what_is_no_table_at_all(tree: Any) -> None:
-    assert check(Picture, tree) == (None, [Fault("", f"should be a table of keys, got {tree!r}")])
+def test_what_is_no_table_at_all() -> None:
+    assert check(Picture, [3]) == (None, [Fault("", "should be a table of keys, got [3]")])
     assert check(Picture, {}) == (None, [Fault("second", "missing")])
-
-
-def test_a_section_is_typed_and_frozen() -> None:
-    picture = Picture.model_validate({"second": {"name": "square", "side": 2}, "zoom": 3})
-    assert (type(picture.second), type(picture.shape), type(picture.zoom)) == (Square, Round, float)
-    with pytest.raises(ValidationError, match="frozen"):
-        picture.second.side = 1  # type: ignore
 
 
 # What differs from the defaults
@@ -149,14 +124,9 @@ def test_a_section_is_typed_and_frozen() -> None:
 DIFFERING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "null, and defaults written out": (
         {"title": None, "zoom": 1, "frame": {"width": 1, "border": {"name": "dashed", "gap": 2}}}, {}),
-    "a whole number for a float": ({"zoom": 2}, {"zoom": 2.0}),
-    "in a section": ({"frame": {"width": 2}}, {"frame": {"width": 2}}),
     "in the named one that is the default": ({"shape": {"name": "round", "radius": 2}},
         {"shape": {"name": "round", "radius": 2.0}}),
     "another name": ({"frame": {"border": {"name": "plain"}}}, {"frame": {"border": {"name": "plain"}}}),
-    "another name, with a key": ({"shape": {"name": "square", "side": 4, "border": {"name": "plain"},
-        "corners": [0.5]}},
-        {"shape": {"name": "square", "side": 4}}),
     "two levels down": ({"shape": {"name": "square", "side": 4, "border": {"name": "dashed", "dash": 3, "gap": 3}}},
         {"shape": {"name": "square", "side": 4, "border": {"name": "dashed", "gap": 3}}}),
     "a list": ({"shape": {"name": "square", "side": 4, "corners": [1]}},
@@ -177,7 +147,6 @@ def test_what_differs_from_the_defaults(case: str) -> None:
     [
         ("focl", ", did you mean 'focal'?"),
         ("foc", ", did you mean 'focused'?"),  # the first that begins so
-        ("zzz", "; known: focal, focused, pdls"),
         ("", "; known: focal, focused, pdls"),
     ],
 )
