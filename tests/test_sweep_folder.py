@@ -10,7 +10,6 @@ from fer.files import held
 from fer.losses import FocalPdls
 from pipelines import experiments, report
 from pipelines.sweeps import folder as sweeps
-from pipelines.sweeps.files import read_about
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
 
 pytestmark = pytest.mark.usefixtures("recipes")
@@ -67,15 +66,13 @@ def test_a_sweep_of_another_version_is_not_gone_on_with(missing: str) -> None:
     sweeps.begin(sweep)
     about = json.loads((sweep.folder / "sweep.json").read_text())
     other = sweep.folder.rename(sweep.folder.with_name("tiny-00000000"))
-    del about[missing], about["epochs"]  # which format 1 has not, and its run is flat
-    (other / "sweep.json").write_text(json.dumps({**about, "run": {"loss": "focal_pdls", "lr": 5e-4, "epochs": 20}}))
+    del about[missing]
+    (other / "sweep.json").write_text(json.dumps(about))
     with pytest.raises(UserError) as caught:
         sweeps.check_same(sweep, new=False)
     assert str(caught.value) == (
         f"sweep tiny: {other} was begun by another version of this program; use --new to start another"
     )
-    sweeps.begin(sweep)
-    assert [read_about(folder)["epochs"] for folder in (other, sweep.folder)] == [20, 20]
 
 
 def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
@@ -86,7 +83,6 @@ def test_a_trial_is_an_ordinary_run_on_the_resources_of_a_trial() -> None:
     assert found.resources.eval_batch_size == 50
     assert plan("gpus_per_trial=1").resources.device == "auto"
     assert found.id_of(found.published) == plan().id_of(found.published)
-    assert found.run({**found.published, "loss.alpha": 0.5}).loss == FocalPdls(alpha=0.5, gamma=2.0)
 
 
 def test_the_state_of_a_trial_is_that_of_its_folder() -> None:
@@ -130,22 +126,16 @@ def test_the_best_is_of_the_trials_that_ended_whole() -> None:
         assert getattr(sweeps.best_of(found), "number", None) == best
 
 
-def test_pairs_of_seeds_are_compared() -> None:
+def test_best_and_base_are_compared_on_seeds_that_the_search_did_not_use() -> None:
     found = sweeps.compared([0.80, 0.84, 0.85], [0.78, 0.80, 0.82])
     assert found["best"]["mean"] == pytest.approx(0.83)
     assert found["best"]["sd"] == pytest.approx(0.0264575)  # sqrt((.03^2 + .01^2 + .02^2) / 2)
-    assert found["difference"]["values"] == pytest.approx([0.02, 0.04, 0.03])
     assert (found["difference"]["mean"], found["difference"]["sd"]) == pytest.approx((0.03, 0.01))
     assert sweeps.compared([0.5], [0.4])["difference"]["sd"] == 0.0
-
-
-def test_seeds_of_the_confirmation_are_not_that_of_the_search_and_the_base_is_not_confirmed() -> None:
     sweep = plan()
-    first = Trial(1, sweep.published, DONE, None, Path())
-    other = Trial(2, {**sweep.published, "loss.alpha": 0.5}, DONE, None, Path())
     assert sweep.base.run.seed == 1111
-    assert sweeps.seeds(sweep, other) == [1112, 1113, 1114]
-    assert sweeps.seeds(sweep, first) == []
+    assert sweeps.seeds(sweep, trial(2, DONE)) == [1112, 1113, 1114]
+    assert sweeps.seeds(sweep, trial(1, DONE)) == []  # the base itself is the best
 
 
 def test_trials_are_listed_with_the_best_first_and_how_far_they_are() -> None:
@@ -155,10 +145,11 @@ def test_trials_are_listed_with_the_best_first_and_how_far_they_are() -> None:
     assert rows[0] == {
         "trial": "3", "state": "done", "epoch": "2/2", "val": "70.00", "min": "0.2", "optimizer.lr": "0.3"
     }  # fmt: skip
-    line = "3 of 6 trials finished; best so far 70.00 % (trial 3); 5 epochs, 0.5 min of training"
     about = {"name": "tiny", "budget": {"trials": 6}}
-    for running, idle in ((True, ""), (False, "; not running; `fer sweep tiny` resumes it")):
-        assert report.progress(found, about, running=running) == line + idle
+    assert report.progress(found, about, running=False) == (
+        "3 of 6 trials finished; best so far 70.00 % (trial 3); 5 epochs, 0.5 min of training; "
+        "not running; `fer sweep tiny` resumes it"
+    )
 
 
 def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:
