@@ -81,13 +81,11 @@ def test_runs_of_format_1_stand_in_the_table(trained: Path, summary: dict[str, A
 
 
 def test_the_best_on_val_comes_first(trained: Path, tmp_path: Path) -> None:
-    folders = []
-    for number, accuracy in enumerate([0.3, 0.9, 0.1, 0.5]):
-        folders.append(tmp_path / str(number))
-        folders[-1].mkdir()
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder, accuracy in zip(folders, (0.3, 0.9, 0.1)):
+        folder.mkdir()
         found = json.loads((trained / "summary.json").read_text())
         found["val"]["accuracy"], found["test"]["accuracy"] = accuracy, 1 - accuracy  # test orders nothing
-        (folders[-1] / "summary.json").write_text(json.dumps(found))
-    (tmp_path / "unfinished").mkdir()
-    found = summaries([*folders, tmp_path / "unfinished"])
-    assert [summary["val"]["accuracy"] for summary in found] == [0.9, 0.5, 0.3, 0.1]
+        (folder / "summary.json").write_text(json.dumps(found))
+    folders[3].mkdir()  # unfinished
+    assert [summary["val"]["accuracy"] for summary in summaries(folders)] == [0.9, 0.3, 0.1]

@@ -6,8 +6,8 @@ import re
 import resource
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,10 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "x")
         (Stopped("saved"), "stopped", "saved"),
         (Stopped("saved", terminated=True), "terminated", "saved"),
         (KeyError("x"), "fault", r"KeyError: 'x' \(pipelines/work.py:\d+, in work; full log: .*/log.txt\)"),
-        (ValueError(), "fault", r"ValueError: no message \(pipelines/work.py.*"),
         (ValueError("one line\nand a page of words"), "fault", r"ValueError: one line \(pipelines/work.py.*"),
-        (OSError(errno.EIO, "broken"), "fault", r"OSError: \[Errno 5\] broken \(pipelines/work.py.*"),
         (torch.OutOfMemoryError("no room"), "fault", r"OutOfMemoryError: no room; lower batch_size or .*"),
-        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "died", "another worker .*"),
         (RuntimeError("Gloo connectFullMesh failed with [../gloo] no error"), "died", "another worker of the run .*"),
-        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "died", "another worker .*"),
         (torch.distributed.DistNetworkError("The client socket has failed to connect"), "died", "another worker .*"),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x2 and 3x1)"), "fault", "RuntimeError: mat1 .*"),
         (ValueError("gloo"), "fault", "ValueError: gloo .*"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -97,24 +92,15 @@ def test_warnings_of_the_projects_code_are_told(tmp_path: Path, monkeypatch: pyt
     assert (made.folder / LOG).read_text().count("UserWarning: mind the step") == 3
 
 
-@pytest.mark.parametrize("threaded", [False, True])
-def test_a_run_that_is_asked_to_stop_says_so(data: Path, threaded: bool) -> None:
+@pytest.mark.parametrize("workers", [0, 1])  # threads; 0: it runs in the main one, which has the signals
+def test_a_run_that_is_asked_to_stop_says_so(data: Path, workers: int) -> None:
     made = job(data, epochs=400)
-    ends: list[Ended] = []
-    asking = threading.Thread(
-        target=lambda: (wait_for((made.folder / "training").exists), ask_to_stop([made.folder], 60))
-    )
-    asking.start()
-    running = threading.Thread(target=lambda: ends.append(work(made, data)))
-    if threaded:
-        running.start()
-        running.join()
-    else:
-        running.run()
-    asking.join()
-    assert ends[0].kind == "stopped"
-    assert "stopped in epoch" in ends[0].message
-    assert ends[0].message in (made.folder / LOG).read_text()
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(lambda: wait_for((made.folder / "training").exists) and ask_to_stop([made.folder], 60))
+        ended = pool.submit(work, made, data).result() if workers else work(made, data)
+    assert ended.kind == "stopped"
+    assert "stopped in epoch" in ended.message
+    assert ended.message in (made.folder / LOG).read_text()
 
 
 def test_what_is_written_below_python_and_by_children_is_logged_with_the_time(tmp_path: Path, capfd: Any) -> None:
@@ -133,7 +119,7 @@ def test_what_is_written_below_python_and_by_children_is_logged_with_the_time(tm
     assert (tmp_path / LOG).read_text().splitlines()[: len(lines)] == lines
 
 
-@pytest.mark.parametrize("name", ["last/training.pt", "last/model.safetensors", "predictions_test.csv"])
+@pytest.mark.parametrize("name", ["last/training.pt", "predictions_test.csv"])
 def test_a_limit_on_the_size_of_files_is_the_users_to_raise(name: str, data: Path, tmp_path: Path) -> None:
     """`ulimit -f`; afterwards the run goes on, and ends as one that was never cut."""
     made = job(data)
