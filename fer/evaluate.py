@@ -112,10 +112,7 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
 def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
     """The columns without leaked images, from predictions_test.csv, whose leak marks are updated."""
     split, path = data.split("test"), folder / PREDICTIONS.format(split="test")
-    probabilities = read_predictions(path, data.classes)
-    if len(probabilities) != len(split):
-        again = f"delete {folder / SUMMARY} and run `fer evaluate {folder.name}`"
-        raise UserError(f"{path}: {len(probabilities)} predictions for {len(split)} test images; {again}")
+    probabilities = read_predictions(path, split, data.classes)
     _write_predictions(path, split, probabilities, data.classes)
     exact = split.in_train | split.in_val
     kept = {"test_unleaked": ~split.leaked, "test_unleaked_exact": ~exact, "test_without_train": ~split.in_train}
@@ -170,13 +167,19 @@ def metrics(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     return {**result, "images": len(labels), "recall": counts.recall(), "confusion": counts.confusion.tolist()}
 
 
-def read_predictions(path: Path, classes: list[str]) -> np.ndarray:
-    """The exact probabilities float32 [n, C] in predictions_*.csv. Raises UserError if there are none."""
-    return read_evaluated(path, classes)[classes].to_numpy(np.float32)
+def read_predictions(path: Path, split: Split, classes: list[str]) -> np.ndarray:
+    """The exact probabilities float32 [n, C] in predictions_*.csv of the images in `split`, in their order.
+
+    Raises UserError if it is missing or damaged, or of other images.
+    """
+    table = read_evaluated(path, len(split), classes)
+    if not (np.array_equal(table["row"], split.rows) and np.array_equal(table["label"], split.labels)):
+        raise _no_predictions(path, f"of other images than {split.name} holds")
+    return table[classes].to_numpy(np.float32)
 
 
-def read_evaluated(path: Path, classes: list[str]) -> pd.DataFrame:
-    """predictions_*.csv: row, name, label (its index in `classes`) and a probability per class.
+def read_evaluated(path: Path, images: int, classes: list[str]) -> pd.DataFrame:
+    """predictions_*.csv of so many images: row, name, label (its index in `classes`) and a probability per class.
 
     Raises UserError if it is missing or damaged.
     """
@@ -187,12 +190,17 @@ def read_evaluated(path: Path, classes: list[str]) -> pd.DataFrame:
         reason = "" if ((shares >= 0) & (shares <= 1)).all() else "not between 0 and 1"
         table["label"] = table["label"].map({name: index for index, name in enumerate(classes)})
         reason = "a label that is no class" if table["label"].isna().any() else reason
+        reason = f"{len(table)} of {images} images" if len(table) != images else reason
     except (OSError, ValueError, TypeError, OverflowError) as error:
         reason = first_line(error)
     if reason:
-        again = f"delete {path.parent / SUMMARY} and run `fer evaluate {path.parent.name}`"
-        raise UserError(f"{path}: no predictions there ({reason}); {again}")
+        raise _no_predictions(path, reason)
     return table
+
+
+def _no_predictions(path: Path, reason: str) -> UserError:
+    again = f"delete {path.parent / SUMMARY} and run `fer evaluate {path.parent.name}`"
+    return UserError(f"{path}: no predictions there ({reason}); {again}")
 
 
 def _write_predictions(path: Path, split: Split, probabilities: np.ndarray, classes: list[str]) -> None:

@@ -35,7 +35,7 @@ class Side:
     @cached_property
     def table(self) -> pd.DataFrame:
         """row, name and label of the test images."""
-        return self._read(self.folders[0], "test")[["row", "name", "label"]]
+        return self._read(0, "test")[["row", "name", "label"]]
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -45,10 +45,11 @@ class Side:
     @cached_property
     def probabilities(self) -> np.ndarray:
         """float32 [runs, n, C], on test."""
-        return np.stack([self._of(self._read(folder, "test")) for folder in self.folders])
+        return np.stack([self._of(self._read(run, "test")) for run in range(len(self.folders))])
 
-    def _read(self, folder: Path, split: str) -> pd.DataFrame:
-        return read_evaluated(folder / PREDICTIONS.format(split=split), self.classes)
+    def _read(self, run: int, split: str) -> pd.DataFrame:
+        images = self.summaries[run][split]["images"]
+        return read_evaluated(self.folders[run] / PREDICTIONS.format(split=split), images, self.classes)
 
     def _of(self, table: pd.DataFrame) -> np.ndarray:
         return table[self.classes].to_numpy(np.float32)
@@ -65,9 +66,8 @@ class Side:
     def scores(self) -> dict[str, float]:
         """Means over the runs: accuracy, UAR, log loss, Brier score, ECE, and the temperature that val asks for."""
         per_run = []
-        for folder, summary, found in zip(self.folders, self.summaries, self.probabilities):
-            val = self._read(folder, "val")
-            test = summary["test"]
+        for run, (summary, found) in enumerate(zip(self.summaries, self.probabilities)):
+            val, test = self._read(run, "val"), summary["test"]
             per_run.append(
                 {
                     "accuracy": test["accuracy"],

@@ -81,6 +81,10 @@ def test_what_is_not_to_be_compared_is_named(tmp_path: Path) -> None:
     other = write_run(tmp_path, "other", 1, right(0.9, 1), labels=LABELS[::-1])
     with pytest.raises(UserError, match=f"^{other} and {first}: not evaluated on the same test images"):
         pairs([side(first, tmp_path), side(other, tmp_path)], None)
+    path = tmp_path / first / "predictions_test.csv"
+    path.write_text(path.read_text()[:-40])  # cut off
+    with pytest.raises(UserError, match=f"^{path}: no predictions there .*; delete {path.parent}/summary.json and run"):
+        side(first, tmp_path).scores()
     (tmp_path / "open").mkdir()
     for word in ("open", "nothing", "*", "../" + tmp_path.name + "/one", ""):
         with pytest.raises(UserError, match="no finished run in|names runs of several recipes"):

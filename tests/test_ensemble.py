@@ -1,6 +1,7 @@
 """An ensemble is the mean of its members: as one network, in files like any other run, with shares fitted on val."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], b
         for share, one, member in zip(run.model.weights, alone, run.model.members)
     )
     np.testing.assert_allclose(raw(folder).probabilities(faces), mean, atol=2e-6)
-    stored = read_predictions(folder / "predictions_test.csv", open_data(bars).classes)
+    stored = read_predictions(folder / "predictions_test.csv", open_data(bars).split("test"), open_data(bars).classes)
     np.testing.assert_allclose(stored, mean, atol=2e-6)
     summary = read_summary(folder)
     assert summary is not None
@@ -116,6 +117,17 @@ def test_what_cannot_be_a_member_or_be_trained(members: list[Path], bars: Path, 
     for weights in ([0.5, 0.4], [1.0]):
         with pytest.raises(ValueError, match="should be 2 shares that sum to 1"):
             Ensemble(members=[{"model": {"name": "vgg13"}}] * 2, weights=weights)
+
+
+def test_predictions_of_other_images_than_val_are_refused(members: list[Path], bars: Path, tmp_path: Path) -> None:
+    member = shutil.copytree(members[0], tmp_path / "x-s1-00000000")
+    path = member / "predictions_val.csv"
+    head, *lines = path.read_text().splitlines()
+    for kept, reason in ((lines[:-1], "39 of 40 images"), (lines[::-1], "of other images than val holds")):
+        path.write_text("\n".join([head, *kept]))
+        again = f"delete {member}/summary.json and run `fer evaluate {member.name}`"
+        message = refusal(combine, [member, members[1]], bars, CPU)
+        assert message == f"{path}: no predictions there ({reason}); {again}"
 
 
 def test_colour_images_stay_colour(tmp_path: Path) -> None:

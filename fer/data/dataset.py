@@ -160,6 +160,9 @@ class DataSet:
             raise _not_found(path) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {first_line(error)}; {AGAIN}") from None
+        whole = self.summary["totals"][name]
+        if len(table) != whole:  # as of a file that was cut off
+            raise UserError(f"{path}: holds {len(table)} images, not {whole} as summary.json says; {AGAIN}")
         if table.empty:
             raise UserError(f"{path}: holds no image; {AGAIN}")
         fault = self._fault(table)
