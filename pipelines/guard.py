@@ -48,6 +48,7 @@ def close_runs(uri: str, experiment: str) -> None:
 def main() -> None:
     """Wait for the end of stdin, which comes with the driver's; then clean up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm and systemd send it to every process
+    group = os.getpgid(os.getppid())
     runs = sys.stdin.read().splitlines()
     import psutil
 
@@ -57,7 +58,9 @@ def main() -> None:
             if process.environ().get(MARK) == os.environ[MARK]:
                 # a process that sets its own title, as Ray's do, may overwrite its environment: so its parent decides
                 left |= {process, *process.children(recursive=True)}
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            elif process.name().startswith("ray::") and os.getpgid(process.pid) == group and process.ppid() == 1:
+                left.add(process)  # an agent, which survives the raylet that started it by a minute
+        except (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
             continue
     for process in left - {psutil.Process()}:
         with suppress(psutil.NoSuchProcess):
