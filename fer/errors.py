@@ -48,6 +48,7 @@ DISK_FAULTS = {
     errno.EROFS: "the file system is read-only: choose another place",
     errno.EACCES: "permission denied: change the owner or mode, or choose another place",
     errno.EPERM: "permission denied: change the owner or mode, or choose another place",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.EFBIG: "the file would exceed the size limit: raise it (ulimit -f)",
 }
 
@@ -63,7 +64,8 @@ STRANGE = {
 def disk_error(error: OSError, where: str | os.PathLike) -> UserError | None:
     """The UserError for a full, read-only or forbidden disk, or for the wrong kind of file; None for other errors."""
     if error.errno in STRANGE:
-        return UserError(f"cannot use {error.filename or where}: {STRANGE[error.errno]}; move it away")
+        place = error.filename2 or error.filename or where  # of a file that cannot be renamed, its new name
+        return UserError(f"cannot use {place}: {STRANGE[error.errno]}; move it away")
     if error.errno not in DISK_FAULTS:
         return None
     return UserError(f"cannot write {error.filename or where}: {DISK_FAULTS[error.errno]} and run the command again")

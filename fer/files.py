@@ -27,7 +27,11 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     partial.write_bytes(content)
     if durable:
         _sync(partial)
-    os.replace(partial, path)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink()
+        raise
     if durable:
         _sync(path.parent)
 

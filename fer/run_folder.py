@@ -154,6 +154,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def named(runs: Path, word: str) -> list[Path]:
     """The folder in `runs` whose name is `word`, or else all whose names begin with it, sorted."""
+    word = word.removeprefix(f"{runs}/").removesuffix("/")  # as a shell completes it
     known = sorted(path for path in runs.glob("*") if path.is_dir())
     return [path for path in known if path.name == word] or [path for path in known if path.name.startswith(word)]
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -263,6 +263,8 @@ def ensemble(
     from pipelines.params import load
 
     chosen = [folder for word in runs for folder in _find_all(word)]
+    if twice := {folder.name for folder in chosen if chosen.count(folder) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))}: named twice; give more of the other ids")
     params = load()
     console.print(f"Averaging {', '.join(folder.name for folder in chosen)} ...", style="dim", highlight=False)
     folder = combine(chosen, "data", params.resources, mirror)
@@ -315,8 +317,8 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
     from fer.data.dataset import open_data
     from pipelines import comparison
 
-    if report is not None and (report.is_dir() or not report.parent.is_dir()):
-        raise UserError(f"--report {report}: name a file in a folder that exists")
+    if report is not None:
+        _check_target("--report", report, (".html", ".htm"))
     sides = [comparison.side(word, RUNS) for word in words]
     _print_table([summary for side in sides for summary in side.summaries])
     try:
@@ -341,6 +343,14 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
 
         write_bytes(report, compared(sides, pairs).encode())
         console.print(f"[bold]{report}[/]", soft_wrap=True)
+
+
+def _check_target(option: str, path: Path, ends: tuple[str, ...]) -> None:
+    """Raises UserError unless `path` is, or can become, a file of its kind: told before the work, which takes long."""
+    if path.suffix not in ends:
+        raise UserError(f"{option} {path}: name a file that ends in {' or '.join(ends)}")
+    if not os.path.isdir(path.parent) or (os.path.lexists(path) and not os.path.isfile(path)):
+        raise UserError(f"{option} {path}: name a file in a folder that exists")
 
 
 def _print_pairs(pairs: list[Any]) -> None:
@@ -403,13 +413,18 @@ def predict(
     yunet: Annotated[
         Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")
     ] = None,
-    margin: Annotated[float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    margin: Annotated[
+        float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1, max=10)
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
     from pipelines import predicting
 
+    _check_target("--out", out, (".csv", ".parquet"))
     files, others = predicting.files(paths)
+    if annotated is not None:
+        annotated.mkdir(parents=True, exist_ok=True)
     if others:
         console.print(f"{others} file(s) left out: no picture or video by their names", style="yellow")
     from fer.faces import annotate, detect

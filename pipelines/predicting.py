@@ -26,6 +26,8 @@ def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: not found; give pictures, videos, or folders of them")
+        if not path.is_dir() and not path.is_file():  # to read a pipe or a device may take for ever
+            raise UserError(f"{path}: no regular file; give pictures, videos, or folders of them")
         if not path.is_dir():
             found.append(path)
             continue
@@ -60,8 +62,6 @@ def write(found: Iterable[Found], classes: list[str], path: Path) -> Iterator[Fo
     if path.suffix == ".parquet":
         yield from _write_parquet(found, classes, columns, path)
         return
-    if path.suffix != ".csv":
-        raise UserError(f"{path}: name a .csv or .parquet file with --out")
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()

@@ -31,8 +31,12 @@ def serve(servers: Sequence[Server], logs: Path, say: Callable[[str], None]) -> 
 
     Their output goes to `logs`/<name>.log, emptied first. Raises UserError if a port is in use, or a server exits.
     """
+    ports: set[int] = set()
     for server in servers:
         _check_free(server)
+        if server.port in ports:
+            raise UserError(f"--{server.name.lower()}-port {server.port}: another server has it; choose another")
+        ports.add(server.port)
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -97,6 +97,13 @@ def test_a_resumable_folder_vanishes_when_it_is_empty_or_the_next_block_is_not_r
     assert content(tmp_path) == {"out/a.txt": "one"}
 
 
+def test_json_that_cannot_take_its_place_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_recover_prefers_the_new_content(tmp_path: Path) -> None:
     assert not recover(tmp_path / "out")
     write(tmp_path / "out", "new")

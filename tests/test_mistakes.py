@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import CPU, experiment
+from conftest import CPU, experiment, free_port
 
 from fer.errors import UserError
 from fer.evaluate import evaluate
@@ -20,6 +20,7 @@ from fer.train import fit
 
 Here = Callable[..., subprocess.CompletedProcess]
 LONG = "x" * 5000
+PORT = str(free_port())
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,13 @@ LONG = "x" * 5000
         (["evaluate", "**"], "**: no such run in data/runs; runs: none yet"),
         (["evaluate", "../../outside"], "../../outside: no such run in data/runs"),
         (["compare", "../../outside"], "../../outside: no finished run in data/runs"),
+        (["predict", ".", "--out", "nix/p.csv"], "--out nix/p.csv: name a file in a folder that exists"),
+        (["predict", ".", "--out", "/dev/x.txt"], "--out /dev/x.txt: name a file that ends in .csv or .parquet"),
+        (["predict", "/dev/zero"], "/dev/zero: no regular file; give pictures"),
+        (["compare", "x", "--report", "params.yaml"], "--report params.yaml: name a file that ends in .html or .htm"),
+        (["compare", "x", "--report", "experiments"], "--report experiments: name a file that ends in .html"),
+        (["ui", "--mlflow-port", PORT, "--prefect-port", PORT], f"--prefect-port {PORT}: another server has it"),
+        (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),
         (["sweep", LONG], f"sweeps/{LONG}.yaml: no such sweep"),
         (["config", "doe", "seed=2001-99-99"], "seed=2001-99-99: the value is not valid YAML"),
         (["config", "doe", "seed=5000000000"], "command line: seed: should be less than 4294967296, got 5000000000"),

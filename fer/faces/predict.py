@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from fer.errors import UserError
+from fer.data.found import printable
+from fer.errors import UserError, first_line
 from fer.faces.detect import Detector, Face, crop
 from fer.pictures import read_picture
 from fer.predict import Predictor
@@ -55,14 +56,14 @@ class Found:
 
 def frames(path: Path) -> Iterator[Frame]:
     """The pictures in a file. One that cannot be read is one frame without pixels, which says why."""
-    name = str(path)
+    name = printable(str(path))
     try:
         animated = _animation(path)
         if animated is None:
             yield Frame(name, 0, None, read_picture(path))
             return
     except UserError as error:
-        yield from _video(path, str(error).removeprefix(f"{name}: "))
+        yield from _video(path, str(error).removeprefix(f"{path}: "))
         return
     yield from animated
 
@@ -79,11 +80,14 @@ def _animation(path: Path) -> Iterator[Frame] | None:
 
 
 def _animated(path: Path) -> Iterator[Frame]:
-    seconds = 0.0
-    with Image.open(path) as image:
-        for number, frame in enumerate(ImageSequence.Iterator(image)):
-            yield Frame(str(path), number, seconds, np.asarray(frame.convert("RGB")))
-            seconds += frame.info.get("duration", 100) / 1000
+    seconds, number, name = 0.0, 0, printable(str(path))
+    try:
+        with Image.open(path) as image:
+            for number, frame in enumerate(ImageSequence.Iterator(image)):
+                yield Frame(name, number, seconds, np.asarray(frame.convert("RGB")))
+                seconds += frame.info.get("duration", 100) / 1000
+    except (OSError, SyntaxError, ValueError) as error:
+        yield Frame(name, number, seconds, None, f"damaged from here on ({first_line(error)})")
 
 
 def _video(path: Path, otherwise: str) -> Iterator[Frame]:
@@ -91,7 +95,7 @@ def _video(path: Path, otherwise: str) -> Iterator[Frame]:
     try:
         import cv2
     except ImportError:
-        yield Frame(str(path), 0, None, None, otherwise)
+        yield Frame(printable(str(path)), 0, None, None, otherwise)
         return
     capture = cv2.VideoCapture(str(path)) if path.is_file() else None
     try:
@@ -101,10 +105,10 @@ def _video(path: Path, otherwise: str) -> Iterator[Frame]:
             there, pixels = capture.read()
             if not there:
                 break
-            yield Frame(str(path), number, number / rate, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+            yield Frame(printable(str(path)), number, number / rate, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
             number += 1
         if not number:
-            yield Frame(str(path), 0, None, None, otherwise)
+            yield Frame(printable(str(path)), 0, None, None, otherwise)
     finally:
         if capture is not None:
             capture.release()
