@@ -24,6 +24,12 @@ SUMS = "SHA256SUMS"  # of the files of an exported checkpoint, as sha256sum writ
 BACKBONE = "backbone."  # the prefix of its tensors in every model that has one
 
 
+class Trained(Stored):
+    """What prediction needs to know of the data."""
+
+    image_shape: Annotated[list[Positive], Field(min_length=2, max_length=3)]
+
+
 class Meta(Stored):
     """checkpoint.json, of any format."""
 
@@ -32,7 +38,7 @@ class Meta(Stored):
     run_id: str
     classes: Annotated[list[str], Field(min_length=2)]
     class_prior: list[list[float]]
-    data: dict[str, Any]
+    data: Trained
     data_hash: str
     config: dict[str, Any]
     made_by: dict[str, Any] = {}

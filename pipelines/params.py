@@ -26,9 +26,9 @@ Points = Annotated[float, Field(ge=0, le=100)]
 class Sample(Section):
     """Size of the generated sample data."""
 
-    train: Annotated[int, Field(ge=80)]
-    val: Annotated[int, Field(ge=40)]
-    test: Annotated[int, Field(ge=40)]
+    train: Annotated[int, Field(ge=80, le=10**6)]
+    val: Annotated[int, Field(ge=40, le=10**6)]
+    test: Annotated[int, Field(ge=40, le=10**6)]
     seed: Seed
 
 
@@ -280,8 +280,8 @@ def yaml_of(tree: dict[str, Any]) -> str:
 
 
 def _compact(value: Any) -> Any:
-    if isinstance(value, str):  # a plain string that begins with ? would be read as a key
-        return DoubleQuotedScalarString(value) if value.startswith("?") else value
+    if isinstance(value, str):  # a plain string that begins with ? or : may be read as a key or a value without one
+        return DoubleQuotedScalarString(value) if value.startswith(("?", ":")) else value
     if isinstance(value, list):
         short = CommentedSeq(map(_compact, value))
         short.fa.set_flow_style()

@@ -148,7 +148,13 @@ class Registry:
 
     def _records(self, run_id: str) -> list[Record]:
         params = self.client.get_run(run_id).data.params
-        return [Record(**json.loads(params[key])) for key in sorted(params)]
+        try:
+            return [Record(**json.loads(params[key])) for key in sorted(params)]
+        except (ValueError, TypeError):
+            raise UserError(
+                f"the history of the champion, run {run_id} in MLflow's experiment '{EXPERIMENT}': holds a param that "
+                "this version of fer cannot read; use the version that wrote it"
+            ) from None
 
     def _by_hand(self, name: str, move: Callable[[list[Record]], Record]) -> Record:
         done, found = uuid.uuid4().hex, list[Record]()

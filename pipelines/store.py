@@ -20,7 +20,7 @@ def tracking_uri(configured: str) -> str:
     """MLFLOW_TRACKING_URI, or else `configured`; a relative SQLite path becomes absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured
     if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
-        return SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
+        return SQLITE + os.path.realpath(uri.removeprefix(SQLITE))
     return uri
 
 
@@ -29,7 +29,7 @@ def check_answers(uri: str) -> None:
     kind, shown = uri.partition(":")[0].partition("+")[0], without_password(uri)
     if kind in ("http", "https"):
         _check_server(uri, shown)
-    elif kind == "sqlite":
+    elif uri.startswith(SQLITE) and uri != SQLITE:
         _check_writable(Path(uri.removeprefix(SQLITE)))
     elif kind in DATABASES:
         _check_database(uri, shown)

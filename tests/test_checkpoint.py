@@ -17,8 +17,8 @@ from fer import checkpoint
 from fer.checkpoint import META, TRAINING, WEIGHTS
 
 ABOUT = {
-    "name": "x", "run_id": "x-s1", "classes": ["a", "b"], "class_prior": [[1.0, 0.0], [0.0, 1.0]], "data": {},
-    "data_hash": "0", "config": {}, "epoch": 0, "history": [],
+    "name": "x", "run_id": "x-s1", "classes": ["a", "b"], "class_prior": [[1.0, 0.0], [0.0, 1.0]],
+    "data": {"image_shape": [3, 3]}, "data_hash": "0", "config": {}, "epoch": 0, "history": [],
 }  # fmt: skip
 
 
@@ -150,6 +150,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     [
         (json.dumps(ABOUT)[:-1], "not valid JSON"),
         (json.dumps(ABOUT | {"epoch": 99}), "history: does not have a row for each of 99 epochs"),
+        (json.dumps(ABOUT | {"data": {}}), "data.image_shape: missing"),
         (json.dumps(ABOUT | {"history": [3], "epoch": 1}), "history.0: should be a table of keys, got 3"),
     ],
 )

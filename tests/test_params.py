@@ -88,6 +88,8 @@ def test_what_the_machine_says_is_only_what_it_says(said: dict[str, Any], tmp_pa
          "data.subject_pattern: is no regular expression (nothing to repeat at position 0), got '*'"),
         ({"data__votes_sha256": "abc"}, "data.votes_sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'"),
         ({"split__val_share": 0}, "split.val_share: should be greater than 0, got 0"),
+        ({"data__sample__test": 10**7}, "data.sample.test: should be less than or equal to 1000000, got 10000000"),
+        ({"tracking": None}, "tracking: should be a table of keys, got None"),
         ({"super_resolution__scale": 2}, "super_resolution.scale: must be 1, as method none keeps the size, got 2"),
         ({"super_resolution": plain()["super_resolution"] | {"method": "swin2sr", "scale": 3}},
          "super_resolution.scale: must be 2 or 4, as method swin2sr makes images larger by 2 or 4, got 3"),
@@ -209,7 +211,7 @@ VALUES = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
-@example({"a": {"b": "?0", "c": ["?"]}})
+@example({"a": {"b": "?0", "c": ["?", ":0"]}})
 def test_written_yaml_is_read_as_it_was(tree: dict[str, Any]) -> None:
     found = YAML(typ="safe", pure=True).load(yaml_of(tree))
     assert found == tree

@@ -247,6 +247,11 @@ def test_mistakes_in_naming_a_version(shop: tuple[Registry, str, ModelInfo]) -> 
         with pytest.raises(UserError) as caught:
             registry.promote(name, word)
         assert str(caught.value) == told
+    client = registry.client
+    history = client.get_registered_model("fer-x").tags["fer.history"]
+    client.log_param(history, "99999", "{}")  # as a later version of fer might
+    with pytest.raises(UserError, match=f"^the history of the champion, run {history} in .* the version that wrote it"):
+        registry.history("fer-x")
 
 
 def test_the_commands(project: Path, empty_store: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:

@@ -78,6 +78,7 @@ def silent() -> Iterator[int]:
         (f"http://me:{SECRET}@127.0.0.1:OTHER", r"http://\*\*\*@.*: leave user and password out .*MLFLOW_TRACKING_USE"),
         (f"http://{SECRET}@127.0.0.1:OTHER", r"http://\*\*\*@.*: leave user and password out .*or MLFLOW_TRACKING_TOK"),
         ("http://[::1", r"no server answers at http://\[::1 \("),
+        ("sqlite://", r"'sqlite://' is no tracking store; use sqlite:///FILE"),
         ("./mlruns", r"'./mlruns' is no tracking store; use sqlite:///FILE"),
         (f"oracle://me:{SECRET}@host/x", r"'oracle://me:\*\*\*@host/x' is no tracking store"),
         (
