@@ -539,10 +539,13 @@ def registry(dataset: Dataset = None) -> None:
 
 def _registered(dataset: str | None) -> tuple[str, Any]:
     """The name of a data set's registered model, and the tracker."""
+    from pipelines.experiments import NAME
     from pipelines.params import load
     from pipelines.tracking import Tracker
 
     params = load()
+    if dataset is not None and not NAME.fullmatch(dataset):
+        raise UserError(f"--dataset {dataset}: should be the name of a data set, as {params.data.dataset}")
     tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
     return f"fer-{dataset or params.data.dataset}", tracker
 

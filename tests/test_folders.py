@@ -137,6 +137,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*BOTH, "test/Happy/1.png"],
         "{root}: test has a folder Happy and train has none, but happy, sad: give them the same names",
     ),
+    "a class called as a column": (
+        ["row/1.png", "sad/1.png"], "{root}: a class cannot be called row, as a column is: rename it",
+    ),
     "two copies": (
         ["a/happy/1.png", "a/sad/1.png", "b/happy/1.png", "b/sad/1.png"],
         "{root}: holds several folders with class folders: a, b: set data.path to the one to read",

@@ -29,6 +29,7 @@ PORT = str(free_port())
         (["evaluate", "**"], "**: no such run in data/runs; runs: none yet"),
         (["evaluate", "../../outside"], "../../outside: no such run in data/runs"),
         (["compare", "../../outside"], "../../outside: no finished run in data/runs"),
+        (["registry", "--dataset", "a/b"], "--dataset a/b: should be the name of a data set, as sample"),
         (["predict", ".", "--out", "nix/p.csv"], "--out nix/p.csv: name a file in a folder that exists"),
         (["predict", ".", "--out", "/dev/x.txt"], "--out /dev/x.txt: name a file that ends in .csv or .parquet"),
         (["predict", "/dev/zero"], "/dev/zero: no regular file; give pictures"),

@@ -13,6 +13,9 @@ from fer.data.picture_files import CHUNK, Pictures
 from fer.errors import UserError
 
 TEXT_COLUMNS = ("name", "usage", "subject")
+# of the tables that are made, in which a class has a column of its own
+TAKEN = {*TEXT_COLUMNS, "row", "sha1", "label", "class", "prediction", "prediction_shared", "leaked"}
+TAKEN |= {"duplicate_of", "duplicate_in", "duplicate_kind"}
 UNUSED = "no part of the data set"
 UNWANTED = "of a class that data.classes leaves out"
 
@@ -71,6 +74,9 @@ def of_faces(
 
     Raises UserError for no picture at all, and where `data.subject_pattern` finds no subject.
     """
+    for label in classes:
+        if label in TAKEN:
+            raise UserError(f"{found.path}: a class cannot be called {label}, as a column is: rename it")
     reasons = dict(left_out or {})
     if wanted.classes is not None:
         check_classes(wanted.classes, classes)
