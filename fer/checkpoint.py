@@ -37,7 +37,7 @@ class Meta(Stored):
     name: str
     run_id: str
     classes: Annotated[list[str], Field(min_length=2)]
-    class_prior: list[list[float]]
+    class_prior: list[list[float]] | None  # None: of hard labels
     data: Trained
     data_hash: str
     config: dict[str, Any]

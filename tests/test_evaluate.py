@@ -251,3 +251,9 @@ def test_the_size_of_evaluation_batches_changes_nothing(bars: Path) -> None:
     assert whole.shape == (40, 8)
     for batch in (1, 7, 1000):
         torch.testing.assert_close(logits(batch), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_on_hard_labels_which_give_no_class_prior_is_evaluated(data: Path, tmp_path: Path) -> None:
+    path = data / "splits/summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_prior": None}))
+    assert evaluate(fit("x", small_run(epochs=1), CPU, data, tmp_path / "runs"), data, CPU)["test"]["images"] == 40
