@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fer import checkpoint
 from fer.batches import Feed
 from fer.data.dataset import DataSet, Split, open_data
+from fer.data.folds import fold_of
 from fer.device import autocast, pick_device
 from fer.errors import UserError, first_line
 from fer.files import write_bytes, write_json
@@ -46,6 +47,7 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
         raise UserError(
             f"{folder}: written in format {format_of(meta)}, which can no longer be evaluated; train the run again"
         )
+    data = fold_of(data, meta["data"].get("fold"))
     if data.hash != meta["data_hash"]:
         raise UserError(
             f"{folder}: was trained on data {meta['data_hash']}, but {data_dir} holds {data.hash}; "
@@ -61,8 +63,10 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
 def outdated(summary: dict[str, Any], data: DataSet) -> str | None:
     """What `evaluate` would redo, and why; None if nothing.
 
-    A run of other train or val data, or of an earlier format, keeps its results.
+    A run of other train or val data, or of an earlier format, keeps its results. Of a run on a fold, `data` is the
+    whole data set or that fold.
     """
+    data = fold_of(data, summary["data"].get("fold"))
     if format_of(summary) != FORMAT or summary["data_hash"] != data.hash:
         return None
     if summary["test_hash"] != data.test_hash:
@@ -129,7 +133,8 @@ def last_epoch(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / LAST}: epoch {last['epoch']} of {run.epochs}, so it is damaged; delete {folder}")
     if not run.is_over(last["history"]):
         done = f"{last['epoch']} of {run.epochs} epochs are done"
-        raise UserError(f"{folder}: {done}; finish it with `fer train {last['name']}`")
+        folds = f" --folds {fold.partition('/')[2]}" if (fold := last["data"].get("fold")) else ""
+        raise UserError(f"{folder}: {done}; finish it with `fer train {last['name']}{folds}`")
     return last
 
 

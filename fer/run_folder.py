@@ -68,6 +68,7 @@ class About(Stored):
     """Which data a run was trained on."""
 
     dataset: str
+    fold: Annotated[str, Field(pattern=r"^[1-9]\d*/([1-9]\d*|subjects)$")] | None = None
     label_mode: str = ""
     image_shape: Annotated[list[Positive], Field(min_length=2)]
     super_resolution: Enlarged = Enlarged(method="none", scale=1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fer import checkpoint
 from fer.batches import Feed, TrainBatches, seed_of
 from fer.data.dataset import DataSet, open_data
+from fer.data.folds import fold_of, titled
 from fer.device import pick_device, use_cpu, use_gpu
 from fer.errors import UserError
 from fer.evaluate import last_epoch, predict_split
@@ -50,13 +51,15 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
     start: str | None = None,
     leaves: Callable[[], bool] | None = None,
+    fold: str | None = None,
 ) -> Path:
     """Train `run`, or resume it where it was interrupted, and return its folder `runs_dir`/<run id>.
 
     Within an initialised torch.distributed group every rank calls this, and the ranks divide the batches. `on_epoch`
     receives each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
     `leaves` returns whether this machine is about to be reclaimed, which stops the run as SIGTERM does; all ranks of a
-    group call it before the same steps, about once a second.
+    group call it before the same steps, about once a second. `fold`, such as 3/10: train on that part of the data
+    (fer.data.folds).
     Raises UserError (data or weights missing; the run to start from missing, unfinished or with another backbone; no
     GPU; a batch that cannot be divided), NonFiniteLoss, and Stopped once the state is saved after SIGTERM or
     `fer.signals.ask_to_stop`.
@@ -72,8 +75,8 @@ def fit(
         use_cpu(resources.cpus_per_worker)
     else:
         use_gpu()
-    data = open_data(data_dir)
-    folder = Path(runs_dir) / run_id(name, run, data.hash, start)
+    data = fold_of(open_data(data_dir), fold)
+    folder = Path(runs_dir) / run_id(titled(name, fold), run, data.hash, start)
     stop = StopSignal(folder, leads=rank == 0, leaves=leaves)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

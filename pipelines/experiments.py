@@ -55,6 +55,7 @@ class Job:
     resources: Resources
     folder: Path  # data/runs/<run id>
     start: str | None = None  # id of the run that `init_from` names
+    fold: str | None = None  # the part of the data that it is trained on, such as 3/10 (fer.data.folds)
 
 
 def known() -> list[str]:

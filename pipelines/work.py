@@ -73,7 +73,8 @@ def work(
         lock = held(job.folder, patience) if rank == 0 else nullcontext()
         with lock, logged(log), _warnings_kept(warned):
             try:
-                fit(job.name, job.run, job.resources, data_dir, job.folder.parent, each_epoch, job.start, leaves)
+                about = each_epoch, job.start, leaves, job.fold
+                fit(job.name, job.run, job.resources, data_dir, job.folder.parent, *about)
                 if evaluated and rank == 0:
                     evaluate(job.folder, data_dir, job.resources)
             except UserError as error:

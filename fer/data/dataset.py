@@ -44,6 +44,9 @@ class Made(Stored):
     counts: dict[str, dict[str, Count]]
     duplicates: dict[str, Any]
     super_resolution: dict[str, Any] = {}
+    held_out: dict[str, str] = {}
+    seed: Count = 0
+    near_duplicates: Fraction | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Made":
