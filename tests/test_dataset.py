@@ -206,6 +206,7 @@ def test_hashes_of_tiny_data_stay_what_they_are(tmp_path: Path) -> None:
     for name, lines in tables.items():
         (tmp_path / "splits" / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
     summary = {"classes": ["glad", "sad"], "class_prior": [[0.9, 0.1], [0.2, 0.8]], "images_sha256": "0123abcd" * 8}
+    summary["totals"] = {"train": 2, "val": 1, "test": 3}
     opened = DataSet(tmp_path, np.zeros((6, 2, 2), np.uint8), summary)
     found = [getattr(opened, name) for name in ALL]
     assert found == ["a397d8519e791129", "522878a8ca8a479e", "3ec59625cac44a1a"]

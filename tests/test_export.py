@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CPU, doe, make_data, small_run
+from conftest import CLASSES, CPU, doe, make_data, small_run
 from huggingface_hub import ModelCard
 
+from fer.data.dataset import open_data
 from fer.ensemble import combine
 from fer.errors import UserError
 from fer.evaluate import evaluate, read_predictions
@@ -40,7 +41,8 @@ def finished(data: Path, **changes: Any) -> Path:
 def test_prediction_is_as_sure_as_the_run_is_right_on_val(run: Path, data: Path) -> None:
     predictor = Predictor(run)
     assert 0.06 < predictor.temperature < 19  # not at an end of its range
-    wanted = {name: read_predictions(run / f"predictions_{name}.csv", predictor.classes) for name in ("val", "test")}
+    wanted = {name: read_predictions(run / f"predictions_{name}.csv", open_data(data).split(name), CLASSES)
+              for name in ("val", "test")}  # fmt: skip
     images = np.load(data / "upscaled" / "images.npy")[-40:]  # test
     softer = softened(np.log(wanted["test"]), predictor.temperature)
     np.testing.assert_allclose(predictor.probabilities(images), softer, atol=1e-6)

@@ -13,7 +13,7 @@ from conftest import CLASSES, CPU, NO_AUGMENT, PEOPLE, doe, emotion_encoder, mak
 from safetensors.torch import load_file
 
 from fer.errors import UserError
-from fer.evaluate import evaluate, read_predictions
+from fer.evaluate import evaluate, read_evaluated
 from fer.predict import Predictor, _load_pyfunc
 from fer.resources import Resources
 from fer.statistics import softened
@@ -47,7 +47,7 @@ def run(
 
 def softer(folder: Path) -> np.ndarray:
     """What the evaluation said of test, divided by the temperature that val asked for."""
-    logits = np.log(read_predictions(folder / "predictions_test.csv", CLASSES))
+    logits = np.log(read_evaluated(folder / "predictions_test.csv", 40, CLASSES)[CLASSES].to_numpy(np.float32))
     return softened(logits, json.loads((folder / "best" / "checkpoint.json").read_text())["temperature"])
 
 
