@@ -83,13 +83,13 @@ def test_warnings_of_the_projects_code_are_told(tmp_path: Path, monkeypatch: pyt
     def fit(*_: object, **__: object) -> None:
         warnings.simplefilter("always")
         for path in (works.__file__, "/elsewhere/torch.py", works.__file__):
-            warnings.warn_explicit("mind the step", UserWarning, path, 7)
+            warnings.warn_explicit("mind the step" if path == works.__file__ else "not ours", UserWarning, path, 7)
         raise UserError("no weights")
 
     monkeypatch.setattr(works, "fit", fit)
     made = Job("x", small_run(), CPU, tmp_path / "runs/x")
     assert work(made, tmp_path) == Ended("mistake", "no weights", ("mind the step",))
-    assert (made.folder / LOG).read_text().count("UserWarning: mind the step") == 3
+    assert (made.folder / LOG).read_text().count("UserWarning: ") == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])  # threads; 0: it runs in the main one, which has the signals
