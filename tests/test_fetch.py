@@ -115,41 +115,28 @@ def test_an_empty_folder_is_filled_and_then_left_alone(folder: Path, url: str, s
         assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
     assert (folder / "fer2013.tar.gz").read_text() == f"{IMAGES}fer2013.tar.gz"
     assert (folder / "fer2013new.csv").read_bytes() == VOTES
-    assert kagglehub == [COMPETITION]
-    assert server.asked == ["/votes.csv"]
-
-
-def test_only_what_is_missing_is_fetched(folder: Path, url: str, server, kagglehub: list[str]) -> None:
-    (folder / "fer2013.csv").write_text(IMAGES)
-    fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
-    assert names(folder) == [".gitkeep", "README.md", "fer2013.csv", "fer2013new.csv"]
-    (folder / "fer2013.csv").unlink()
-    fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
-    assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
     assert (kagglehub, server.asked) == ([COMPETITION], ["/votes.csv"])
 
 
-@pytest.mark.parametrize("content", ["notes.txt", "FER2013Train/label.csv"])
-def test_a_folder_with_something_else_is_left_alone(content: str, folder: Path, kagglehub: list[str]) -> None:
-    (folder / content).parent.mkdir(exist_ok=True)
-    (folder / content).write_text("")
+def test_only_what_is_missing_and_wanted_is_fetched(folder: Path, url: str, server, kagglehub: list[str]) -> None:
+    assert fill(folder, COMPETITION, NOWHERE, SHA256, False)  # a set with labels of its own
+    assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz"]
+    assert fill(folder, COMPETITION, f"{url}/votes.csv", SHA256)
+    (folder / "fer2013.tar.gz").unlink()
+    assert fill(folder, COMPETITION, NOWHERE, SHA256)
+    assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz", "fer2013new.csv"]
+    assert (kagglehub, server.asked) == ([COMPETITION] * 2, ["/votes.csv"])
+
+
+@pytest.mark.parametrize("content", [["notes.txt"], ["FER2013Train/label.csv"], ["fer2013.csv", "FER2013Train/a.png"]])
+def test_a_folder_with_something_else_is_left_alone(content: list[str], folder: Path, kagglehub: list[str]) -> None:
+    for name in content:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(IMAGES if name == "fer2013.csv" else "")
     before = names(folder)
     for path in (folder, folder / "README.md"):
         assert not fill(path, COMPETITION, NOWHERE, SHA256)
     assert (names(folder), kagglehub) == (before, [])
-
-
-def test_images_alone_are_fetched_for_a_set_with_labels_of_its_own(folder: Path, server, kagglehub: list[str]) -> None:
-    assert fill(folder, COMPETITION, NOWHERE, SHA256, False)
-    assert names(folder) == [".gitkeep", "README.md", "fer2013.tar.gz"]
-    assert not fill(folder, COMPETITION, NOWHERE, SHA256, False)
-
-
-def test_pictures_need_no_votes(folder: Path) -> None:
-    for name in ("fer2013.csv", "FER2013Train/a.png"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(IMAGES)
-    assert not fill(folder, COMPETITION, NOWHERE, SHA256)
 
 
 def told(folder: Path, reason: str) -> str:
@@ -209,7 +196,6 @@ def test_a_competition_without_the_images(folder: Path, kagglehub: list[str], tm
         (tmp_path / "cache" / name).unlink()
     message = refused(fill, folder, COMPETITION, NOWHERE, SHA256)
     assert message == told(folder, "it has none of fer2013.csv, fer2013.tar.gz, icml_face_data.csv")
-    assert names(folder) == [".gitkeep", "README.md"]
 
 
 @pytest.mark.parametrize(
@@ -238,8 +224,5 @@ def test_no_password_of_the_address_is_shown(folder: Path) -> None:
         assert message.startswith("data.votes_url: ")
         assert "***" in message
         assert "secret" not in message
-
-
-def test_votes_from_a_file_address(folder: Path) -> None:
     message = refused(fetch_votes, folder / "fer2013new.csv", f"file://{folder}/README.md", SHA256)
     assert message.startswith(f"data.votes_url: must start with https:// or http://, got 'file://{folder}/README.md'")

@@ -274,10 +274,6 @@ GAPS: dict[str, tuple[pd.DataFrame, Kind, dict[str, str], str]] = {
         "split train is empty: split.drop_leaked_train takes all of its 8 images, as val or test hold the same: "
         "set it to none, or correct the splits of the data set",
     ),
-    "a class of hard labels": (
-        labelled(*((usage, "glad") for usage in ("train", "val", "test"))), HARD, {},
-        "no training image of class sad: add images of it to the train part of data.path",
-    ),
 }  # fmt: skip
 
 
@@ -421,11 +417,8 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         LABELS, table(lambda rows: rows.replace("val", "valid")), f"usage 'valid' is none of train, val, test; {AGAIN}",
     ),
     "negative": (LABELS, table(lambda rows: rows.assign(fear="-1")), f"holds negative votes; {AGAIN}"),
-    "not whole": (LABELS, table(lambda rows: rows.assign(fear="1.5")), "not a table of votes ("),
     "empty": (LABELS, lambda path: path.write_text(""), "not a table of votes (No columns to parse from file); "),
-    "no labels": (LABELS, Path.unlink, MISSING),
     "no facts": ("data/raw/source.json", Path.unlink, MISSING),
-    "no JSON": ("data/raw/source.json", lambda path: path.write_text("{"), f"not valid JSON; {AGAIN}"),
     "other JSON": (
         "data/raw/source.json", lambda path: path.write_text('{"dataset": "sample"}'),
         f"dataset or label_source or classes or vote_columns or labels or confusion is missing; {AGAIN}",
