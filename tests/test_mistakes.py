@@ -20,7 +20,6 @@ from fer.train import fit
 
 Here = Callable[..., subprocess.CompletedProcess]
 LONG = "x" * 5000
-PORT = str(free_port())
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,6 @@ PORT = str(free_port())
         (["predict", "/dev/zero"], "/dev/zero: no regular file; give pictures"),
         (["compare", "x", "--report", "params.yaml"], "--report params.yaml: name a file that ends in .html or .htm"),
         (["compare", "x", "--report", "experiments"], "--report experiments: name a file that ends in .html"),
-        (["ui", "--mlflow-port", PORT, "--prefect-port", PORT], f"--prefect-port {PORT}: another server has it"),
         (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),
         (["sweep", LONG], f"sweeps/{LONG}.yaml: no such sweep"),
         (["config", "doe", "seed=2001-99-99"], "seed=2001-99-99: the value is not valid YAML"),
@@ -56,6 +54,12 @@ def test_a_port_that_is_none_and_the_version(here: Here) -> None:
         done = here("ui", option, port)
         assert done.returncode == 2
         assert option in done.stderr
+    port = str(free_port())
+    done = here("ui", "--mlflow-port", port, "--prefect-port", port)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: --prefect-port {port}: another server has it; choose another\n",
+    )
     done = here("--version")
     assert (done.returncode, done.stdout.split(".")[0]) == (0, "fer 0")
 
