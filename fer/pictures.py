@@ -41,6 +41,8 @@ class Faces:
     def of(cls, data: Mapping[str, Any]) -> "Faces":
         """From the part `data` of a checkpoint.json."""
         prepared, made = tuple(data["image_shape"]), data.get("super_resolution", {})
+        if made.get("method", "none") not in METHODS:
+            raise UserError(f"checkpoint.json: data.super_resolution.method: {made['method']!r} is not in this version")
         return cls(
             tuple(made.get("raw_shape", prepared)), prepared, made.get("method", "none"), int(made.get("scale", 1))
         )

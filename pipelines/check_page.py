@@ -149,8 +149,8 @@ def write(found: dict[str, Any], folder: Path, images: np.ndarray | None = None)
     text = environment.get_template("check.html").render(
         found=found, findings=findings(found), pictures=pictures, total=sum(found["labelled"].values())
     )
-    write_json(numbers, found)
     write_bytes(page, text.encode())
+    write_json(numbers, found)
     return numbers, page
 
 

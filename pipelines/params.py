@@ -228,9 +228,10 @@ def parse_value(text: str, change: str) -> Any:
     """The value of `change`, which is `key=value`, parsed as YAML. Raises UserError if it is not valid."""
     try:
         return _parsed(text) if text else None
-    except NotYaml:
+    except NotYaml as error:
         shown = change if len(change) <= LONGEST else f"{change[:LONGEST]}..."
-        raise UserError(f"{shown}: the value is not valid YAML") from None
+        reason = " is not valid YAML" if "valid YAML" in str(error) else error
+        raise UserError(f"{shown}: the value{reason}") from None
 
 
 class NotYaml(ValueError):

@@ -186,11 +186,20 @@ def test_a_value_is_read_as_yaml(text: str, value: object) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["[1", "a: b: c", "2001-99-99", "&a [*a]", '"\\ud800"'])
-def test_a_value_that_is_no_yaml(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[1", "is not valid YAML"),
+        ("2001-99-99", "is not valid YAML"),
+        ("&a [*a]", "is nested more than 30 levels deep, or refers to itself"),
+        ('"\\ud800"', "holds '\\ud800', which is no text"),
+        ("9" * 30, "holds a number of more than 64 bits"),
+    ],
+)
+def test_a_value_that_cannot_be_read(text: str, reason: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_value(text, f"x.y={text}")
-    assert str(caught.value) == f"x.y={text}: the value is not valid YAML"
+    assert str(caught.value) == f"x.y={text}: the value {reason}"
 
 
 def test_written_yaml_has_a_line_for_each_table_and_list() -> None:

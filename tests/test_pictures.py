@@ -124,3 +124,8 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             prepared(GREY, tmp_path / name)
         assert str(caught.value).startswith(f"{tmp_path / name}: {reason}")
+
+
+def test_a_method_of_another_version_is_named() -> None:
+    with pytest.raises(UserError, match="super_resolution.method: 'magic' is not in this version"):
+        Faces.of({"image_shape": [96, 96], "super_resolution": {"method": "magic", "scale": 2}})

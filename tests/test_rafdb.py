@@ -68,6 +68,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: [file.unlink() for file in root.rglob("*.jpg")],
         "{root}: holds a list of RAF-DB and no pictures: put Image/aligned of RAF-DB there",
     ),
+    "no list": (
+        lambda root: (root / LIST).unlink(),
+        "{root}: holds aligned pictures and no list_patition_label.txt: put EmoLabel of RAF-DB there",
+    ),
     "a line twice": (
         change_list(lambda lines: [*lines, lines[0]]),
         f"{{root}}/{LIST} line 22: train_00000.jpg stands in list_patition_label.txt line 1 as well: "

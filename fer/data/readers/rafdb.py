@@ -18,6 +18,9 @@ def read(found: Found, wanted: Wanted) -> Source:
     """Read RAF-DB. Raises UserError for a list and pictures that do not fit, with numbers and the first example."""
     lists = [entry for entry in found.entries if entry.base.lower() in LISTS]
     if not lists:
+        places = {entry.folder for entry in found.pictures() if _stem(entry) + ALIGNED in entry.base.lower()}
+        if len(places) == 1:  # not a folder for each class
+            raise UserError(f"{found.path}: holds aligned pictures and no {LISTS[0]}: put EmoLabel of RAF-DB there")
         return folders.read_named(found, wanted, CLASSES, NUMBERS)
     listed = one_of([[entry] for entry in lists], f"files {LISTS[0]}")[0]
     pictures, other = _pictures(found)
