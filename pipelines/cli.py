@@ -343,6 +343,24 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
 
         write_bytes(report, compared(sides, pairs).encode())
         console.print(f"[bold]{report}[/]", soft_wrap=True)
+        _attach(report, [folder for side in sides for folder in side.folders])
+
+
+def _attach(page: Path, folders: list[Path]) -> None:
+    """Log a page to the runs that it compares, in MLflow."""
+    from pipelines.params import load
+    from pipelines.store import is_missing, tracking_uri
+
+    tracking = load().tracking
+    if is_missing(tracking_uri(tracking.uri)):
+        return
+    with console.status("Logging it to the runs in MLflow"):
+        from pipelines.tracking import Tracker
+
+        known = Tracker(tracking.uri, tracking.experiment).attach(page, folders)
+    console.print(
+        f"MLflow: artifact compare/{page.name} of {known} of {len(folders)} runs", style="dim", highlight=False
+    )
 
 
 def _check_target(option: str, path: Path, ends: tuple[str, ...]) -> None:
@@ -354,14 +372,16 @@ def _check_target(option: str, path: Path, ends: tuple[str, ...]) -> None:
 
 
 def _print_pairs(pairs: list[Any]) -> None:
+    from pipelines.comparison import verdicts
+
     table = _table("difference, 95 %", "accuracy", "UAR", "differ on", "p")
     for pair in pairs:
         p = "-" if pair.p is None else f"{pair.p:.2g} ({pair.test})"
         gaps = (_percents(gap, sign="+") for gap in (pair.accuracy, pair.balanced_accuracy))
         table.add_row(f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p)
     console.print(table)
-    for pair in pairs:
-        console.print(pair.verdict(), highlight=False)
+    for line in verdicts(pairs):
+        console.print(line, highlight=False)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -541,12 +561,17 @@ def _registered(dataset: str | None) -> tuple[str, Any]:
     """The name of a data set's registered model, and the tracker."""
     from pipelines.experiments import NAME
     from pipelines.params import load
-    from pipelines.tracking import Tracker
+    from pipelines.store import is_missing, tracking_uri
 
     params = load()
     if dataset is not None and not NAME.fullmatch(dataset):
         raise UserError(f"--dataset {dataset}: should be the name of a data set, as {params.data.dataset}")
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
+    if is_missing(uri := tracking_uri(params.tracking.uri)):
+        raise UserError(f"tracking.uri: {uri}: nothing is recorded there yet; train a run with `fer train`")
+    with console.status("Asking MLflow"):
+        from pipelines.tracking import Tracker
+
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
     return f"fer-{dataset or params.data.dataset}", tracker
 
 

@@ -102,6 +102,11 @@ class Pair:
     p: float | None  # exact McNemar for two runs, Welch over seeds; None with one run on one side alone
     test: str
 
+    @property
+    def name(self) -> str:
+        """Both sides, for titles."""
+        return f"{self.one.name} and {self.other.name}"
+
     def verdict(self) -> str:
         """In words, whether the two can be told apart."""
         gap, images = 100 * self.accuracy.value, len(self.one.labels)
@@ -113,6 +118,11 @@ class Pair:
         if apart:
             return f"not told apart over seeds: {abs(gap):.2f} points, p {self.p:.2g}; {differ}"
         return f"not told apart: {differ}, where {100 * self.detectable:.1f} points would stand out"
+
+
+def verdicts(pairs: Sequence[Pair]) -> list[str]:
+    """What can be told apart, a line for each pair, with its names where there are several."""
+    return [pair.verdict() if len(pairs) == 1 else f"{pair.name}: {pair.verdict()}" for pair in pairs]
 
 
 def side(word: str, runs: Path) -> Side:

@@ -8,10 +8,11 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
+from fer.data.datasets import DATASETS
 from fer.metrics import BINS
 from fer.run_folder import read_rows
 from fer.statistics import Interval
-from pipelines import report
+from pipelines import comparison, report
 from pipelines.comparison import Pair, Side
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by everyone (Okabe, Ito 2008)
@@ -49,9 +50,10 @@ def compared(sides: Sequence[Side], pairs: Sequence[Pair]) -> str:
         title=" and ".join(side.name for side in sides),
         data=f"{runs[0]['data']['dataset']}, {len(sides[0].labels):,} test images, data {runs[0]['data_hash']}",
         sides=list(zip(sides, colours)),
-        verdicts=[pair.verdict() if len(pairs) == 1 else f"{_names(pair)}: {pair.verdict()}" for pair in pairs],
+        verdicts=comparison.verdicts(pairs),
         columns=report.COLUMNS,
         legend=report.LEGEND,
+        published=DATASETS.get(runs[0]["data"]["dataset"]),
         runs=[report.row(summary) for summary in runs],
         scores=[(side.name, side.scores()) for side in sides],
         gaps=_gaps(pairs),
@@ -98,10 +100,6 @@ def _gaps(pairs: Sequence[Pair]) -> list[tuple[str, Markup]]:
         rows = [(f"{name} {100 * gap.value:+.2f}", [(gap, "#222", name)]) for name, gap in what.items()]
         found.append((f"{pair.one.name} minus {pair.other.name}", _whiskers(rows, zero=True)))
     return found
-
-
-def _names(pair: Pair) -> str:
-    return f"{pair.one.name} and {pair.other.name}"
 
 
 def _recalls(sides: Sequence[Side], colours: Sequence[str]) -> Markup:
@@ -217,7 +215,7 @@ def _disagreement(pair: Pair) -> dict[str, Any]:
         listed = [_image(pair.one, row, said, means) for row in rows[np.argsort(-sure, kind="stable")][:NAMES]]
         alone.append((side.name, len(rows), listed))
     both, none = int((right[0] & right[1]).sum()), int((~right[0] & ~right[1]).sum())
-    return {"title": _names(pair), "names": [side.name for side in sides], "both": both, "none": none, "alone": alone}
+    return {"title": pair.name, "names": [side.name for side in sides], "both": both, "none": none, "alone": alone}
 
 
 def _image(side: Side, row: int, said: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> list[str]:
@@ -287,6 +285,16 @@ i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin
 <tr><td>{{ name }}</td>{% for value in values.values() %}<td>{{ "%.4f"|format(value) }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
+
+{% if published and published.published %}
+<h2>Published on this data set</h2>
+<p class="note">{{ published.protocol }}; as the papers state it, with their own weights to start from.</p>
+<div class="wide"><table><tr><th>method</th><th>test accuracy</th><th>starts from</th></tr>
+{% for name, accuracy, start in published.published %}
+<tr><td>{{ name }}</td><td>{{ "%.2f"|format(accuracy) }}</td><td>{{ start }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
 
 {% if gaps %}
 <h2>Differences on test</h2>

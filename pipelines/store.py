@@ -24,6 +24,11 @@ def tracking_uri(configured: str) -> str:
     return uri
 
 
+def is_missing(uri: str) -> bool:
+    """Whether nothing was ever recorded: the SQLite file is not there. A server or another database is asked later."""
+    return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists()
+
+
 def check_answers(uri: str) -> None:
     """Try the store once. Raises UserError, in which no password of `uri` is shown."""
     kind, shown = uri.partition(":")[0].partition("+")[0], without_password(uri)

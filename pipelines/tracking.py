@@ -258,6 +258,14 @@ class Tracker:
                 self.client.log_artifact(run_id, str(path))
             self.client.set_terminated(run_id, "FINISHED")
 
+    def attach(self, page: Path, folders: Sequence[Path]) -> int:
+        """Log a file to those of the runs in `folders` that this experiment has, and return how many these are."""
+        with self.in_one_line():
+            found = [run for folder in folders if (run := self._find(folder.name)) is not None]
+            for run in found:
+                self.client.log_artifact(run.info.run_id, str(page), "compare")
+        return len(found)
+
     def _find(self, ours: str) -> Any:
         """MLflow's run of our run id; None where there is none."""
         query = f"tags.`{RUN_ID}` = '{ours}'"

@@ -32,6 +32,7 @@ LONG = "x" * 5000
         (["predict", ".", "--out", "nix/p.csv"], "--out nix/p.csv: name a file in a folder that exists"),
         (["predict", ".", "--out", "/dev/x.txt"], "--out /dev/x.txt: name a file that ends in .csv or .parquet"),
         (["predict", "/dev/zero"], "/dev/zero: no regular file; give pictures"),
+        (["registry"], "tracking.uri: sqlite:///"),
         (["compare", "x", "--report", "params.yaml"], "--report params.yaml: name a file that ends in .html or .htm"),
         (["compare", "x", "--report", "experiments"], "--report experiments: name a file that ends in .html"),
         (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),

@@ -97,8 +97,27 @@ def test_one_side_alone_and_without_curves(runs: Path) -> None:
     assert not any("disagree" in text for text in page.texts)
 
 
+def test_published_numbers_stand_beside(runs: Path) -> None:
+    assert "Published on this data set" not in Page(compared([side("other", runs)], [])).texts
+    for path in runs.glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps(summary | {"data": summary["data"] | {"dataset": "ferplus"}}))
+    texts = Page(compared([side("other", runs)], [])).texts
+    place = texts.index("Neural Resizer, Swin-B 2022")
+    assert texts[place : place + 3] == ["Neural Resizer, Swin-B 2022", "89.50", "ImageNet"]
+
+
 def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
-    assert here("compare", "one", "other", "--report", "page.html").returncode == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlflow.db")
+    experiment = client.create_experiment("fer", (Path.cwd() / "mlruns").as_uri())
+    known = client.create_run(experiment, tags={"fer.run_id": next(runs.glob("other-*")).name}).info.run_id
+    done = here("compare", "one", "other", "--report", "page.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "page.html of 1 of 3 runs" in done.stdout
+    assert "one (2 seeds) - other" in done.stdout
+    assert [file.path for file in client.list_artifacts(known, "compare")] == ["compare/page.html"]
     Page(Path("page.html").read_text())
     assert list(Path().glob("*.partial")) == []
     failed = here("compare", "one", "--report", "no/page.html")
