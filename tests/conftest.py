@@ -384,3 +384,14 @@ def real_ferplus(ferplus_folder: Path) -> Any:
 
     with look(ferplus_folder) as found:
         return ferplus.read(found, Wanted())
+
+
+def leave_of_test(data: Path, kept: np.ndarray) -> pd.DataFrame:
+    """Leave these of the test images, bool [n], as another split would; returns their table."""
+    path, summary = data / "splits" / "test.csv", data / "splits" / "summary.json"
+    table = pd.read_csv(path, keep_default_na=False)[kept]
+    table.to_csv(path, index=False)
+    content = json.loads(summary.read_text())
+    content["totals"]["test"] = len(table)
+    summary.write_text(json.dumps(content))
+    return table

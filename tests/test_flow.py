@@ -28,6 +28,7 @@ from conftest import (
     environment,
     epochs_done,
     experiment,
+    leave_of_test,
     recorded,
     spoil_optimizer,
     start_fer,
@@ -419,7 +420,7 @@ def test_what_changed_of_test_since_a_run_was_finished_is_evaluated_anew_and_sai
     folder, test = folder_of(project, "small"), project / "data/splits/test.csv"
     predicted = pd.read_csv(folder / "predictions_test.csv")
     wrong = predicted["label"] != predicted["prediction"]
-    table = pd.read_csv(test, keep_default_na=False)[wrong.to_numpy()]
+    table = leave_of_test(project / "data", wrong.to_numpy())
     unleaked = table["duplicate_in"] == ""
     for number, news, key in (
         (0.0, "the test split has changed since: evaluated again, from its best checkpoint", "test_accuracy"),

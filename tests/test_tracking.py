@@ -15,7 +15,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN, CLASSES, CPU, answers, free_port, make_data, small_run, wait_for
+from conftest import BIN, CLASSES, CPU, answers, free_port, leave_of_test, make_data, small_run, wait_for
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
@@ -159,8 +159,7 @@ def test_a_run_evaluated_anew_gets_its_new_numbers_and_stays_one_run_and_version
     record(tracker, folder)
     predicted = pd.read_csv(folder / "predictions_test.csv")
     wrong = (predicted["label"] != predicted["prediction"]).to_numpy()
-    test = folder.parents[1] / "splits" / "test.csv"
-    pd.read_csv(test, keep_default_na=False)[wrong].to_csv(test, index=False)
+    leave_of_test(folder.parents[1], wrong)
     evaluate(folder, folder.parents[1], CPU)
     assert not tracker.recorded(folder)
     record(tracker, folder)
