@@ -1,11 +1,12 @@
 """The pipeline around `fer`. Importing it sets environment variables that keep the frameworks local and quiet.
 
-Variables that are already set win.
+Variables that are already set win. From then on, Ctrl-C that nothing handles ends the process without a traceback.
 """
 
 import os
-import secrets
+import sys
 from pathlib import Path
+from types import TracebackType
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -40,10 +41,20 @@ _DEFAULTS = {
 if not os.environ.get("RAY_ADDRESS"):  # Ray is of this process alone
     _DEFAULTS |= {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too, Ray then listens on the loopback interface alone
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray's own is a file that every user of the machine may read
+        "RAY_AUTH_TOKEN": os.urandom(32).hex(),  # Ray's own is a file that every user of the machine may read
     }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 for _name in ("no_proxy", "NO_PROXY"):  # servers on this machine are never behind a proxy
     _known = [_host for _host in os.environ.get(_name, "").split(",") if _host]
     os.environ[_name] = ",".join(dict.fromkeys([*_known, "127.0.0.1", "localhost"]))
+
+_show = sys.excepthook
+
+
+def _show_unless_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):  # by Ctrl-C while a command still imports its modules, for instance
+        _show(kind, error, trace)
+
+
+sys.excepthook = _show_unless_interrupted

@@ -68,6 +68,17 @@ def test_fer_ui_that_is_killed_leaves_no_server(project: Path) -> None:
     kill_when_it_has_started(start_fer(project, "ui", *ports), "mlflow", "prefect")
 
 
+def test_ctrl_c_while_a_command_still_imports_its_modules_shows_no_traceback(project: Path) -> None:
+    command = start_fer(project, "train", PYTHONPROFILEIMPORTTIME="1")  # a line for each module that is imported
+    assert command.stderr
+    for text in command.stderr:
+        if text.rpartition("|")[2].strip() == "pipelines":
+            break
+    command.send_signal(signal.SIGINT)
+    shown = [text for text in command.communicate()[1].splitlines() if not text.startswith("import time:")]
+    assert (command.returncode, shown) == (-signal.SIGINT, [])
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_three_commands_at_once_in_a_new_project(project: Path) -> None:
