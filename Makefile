@@ -56,5 +56,5 @@ format: $(READY)  ## Format the code
 	ruff format .
 
 clean:  ## Remove all outputs but the installation: data, runs, sweeps, logs, MLflow and Prefect databases
-	rm -rf data/raw data/upscaled data/splits data/runs data/sweeps data/logs data/*.partial data/.lock \
+	rm -rf data/raw data/upscaled data/splits data/runs data/folds data/sweeps data/logs data/*.partial data/.lock \
 	  data/images.verified.json data/upscale_gallery.png dvc_plots mlflow.db mlruns mlartifacts .prefect

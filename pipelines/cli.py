@@ -78,6 +78,10 @@ app.add_typer(checks, name="data")
 def train(
     words: Words = None,
     every: Annotated[bool, typer.Option("--all", help="All experiments in experiments/.")] = False,
+    folds: Annotated[
+        str | None,
+        typer.Option(metavar="K|subjects", help="Cross-validate: in K folds, or leave one subject out at a time."),
+    ] = None,
 ) -> None:
     """Train and evaluate experiments in parallel, record them in MLflow and register their models.
 
@@ -89,25 +93,34 @@ def train(
     _check(words)  # before the frameworks, which take seconds to import
     from pipelines.guard import guarded
 
+    if folds is not None:
+        from fer.data.folds import parsed
+
+        parsed(folds)
     with guarded():
-        _train(words)
+        _train(words, folds)
 
 
-def _train(words: list[str]) -> None:
+def _train(words: list[str], folds: str | None) -> None:
     flow = _start_frameworks()
     from pipelines import report
+    from pipelines.folds import added
 
-    jobs, tracker = flow.prepare(words)
+    jobs, tracker = flow.prepare(words, folds)
     folders, failed = [job.folder for job in jobs.values()], {}
-    if all(flow.recorded(job, tracker) for job in jobs.values()):
+    if all(flow.recorded(job, tracker) for job in jobs.values()) and (
+        folds is None or flow.sums_recorded(jobs, tracker)
+    ):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
         _warn_of_random_weights({name: job.run for name, job in jobs.items()})
         with _Bars(folders), flow.flow_page.server_needed():
-            state = flow.train(words, return_state=True)
+            state = flow.train(words, folds, return_state=True)
         failed = _failures(state)
     ended = [job.folder for name, job in jobs.items() if name not in failed]
-    if "flow" not in failed and (found := report.summaries(ended)):
+    if folds is not None and "flow" not in failed:
+        _print_folds([added(made) for made in flow.of_one(jobs, failed)])
+    elif "flow" not in failed and (found := report.summaries(ended)):
         _print_table(found)
         _print_champions(tracker, [folder.name for folder in ended])
     if failed:
@@ -397,11 +410,14 @@ def _compare_all() -> None:
     from fer.data.datasets import DATASETS
     from fer.formats import format_of
     from fer.run import FORMAT
-    from pipelines import report
+    from pipelines import folds, report
 
     damaged: list[str] = []
     summaries = report.summaries(RUNS.glob("*"), damaged)
-    if not summaries and not damaged:
+    summaries = [summary for summary in summaries if "fold" not in summary["data"]]
+    sums = folds.sums(damaged)
+    _print_folds(sums)
+    if not summaries and not damaged and not sums:
         raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
     by_data: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
@@ -941,6 +957,19 @@ def _print_table(summaries: list[dict[str, Any]], title: str | None = None) -> N
         table.add_row(*report.row(summary).values())
     console.print(table)
     console.print(report.LEGEND, style="dim")
+
+
+def _print_folds(sums: list[dict[str, Any]]) -> None:
+    """A row for each cross-validation."""
+    from pipelines import report
+
+    rows = [report.folds_row(one) for one in sums]
+    if rows:
+        table = _table(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table)
+        console.print(report.FOLDS_LEGEND, style="dim")
 
 
 def _print_champions(tracker: Any, runs: list[str]) -> None:

@@ -57,6 +57,11 @@ class Job:
     start: str | None = None  # id of the run that `init_from` names
     fold: str | None = None  # the part of the data that it is trained on, such as 3/10 (fer.data.folds)
 
+    @property
+    def title(self) -> str:
+        """Name, fold and seed: the run id without the hash."""
+        return self.folder.name.rpartition("-")[0]
+
 
 def known() -> list[str]:
     """Names of the experiments in experiments/."""

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
@@ -25,15 +25,17 @@ from pydantic import Field
 
 from fer import checkpoint
 from fer.data.dataset import DataSet, open_data
+from fer.data.folds import fold_of
 from fer.errors import UserError, disk_error
 from fer.evaluate import outdated
 from fer.files import held, is_held, write_json
 from fer.formats import format_of, read_run
 from fer.models import build_model, named_weights
 from fer.run import FORMAT, Run, run_id
-from fer.run_folder import LAST, read_summary
+from fer.run_folder import LAST, SUMMARY, read_summary
 from pipelines import experiments, flow_page, launch, report
 from pipelines.experiments import Experiment, Job
+from pipelines.folds import TABLE, added, folder_of, jobs_of, read_sum
 from pipelines.guard import close_runs, guarded
 from pipelines.launch import Launcher
 from pipelines.params import load, machine
@@ -41,7 +43,7 @@ from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import settings as sweep_settings
 from pipelines.sweeps.files import ABOUT, RESULT
 from pipelines.sweeps.folder import Plan, Trial
-from pipelines.tracking import SWEEP, Tracker
+from pipelines.tracking import FOLD, SWEEP, Tracker
 
 DATA, RUNS = Path("data"), Path("data/runs")
 FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run
@@ -50,17 +52,19 @@ PATIENCE = 20  # seconds that runs get to save when asked to stop; Slurm kills a
 Jobs = dict[str, Job]  # by name; a run comes after the one it starts from
 
 
-def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
+def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
     """The runs of the experiments and changes in `words`, checked against data, tracking server and machine.
 
-    Includes the runs that unfinished ones start from (`init_from`). Raises UserError for whatever would keep a run from
-    starting. Calling it again costs nothing.
+    `folds`: a number of folds, or `subjects`; each experiment is then a run for each fold. Includes the runs that
+    unfinished ones start from (`init_from`). Raises UserError for whatever would keep a run from starting. Calling it
+    again costs nothing.
     """
     params = load()
     found = experiments.load(words, machine(params))
     asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]}
     data = open_data(DATA)
-    jobs = _jobs(found, data.hash)
+    jobs = _jobs(found, data.hash) if folds is None else jobs_of(found, data, folds, RUNS)
+    asked = asked if folds is None else set(jobs)
     data.split("test")  # checked before anything starts, as train and val are by the hash
     open_jobs = {name for name, job in jobs.items() if not done(job.folder, data)}
     for name in reversed(jobs):
@@ -75,11 +79,11 @@ def prepare(words: list[str]) -> tuple[Jobs, Tracker]:
     flow_page.check_server()
     with _starting(), _prefect_starting(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
-        for name in open_jobs & jobs.keys():
-            _check_weights(jobs[name], len(data.classes))
+        for job in {jobs[name].name: jobs[name] for name in open_jobs & jobs.keys()}.values():
+            _check_weights(job, len(data.classes))
         if unfinished:
             launch.start_ray()
-            launch.check_resources(jobs.values())
+            launch.check_resources({job.name: job for job in jobs.values()}.values())
     return jobs, tracker
 
 
@@ -118,7 +122,7 @@ def _check_no_older_format(job: Job) -> None:
     """Raises UserError if the run was begun with the same settings in an earlier format."""
     if job.folder.exists():
         return
-    for last in RUNS.glob(f"{job.name}-s{job.run.seed}-*/{LAST}"):
+    for last in RUNS.glob(f"{job.title}-*/{LAST}"):
         if read_summary(last.parent) is None and (begun := _other_format(last, job.run)):
             raise UserError(
                 f"{last.parent}: was begun in format {begun} and cannot be resumed in format {FORMAT}; "
@@ -158,13 +162,14 @@ def _prefect_starting(wanted: bool) -> Iterator[None]:
         yield
 
 
-@task(task_run_name="train-{job.name}-s{job.run.seed}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="train-{job.title}", cache_policy=NO_CACHE, persist_result=False)
 def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> None:
     """Train, evaluate and record one run, as far as that is not done already.
 
     Raises UserError for what a user can fix, RuntimeError for other failures of the run.
     """
-    data = open_data(DATA)
+    data = fold_of(open_data(DATA), job.fold)
+    tags = {**tags, FOLD: job.fold} if job.fold else tags
     ready, summary = done(job.folder, data), read_summary(job.folder)
     if ready:
         if tracker.recorded(job.folder):
@@ -184,7 +189,8 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[st
 
 
 def _run_name() -> str:
-    return ", ".join(flow_run.parameters["words"])
+    folds = flow_run.parameters.get("folds")
+    return ", ".join([*flow_run.parameters["words"], *([f"--folds {folds}"] if folds else [])])
 
 
 def _form(**known: list[str]) -> Callable[[Callable], Callable]:
@@ -200,7 +206,9 @@ def _form(**known: list[str]) -> Callable[[Callable], Callable]:
 
 @flow(name="train", flow_run_name=_run_name, validate_parameters=False)
 @_form(experiments=experiments.known())
-def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20"]])]) -> State:
+def train(
+    words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20"]])], folds: str | None = None
+) -> State:
     """Train experiments, evaluate and compare them, record them in MLflow and register the best.
 
     The state's data is name -> error of each run that failed. Raises UserError if nothing can start.
@@ -208,12 +216,13 @@ def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20
     Args:
         words: Experiments to train, and KEY=VALUE for settings to change, each an item of the list: vgg13_small,
             epochs=20. Experiments: {experiments}.
+        folds: Cross-validation: a number of folds, or subjects to leave one subject out at a time.
     """
     if not experiments.split(words)[0]:
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
     flow_page.introduce()
     with guarded():
-        jobs, tracker = prepare(words)
+        jobs, tracker = prepare(words, folds)
         flow_page.introduce({*(job.name for job in jobs.values()), *experiments.split(words)[1]})
         close_runs(tracker.uri, tracker.name)
         tracker.close_abandoned()
@@ -221,15 +230,41 @@ def train(words: Annotated[list[str], Field(examples=[["vgg13_small", "epochs=20
         launcher = Launcher()
         with _stops_at_a_signal(lambda: launcher.stop(PATIENCE), tracker):
             failed = _train_all(jobs, tracker, launcher, {})
+            sums = record_sums(jobs, failed, tracker) if folds is not None else []
     finished = report.summaries([job.folder for name, job in jobs.items() if name not in failed])
     create_table_artifact(
-        [report.row(summary) for summary in finished],
+        [report.row(summary) for summary in finished] if folds is None else [report.folds_row(one) for one in sums],
         key="results",
-        description=report.LEGEND,
+        description=report.LEGEND if folds is None else report.FOLDS_LEGEND,
     )
     if failed:
         return Failed(message="; ".join(f"{name}: {error}" for name, error in failed.items()), data=failed)
     return Completed(message=f"{len(finished)} runs finished", data=failed)
+
+
+def of_one(jobs: Jobs, failed: Collection[str] = ()) -> list[list[Job]]:
+    """The folds of each experiment, where none failed."""
+    by_name: dict[str, list[Job]] = {}
+    for job in jobs.values():
+        by_name.setdefault(job.name, []).append(job)
+    broken = {jobs[name].name for name in failed}
+    return [made for name, made in by_name.items() if name not in broken]
+
+
+def record_sums(jobs: Jobs, failed: Collection[str], tracker: Tracker) -> list[dict[str, Any]]:
+    """Add up the folds of each experiment and record the sums, as far as that is not done already."""
+    sums = []
+    for made in of_one(jobs, failed):
+        result, folder = added(made), folder_of(made)
+        tracker.record_folds(result, report.folds_note(result), [folder / TABLE, folder / SUMMARY])
+        sums.append(result)
+    return sums
+
+
+def sums_recorded(jobs: Jobs, tracker: Tracker) -> bool:
+    """Whether the folds of each experiment are added up, and that is in MLflow."""
+    found = [read_sum(folder_of(made)) for made in of_one(jobs)]
+    return all(one is not None and tracker.recorded_folds(one) for one in found)
 
 
 @contextmanager
@@ -275,7 +310,7 @@ def _say(line: str) -> None:
 
 def _train_all(jobs: Jobs, tracker: Tracker, launcher: Launcher, tags: Mapping[str, str]) -> dict[str, BaseException]:
     """Submit all runs and wait, each after the one it starts from; returns name -> error of the failed ones."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=max(1, len(jobs)))
+    runner: Any = ThreadPoolTaskRunner(max_workers=launch.at_once([job.resources for job in jobs.values()]))
     with runner as pool:
         futures: dict[str, Any] = {}
         for name, job in jobs.items():

@@ -35,6 +35,7 @@ FREE_MEMORY = (
 )
 OBJECT_STORE = 128 * 2**20  # bytes of the file in which Ray keeps objects; a run has none to speak of
 GRAVITY = ("fault", "mistake", "diverged", "terminated", "stopped", "died")  # of several ranks' ends the first counts
+LEAST = 16  # runs
 ON_GPUS = "undefined"  # NCCL if torch sees a GPU, else Gloo; Ray's default is NCCL even if torch sees none
 logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # failures reach the caller as exceptions
 
@@ -164,6 +165,12 @@ def _room(asked: Resources) -> int:
     share = {kind: count for kind, count in _per_worker(asked).items() if count}
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(machine.get(kind, 0) / count) for kind, count in share.items()) for machine in machines)
+
+
+def at_once(asked: Iterable[Resources]) -> int:
+    """How many runs to begin at the same time: as many as fit, but at least LEAST, as a cluster may grow."""
+    fit = [_room(one) // one.workers for one in asked] if ray.is_initialized() else []  # else nothing is left to train
+    return max([LEAST, *fit])
 
 
 def start(job: Job, data_dir: Path) -> Ended:

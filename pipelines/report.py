@@ -19,6 +19,12 @@ LEGEND = (
 )
 
 
+FOLDS_LEGEND = (
+    "Accuracy in %: test, each image by the fold that did not train on it; mean +- standard deviation over folds and "
+    "over subjects; val: mean over folds."
+)
+
+
 def summaries(folders: Iterable[Path], damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """summary.json of every finished run in `folders`, the best val accuracy first.
 
@@ -78,6 +84,31 @@ def note(summary: dict[str, Any]) -> str:
         f"Data: {data['dataset']} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
         f"Metrics in `final/` are those of the best epoch; the others are curves. "
         f"Code: commit {summary.get('trained_by', {}).get('commit', 'unknown')}."
+    )
+
+
+def folds_row(result: dict[str, Any]) -> dict[str, str]:
+    """The sum of folds as text; accuracies in %."""
+    people = result["over_subjects"]
+    return {
+        "folds": result["id"],
+        "images": str(result["test"]["images"]),
+        "test": _percent(result["test"]["accuracy"]),
+        "over folds": _mean(result["over_folds"]["accuracy"]),
+        "over subjects": _mean(people) if people else "-",
+        "UAR": _percent(result["test"]["balanced_accuracy"]),
+        "F1": _percent(result["test"]["macro_f1"]),
+        "val": _mean(result["val_accuracy"]),
+        "min": f"{result['train_seconds'] / 60:.1f}",
+    }
+
+
+def folds_note(result: dict[str, Any]) -> str:
+    """The sum of folds in a sentence, as Markdown."""
+    return (
+        f"**{_percent(result['test']['accuracy'])} %** of {result['test']['images']} images, each predicted by the one "
+        f"of {len(result['runs'])} folds that did not train on it; {_mean(result['over_folds']['accuracy'])} % over "
+        "folds (mean +- standard deviation)."
     )
 
 

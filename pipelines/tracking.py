@@ -43,6 +43,7 @@ from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_tri
 
 FINISHED = "fer.finished"  # tag: time of the evaluation whose results are recorded
 ERROR = "fer.error"  # tag: why the run is not finished
+FOLD = "fer.fold"  # tag of a run on a fold: which; of the sum of the folds: of how many
 SWEEP = "fer.sweep"  # tag: the sweep that a run belongs to
 ON = "fer.on"  # tag: the other data set that a run was evaluated on, of a child of that run
 HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
@@ -266,6 +267,42 @@ class Tracker:
                 self.client.log_artifact(run.info.run_id, str(page), "compare")
         return len(found)
 
+    def recorded_folds(self, result: dict[str, Any]) -> bool:
+        """Whether this experiment of this server has the sum of folds, as last made, above the runs of the folds."""
+        with self.in_one_line():
+            found = self._find(result["id"])
+            if found is None or found.data.tags.get(FINISHED) != str(result["finished"]):
+                return False
+            children = (self._find(run_id) for run_id in result["runs"])
+            return all(child is not None and child.data.tags.get(PARENT) == found.info.run_id for child in children)
+
+    def record_folds(self, result: dict[str, Any], text: str, files: Sequence[Path]) -> None:
+        """Record the sum of folds as one run, and the recorded runs of the folds as its children."""
+        if self.recorded_folds(result):
+            return
+        tags = {RUN_ID: result["id"], FOLD: result["folds"], "experiment": result["name"]}
+        tags |= {"dataset": result["data"]["dataset"], "mlflow.user": getpass.getuser(), **_git_commit()}
+        tags |= {"mlflow.source.name": f"fer train {result['name']} --folds {result['folds']}"}
+        tags |= {"mlflow.source.type": "JOB", "mlflow.note.content": text}
+        values = {f"final/test_{key}": result["test"][key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+        spreads = {f"folds/{key}": spread for key, spread in result["over_folds"].items()}
+        spreads |= {"subjects/accuracy": result["over_subjects"]} if result["over_subjects"] else {}
+        for key, spread in spreads.items():
+            values |= {f"{key}_mean": spread["mean"], f"{key}_sd": spread["sd"]}
+        with self.in_one_line():
+            found = self._find(result["id"]) or self.client.create_run(
+                self.experiment, run_name=result["id"], tags=tags
+            )
+            run_id, when = found.info.run_id, int(result["finished"] * 1000)
+            for ours in result["runs"]:
+                self.client.set_tag(self._find(ours).info.run_id, PARENT, run_id)
+            points = [Metric(key, value, when, 0) for key, value in values.items()]
+            self.client.log_batch(run_id, metrics=points, tags=[RunTag(*tag) for tag in tags.items()])
+            for path in files:
+                self.client.log_artifact(run_id, str(path))
+            self.client.set_tag(run_id, FINISHED, str(result["finished"]))
+            self.client.set_terminated(run_id, "FINISHED")
+
     def _find(self, ours: str) -> Any:
         """MLflow's run of our run id; None where there is none."""
         query = f"tags.`{RUN_ID}` = '{ours}'"
@@ -339,7 +376,8 @@ class Tracker:
             *folder.glob("log*.txt"),
         ):
             self.client.log_artifact(run_id, str(path))
-        self.registry.register(run_id, folder, summary)
+        if "fold" not in summary["data"]:
+            self.registry.register(run_id, folder, summary)
 
     def _fail(self, ours: str, error: BaseException, log: Path | None = None) -> None:
         """Close a run of this process, unless that is done."""

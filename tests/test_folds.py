@@ -1,13 +1,17 @@
 """Folds: each image is test once, nobody is on two sides, and what a run is does not depend on how it was asked for."""
 
 import json
-from collections.abc import Sequence
+import shutil
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import make_data
+from conftest import CPU, doe, epochs_done, experiment, make_data, refusal, start_fer, wait_for, workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -15,6 +19,10 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from fer.data.dataset import DataSet, open_data
 from fer.data.folds import SUBJECTS, copies_of, fold_of, folds_of, make_folds
 from fer.errors import UserError
+from fer.evaluate import evaluate
+from fer.train import fit
+from pipelines import experiments
+from pipelines.folds import jobs_of
 
 
 def text(values: Sequence[str]) -> np.ndarray:
@@ -166,3 +174,67 @@ def test_what_cannot_be_divided(
 def test_the_same_pixels_under_two_names_are_told_where_each_subject_is_left_out() -> None:
     with pytest.raises(UserError, match="^folds subjects: subjects a and b share an image with the same pixels"):
         usages([0] * 6, list("aabbcc"), SUBJECTS, copies=[0, 1, 2, 0, 3, 4])
+
+
+# The flow
+
+
+def test_no_fold_starts_from_another_run(recipes: Path) -> None:
+    data = pooled(recipes / "data", PERSONS)
+    experiment(recipes, "first", **doe())
+    experiment(recipes, "second", **doe(init_from="first"))
+    line = refusal(jobs_of, experiments.load(["second"], {}), data, "5", recipes / "data/runs")
+    assert line.startswith("second: init_from: a fold cannot start from first, which was trained on its test images;")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
+    recipes: Path, tmp_path: Path, ray_here: None, here: Callable
+) -> None:
+    """Its sum is made once, recorded above the folds, and again where it is lost; no fold becomes a model."""
+    data = pooled(recipes / "data", PERSONS)
+    run = experiment(recipes, "small", epochs=12, batch_size=4)
+    words = "train", "small", "--folds", "3"
+    killed = start_fer(recipes, *words)
+    wait_for(lambda: len(found := epochs_done(recipes)) == 3 and all(found.values()))
+    killed.kill()
+    killed.communicate()
+    wait_for(lambda: not workers(recipes))
+    assert not list((recipes / "data").glob("folds/*"))
+    done = here(*words)
+    assert done.returncode == 0, done.stderr
+    uncut = []
+    for fold in folds_of(data, "3"):
+        folder = fit("small", run, CPU, recipes / "data", tmp_path / "uncut", fold=fold)
+        uncut.append(evaluate(folder, recipes / "data", CPU))
+        for name in ("best/model.safetensors", "predictions_test.csv"):
+            assert (recipes / "data/runs" / folder.name / name).read_bytes() == (folder / name).read_bytes()
+    (folder,) = (recipes / "data/folds").iterdir()
+    result, table = json.loads((folder / "summary.json").read_text()), pd.read_csv(folder / "predictions.csv")
+    assert table["row"].tolist() == list(range(160))
+    right = table["label"] == table["prediction"]
+    accuracies = [summary["test"]["accuracy"] for summary in uncut]
+    assert result["test"]["accuracy"] == pytest.approx(right.mean())
+    assert result["over_folds"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert result["over_folds"]["accuracy"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
+    people = right.groupby(table["subject"]).mean()
+    assert result["over_subjects"]["sd"] == pytest.approx(people.std())
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with closing(sqlite3.connect(recipes / "mlflow.db")) as store:
+        kinship = "select count(distinct run_uuid) from tags where key = 'mlflow.parentRunId'"
+        assert store.execute(kinship).fetchone() == (3,)
+        assert store.execute("select count(*) from registered_models").fetchone() == (0,)
+    assert "Nothing to do" in here(*words).stdout
+    shutil.rmtree(folder)
+    assert here(*words).returncode == 0
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(all_runs(recipes)) == 4
+    compared = here("compare")
+    assert folder.name in compared.stdout
+    assert ".fold1of3" not in compared.stdout
+
+
+def all_runs(project: Path) -> list[str]:
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        return [name for (name,) in store.execute("select name from runs where lifecycle_stage = 'active'")]

@@ -47,7 +47,7 @@ LAYERS = [
 FLOORS = [
     {*("check_page", "comparison", "params", "predicting", "processes", "store", "sweeps.files", "ui")},
     {"experiments", "flow_page", "promotion"},
-    {"work"},
+    {"folds", "work"},
     {"launch", "sweeps.settings", "sweeps.space"},
     {"sweeps.folder"},
     {"sweeps.search", "report"},

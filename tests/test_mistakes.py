@@ -37,6 +37,7 @@ LONG = "x" * 5000
         (["compare", "x", "--report", "experiments"], "--report experiments: name a file that ends in .html"),
         (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),
         (["sweep", LONG], f"sweeps/{LONG}.yaml: no such sweep"),
+        (["train", "doe", "--folds", "1"], "folds 1: should be 2 or more, or `subjects` to leave one subject out"),
         (["config", "doe", "seed=2001-99-99"], "seed=2001-99-99: the value is not valid YAML"),
         (["config", "doe", "seed=5000000000"], "command line: seed: should be less than 4294967296, got 5000000000"),
         (["config", "doe", "input.image_size=100000"], "command line: input.image_size: should be less than or equal"),
@@ -81,6 +82,12 @@ def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: H
     assert here("evaluate", "other").returncode == 2
     (other / "summary.json").unlink()
     assert here("compare").returncode == 0
+    damaged = Path("data/folds/one.folds3-s1-00000000/summary.json")
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    done = here("compare")
+    assert folder.name in done.stdout
+    assert done.stderr.startswith(f"error: {damaged}: not valid JSON; delete it and run `fer train`")
     # without best/ the same command would find everything trained, and nothing to evaluate
     shutil.rmtree(folder / "best")
     (folder / "summary.json").unlink()

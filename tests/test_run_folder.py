@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import refusal
 
-from fer.run_folder import Progress, read_progress, read_rows, read_summary, write_rows, write_summary
+from fer.run_folder import Progress, named, read_progress, read_rows, read_summary, write_rows, write_summary
 
 ROW = dict.fromkeys(("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "time"), 1 / 3)
 ROWS = [{"epoch": 1, **ROW}, {"epoch": 2, **ROW, "val_accuracy": 0.5, "beside": 1.0}]
@@ -33,6 +33,14 @@ def test_rows_are_read_as_they_were_written_and_take_the_place_of_others(tmp_pat
     write_rows(tmp_path, ROWS)
     assert read_rows(tmp_path) == ROWS
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_runs_on_folds_are_meant_only_by_a_word_with_a_dot(tmp_path: Path) -> None:
+    names = ["x-s1-0", "x.fold1of2-s1-0", "x.fold2of2-s1-0"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for word, found in (("x", names[:1]), ("x.", names[1:]), ("x.fold2", names[2:]), (names[1], names[1:2])):
+        assert [path.name for path in named(tmp_path, word)] == found
 
 
 def test_progress_is_written_once_a_second_and_at_the_end_of_an_epoch(

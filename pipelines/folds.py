@@ -1,0 +1,165 @@
+"""Cross-validation: a run for each fold, and their sum in data/folds/<id>/, made when the last one has ended."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fer.data.dataset import DataSet, open_data
+from fer.data.folds import fold_of, folds_of, titled
+from fer.data.pairs import Pairs
+from fer.errors import UserError
+from fer.evaluate import metrics, read_predictions
+from fer.files import write_bytes, write_json
+from fer.run import run_id
+from fer.run_folder import PREDICTIONS, SUMMARY, AllScores, read_summary
+from fer.settings import Fraction, NonNegative, Positive
+from fer.stored import Stored, read
+from pipelines.experiments import Experiment, Job
+
+FOLDS = Path("data/folds")
+TABLE = "predictions.csv"
+SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
+
+
+class Spread(Stored):
+    """Mean and standard deviation (n - 1) of an accuracy or the like."""
+
+    mean: Fraction
+    sd: NonNegative
+    count: Positive
+
+
+class Sum(Stored):
+    """summary.json of a sum."""
+
+    id: str
+    name: str
+    folds: str
+    runs: dict[str, float]  # run id of each fold -> when it was evaluated
+    classes: list[str]
+    data: dict[str, Any]
+    test: AllScores  # of the predictions of all folds together
+    over_folds: dict[str, Spread]
+    over_subjects: Spread | None
+    val_accuracy: Spread
+    train_seconds: NonNegative
+    finished: float
+
+
+def jobs_of(found: Mapping[str, Experiment], data: DataSet, folds: str, runs: Path) -> dict[str, Job]:
+    """A run for each fold of each experiment, by its name with the fold.
+
+    Raises UserError if the data cannot be divided so, if an experiment starts from another run, or if a model lacks
+    the neutral faces that it compares with in some fold.
+    """
+    starting = [name for name, one in found.items() if one.run.init_from is not None]
+    if starting:
+        raise UserError(
+            f"{starting[0]}: init_from: a fold cannot start from {found[starting[0]].run.init_from}, which was trained "
+            "on its test images; set it to null"
+        )
+    views = {fold: fold_of(data, fold) for fold in folds_of(data, folds)}
+    made = {}
+    for name, one in found.items():
+        for fold, view in views.items():
+            _check_pairs(one, fold, view)
+            own = titled(name, fold)
+            made[own] = Job(name, one.run, one.resources, runs / run_id(own, one.run, view.hash), fold=fold)
+    return made
+
+
+def _check_pairs(one: Experiment, fold: str, view: DataSet) -> None:
+    same_subject = one.run.model.images_beside().get("neutral")
+    if same_subject is None:
+        return
+    try:
+        for name in ("train", "val", "test") if same_subject else ("train",):
+            Pairs(view.split(name), view.classes, same_subject)
+    except UserError as error:
+        raise UserError(f"{one.name}: fold {fold}: {error}") from None
+
+
+def folder_of(made: list[Job]) -> Path:
+    """Where the sum of the folds of one experiment lies."""
+    digest = hashlib.sha256("\n".join(job.folder.name for job in made).encode()).hexdigest()[:8]
+    folds = (made[0].fold or "").partition("/")[2]
+    return FOLDS / f"{made[0].name}.{'' if folds == 'subjects' else 'folds'}{folds}-s{made[0].run.seed}-{digest}"
+
+
+def read_sum(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a sum; None if there is none. Raises UserError if it is damaged."""
+    try:
+        return read(Sum, folder / SUMMARY, "delete it and run `fer train` with its --folds again")
+    except FileNotFoundError:
+        return None
+
+
+def sums(damaged: list[str]) -> list[dict[str, Any]]:
+    """All sums; lines on those that cannot be read go to `damaged`."""
+    found = []
+    for folder in sorted(FOLDS.glob("*")):
+        try:
+            found.append(read_sum(folder))
+        except UserError as error:
+            damaged += error.lines
+    return [one for one in found if one is not None]
+
+
+def added(made: list[Job]) -> dict[str, Any]:
+    """The sum of the finished folds of one experiment, made anew only if a fold was evaluated since.
+
+    Writes predictions.csv, in which each image is once, by the fold that did not train on it, and summary.json, last.
+    """
+    summaries = [summary for job in made if (summary := read_summary(job.folder)) is not None]
+    assert len(summaries) == len(made), "some folds are not finished"
+    folder, runs = folder_of(made), {summary["run_id"]: summary["finished"] for summary in summaries}
+    known = read_sum(folder)
+    if known is not None and known["runs"] == runs and (folder / TABLE).exists():
+        return known
+    classes = summaries[0]["classes"]
+    table = _table(made, classes)
+    labels, probabilities = torch.tensor(table["label"].to_numpy(np.int64)), table[classes].to_numpy(np.float32)
+    table["right"] = table["label"] == probabilities.argmax(1)
+    people = table[table["subject"] != ""].groupby("subject")["right"].mean()
+    shown = table.drop(columns="right").assign(label=[classes[label] for label in table["label"]])
+    shown.insert(5, "prediction", [classes[label] for label in probabilities.argmax(1)])
+    result = {
+        "id": folder.name,
+        "name": made[0].name,
+        "folds": (made[0].fold or "").partition("/")[2],
+        "runs": runs,
+        "classes": classes,
+        "data": {key: value for key, value in summaries[0]["data"].items() if key in ("dataset", "images_sha256")},
+        "parameters": summaries[0]["parameters"],
+        "test": metrics(torch.from_numpy(probabilities), labels),
+        "over_folds": {key: _spread([summary["test"][key] for summary in summaries]) for key in SCORES},
+        "over_subjects": _spread(people.tolist()) if len(people) > 1 else None,
+        "val_accuracy": _spread([summary["val"]["accuracy"] for summary in summaries]),
+        "train_seconds": sum(summary["train_seconds"] for summary in summaries),
+        "finished": max(runs.values()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / TABLE, shown.to_csv(index=False, lineterminator="\n").encode())
+    write_json(folder / SUMMARY, result)
+    return result
+
+
+def _table(made: list[Job], classes: list[str]) -> pd.DataFrame:
+    """The test predictions of all folds, in the order of the rows, with fold and subject."""
+    data, parts = open_data("data"), []
+    for job in made:
+        test = fold_of(data, job.fold).split("test")
+        known = {"row": test.rows, "name": test.names, "subject": test.subjects}
+        part = pd.DataFrame({**known, "fold": (job.fold or "").partition("/")[0], "label": test.labels.numpy()})
+        part[classes] = read_predictions(job.folder / PREDICTIONS.format(split="test"), test, classes)
+        parts.append(part)
+    return pd.concat(parts).sort_values("row", kind="stable").reset_index(drop=True)
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "count": len(values)}
