@@ -55,6 +55,6 @@ format: $(READY)  ## Format the code
 	ruff check --fix .
 	ruff format .
 
-clean:  ## Remove all outputs but the installation: data, runs, sweeps, logs, MLflow and Prefect databases
+clean:  ## Remove all outputs but the installation: data, runs, sweeps, exports, logs, MLflow and Prefect databases
 	rm -rf data/raw data/upscaled data/splits data/runs data/folds data/sweeps data/logs data/*.partial data/.lock \
-	  data/images.verified.json data/upscale_gallery.png dvc_plots mlflow.db mlruns mlartifacts .prefect
+	  data/images.verified.json data/upscale_gallery.png data/check.json data/check.html exports dvc_plots mlflow.db mlruns mlartifacts .prefect

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fer.data.images import sha256
 from fer.data.labels import CLASSES
 from fer.data.sample import draw_face
+from fer.files import sha256
 
 
 def write_faces(folder: Path, side: int, **counts: int) -> None:

@@ -1,6 +1,5 @@
 """A checkpoint is a folder: model.safetensors, training.pt (optimizer state) and a descriptive checkpoint.json."""
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fer.errors import UserError
-from fer.files import new_folder, write_json
+from fer.files import new_folder, sha256, write_json
 from fer.run_folder import BEST, CONFIG, LAST, Row
 from fer.settings import Fault, Natural, Positive, Unfit
 from fer.stored import Stored, read
@@ -109,7 +108,7 @@ def check_sums(folder: Path) -> None:
     for line in path.read_text(errors="replace").splitlines():
         wanted, _, name = line.partition("  ")
         file = folder / Path(name).name  # in this folder alone
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
+        if not file.is_file() or sha256(file) != wanted:
             raise UserError(f"{file}: is not the file that {SUMS} lists; fetch the folder again")
 
 

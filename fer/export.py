@@ -1,6 +1,5 @@
 """A finished run as something to give away: a folder that `Predictor` loads, or one ONNX file for other programs."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from fer.card import card
 from fer.checkpoint import META, SUMS, WEIGHTS, load_meta
 from fer.errors import UserError, first_line
-from fer.files import new_folder
+from fer.files import new_folder, sha256
 from fer.formats import read_run
 from fer.input import normalize, to_float
 from fer.models import packages
@@ -50,7 +49,7 @@ def write_folder(run_folder: Path, target: Path) -> None:
         (partial / "README.md").write_text(card(summary, meta))
         needs = requirements(read_run(meta, run_folder / BEST / META))
         (partial / "requirements.txt").write_text("\n".join(needs) + "\n")
-        sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(partial.iterdir())]
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
         (partial / SUMS).write_text("".join(sums))
 
 

@@ -1,6 +1,7 @@
 """Atomic writes, so that a file or folder is complete or absent, and the lock on a folder that one process works on."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,12 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
         raise
     if durable:
         _sync(path.parent)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -495,30 +494,25 @@ def _model(run: str | None) -> Path:
     return checkpoint_of(tracker.registry.champions(), name.removeprefix("fer-"), RUNS)
 
 
-class Form(StrEnum):
-    """What `fer export` writes."""
-
-    folder = "folder"
-    onnx = "onnx"
-
-
 @app.command()
 def export(
     run: Annotated[str | None, typer.Argument(help="A run id, or the start of one; the champion by default.")] = None,
-    to: Annotated[Form, typer.Option(help="A folder with a model card, or one ONNX file.")] = Form.folder,
+    to: Annotated[
+        Literal["folder", "onnx"], typer.Option(help="A folder with a model card, or one ONNX file.")
+    ] = "folder",
     out: Annotated[Path | None, typer.Option(help="What to write; exports/<run id> or .onnx by default.")] = None,
 ) -> None:
     """Write a finished run as a folder that `Predictor` loads, or as an ONNX file for other programs."""
     from fer import export as exporting
 
     folder = _model(None) if run is None else _find(run)
-    target = out or Path("exports") / (folder.name if to is Form.folder else f"{folder.name}.onnx")
+    target = out or Path("exports") / (folder.name if to == "folder" else f"{folder.name}.onnx")
     with console.status(f"Writing {target}"):
-        if to is Form.folder:
+        if to == "folder":
             exporting.write_folder(folder, target)
         else:
             worst = exporting.write_onnx(folder, target)
-    if to is Form.onnx:
+    if to == "onnx":
         console.print(f"Probabilities as torch's for batches of 1, 3 and 7 faces: to {worst:.1g}", highlight=False)
     console.print(f"[bold]{target}[/]")
 

@@ -77,7 +77,7 @@ def make_data(
 
     `subjects`: a name per image; none are known without.
     """
-    from fer.data.images import sha256
+    from fer.files import sha256
 
     counts = counts or {"train": 96, "val": 40, "test": 40}
     rng = np.random.default_rng(seed)

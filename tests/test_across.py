@@ -20,9 +20,9 @@ from PIL import Image
 from fer.across import evaluate_across, scores
 from fer.data.aliases import match
 from fer.data.dataset import open_data
-from fer.data.images import sha256
 from fer.errors import UserError
 from fer.evaluate import evaluate
+from fer.files import sha256
 from fer.train import fit
 from pipelines.experiments import Job
 from pipelines.params import load

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from fer.errors import UserError
-from pipelines.comparison import pairs, side
+from pipelines.comparison import pairs, side, verdicts
 
 CLASSES = ["calm", "glad", "sad"]
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
@@ -44,7 +44,9 @@ def right(share: float, seed: int) -> np.ndarray:
 def test_one_run_against_another(tmp_path: Path) -> None:
     good, bad = write_run(tmp_path, "good", 1, right(0.9, 1)), write_run(tmp_path, "bad", 1, right(0.7, 2))
     alike = write_run(tmp_path, "alike", 1, right(0.9, 1) ^ (np.arange(400) < 4))
-    clear, close, _ = pairs([side(word, tmp_path) for word in (good, bad, alike)], None)
+    clear, close, other = pairs([side(word, tmp_path) for word in (good, bad, alike)], None)
+    assert verdicts([clear]) == [clear.verdict()]
+    assert verdicts([clear, other])[1] == f"{bad} and {alike}: {other.verdict()}"
     gap = right(0.9, 1).mean() - right(0.7, 2).mean()
     assert clear.accuracy.value == pytest.approx(gap)
     assert gap in clear.accuracy

@@ -12,8 +12,8 @@ import torch
 from conftest import CLASSES, make_data
 
 from fer.data.dataset import DataSet, feed, open_data
-from fer.data.images import sha256
 from fer.errors import UserError
+from fer.files import sha256
 
 AGAIN = "make it again with `dvc repro --force --single-item split`"
 SUMMARY = "splits/summary.json"

@@ -10,9 +10,9 @@ import pytest
 from conftest import CPU, doe, make_data, refusal, small_run
 
 from fer.data.dataset import open_data
-from fer.data.images import sha256
 from fer.ensemble import combine, fitted
 from fer.evaluate import evaluate, read_predictions
+from fer.files import sha256
 from fer.models import packages
 from fer.models.cost import cost
 from fer.models.ensemble import Ensemble

@@ -12,7 +12,7 @@ from conftest import make_data
 
 from fer.batches import Pixels
 from fer.data.dataset import Split, open_data
-from fer.data.images import sha256
+from fer.files import sha256
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,10 @@ import pandas as pd
 import torch
 from pydantic import Field, model_validator
 
-from fer.data.images import open_images, sha256
+from fer.data.images import open_images
 from fer.data.split import SPLITS
 from fer.errors import UserError, first_line
+from fer.files import sha256
 from fer.settings import Fault, Fraction, Positive, Unfit
 from fer.stored import Count, Stored, read
 
@@ -96,7 +97,7 @@ class DataSet:
     folder: Path
     images: np.ndarray
     summary: dict[str, Any]  # of the split stage
-    _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False, compare=False)
+    splits: dict[str, Split] = field(default_factory=dict, repr=False, compare=False)  # those that are made or read
 
     @property
     def classes(self) -> list[str]:
@@ -149,9 +150,9 @@ class DataSet:
 
     def split(self, name: str) -> Split:
         """Train, val or test. Raises UserError if its table is missing or does not fit the images and classes."""
-        if name not in self._splits:
-            self._splits[name] = self._read(name)
-        return self._splits[name]
+        if name not in self.splits:
+            self.splits[name] = self._read(name)
+        return self.splits[name]
 
     def _read(self, name: str) -> Split:
         path = self.folder / "splits" / f"{name}.csv"

@@ -73,9 +73,7 @@ def fold_of(data: DataSet, fold: str | None) -> DataSet:
         train = splits["train"]
         targets, own = train.targets.numpy().astype(np.float64), train.labels.numpy()
         summary["class_prior"] = [targets[own == label].mean(0).tolist() for label in range(len(data.classes))]
-    view = DataSet(data.folder, data.images, summary)
-    view._splits.update(splits)
-    return view
+    return DataSet(data.folder, data.images, summary, splits)
 
 
 def make_folds(

@@ -1,6 +1,5 @@
 """`images.npy`, the array of all images of a data set: uint8 [N, H, W] or [N, H, W, 3]."""
 
-import hashlib
 import os
 import shutil
 import tokenize
@@ -87,9 +86,3 @@ def write_rows(file: BinaryIO, first: int, images: np.ndarray) -> None:
     file.write(np.ascontiguousarray(images).data)
     file.flush()
     os.fdatasync(file.fileno())
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

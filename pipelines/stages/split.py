@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from fer.data.charts import bar_chart, contact_sheet
-from fer.data.images import open_images, sha256
+from fer.data.images import open_images
 from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits, read_labels, write_table
 from fer.errors import UserError
-from fer.files import new_folder
+from fer.files import new_folder, sha256
 from pipelines.params import Params
 from pipelines.stages import run
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fer.data.images import allocate_images, open_images, sha256, write_rows
+from fer.data.images import allocate_images, open_images, write_rows
 from fer.errors import OutOfMemory, UserError
-from fer.files import new_folder, write_json
+from fer.files import new_folder, sha256, write_json
 from fer.super_resolution.interpolation import bicubic
 from fer.super_resolution.methods import BATCH, METHODS, Upscale, build_upscaler
 from fer.super_resolution.quality import down_then_up, grey
