@@ -33,46 +33,35 @@ def like(**changes: Any) -> tuple[Candidate, Candidate]:
     return replace(CHAMPION, **{"name": "version 4", "accuracy": 0.81, **changes}), CHAMPION
 
 
-SAME = "version 3 on the same 400 val images"
+SAME, OTHER = "version 3 on the same 400 val images", "version 3 was made with other"
 WITHOUT = {"margin": "significant"}
+NO_TEST = "without the val predictions of both there is no test"
+STRANGE = "label rule (majority, not probability), so their val accuracies do not compare"
 CASES: dict[str, tuple[tuple[Candidate, Candidate | None], dict[str, Any], str, str]] = {
     "the first one": ((CHAMPION, None), {}, "promote", "there is no champion yet"),
-    "better": (like(), {}, "promote", f"1.00 points above {SAME}"),
     "a tie": (like(accuracy=0.8), {}, "keep", f"equal to {SAME}"),
     "worse": (like(accuracy=0.79), {}, "keep", f"1.00 points below {SAME}"),
-    "other label rule": (
-        like(label_rule="probability", accuracy=0.99), {}, "refuse",
-        "version 3 was made with other label rule (majority, not probability), so their val accuracies do not compare",
-    ),
-    "other val": (like(val_images=500, data_hash="e"), {}, "refuse", "other val images (400, not 500)"),
-    "other data": (like(data_hash="e"), {}, "refuse", "other data (d, not e)"),
+    "other label rule": (like(label_rule="probability", accuracy=0.99), {}, "refuse", f"{OTHER} {STRANGE}"),
+    "other val": (like(val_images=500, data_hash="e"), {}, "refuse", f"{OTHER} val images (400, not 500)"),
+    "other data": (like(label_rule=None, data_hash="e"), {}, "refuse", f"{OTHER} data (d, not e)"),
     "of an earlier version": (like(label_rule=None, classes=None, uar=None, ece=None), {}, "promote", "1.00 points"),
-    "of an earlier version, other data": (like(label_rule=None, data_hash="e"), {}, "refuse", "other data"),
     "a champion that states nothing": (
         (CHAMPION, Candidate("version 1")), {}, "refuse", "nothing to compare: version 1 has no val accuracy",
     ),
     "states nothing": ((Candidate("version 4"), CHAMPION), {}, "refuse", "nothing to compare: version 4 has"),
     "margin reached": (like(accuracy=0.805), {"margin": 0.5}, "promote", f"0.50 points above {SAME}"),
-    "margin missed": (
-        like(accuracy=0.805), {"margin": 0.51}, "challenge",
-        f"0.50 points above {SAME}, but that is not enough (margin: 0.51)",
-    ),
+    "margin missed": (like(accuracy=0.805), {"margin": 0.51}, "challenge", "but that is not enough (margin: 0.51)"),
     "UAR at the guard": (like(uar=0.65), {}, "promote", "1.00 points above"),
     "worse UAR": (like(uar=0.6499), {}, "challenge", f"above {SAME}, but UAR is 5.01 points below (uar_drop: 5)"),
     "worse UAR, no guard": (like(uar=0.1), {"uar_drop": None}, "promote", "1.00 points above"),
-    "worse ECE": (
-        like(ece=0.2), {"ece_rise": 10}, "challenge", f"above {SAME}, but ECE is 15.00 points above (ece_rise: 10)",
-    ),
+    "worse ECE": (like(ece=0.2), {"ece_rise": 10}, "challenge", "but ECE is 15.00 points above (ece_rise: 10)"),
     "significant": (beside(range(40, 80)), WITHOUT, "promote", f"10.00 points above {SAME}, McNemar p 1.8e-12"),
     "5 of 5 images": (  # two-sided: 2 / 2**5
         beside(range(5, 80)), WITHOUT, "challenge", "McNemar p 0.062, but that is not told apart from chance",
     ),
     "6 of 6 images": (beside(range(6, 80)), WITHOUT, "promote", "McNemar p 0.031"),
-    "tiny val": (beside(range(1), range(4), 10), WITHOUT, "challenge", "30.00 points above version 3 on the same 10"),
-    "no predictions": (like(), WITHOUT, "challenge", "without the val predictions of both there is no test"),
-    "predictions of other images": (
-        like(predictions=predicted(range(9), 300)), WITHOUT, "challenge", "without the val predictions of both",
-    ),
+    "no predictions": (like(), WITHOUT, "challenge", NO_TEST),
+    "predictions of other images": (like(predictions=predicted(range(9), 300)), WITHOUT, "challenge", NO_TEST),
 }  # fmt: skip
 
 
@@ -83,18 +72,10 @@ def test_the_rule(case: str) -> None:
     assert (verdict.outcome, reason in verdict.reason) == (outcome, True), verdict
 
 
-def record(
-    version: int, champion: int | None, outcome: str = "promote", what: str = "run", accuracy: float = 0.5
-) -> dict[str, Any]:
+def record(version: int, champion: int, outcome: str = "promote", what: str = "run", accuracy: float = 0.5) -> dict:
     """A decision after which `champion` is champion."""
-    return {
-        "version": str(version), "champion": None if champion is None else str(champion), "outcome": outcome,
-        "what": what, "evidence": {"val_accuracy": accuracy},
-    }  # fmt: skip
-
-
-def back(champion: int) -> dict[str, Any]:
-    return record(champion, champion, what="rollback")
+    evidence = {"val_accuracy": accuracy}
+    return {"version": f"{version}", "champion": f"{champion}", "outcome": outcome, "what": what, "evidence": evidence}
 
 
 RISE = [record(1, 1), record(2, 2), record(3, 3)]
@@ -103,8 +84,8 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], str, str]] = {  # existing vers
     "nothing": ([], "1", "---"),
     "better and better": (RISE, "123", "3-2"),
     "worse and refused": ([RISE[0], record(2, 1, "keep"), record(3, 1, "refuse")], "123", "1--"),
-    "rolled back": ([*RISE, back(2)], "123", "2-1"),
-    "rolled back over a deleted one": ([*RISE, back(1)], "13", "1--"),
+    "rolled back": ([*RISE, record(2, 2, what="rollback")], "123", "2-1"),
+    "rolled back over a deleted one": ([*RISE, record(1, 1, what="rollback")], "13", "1--"),
     "an old one by hand": ([*RISE, record(1, 1, what="by hand")], "123", "1-3"),
     "by hand, then a worse run": ([*RISE, record(1, 1, what="by hand"), record(4, 1, "keep")], "1234", "1-3"),
     "the champion deleted": (RISE, "12", "--2"),

@@ -17,12 +17,11 @@ from fer.settings import Section, check, differing, section_at, table_of
 from pipelines import experiments
 
 DEFAULTS = ROOT / "tests" / "golden" / f"defaults-{FORMAT}.json"
-CLASSIFIER: dict[str, Any] = {"model": {"name": "classifier", "backbone": RESNET}, "input": {"image_size": 32}}
 
 
 def model(**keys: Any) -> dict[str, Any]:
     """Keys of a run with a classifier of 32 px that has these keys."""
-    return {**CLASSIFIER, "model": {**CLASSIFIER["model"], **keys}}
+    return {"model": {"name": "classifier", "backbone": RESNET, **keys}, "input": {"image_size": 32}}
 
 
 # Everything that a run may be told
@@ -200,17 +199,14 @@ def test_what_does_not_fit_together(keys: dict[str, Any], messages: list[str]) -
     assert [str(fault) for fault in check(Run, {**SMALL, **keys})[1]] == messages
 
 
-@pytest.mark.parametrize(
-    ("patience", "values", "epochs"),
-    [
+def test_patience_ends_a_run_that_gets_no_better() -> None:
+    for patience, values, epochs in (
         (None, [0.5, 0.4, 0.4, 0.4, 0.4], 5),
         (2, [0.5, 0.4, 0.6, 0.6, 0.5], 5),  # equal is not better
         (1, [0.1, 0.2, 0.3, 0.2], 4),
-    ],
-)
-def test_patience_ends_a_run_that_gets_no_better(patience: int | None, values: list[float], epochs: int) -> None:
-    run, rows = small_run(epochs=5, patience=patience), [{"val_accuracy": value} for value in values]
-    assert [run.is_over(rows[:count]) for count in range(len(rows) + 1)] == [False] * epochs + [True]
+    ):
+        run, rows = small_run(epochs=5, patience=patience), [{"val_accuracy": value} for value in values]
+        assert [run.is_over(rows[:count]) for count in range(len(rows) + 1)] == [False] * epochs + [True]
 
 
 # Where a run computes
