@@ -1,9 +1,9 @@
 """What people and disks do wrong, as the command line meets it: one line, exit status 2. The fuzz finds more."""
 
 import json
+import re
 import resource
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -12,9 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import CPU, experiment, free_port
+from conftest import CPU, experiment, free_port, refusal
 
-from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.train import fit
 
@@ -106,37 +105,14 @@ def test_a_test_split_that_is_wrong_is_told_before_anything_starts(project: Path
     assert done.stderr.startswith("error: data/splits/test.csv: label 99 is not in classes; make it again with")
 
 
-def test_a_server_that_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither MLflow's nor Prefect's, but one of files."""
-    from pipelines.flow_page import check_server
+def test_a_server_that_is_not_mlflows(tmp_path: Path) -> None:
     from pipelines.tracking import Tracker
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("PREFECT_API_URL", address)
-        with pytest.raises(UserError, match="PREFECT_API_URL: no Prefect server answers at .* address ends in /api"):
-            check_server()
-        with pytest.raises(UserError, match=f"^tracking.uri: {address}: "):
-            Tracker(address, "fer")
+        assert refusal(Tracker, address, "fer").startswith(f"tracking.uri: {address}: ")
         server.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("uri", "message"),
-    [
-        ("http://[::1", "tracking.uri: no server answers at http://[::1 (Invalid IPv6 URL)"),
-        ("mysql+nope://me:secret@127.0.0.1:PORT/x", "mysql+nope://me:***@"),
-    ],
-)
-def test_a_store_that_no_driver_opens(uri: str, message: str) -> None:
-    from pipelines.tracking import Tracker
-
-    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(UserError) as caught:
-        Tracker(uri.replace("PORT", str(listening.getsockname()[1])), "fer")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +139,7 @@ def test_what_ray_cannot_start_with(
     if name == "ulimit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 2**20, before[1]))
     try:
-        with pytest.raises(UserError, match=f"^{message}"):
-            launch.start_ray()
+        assert re.match(message, refusal(launch.start_ray))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

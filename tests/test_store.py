@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import free_port, refusal
 
-from fer.errors import UserError, without_password
+from fer.errors import without_password
 from pipelines.store import check_answers
 
 SECRET = "s3cr3t"
@@ -21,7 +21,6 @@ SECRET = "s3cr3t"
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         (f"http://{SECRET}@host/x", "http://***@host/x"),
         (f"https://me:{SECRET}@host", "https://***@host"),
         (f"https://me:a@{SECRET}/b@host", "https://***@host"),
@@ -52,21 +51,16 @@ class Other(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def other() -> Iterator[int]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+def ports() -> Iterator[dict[str, int]]:
+    """FREE, of a server of something else, and of one that says nothing."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other, socket.create_server(("", 0)) as silent:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        yield {"FREE": free_port(), "OTHER": other.server_port, "SILENT": silent.getsockname()[1]}
+        other.shutdown()
 
 
-@pytest.fixture(scope="module")
-def silent() -> Iterator[int]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        yield listening.getsockname()[1]
+ME = f"postgresql+psycopg://me:{SECRET}@127.0.0.1"
+SHOWN = r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:\d+/x"
 
 
 @pytest.mark.parametrize(
@@ -90,14 +84,15 @@ def silent() -> Iterator[int]:
             r"postgresql://me:\*\*\*@127.0.0.1:x/y is no valid address; write",
         ),
         (f"postgresql+unheard://me:{SECRET}@host/x", r"postgresql\+unheard://me:\*\*\*@host/x is no valid address"),
+        *((f"{ME}:{port}/x", f"no database answers at {SHOWN} \\(") for port in ("FREE", "SILENT", "OTHER")),
     ],
 )
-def test_an_address_that_cannot_work_is_one_line(uri: str, message: str, other: int, silent: int) -> None:
-    for name, port in (("FREE", free_port()), ("OTHER", other), ("SILENT", silent)):
+def test_an_address_that_cannot_work_is_one_line(uri: str, message: str, ports: dict[str, int]) -> None:
+    if uri.startswith(ME):
+        pytest.importorskip("psycopg", reason="the extra `postgres` is not installed")
+    for name, port in ports.items():
         uri = uri.replace(name, str(port))
-    with pytest.raises(UserError) as caught:
-        check_answers(uri)
-    (line,) = caught.value.lines
+    line = refusal(check_answers, uri)
     assert re.match(f"tracking.uri: {message}", line), line
     assert SECRET not in line
 
@@ -105,42 +100,23 @@ def test_an_address_that_cannot_work_is_one_line(uri: str, message: str, other: 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_a_missing_driver_is_named(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, driver, None)
-    with pytest.raises(UserError) as caught:
-        check_answers(f"postgresql+{driver}://me:{SECRET}@127.0.0.1:{free_port()}/x")
-    (line,) = caught.value.lines
-    shown = f"postgresql+{driver}://me:***@127.0.0.1:"
-    assert re.match(rf"tracking.uri: {re.escape(shown)}\d+/x needs the Python package {driver}, which is not", line)
+    line = refusal(check_answers, f"postgresql+{driver}://me:{SECRET}@127.0.0.1:9/x")
+    shown = f"postgresql+{driver}://me:***@127.0.0.1:9/x"
+    assert line.startswith(f"tracking.uri: {shown} needs the Python package {driver}, which is not")
     assert line.endswith("`pip install -c constraints.txt -e '.[postgres]'`")
 
 
-@pytest.mark.parametrize("port", ["FREE", "SILENT", "OTHER"])
-def test_a_port_without_postgresql_is_one_line(port: str, other: int, silent: int) -> None:
-    pytest.importorskip("psycopg", reason="the extra `postgres` is not installed")
-    number = {"FREE": free_port(), "SILENT": silent, "OTHER": other}[port]
-    with pytest.raises(UserError) as caught:
-        check_answers(f"postgresql+psycopg://me:{SECRET}@127.0.0.1:{number}/x")
-    (line,) = caught.value.lines
-    assert line.startswith(f"tracking.uri: no database answers at postgresql+psycopg://me:***@127.0.0.1:{number}/x (")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a database, for sure", r"mlflow.db is damaged \(file is not a database\); move it away: the same comma"),
-        (None, r"mlflow.db is damaged \(database disk image is malformed\); move it away"),
-    ],
-)
-def test_a_damaged_file_is_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
-    """Random bytes; the first half of a store."""
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    """The first half of a store; random bytes."""
     path = tmp_path / "mlflow.db"
-    check_answers(f"sqlite:///{path}")
-    if content is None:
-        with sqlite3.connect(path) as store:
-            store.execute("create table runs (name text)")
-            store.executemany("insert into runs values (?)", [["x" * 1000]] * 100)
-        store.close()
-        content = path.read_bytes()[: path.stat().st_size // 2]
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        check_answers(f"sqlite:///{path}")
-    assert len(caught.value.lines) == 1
+    with sqlite3.connect(path) as store:
+        store.execute("create table runs (name text)")
+        store.executemany("insert into runs values (?)", [["x" * 1000]] * 100)
+    store.close()
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    for content, fault in (
+        (half, "database disk image is malformed"),
+        (b"not one, for sure", "file is not a database"),
+    ):
+        path.write_bytes(content)
+        assert f"mlflow.db is damaged ({fault}); move it away: the same" in refusal(check_answers, f"sqlite:///{path}")
