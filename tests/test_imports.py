@@ -6,7 +6,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT
+
 PATHS = sorted([*ROOT.glob("fer/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 # framework -> the modules that import it, at whatever place

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
@@ -62,30 +62,25 @@ def test_a_clean_clone_names_its_commit_from_any_working_directory(
     assert (made["torch"], made["python"]) == (torch.__version__, platform.python_version())
     assert (made["device"], made["threads"]) == ("GPU 1", 3)
     assert json.loads(json.dumps(made)) == made
-    (cloned / "fer" / "errors.py").write_text("")
-    assert module.made_by(torch.device("cuda", 1), 3) == made  # found out once in a process
 
 
-@pytest.mark.parametrize(
-    ("name", "changed", "hashed"),
-    [("fer/data/__init__.py", True, True), ("README.md", True, False), ("notes.txt", False, False)],
-)
-def test_a_changed_file_is_told_and_gives_another_hash(name: str, changed: bool, hashed: bool, cloned: Path) -> None:
-    before = module_of(cloned).made_by(CPU, 1)
-    with (cloned / name).open("a") as file:
-        file.write("# changed\n")
-    after = module_of(cloned).made_by(CPU, 1)
-    assert (after["commit"], after["changed"]) == (before["commit"], changed)
-    assert (after["fer"] != before["fer"]) == hashed
-
-
-def test_the_hash_sees_new_and_renamed_modules(copy: Path) -> None:
-    hashes = [module_of(copy).source_hash()]
-    (copy / "fer" / "new.py").touch()
-    hashes.append(module_of(copy).source_hash())
-    (copy / "fer" / "new.py").rename(copy / "fer" / "newer.py")
-    hashes.append(module_of(copy).source_hash())
-    assert len(set(hashes)) == 3
+def test_the_hash_sees_changed_new_and_renamed_modules_and_git_what_it_tracks(cloned: Path) -> None:
+    seen = []
+    for name, change in (
+        ("README.md", None), ("notes.txt", "new"), ("README.md", "# changed"), ("fer/data/__init__.py", "# changed"),
+        ("fer/new.py", ""), ("fer/newer.py", ""),
+    ):  # fmt: skip
+        if name == "fer/newer.py":
+            (cloned / "fer/new.py").rename(cloned / name)
+        elif change is not None:
+            (cloned / name).write_text(change)
+        made = module_of(cloned).made_by(CPU, 1)
+        seen.append((made["commit"], made["changed"], made["fer"]))
+    assert {commit for commit, _, _ in seen} == {git(cloned, "rev-parse", "HEAD")}
+    assert [changed for _, changed, _ in seen] == [False, False, True, True, True, True]
+    hashes = [digest for _, _, digest in seen]
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert len(set(hashes)) == 4
 
 
 @pytest.mark.parametrize("where", ["no repository", "no commit", "no git", "another project"])
@@ -106,14 +101,11 @@ def test_what_cannot_be_known(where: str, copy: Path, monkeypatch: pytest.Monkey
 
 def test_the_name_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     read = Path.read_text
-    for cpuinfo, name in (
-        ("processor\t: 0\nmodel name\t: Fast 9000: x\n", "Fast 9000: x"),
-        ("processor\t: 0\n", "x86"),
-    ):
+    monkeypatch.setattr(platform, "processor", lambda: "x86")
+    for text, name in (("model name\t: Fast 9000: x\n", "Fast 9000: x"), ("processor\t: 0\n", "x86")):
 
-        def read_text(path: Path, *words: Any, text: str = cpuinfo, **named: Any) -> str:
+        def read_text(path: Path, *words: Any, text: str = text, **named: Any) -> str:
             return text if path == Path("/proc/cpuinfo") else read(path, *words, **named)
 
         monkeypatch.setattr(Path, "read_text", read_text)
-        monkeypatch.setattr(platform, "processor", lambda: "x86")
         assert module_of(ROOT).made_by(CPU, 1)["cpu"] == name

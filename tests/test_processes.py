@@ -22,8 +22,7 @@ def test_other_drivers_are_those_that_live_and_started_the_program(
     marks = (process_id(driver.pid), os.environ[MARK], "", "999999999:1")  # another's, ours, none, one that is gone
     started = [subprocess.Popen([program, "600"], env={**os.environ, MARK: mark}) for mark in marks]
     try:
-        assert other_drivers(name) == [driver.pid]
-        assert other_drivers("no such program") == []
+        assert (other_drivers(name), other_drivers("no such program")) == ([driver.pid], [])
         driver.kill()
         driver.wait()
         assert other_drivers(name) == []
@@ -63,8 +62,6 @@ def test_a_process_in_a_container_has_not_ended_because_it_is_not_seen() -> None
         try:
             assert process.stdout is not None
             inside = process.stdout.readline().strip()
-            assert inside.startswith("1:")
-            assert not ended(inside)
-            assert not alive(inside)
+            assert (inside.startswith("1:"), ended(inside), alive(inside)) == (True, False, False)
         finally:
             process.kill()

@@ -24,11 +24,8 @@ FINISHED = {
 }  # fmt: skip
 
 
-def test_nothing_is_there_at_first(tmp_path: Path) -> None:
-    assert (read_rows(tmp_path), read_progress(tmp_path), read_summary(tmp_path)) == ([], None, None)
-
-
 def test_rows_are_read_as_they_were_written_and_take_the_place_of_others(tmp_path: Path) -> None:
+    assert (read_rows(tmp_path), read_progress(tmp_path), read_summary(tmp_path)) == ([], None, None)
     write_rows(tmp_path, [*ROWS, ROWS[0]])
     write_rows(tmp_path, ROWS)
     assert read_rows(tmp_path) == ROWS
@@ -87,16 +84,13 @@ DAMAGED = {
 
 
 def test_a_damaged_summary_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
     for text, fault in DAMAGED.items():
-        (tmp_path / "summary.json").write_text(text)
-        remedy = f"delete it and run `fer evaluate {tmp_path.name}`"
-        assert refusal(read_summary, tmp_path) == f"{tmp_path}/summary.json: {fault}; {remedy}"
-
-
-def test_what_is_no_file_at_all(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").symlink_to("summary.json")
-    message = "summary.json: cannot be read (Too many levels of symbolic links); delete it"
-    assert message in refusal(read_summary, tmp_path)
+        path.write_text(text)
+        assert refusal(read_summary, tmp_path) == f"{path}: {fault}; delete it and run `fer evaluate {tmp_path.name}`"
+    path.unlink()
+    path.symlink_to("summary.json")
+    assert "cannot be read (Too many levels of symbolic links); delete it" in refusal(read_summary, tmp_path)
     (tmp_path / "notes").touch()
     assert read_summary(tmp_path / "notes") is None  # a file beside the runs
 
