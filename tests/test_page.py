@@ -87,22 +87,17 @@ def test_seeds_are_one_side_with_a_line_for_each(runs: Path) -> None:
     page = Page(compared(sides, pairs(sides, None)))
     assert "one (2 seeds): sums over 2 runs" in "".join(page.texts)
     assert page.tags.count("polyline") == 2 * 3 + 2 * 3 + 2  # accuracies, losses, reliability
+    assert "Published on this data set" not in page.texts
 
 
-def test_one_side_alone_and_without_curves(runs: Path) -> None:
-    for path in runs.glob("*/metrics.jsonl"):
-        path.unlink()
-    page = Page(compared([side("other", runs)], []))
-    assert page.texts.count("No curves are stored.") == 2
-    assert not any("disagree" in text for text in page.texts)
-
-
-def test_published_numbers_stand_beside(runs: Path) -> None:
-    assert "Published on this data set" not in Page(compared([side("other", runs)], [])).texts
+def test_one_side_alone_without_curves_and_with_published_numbers_beside(runs: Path) -> None:
     for path in runs.glob("*/summary.json"):
+        path.with_name("metrics.jsonl").unlink()
         summary = json.loads(path.read_text())
         path.write_text(json.dumps(summary | {"data": summary["data"] | {"dataset": "ferplus"}}))
     texts = Page(compared([side("other", runs)], [])).texts
+    assert texts.count("No curves are stored.") == 2
+    assert not any("disagree" in text for text in texts)
     place = texts.index("Neural Resizer, Swin-B 2022")
     assert texts[place : place + 3] == ["Neural Resizer, Swin-B 2022", "89.50", "ImageNet"]
 
@@ -120,9 +115,9 @@ def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess
     assert [file.path for file in client.list_artifacts(known, "compare")] == ["compare/page.html"]
     Page(Path("page.html").read_text())
     assert list(Path().glob("*.partial")) == []
-    failed = here("compare", "one", "--report", "no/page.html")
-    told = "error: --report no/page.html: name a file in a folder that exists\n"
-    assert (failed.returncode, failed.stderr) == (2, told)
-    failed = here("compare", "--report", "p.html")
-    told = "error: --report p.html: name the runs to compare, `fer compare RUN RUN --report p.html`\n"
-    assert (failed.returncode, failed.stderr) == (2, told)
+    for words, told in (
+        (("one", "--report", "no/page.html"), "no/page.html: name a file in a folder that exists"),
+        (("--report", "p.html"), "p.html: name the runs to compare, `fer compare RUN RUN --report p.html`"),
+    ):
+        failed = here("compare", *words)
+        assert (failed.returncode, failed.stderr) == (2, f"error: --report {told}\n")
