@@ -78,18 +78,18 @@ def test_layers_leave_each_others_keys_in_a_section_alone() -> None:
     experiment("x", base="lower", optimizer={"weight_decay": 0.3}, augment={"scale": 0.3}, resources={"readers": 5})
     changes = ["augment.erasing=1", "augment.erasing=0.4", "resources.restarts=6", "clip_grad_norm="]
     found = one("x", *changes, machine={"device": "cpu", "readers": 1})
-    assert found.run.optimizer.model_dump() == {"name": "adamw", "lr": 0.1, "weight_decay": 0.3}
-    assert found.run.augment.model_dump(exclude_defaults=True) == {"flip": 0.1, "scale": 0.3, "erasing": 0.4}
-    assert found.resources == Resources(device="cpu", readers=5, restarts=6)
-    assert {path: source for path, source in found.origins.items() if source != "experiments/lower.yaml"} == {
-        "resources.device": MACHINE,
-        "resources.readers": "experiments/x.yaml",
-        "optimizer.weight_decay": "experiments/x.yaml",
-        "augment.scale": "experiments/x.yaml",
-        **dict.fromkeys(["augment.erasing", "resources.restarts", "clip_grad_norm"], COMMAND_LINE),
+    assert {path: (value, source) for path, value, source, _ in values(found) if source != DEFAULT} == {
+        "model.name": ("vgg13", "experiments/lower.yaml"),
+        "optimizer.lr": (0.1, "experiments/lower.yaml"),
+        "optimizer.weight_decay": (0.3, "experiments/x.yaml"),  # of adamw, which nobody named
+        "augment.flip": (0.1, "experiments/lower.yaml"),
+        "augment.scale": (0.3, "experiments/x.yaml"),
+        "augment.erasing": (0.4, COMMAND_LINE),
+        "clip_grad_norm": (None, COMMAND_LINE),
+        "resources.device": ("cpu", MACHINE),
+        "resources.readers": (5, "experiments/x.yaml"),
+        "resources.restarts": (6, COMMAND_LINE),
     }
-    assert at(found, "clip_grad_norm") == (None, COMMAND_LINE)
-    assert at(found, "optimizer.name") == ("adamw", DEFAULT)  # nobody named it
 
 
 # Sections that are chosen by name
@@ -165,41 +165,62 @@ def test_a_mistake_is_one_line_behind_the_command_line_or_its_file(changes: str)
     assert sorted(mistakes("z")) == sorted(f"{path}: {line}" for line in lines)
 
 
-def test_a_fault_stands_where_its_key_was_set_last() -> None:
-    """And in the experiment's own file where it is a default; those of several files are told at once."""
-    experiment("x", model="vgg13", batch_size=15, input={"image_size": 16})
-    uneven = ["experiments/x.yaml: batch_size: 15 does not divide by resources.workers 2"]
-    assert mistakes("x", "resources.workers=2") == mistakes("x", machine={"workers": 2}) == uneven
-    assert mistakes("x", machine={"gpus_per_worker": 1.5}) == [
-        "params.yaml: resources.gpus_per_worker: above 1 must be a whole number, got 1.5"
-    ]
-    assert mistakes("x", "epochs=1") == ["experiments/x.yaml: schedule.warmup_epochs: 1 leaves nothing of epochs 1"]
-    experiment("lower", model="vgg13", epochs=0, schedule="step")
-    experiment("x", base="lower", precision="fp8", schedule={"step_epochs": [1]})
-    experiment("y", model="vgg")
-    assert mistakes("x", "y", "ema_decay=1") == [
+FILES = {
+    "odd": "model: vgg13\nbatch_size: 15\ninput: {image_size: 16}\n",
+    "lower": "model: vgg13\nepochs: 0\nschedule: step\n",
+    "upper": "base: lower\nprecision: fp8\nschedule: {step_epochs: [1]}\n",
+    "unknown": "model: vgg\n",
+    "comment": "# a comment alone\n",
+    "empty": "seed: 3\n",
+    "number": "model: vgg13\nbase: 3\n",
+    "typo": "base: vgg13_smal\n",
+    "circle": "base: circle\n",
+    "first": "base: vit_se_tiny\nseed: 1\n",
+    "second": "base: vit_se_tiny\ninit_from: first\n",
+    "third": "base: vit_se_tiny\ninit_from: fourth\n",
+    "fourth": "base: vit_se_tiny\nepochs: 0\n",
+}
+HOW = "write it as key=value, for example optimizer.lr=3e-4"
+ODD = "experiments/odd.yaml: batch_size: 15 does not divide by resources.workers 2"
+WHERE: dict[str, list[str]] = {  # a default is blamed on the experiment's own file
+    "odd resources.workers=2": [ODD],
+    "odd epochs=1": ["experiments/odd.yaml: schedule.warmup_epochs: 1 leaves nothing of epochs 1"],
+    "upper unknown ema_decay=1": [
         "experiments/lower.yaml: epochs: should be greater than 0, got 0",
-        "experiments/x.yaml: schedule.step_factors: missing",
+        "experiments/upper.yaml: schedule.step_factors: missing",
         "command line: ema_decay: should be less than 1, got 1",
-        "experiments/x.yaml: precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'",
-        "experiments/y.yaml: model.name: unknown model 'vgg', did you mean 'vgg13'?",
-    ]
+        "experiments/upper.yaml: precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'",
+        "experiments/unknown.yaml: model.name: unknown model 'vgg', did you mean 'vgg13'?",
+    ],
+    **{f"odd {word}": [f"{word}: {HOW}"] for word in ("=3", "batch-size=3", "--seed=3")},
+    "odd base=y": ["command line: base: only a file has one; write it into a file of experiments/"],
+    "comment": ["experiments/comment.yaml: holds no keys; write at least its model there"],
+    "empty": ["experiments/empty.yaml: model: missing"],
+    "number": ["experiments/number.yaml: base: should be the name of an experiment, got 3"],
+    "typo": ["experiments/typo.yaml: base: experiments/vgg13_smal.yaml: no such experiment, "
+             "did you mean 'vgg13_small'?"],
+    "circle": ["experiments/circle.yaml: base: circle -> circle is a circle"],
+    "doe elsewhere/doe.yml": ["elsewhere/doe.yml: no such experiment, did you mean 'doe'?"],
+    "second init_from=frist": ["second: init_from: experiments/frist.yaml: no such experiment, did you mean 'first'?"],
+    "second init_from=a/b.yaml": ["second: init_from: should be the name of an experiment, got 'a/b.yaml'"],
+    "second init_from=second": ["second: init_from: second -> second is a circle; set one of them to null"],
+    "second init_from=vgg13_small": ["command line: init_from: vgg13_small has no backbone; set it to null"],
+    "second model.backbone.depth=3": ["experiments/second.yaml: init_from: first has another backbone "
+                                      "(vit_base_patch16_224_in21k); give both the same name and settings"],
+    "third": ["third: init_from: experiments/fourth.yaml: epochs: should be greater than 0, got 0"],
+    "fourth third": ["experiments/fourth.yaml: epochs: should be greater than 0, got 0"],
+    "third fourth": ["experiments/fourth.yaml: epochs: should be greater than 0, got 0"],
+}  # fmt: skip
 
 
-def test_a_word_or_a_file_that_is_neither_a_change_nor_an_experiment() -> None:
-    for word in ("=3", "epochs =3", "batch-size=3", "--seed=3"):
-        assert mistakes("vgg13_small", word) == [f"{word}: write it as key=value, for example optimizer.lr=3e-4"]
-    only = "command line: base: only a file has one; write it into a file of experiments/"
-    assert mistakes("vgg13_small", "base=y") == [only]
-    for text, message in {
-        "# a comment alone\n": "holds no keys; write at least its model there",
-        "seed: 3\n": "model: missing",
-        "model: vgg13\nbase: 3\n": "base: should be the name of an experiment, got 3",
-        "base: vgg13_smal\n": "base: experiments/vgg13_smal.yaml: no such experiment, did you mean 'vgg13_small'?",
-        "base: x\n": "base: x -> x is a circle",
-    }.items():
-        path = experiment("x", text)
-        assert mistakes("x") == [f"{path}: {message}"]
+def test_a_mistake_is_told_where_its_key_was_set_last() -> None:
+    for name, text in FILES.items():
+        experiment(name, text)
+    assert {words: mistakes(*words.split()) for words in WHERE} == WHERE
+    assert mistakes("odd", machine={"workers": 2}) == [ODD]
+    alone = "params.yaml: resources.gpus_per_worker: above 1 must be a whole number, got 1.5"
+    assert mistakes("odd", machine={"gpus_per_worker": 1.5}) == [alone]
+    assert mistakes("odd", "epochs =3") == [f"epochs =3: {HOW}"]
 
 
 # Names and files
@@ -207,7 +228,6 @@ def test_a_word_or_a_file_that_is_neither_a_change_nor_an_experiment() -> None:
 
 def test_an_unknown_name() -> None:
     assert mistakes("zzz") == [f"experiments/zzz.yaml: no such experiment; known: {', '.join(SHIPPED)}"]
-    assert mistakes("doe", "elsewhere/doe.yml") == ["elsewhere/doe.yml: no such experiment, did you mean 'doe'?"]
     for stem in ("a b", "é", ""):  # which does not do for a folder
         Path(f"{stem}.yaml").write_text("base: doe\n")
         (line,) = mistakes(f"./{stem}.yaml")
@@ -248,9 +268,6 @@ def test_a_key_applies_to_each_and_must_fit_each() -> None:
     assert mistakes(*SHIPPED, "zzz=1") == [f"command line: zzz: unknown key; known: {KNOWN}"]  # told once
 
 
-CHAIN: dict[str, Any] = {"base": "vit_se_tiny", "init_from": "first", "epochs": 9, "seed": 5}
-
-
 def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone_unless_named() -> None:
     def loaded(*words: str) -> dict[str, tuple[int, int, int]]:
         found = load(list(words), {"readers": 4})
@@ -258,30 +275,12 @@ def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone_un
 
     experiment("first", base="vit_se_tiny", seed=1)
     for name, start in (("second", "first"), ("third", "second"), ("fourth", "first")):
-        experiment(name, **CHAIN | {"init_from": start})
+        experiment(name, base="vit_se_tiny", init_from=start, epochs=9, seed=5)
     words = ["seed=7", "epochs=6", "resources.readers=3"]
     assert loaded("second") == {"first": (1, 40, 4), "second": (5, 9, 4)}
     assert loaded("second", *words) == {"first": (7, 40, 4), "second": (7, 6, 3)}
     assert loaded("second", "first", *words) == {"first": (7, 6, 3), "second": (7, 6, 3)}
     assert list(loaded("third", "fourth")) == ["first", "second", "third", "fourth"]
-
-
-def test_a_start_that_cannot_be() -> None:
-    experiment("first", base="vit_se_tiny", seed=1)
-    experiment("second", **CHAIN)
-    another = "init_from: first has another backbone (vit_base_patch16_224_in21k); give both the same name and settings"
-    for word, line in {
-        "init_from=frist": "second: init_from: experiments/frist.yaml: no such experiment, did you mean 'first'?",
-        "init_from=a/b.yaml": "second: init_from: should be the name of an experiment, got 'a/b.yaml'",
-        "init_from=second": "second: init_from: second -> second is a circle; set one of them to null",
-        "init_from=vgg13_small": "command line: init_from: vgg13_small has no backbone; set it to null",
-        "model.backbone.depth=3": f"experiments/second.yaml: {another}",
-    }.items():
-        assert mistakes("second", word) == [line]
-    experiment("first", base="vit_se_tiny", epochs=0)
-    wrong = "experiments/first.yaml: epochs: should be greater than 0, got 0"
-    assert mistakes("second") == [f"second: init_from: {wrong}"]
-    assert mistakes("first", "second") == mistakes("second", "first") == [wrong]
 
 
 # What is shown, and written

@@ -142,25 +142,13 @@ def test_run_id_changes_with_all_that_decides_the_numbers() -> None:
     assert run_id("y", runs[0], "d") == "y" + ids[0][1:]
 
 
-# One meaning, one id
-
-PLAIN = """
-model: vgg13
-seed: 3
-optimizer: {lr: 0.002}
-schedule: {warmup_epochs: 2}
-augment: {rotation: 20}
-"""
-OTHER_WAY = "base: other\nmodel: {name: vgg13, width: 0.5}\nseed: 4\noptimizer: {name: sgd, momentum: 0.5}\n"
-CHANGES = ["seed=3", "model.width=1", "optimizer=adamw", "optimizer.lr=0.002", "schedule.warmup_epochs=2", "init_from="]
-
-
 def test_descriptions_that_mean_the_same_have_one_id(recipes: Path) -> None:
-    Path("experiments/plain.yaml").write_text(PLAIN)
-    plain = experiments.load(["plain"], {})["plain"].run
-    Path("experiments/other.yaml").write_text(json.dumps(plain.model_dump()))
-    Path("experiments/another.yaml").write_text(OTHER_WAY)
-    for words in (["other"], ["another", *CHANGES, "resources.workers=2"]):
+    plain = experiments.load(["vgg13_small"], {})["vgg13_small"].run
+    tree = plain.model_dump()
+    Path("experiments/whole.yaml").write_text(json.dumps(tree))
+    Path("experiments/way.yaml").write_text("base: doe\nseed: 4\noptimizer: {name: sgd, momentum: 0.5}\n")
+    back = [f"{key}={json.dumps(value)}" for key, value in tree.items()]
+    for words in (["whole"], ["way", *back, "resources.workers=2"]):
         run = experiments.load(words, {"device": "cpu"})[words[0]].run
         assert run_id("x", run, "d") == run_id("x", plain, "d")
 
