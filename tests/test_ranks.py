@@ -21,7 +21,6 @@ from test_train import (
     Looks,
     assert_equal_runs,
     bad_loss,
-    evaluated,
     planted,
     rows_of,
     tensors_of,
@@ -29,8 +28,8 @@ from test_train import (
 )  # fmt: skip
 
 from fer import checkpoint, signals
-from fer.data.dataset import open_data
 from fer.errors import UserError
+from fer.evaluate import evaluate
 from fer.resources import Resources
 from fer.run import Run
 from fer.train import fit
@@ -96,52 +95,45 @@ def on_two_ranks(data: Path, told: Path, *jobs: Job) -> list[tuple[Path, str]]:
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(bars: Path, tmp_path: Path) -> None:
-    plain = {"model": {"batch_norm": False, "conv_dropout": 0, "dense_dropout": 0}, "optimizer": SGD, "epochs": 2}
-    weighted = {"loss": {"name": "focal_pdls"}, "class_weights": 0.5, "balanced_sampling": 0.5}
-    runs = {
-        "plain": small_run(**plain, **weighted),
-        "same subject": small_run(**doe("same_subject", augment={}, ema_decay=0.8, epochs=2)),
-    }
-    shared = on_two_ranks(bars, tmp_path, *(Job(run, tmp_path / "two" / kind) for kind, run in runs.items()))
-    for run, (folder, error) in zip(runs.values(), shared):
-        alone = fit("x", run, CPU, bars, tmp_path / "one")
-        assert (folder.name, error) == (alone.name, "")
-        for one, two in zip(untimed(rows_of(alone)), untimed(rows_of(folder)), strict=True):
-            assert one == pytest.approx(two, abs=1e-5)
-        ours, theirs = tensors_of(alone), tensors_of(folder)
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_stopped_together_or_dead_resume_as_if_they_had_not_been(bars: Path, tmp_path: Path) -> None:
-    """Bit for bit, with batch norm, whose statistics differ by rank."""
-    run = small_run(loss={"name": "vote_sampling"}, ema_decay=0.5)
-    cut, dead, plain = tmp_path / "cut", tmp_path / "dead", small_run(epochs=1)
+def test_two_ranks_are_one_and_stop_together(bars: Path, tmp_path: Path) -> None:
+    """To the last bit where they are resumed, with batch norm, whose statistics differ by rank."""
+    still = {"model": {"batch_norm": False, "conv_dropout": 0, "dense_dropout": 0}, "optimizer": SGD, "epochs": 2}
+    alike = [
+        small_run(**still, loss={"name": "focal_pdls"}, class_weights=0.5, balanced_sampling=0.5),
+        small_run(**doe("same_subject", augment={}, ema_decay=0.8, epochs=2)),
+    ]
+    run, plain = small_run(loss={"name": "vote_sampling"}, ema_decay=0.5), small_run(epochs=1)
+    cut, dead = tmp_path / "cut", tmp_path / "dead"
     with pytest.raises(Cut):
         on_two_ranks(bars, tmp_path, Job(run, dead, 2, exits=STEPS + 3))
     found = on_two_ranks(
         bars, tmp_path,
+        *(Job(one, tmp_path / str(number)) for number, one in enumerate(alike)),
         Job(run, tmp_path / "whole", 2),
-        *(Job(run, cut, 2, stop=steps) for steps in (0, 3, STEPS + 2, None)),
+        *(Job(run, cut, 2, stop=steps) for steps in (3, STEPS + 2, None)),
         Job(run, dead, 2),
         Job(plain, tmp_path / "no ema"),
         Job(plain, tmp_path / "nan", spoilt=2),
         Job(plain, tmp_path / "sync", sync=True),
     )  # fmt: skip
-    whole, (resumed, _), (revived, _), (other, _), (spoilt, spoilt_error), (_, sync_error) = found[0][0], *found[4:]
-    assert sync_error == "resources.sync_batch_norm: works on GPUs only; set it to false"
-    places = ["epoch 1 after 0", "epoch 1 after 3", "epoch 2 after 5"]
-    for (_, error), place in zip(found[1:4], places):
-        assert error.startswith(f"{whole.name}: stopped in {place} of 6 steps")
+    for one, (folder, _) in zip(alike, found):
+        alone = fit("x", one, CPU, bars, tmp_path / "one")
+        for ours, theirs in zip(untimed(rows_of(alone)), untimed(rows_of(folder)), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+        torch.testing.assert_close(tensors_of(alone), tensors_of(folder), atol=1e-5, rtol=1e-4)
+    (whole, resumed, revived, other, spoilt), errors = (found[place][0] for place in (2, 5, 6, 7, 8)), dict(found[7:])
+    assert [error.partition(":")[2].partition(" steps")[0] for _, error in found[:8]] == [
+        "", "", "", " stopped in epoch 1 after 3 of 6", " stopped in epoch 2 after 5 of 6", "", "", "",
+    ]  # fmt: skip
     assert_equal_runs(resumed, whole)
     assert_equal_runs(revived, whole)
-    # what is saved are the weights that were evaluated
-    for folder, asked in ((whole, run), (other, plain)):
+    for folder in (whole, other):  # what is saved are the weights that were evaluated
         row = rows_of(folder)[checkpoint.load_meta(folder / "best")["epoch"] - 1]
-        result = evaluated(asked, open_data(bars), folder / "best")
-        assert result == pytest.approx({key: row[f"val_{key}"] for key in result}, abs=1e-6)
+        result = evaluate(folder, bars, CPU)["val"]
+        assert {key: result[key] for key in ("accuracy", "ece")} == pytest.approx(
+            {key: row[f"val_{key}"] for key in ("accuracy", "ece")}, abs=1e-6
+        )
     # the losses are looked at after the epoch, and the step that went wrong is named
-    assert spoilt_error == bad_loss(plain, spoilt, 1, 3)
+    assert errors[spoilt] == bad_loss(plain, spoilt, 1, 3)
     assert not (spoilt / "last").exists()
+    assert found[9][1] == "resources.sync_batch_norm: works on GPUs only; set it to false"
