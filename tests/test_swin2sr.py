@@ -2,16 +2,17 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fer.errors import UserError
 from fer.super_resolution.swin2sr import load_swin2sr
 
 KEY = "super_resolution.weights"
@@ -35,14 +36,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
         found[scale] = str(tmp_path_factory.mktemp("swin2sr"))
         tiny(upscale=scale).save_pretrained(found[scale])
     return found
-
-
-@pytest.fixture
-def folder(folders: dict[int, str], tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    for path in Path(folders[2]).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
 
 
 def faces(*shape: int) -> Tensor:
@@ -94,79 +87,65 @@ def test_other_upsamplers(upsampler: str, tmp_path: Path) -> None:
 # Mistakes
 
 
-def refused(source: str | Path, scale: int = 2) -> str:
-    """The message about a network, less the key and name that each begins with."""
-    with pytest.raises(UserError) as caught:
-        load_swin2sr(str(source), scale, KEY)
-    message = str(caught.value)
-    assert message.isprintable()
-    return message.removeprefix(f"{KEY}: ")
+def config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_another_scale(folders: dict[int, str], tmp_path: Path) -> None:
-    assert refused(folders[2], 4) == (
-        f"'{folders[2]}' enlarges images by 2, but scale is 4; set scale to 2 or use another network"
+def tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+FIRST, LAST = "swin2sr.first_convolution.weight", "upsample.final_convolution.bias"
+UNFIT, REMEDY = "does not match its config.json: tensor", "download it again or use another network"
+OTHERS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: config(folder, upscale=4),
+        "enlarges images by 4, but scale is 2; set scale to 4 or use another network"),
+    (lambda folder: config(folder, upsampler=""), "enlarges images by 1, but scale is 2; "),  # makes them clearer
+    (lambda folder: config(folder, num_channels_out=1),
+        "takes 3 channels and returns 1, but both must be 3; use a network for colour"),
+    (lambda folder: config(folder, model_type="swin"),
+        "is a network of type swin, not swin2sr; use one such as caidas/swin2SR-classical-"),
+    (lambda folder: tensors(folder, lambda all: {key: all[key] for key in all if key not in (FIRST, LAST)}),
+        f"{UNFIT} {FIRST} is missing (2 tensors in all); {REMEDY}"),
+    (lambda folder: tensors(folder, lambda all: all | {LAST: torch.ones(4)}),
+        f"{UNFIT} {LAST} has shape [4], the network needs [3] (1 tensors in all); {REMEDY}"),
+]  # fmt: skip
+LOST = "Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
+
+
+def copy_of(folders: dict[int, str], folder: Path, spoil: Callable[[Path], object]) -> Path:
+    spoil(Path(shutil.copytree(folders[2], folder)))
+    return folder
+
+
+def test_another_network_is_named(folders: dict[int, str], tmp_path: Path) -> None:
+    for number, (spoil, message) in enumerate(OTHERS):
+        folder = copy_of(folders, tmp_path / str(number), spoil)
+        assert refusal(load_swin2sr, str(folder), 2, KEY).startswith(f"{KEY}: '{folder}' {message}")
+
+
+def test_a_folder_or_a_hub_that_gives_no_network(
+    folders: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = '{"model_type": "swin2sr", "upscale": "two"}'
+    damage: tuple[Callable[[Path], object], ...] = (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        lambda folder: os.truncate(folder / "model.safetensors", 2000),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("<html>"),
+        lambda folder: (folder / "config.json").write_text(bad),
     )
-    tiny(upscale=2, upsampler="").save_pretrained(tmp_path)  # for clearer images of the same size
-    assert refused(tmp_path).startswith(f"'{tmp_path}' enlarges images by 1, but scale is 2; ")
+    for number, spoil in enumerate(damage):
+        folder = copy_of(folders, tmp_path / str(number), spoil)
+        message = refusal(load_swin2sr, str(folder), 2, KEY)
+        assert message.startswith(f"{KEY}: cannot load '{folder}': ")
+        assert message.endswith(f". {LOST}")
 
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_channels_out": 1}, "takes 3 channels and returns 1, but both must be 3; use a network for colour"),
-        ({"model_type": "swin"}, "is a network of type swin, not swin2sr; use one such as caidas/swin2SR-classical-"),
-    ],
-)  # fmt: skip
-def test_another_kind_of_network(changes: dict[str, Any], message: str, folder: Path) -> None:
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    assert refused(folder).startswith(f"'{folder}' {message}")
-
-
-def test_tensors_that_do_not_fit(folder: Path) -> None:
-    path, ending = folder / "model.safetensors", "download it again or use another network"
-    whole = load_file(path)
-    first, second = "swin2sr.first_convolution.weight", "upsample.final_convolution.bias"
-    save_file({name: tensor for name, tensor in whole.items() if name not in (first, second)}, path)
-    assert refused(folder) == (
-        f"'{folder}' does not match its config.json: tensor {first} is missing (2 tensors in all); {ending}"
-    )
-    save_file(whole | {second: torch.ones(4)}, path)
-    assert refused(folder) == (
-        f"'{folder}' does not match its config.json: tensor {second} has shape [4], the network needs [3] "
-        f"(1 tensors in all); {ending}"
-    )
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "no tensors": lambda folder: (folder / "model.safetensors").unlink(),
-    "cut": lambda folder: os.truncate(folder / "model.safetensors", 2000),
-    "pickle": lambda folder: [
-        (folder / "model.safetensors").unlink(), torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
-    ],
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "no json": lambda folder: (folder / "config.json").write_text("<html>"),
-    "bad value": lambda folder: (folder / "config.json").write_text('{"model_type": "swin2sr", "upscale": "two"}'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_folder_that_cannot_be_loaded(damage: str, folder: Path) -> None:
-    DAMAGE[damage](folder)
-    message = refused(folder)
-    assert message.startswith(f"cannot load '{folder}': ")
-    assert message.endswith(
-        ". Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
-    )
-
-
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+        raise OSError("We couldn't connect to 'https://x' to load the files.\nCheck your connection.")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
-    assert refused("some/network", 4) == (
-        "cannot load 'some/network': We couldn't connect to 'https://huggingface.co' to load the "
-        "files. Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
-    )
+    why = "We couldn't connect to 'https://x' to load the files."
+    assert refusal(load_swin2sr, "some/network", 4, KEY) == f"{KEY}: cannot load 'some/network': {why} {LOST}"
