@@ -395,3 +395,34 @@ def leave_of_test(data: Path, kept: np.ndarray) -> pd.DataFrame:
     content["totals"]["test"] = len(table)
     summary.write_text(json.dumps(content))
     return table
+
+
+# Files that people have changed
+
+
+def change(root: Path, pattern: str, edit: Callable[[str], str] | None) -> None:
+    """Edit the files of this pattern, byte for letter, or make the one of this name; None removes them."""
+    for path in sorted(root.glob(pattern)) if set(pattern) & set("*[") else [root / pattern]:
+        if edit is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            old = path.read_bytes().decode("latin-1") if path.exists() else ""
+            path.write_bytes(edit(old).encode("latin-1"))
+
+
+def swap(old: str, new: str) -> Callable[[str], str]:
+    """The edit that replaces the first `old`."""
+    return lambda text: text.replace(old, new, 1)
+
+
+def lines(first: int | None, last: int | None = None) -> Callable[[str], str]:
+    """The edit that keeps these lines alone."""
+    return lambda text: "".join(text.splitlines(keepends=True)[first:last])
+
+
+def tells(root: Path, expected: str, call: Callable[..., Any], *words: Any, **named: Any) -> None:
+    """The call is refused in one line that, without `root`, begins as expected, up to and after its ` ... `."""
+    message = refusal(call, *words, **named).replace(str(root), "")
+    start, _, end = expected.partition(" ... ")
+    assert (message[: len(start)], message[len(message) - len(end) :]) == (start, end)

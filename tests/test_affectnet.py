@@ -5,105 +5,78 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_folders import put, read, refused, rows
+from conftest import change, swap, tells
+from test_folders import put, read, rows
 
 from fer.data.readers import affectnet
 
 HEADER = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"
 MEANT = ["neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt"]  # by their number
 SETS = {"training.csv": "train", "validation.csv": "test"}
-IMAGES = "Manually_Annotated/Manually_Annotated_Images"
+IMAGES, LEFT_OUT = "Manually_Annotated/Manually_Annotated_Images", "none, uncertain or no face, as annotated"
 
 
 def tables(root: Path) -> Path:
     """Eleven rows each: all expressions from 0 to 10."""
-    names = {name: [f"{n}/{name[:2]}{n}.jpg" for n in range(11)] for name in SETS}
-    put(root, [f"{IMAGES}/{path}" for paths in names.values() for path in paths])
-    for name, paths in names.items():
-        lines = [f"{path},1,2,6,5,0.5;0.5,{n},0.1,-0.2" for n, path in enumerate(paths)]
+    put(root, [f"{IMAGES}/{n}/{name[:2]}{n}.jpg" for name in SETS for n in range(11)])
+    for name in SETS:
+        lines = [f"{n}/{name[:2]}{n}.jpg,1,2,6,5,0.5;0.5,{n},0.1,-0.2" for n in range(11)]
         (root / name).write_text("\n".join([HEADER, *lines]) + "\n")
     return root
 
 
 def annotations(root: Path) -> Path:
-    for number, folder in enumerate(("train_set", "val_set")):
-        put(root, [f"AffectNet/{folder}/images/{n}.jpg" for n in range(9)])
-        (root / f"AffectNet/{folder}/annotations").mkdir()
+    put(root, [f"{folder}/images/{n}.jpg" for folder in affectnet.SETS for n in range(9)])
+    for folder, kind in (("train_set", int), ("val_set", str)):  # the label is a number, or its text
+        (root / folder / "annotations").mkdir()
         for n in range(9):
-            for kind, value in (("exp", str(n)), ("val", "0.1"), ("aro", "0.2"), ("lnd", "0 0")):
-                path = root / f"AffectNet/{folder}/annotations/{n}_{kind}.npy"
-                np.save(path, np.array(value) if number or kind != "exp" else np.array(n))  # text, or a number
+            for what, value in (("exp", kind(n)), ("val", "0.1"), ("lnd", "0 0")):
+                np.save(root / folder / f"annotations/{n}_{what}.npy", np.array(value))
     return root
 
 
 def test_tables_with_boxes(tmp_path: Path) -> None:
     source = read(tables(tmp_path), affectnet.read)
-    found = rows(source)
-    assert len(found) == 16
-    for number, (name, usage) in enumerate(SETS.items()):
-        for n, label in enumerate(MEANT):
-            expected = (usage, "", label, 11 * number + n)
-            assert found[f"{IMAGES}/{n}/{name[:2]}{n}.jpg"] == expected
+    assert rows(source) == {
+        f"{IMAGES}/{n}/{name[:2]}{n}.jpg": (usage, "", label, 11 * number + n)
+        for number, (name, usage) in enumerate(SETS.items()) for n, label in enumerate(MEANT)
+    }  # fmt: skip
     assert source.images.shape == (16, 5, 6)  # the box, as it lies in the picture
-    assert (source.classes, source.read) == (affectnet.CLASSES, ["training.csv", "validation.csv"])
-    assert len(source.left_out["none, uncertain or no face, as annotated"]) == 6
-    seven = read(tmp_path, affectnet.read, classes=affectnet.CLASSES[:7])
-    assert (len(seven.table), len(seven.classes)) == (14, 7)
+    assert (source.classes, source.read, len(source.left_out[LEFT_OUT])) == (affectnet.CLASSES, [*SETS], 6)
 
 
 def test_folders_with_annotations(tmp_path: Path) -> None:
     source = read(annotations(tmp_path), affectnet.read)
-    found = rows(source)
-    for folder, usage in affectnet.SETS.items():
-        for n, label in enumerate(MEANT):
-            assert found[f"AffectNet/{folder}/images/{n}.jpg"][:3] == (usage, "", label)
-    assert len(found) == 16
-    assert len(source.left_out["none, uncertain or no face, as annotated"]) == 2
-    assert len(source.left_out["no part of the data set"]) == 54  # valence, arousal, landmarks
+    assert {name: row[:3] for name, row in rows(source).items()} == {
+        f"{folder}/images/{n}.jpg": (usage, "", label)
+        for folder, usage in affectnet.SETS.items() for n, label in enumerate(MEANT)
+    }  # fmt: skip
+    assert [len(source.left_out[reason]) for reason in (LEFT_OUT, "no part of the data set")] == [2, 36]
 
 
-def edit(file: str, old: str, new: str) -> Callable[[Path], object]:
-    return lambda root: (root / file).write_text((root / file).read_text().replace(old, new, 1))
+EXP, PICTURE = "train_set/annotations/3_exp.npy", "train_set/images/3.jpg"
+NOTHING = ": no AffectNet found, neither training.csv and validation.csv nor train_set ... data.dataset to folders)"
+MISTAKES: list[tuple[Callable[[Path], Path], str, Callable[[str], str] | None, str]] = [
+    (tables, "validation.csv", None, ": holds no validation.csv of AffectNet: put it there, too"),
+    (tables, f"{IMAGES}/*/tr[259].jpg", None, ": 2 of 22 rows have no partner, the first lacks 2/tr2.jpg: restore it"),
+    (tables, "training.csv", swap(",3,0.1", ",11,0.1"), "/training.csv line 5: expression is '11': must be a whole nu"),
+    (tables, "training.csv", swap(",1,2,6", ",NULL,2,6"), "/training.csv line 2: the face's box is 'NULL 2 6 5': must"),
+    (annotations, EXP, None, ": 1 of 18 pictures have no partner, the first lacks the annotation of train_set/images"),
+    (annotations, PICTURE, None, f": 1 of 18 annotations have no partner, the first lacks the picture of {EXP}: res"),
+    (annotations, EXP, lambda text: text[:-1] + "x", f"/{EXP}: holds no number from 0 to 10: restore it"),
+    (annotations, f"old/{PICTURE}", str, f"/{PICTURE}: old/{PICTURE} is of the same set and number: keep one copy of"),
+    (lambda root: root, "notes.txt", lambda text: "x", NOTHING),
+]
 
 
-EXP = "AffectNet/train_set/annotations/3_exp.npy"
-MISTAKES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str]] = {
-    "one table": (tables, lambda root: (root / "validation.csv").unlink(),
-                  "{root}: holds no validation.csv of AffectNet: put it there, too"),
-    "a missing picture": (
-        tables, lambda root: [(root / IMAGES / f"{n}/tr{n}.jpg").unlink() for n in (2, 5, 9)],  # 9 is no class
-        "{root}: 2 of 22 rows have no partner, the first lacks 2/tr2.jpg: restore it",
-    ),
-    "no expression": (tables, edit("training.csv", ",3,0.1", ",11,0.1"),
-                      "{root}/training.csv line 5: expression is '11': must be a whole number from 0 to 10"),
-    "no box": (tables, edit("training.csv", ",1,2,6,5,", ",NULL,2,6,5,"),
-               "{root}/training.csv line 2: the face's box is 'NULL 2 6 5': must be four whole numbers"),
-    "a picture without annotation": (
-        annotations, lambda root: (root / EXP).unlink(),
-        "{root}: 1 of 18 pictures have no partner, the first lacks the annotation of "
-        "AffectNet/train_set/images/3.jpg: restore it",
-    ),
-    "an annotation without picture": (
-        annotations, lambda root: (root / "AffectNet/train_set/images/3.jpg").unlink(),
-        f"{{root}}: 1 of 18 annotations have no partner, the first lacks the picture of {EXP}: restore it",
-    ),
-    "a pickle": (annotations, lambda root: np.save(root / EXP, np.array([{}], dtype=object), allow_pickle=True),
-                 f"{{root}}/{EXP}: holds no number from 0 to 10: restore it"),
-    "a second copy": (
-        annotations, lambda root: put(root, ["old/train_set/images/3.jpg"]),
-        "{root}/old/train_set/images/3.jpg: AffectNet/train_set/images/3.jpg is of the same set and number: "
-        "keep one copy of the data set",
-    ),
-    "nothing": (
-        lambda root: root, lambda root: None,
-        "{root}: no AffectNet found, neither training.csv and validation.csv nor train_set and val_set with images and "
-        "annotations: put one of them there or correct data.path (class folders: set data.dataset to folders)",
-    ),
-}  # fmt: skip
+@pytest.mark.parametrize(("make", "file", "edit", "message"), MISTAKES, ids=[row[3] for row in MISTAKES])
+def test_mistakes(
+    make: Callable[[Path], Path], file: str, edit: Callable[[str], str] | None, message: str, tmp_path: Path
+) -> None:
+    change(make(tmp_path), file, edit)
+    tells(tmp_path, message, read, tmp_path, affectnet.read)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, tmp_path: Path) -> None:
-    make, change, message = MISTAKES[mistake]
-    change(make(tmp_path))
-    assert refused(tmp_path, affectnet.read) == message.format(root=tmp_path)
+def test_an_annotation_is_not_unpickled(tmp_path: Path) -> None:
+    np.save(annotations(tmp_path) / EXP, np.array(3, dtype=object), allow_pickle=True)
+    tells(tmp_path, f"/{EXP}: holds no number from 0 to 10", read, tmp_path, affectnet.read)

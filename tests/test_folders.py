@@ -7,27 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import change, tells
 from PIL import Image
 
 from fer.data.found import look
 from fer.data.readers import ckplus, fer2013, folders
 from fer.data.source import Source, Wanted
-from fer.errors import UserError
 
 CLASSES = ["angry", "happy", "sad"]
-
-
-def grey(value: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), value).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def put(root: Path, names: list[str]) -> Path:
     """A picture under each name, whose grey is its place in the list."""
     for value, name in enumerate(names):
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8), value).save(buffer, "PNG")
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(grey(value))
+        (root / name).write_bytes(buffer.getvalue())
     return root
 
 
@@ -39,128 +35,82 @@ def read(path: Path, reader: Callable = folders.read, **wanted: Any) -> Source:
 
 def rows(source: Source) -> dict[str, tuple[str, str, str, int]]:
     """File name -> usage, subject, class, and the grey of the image."""
-    votes = source.table[list(source.classes)].to_numpy()
+    votes, table = source.table[list(source.classes)].to_numpy(), source.table
     assert (votes.sum(axis=1) == 1).all()
-    named = zip(source.table["name"], source.table["usage"], source.table["subject"], votes.argmax(1), source.images)
-    return {
-        name: (usage, subject, source.classes[label], int(image[0, 0])) for name, usage, subject, label, image in named
-    }
+    said = zip(table["usage"], table["subject"], (source.classes[label] for label in votes.argmax(1)))
+    return {name: (*one, int(image[0, 0])) for name, one, image in zip(table["name"], said, source.images)}
 
 
-LAYOUTS = {  # pattern of the names -> usages
-    "{label}/{n}.png": [""],
-    "{label}/deeper/{n}/x.png": [""],
-    "{usage}/{label}/{n}.png": ["train", "val", "test"],
-    "set/{Usage}/{Label}/{n}.JPG": ["train", "test"],
-    "{label}/{usage}/{n}.png": ["train", "test"],
-    "{Usage}ing/{label}/{n}.png": ["train", "test"],
-}
+@pytest.mark.parametrize(
+    ("layout", "usages"),
+    [
+        ("{label}/{n}.png", [""]),
+        ("{label}/deeper/{n}/x.png", [""]),
+        ("{usage}/{label}/{n}.png", ["train", "val", "test"]),
+        ("set/{Usage}/{Label}/{n}.JPG", ["train", "test"]),
+        ("{label}/{usage}/{n}.png", ["train", "test"]),
+        ("{Usage}ing/{label}/{n}.png", ["train", "test"]),
+    ],
+)
+def test_splits_above_below_or_none(layout: str, usages: list[str], tmp_path: Path) -> None:
+    wanted: dict[str, tuple[str, str, str, int]] = {}
+    for usage, label, n in ((usage, label, n) for usage in usages for label in CLASSES for n in range(2)):
+        name = layout.format(usage=usage, label=label, n=n, Usage=usage.title(), Label=label.title())
+        wanted[name] = (usage, "", label.title() if "Label" in layout else label, len(wanted))
+    source = read(put(tmp_path, list(wanted)))
+    assert (rows(source), source.labels, source.left_out) == (wanted, "hard", {})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_splits_above_below_or_none(layout: str, tmp_path: Path) -> None:
-    names, expected = [], []
-    for usage in LAYOUTS[layout]:
-        for label in CLASSES:
-            for n in range(2):
-                names.append(layout.format(usage=usage, label=label, n=n, Usage=usage.title(), Label=label.title()))
-                expected.append((usage, "", label.title() if "Label" in layout else label, len(names) - 1))
-    source = read(put(tmp_path, names))
-    assert rows(source) == dict(zip(names, expected))
-    assert (source.labels, source.form, source.left_out) == ("hard", "class folders", {})
-    assert [name.lower() for name in source.classes] == CLASSES
-
-
-def test_numbers_are_in_order_and_names_stay_as_they_are(tmp_path: Path) -> None:
-    names = [f"{label}/a.png" for label in ("10", "9", "Zürich", "b c", "NA")]
-    assert read(put(tmp_path, names)).classes == ("9", "10", "b c", "NA", "Zürich")
-
-
-def test_classes_may_be_chosen(tmp_path: Path) -> None:
-    put(tmp_path, [f"{label}/{n}.png" for label in CLASSES for n in range(2)])
-    source = read(tmp_path, classes=("sad", "angry"))
-    assert source.classes == ("sad", "angry")
-    assert [label for _, _, label, _ in rows(source).values()] == ["angry", "angry", "sad", "sad"]
-    assert source.left_out == {"of a class that data.classes leaves out": ["happy/0.png", "happy/1.png"]}
-    for classes, message in (
-        (("sad", "bored"), "data.classes: the data set has no class bored; known: angry, happy, sad"),
-        (("sad",), "data.classes: two or more different classes are needed; known: angry, happy, sad"),
-    ):
-        assert refused(tmp_path, classes=classes) == message
+def test_classes_keep_their_names_numbers_are_in_order_and_some_may_be_chosen(tmp_path: Path) -> None:
+    put(tmp_path, [f"{label}/a.png" for label in ("10", "9", "Zürich", "b c", "NA")])
+    assert read(tmp_path).classes == ("9", "10", "b c", "NA", "Zürich")
+    source = read(tmp_path, classes=("NA", "10"))
+    assert [row[2] for row in rows(source).values()] == ["10", "NA"]
+    left_out = {"of a class that data.classes leaves out": ["9/a.png", "Zürich/a.png", "b c/a.png"]}
+    assert (source.classes, source.left_out) == (("NA", "10"), left_out)
+    told = "data.classes: the data set has no class bored; known: 9, 10, b c, NA, Zürich"
+    tells(tmp_path, told, read, tmp_path, classes=("9", "bored"))
+    tells(tmp_path, "data.classes: two or more different classes are needed; known", read, tmp_path, classes=("9", "9"))
 
 
 def test_subjects_are_found_in_file_names(tmp_path: Path) -> None:
     put(tmp_path, ["happy/KA.HA1.29.tiff", "happy/KL.HA1.158.tiff", "sad/KA.SA1.33.tiff"])
-    source = read(tmp_path, subject_pattern=r"^(..)\.")
-    assert source.table["subject"].tolist() == ["KA", "KL", "KA"]
-    source = read(tmp_path, subject_pattern=r"(\w+)/")
-    assert source.table["subject"].tolist() == ["happy", "happy", "sad"]
-    assert refused(tmp_path, subject_pattern=r"(\d{3})") == (
-        "data.subject_pattern: '(\\d{3})' finds no subject in 2 of 3 file names, as KA.HA1.29.tiff: correct it"
-    )
+    for pattern, subjects in ((r"^(..)\.", ["KA", "KL", "KA"]), (r"(\w+)/", ["happy", "happy", "sad"])):
+        assert read(tmp_path, subject_pattern=pattern).table["subject"].tolist() == subjects
+    told = "data.subject_pattern: '(\\d{3})' finds no subject in 2 of 3 file names, as KA.HA1.29.tiff: correct it"
+    tells(tmp_path, told, read, tmp_path, subject_pattern=r"(\d{3})")
 
 
 def test_what_is_no_picture_is_left_out_and_said(tmp_path: Path) -> None:
-    put(tmp_path, ["happy/1.png", "happy/.hidden.png", "sad/1.png", "sad/Thumbs.db", "sad/without suffix"])
+    put(tmp_path, ["happy/1.png", "happy/.hidden.png", "sad/1.png", "sad/without suffix"])
     (tmp_path / "sad" / "notes.txt").write_text("x")
-    (tmp_path / "happy" / "gone.png").symlink_to("nowhere")
     source = read(tmp_path)
     assert list(rows(source)) == ["happy/1.png", "sad/1.png", "sad/without suffix"]
-    assert source.left_out == {
-        "hidden, half downloaded, or left by the operating system": ["happy/.hidden.png", "sad/Thumbs.db"],
-        "a link to nothing": ["happy/gone.png"],
-        "no part of the data set": ["sad/notes.txt"],
-    }
+    hidden = "hidden, half downloaded, or left by the operating system"
+    assert source.left_out == {hidden: ["happy/.hidden.png"], "no part of the data set": ["sad/notes.txt"]}
 
 
-NO_CLASS = "lies in no class folder: sort the pictures by class, as"
 BOTH = ["train/happy/1.png", "train/sad/1.png"]
-MISTAKES: dict[str, tuple[list[str], str]] = {
-    "nothing": (
-        [], "{root}: holds no pictures: put class folders there, as train/happiness/1.png, or correct data.path",
+MISTAKES: list[tuple[list[str], str]] = [
+    ([], ": holds no pictures: put class folders there, as train/happiness/1.png, or correct data.path"),
+    (["a/1.png", "b/1.png", "x.png"], "/x.png: lies in no class folder: sort the pictures by class, as happiness/1"),
+    (["happy/1.png", "happy/2.png"], ": holds pictures of one class only, happy: name the folder above the classes"),
+    (
+        [*BOTH, "old/sad/1.png"],
+        "/old/sad/1.png: lies beside the folders of the splits, not in them: move or delete old",
     ),
-    "a picture beside the classes": (["a/1.png", "b/1.png", "x.png"], f"{{root}}/x.png: {NO_CLASS} happiness/1.png"),
-    "one class": (
-        ["happy/1.png", "happy/2.png"],
-        "{root}: holds pictures of one class only, happy: name the folder above the classes",
-    ),
-    "a folder beside the splits": (
-        [*BOTH, "test/sad/1.png", "old/sad/1.png"],
-        "{root}/old/sad/1.png: lies beside the folders of the splits, not in them: move or delete old",
-    ),
-    "no train": (["val/a/1.png", "test/b/1.png"], "{root}: has test, val and no train: name the folder above them"),
-    "no test": (
-        [*BOTH, "val/happy/1.png"],
-        "{root}: has train and val and no test: rename val to test (split.val_share of train becomes val)",
-    ),
-    "a class spelled in two ways": (
-        [*BOTH, "test/Happy/1.png"],
-        "{root}: test has a folder Happy and train has none, but happy, sad: give them the same names",
-    ),
-    "a class called as a column": (
-        ["row/1.png", "sad/1.png"], "{root}: a class cannot be called row, as a column is: rename it",
-    ),
-    "two copies": (
-        ["a/happy/1.png", "a/sad/1.png", "b/happy/1.png", "b/sad/1.png"],
-        "{root}: holds several folders with class folders: a, b: set data.path to the one to read",
-    ),
-}  # fmt: skip
+    ([*BOTH, "training/sad/2.png"], ": holds several folders for train: train, training: keep one of them"),
+    (["val/a/1.png", "test/b/1.png"], ": has test, val and no train: name the folder above them"),
+    ([*BOTH, "val/happy/1.png"], ": has train and val and no test: rename val to test (split.val_share of train bec"),
+    ([*BOTH, "test/Happy/1.png"], ": test has a folder Happy and train has none, but happy, sad: give them the same"),
+    (["row/1.png", "sad/1.png"], ": a class cannot be called row, as a column is: rename it"),
+    ([f"{a}/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: set data."),
+]
 
 
-def refused(path: Path, reader: Callable = folders.read, **wanted: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path, reader, **wanted)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, tmp_path: Path) -> None:
-    names, message = MISTAKES[mistake]
-    assert refused(put(tmp_path, names)) == message.format(root=tmp_path)
-
-
-# FER2013
+@pytest.mark.parametrize(("names", "message"), MISTAKES)
+def test_mistakes(names: list[str], message: str, tmp_path: Path) -> None:
+    tells(tmp_path, message, read, put(tmp_path, names))
 
 
 FER2013_FOLDERS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
@@ -168,67 +118,47 @@ MEANT = ["anger", "disgust", "fear", "happiness", "neutral", "sadness", "surpris
 
 
 def test_fer2013_as_class_folders_whose_names_tell_the_split(tmp_path: Path) -> None:
-    names = [f"train/{label}/Training_{n}.jpg" for label in FER2013_FOLDERS for n in range(2)]
-    names += [
-        f"test/{label}/{usage}_{n}.jpg" for label in FER2013_FOLDERS for n, usage in enumerate(fer2013.SPLITS) if n
-    ]
-    source = read(put(tmp_path, names), fer2013.read)
-    found = rows(source)
+    inside = {
+        "train/{}/Training_0.jpg": "train",
+        "test/{}/PublicTest_1.jpg": "val",
+        "test/{}/PrivateTest_2.jpg": "test",
+    }
+    wanted = {name.format(folder): (usage, "", label) for name, usage in inside.items()
+              for folder, label in zip(FER2013_FOLDERS, MEANT)}  # fmt: skip
+    source = read(put(tmp_path, list(wanted)), fer2013.read)
+    assert {name: row[:3] for name, row in rows(source).items()} == wanted
     assert source.classes == fer2013.CLASSES
-    for name in names:
-        folder, file = name.split("/")[1:]
-        assert found[name][:3] == (fer2013.SPLITS[file.split("_")[0]], "", MEANT[FER2013_FOLDERS.index(folder)])
     (tmp_path / "train/angry/Training_0.jpg").rename(tmp_path / "test/angry/Training_0.jpg")
-    assert refused(tmp_path, fer2013.read) == (
-        f"{tmp_path}/test/angry/Training_0.jpg: its name says train, its folder test: move it back"
-    )
+    told = "/test/angry/Training_0.jpg: its name says train, its folder test: move it back"
+    tells(tmp_path, told, read, tmp_path, fer2013.read)
     (tmp_path / "train/sad").rename(tmp_path / "train/bored")
-    assert refused(tmp_path, fer2013.read) == (
-        f"{tmp_path}: folder 'bored' is none of neutral, happiness, surprise, sadness, anger, disgust, fear: remove it"
-    )
-
-
-def pixel_rows(emotions: str = "0123456") -> str:
-    usages = ["Training", "PublicTest", "PrivateTest"]
-    lines = [f"{emotion},{' '.join([str(n)] * 2304)},{usages[n % 3]}" for n, emotion in enumerate(emotions * 3)]
-    return "\n".join(["emotion,pixels,Usage", *lines]) + "\n"
+    tells(tmp_path, ": folder 'bored' is none of neutral, ... fear: remove it", read, tmp_path, fer2013.read)
 
 
 def test_fer2013_from_its_rows(tmp_path: Path) -> None:
-    (tmp_path / "fer2013.csv").write_text(pixel_rows())
+    usages, table = ["Training", "PublicTest", "PrivateTest"], tmp_path / "fer2013.csv"
+    lines = [f"{n % 7},{' '.join([str(n)] * 2304)},{usages[n % 3]}" for n in range(21)]
+    table.write_text("\n".join(["emotion,pixels,Usage", *lines]) + "\n")
     source = read(tmp_path, fer2013.read)
     assert (source.labels, source.read, source.images.shape) == ("hard", ["fer2013.csv"], (21, 48, 48))
     assert source.images[:, 0, 0].tolist() == list(range(21))
     assert source.table["usage"].tolist() == ["train", "val", "test"] * 7
     labels = source.table[list(source.classes)].to_numpy().argmax(1)
-    assert [source.classes[label] for label in labels] == list(fer2013.EMOTIONS) * 3
+    by_number = ["anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"]  # as published
+    assert [source.classes[label] for label in labels] == by_number * 3
     source = read(tmp_path, fer2013.read, classes=("anger", "fear"))
-    assert (source.classes, len(source.table)) == (("anger", "fear"), 6)
-    assert len(source.left_out["of a class that data.classes leaves out"]) == 15
-    assert refused(tmp_path, fer2013.read, size=64) == (
-        "data.size: rows of pixels are 48x48 and name no subjects: remove it"
-    )
-
-    (tmp_path / "fer2013.csv").write_text(pixel_rows("0127456"))
-    assert refused(tmp_path, fer2013.read) == (
-        f"{tmp_path}/fer2013.csv line 5: emotion must be a whole number, 0 to 6: "
-        "use fer2013.csv or icml_face_data.csv as Kaggle ships it"
-    )
-
-
-# CK+48
+    left = source.left_out["of a class that data.classes leaves out"]
+    assert (source.classes, len(source.table), len(left)) == (("anger", "fear"), 6, 15)
+    tells(tmp_path, "data.size: rows of pixels are 48x48 and name no", read, tmp_path, fer2013.read, size=64)
+    change(tmp_path, table.name, lambda text: text.replace("\n3,", "\n7,"))
+    told = "/fer2013.csv line 5: emotion must be a whole number, 0 to 6: use fer2013.csv or icml"
+    tells(tmp_path, told, read, tmp_path, fer2013.read)
 
 
 def test_ckplus_has_subjects_and_no_splits(tmp_path: Path) -> None:
-    names = [f"CK+48/{label}/S{person:03}_00{n}_0000001{n}.png"
-             for label in ("anger", "contempt", "disgust", "fear", "happy", "sadness", "surprise")
-             for person in (5, 130) for n in range(3)]  # fmt: skip
-    source = read(put(tmp_path, names), ckplus.read)
-    assert source.classes == ckplus.CLASSES
-    assert set(source.table["usage"]) == {""}
+    inside = ("anger", "contempt", "disgust", "fear", "happy", "sadness", "surprise")
+    people = [f"{person}_00{n}_0000001{n}.png" for person in ("S005", "S130") for n in range(3)]
+    source = read(put(tmp_path, [f"CK+48/{label}/{name}" for label in inside for name in people]), ckplus.read)
+    assert (source.classes, set(source.table["usage"])) == (ckplus.CLASSES, {""})
     assert source.table["subject"].value_counts().to_dict() == {"S005": 21, "S130": 21}
-    assert [label for _, _, label, _ in rows(source).values()].count("happiness") == 6
-    (tmp_path / names[0]).rename(tmp_path / "CK+48/anger/x.png")
-    assert refused(tmp_path, ckplus.read) == (
-        "data.subject_pattern: '(S\\d+)_' finds no subject in 1 of 42 file names, as x.png: correct it"
-    )
+    assert [row[2] for row in rows(source).values()].count("happiness") == 6
