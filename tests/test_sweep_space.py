@@ -25,20 +25,15 @@ def base(name: str = "swin_nr_fpdls_tiny", *changes: str) -> Run:
     return experiments.load([name, *changes], {})[name].run
 
 
-def mistakes(given: dict[str, Any], run: Run | None = None) -> list[str]:
+def read(given: dict[str, Any], run: Run | None = None) -> tuple[spaces.Space, list[str]]:
     found: list[str] = []
-    spaces.read(given, run or base(), "space", found)
-    return found
+    return spaces.read(given, run or base(), "space", found), found
 
 
-def space(given: dict[str, Any], run: Run | None = None) -> spaces.Space:
-    assert mistakes(given, run) == []
-    return spaces.read(given, run or base(), "space", [])
-
-
-def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = None) -> Run:
+def changed(given: dict[str, Any], point: spaces.Params, run: Run | None = None) -> Run:
+    dimensions, mistakes = read(given, run)
     found, faults = spaces.changed(run or base(), dimensions, Known(point))
-    assert faults == []
+    assert (mistakes, faults) == ([], [])
     assert found is not None
     return found
 
@@ -60,7 +55,6 @@ def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = No
         ("optimizer.lr", {"log": [0, 1]}, "a log range must start above 0, got 0"),
         ("batch_size", {"int": [1.5, 64]}, "int needs whole numbers, got [1.5, 64]"),
         ("batch_size", {"choice": [*range(1, 20_001)]}, "choice has 20,000 values, 100 at most; use a range"),
-        ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"float": [1, 1]}}]}, "the range [1, 1] is empty"),
         ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"factor": [0, 1]}}]}, "a factor cannot be"),
         # its values
         ("loss.alpha", {"float": [0.5, 2]}, "2 cannot work: loss.alpha: should be less than or equal to 1, got 2"),
@@ -76,16 +70,16 @@ def changed(dimensions: spaces.Space, point: spaces.Params, run: Run | None = No
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_key(key: str, given: object, message: str) -> None:
-    (line,) = mistakes({key: given})
+    (line,) = read({key: given})[1]
     assert line.startswith(f"space.{key}: {message}"), line
 
 
 def test_a_point_changes_what_it_names_and_nothing_else() -> None:
-    dimensions = space({
+    given = {
         "loss.alpha": {"float": [0.5, 1.0]}, "model.resizer.blocks": {"int": [1, 3]},
         "model.backbone.drop_path_rate": {"float": [0.0, 0.3]}, "augment": {"factor": [0.0, 2.0]},
         "optimizer.lr": {"log": [1.23444e-5, 1e-2]}, "model.head": {"choice": [[64], [128, 64]]},
-    })  # fmt: skip
+    }  # fmt: skip
     point = {
         "loss.alpha": 0.6, "model.resizer.blocks": 3, "model.backbone.drop_path_rate": 0.2, "augment": 1.5,
         "optimizer.lr": 0.00123456, "model.head": "[128, 64]",
@@ -96,68 +90,59 @@ def test_a_point_changes_what_it_names_and_nothing_else() -> None:
     tree["model"]["backbone"]["drop_path_rate"] = 0.2
     factors = {"rotation": 15.0, "scale": 0.15, "translation": 0.09, "brightness": 0.3, "contrast": 0.3}
     tree["augment"] |= factors  # flip stays at .5, what was 0 stays 0
-    assert changed(dimensions, point) == Run.model_validate(tree)
+    assert changed(given, point) == Run.model_validate(tree)
     # 1.234e-5 is below the range
-    assert changed(dimensions, point | {"optimizer.lr": 1.23444e-5}).optimizer.lr == 1.23444e-5
+    assert changed(given, point | {"optimizer.lr": 1.23444e-5}).optimizer.lr == 1.23444e-5
 
 
-def test_the_point_of_the_base_gives_the_base_back() -> None:
+def test_the_point_of_the_base_gives_the_base_back_and_a_grid_has_every_point_once() -> None:
     for name in settings.known():
         _, sweep, experiment, dimensions = settings.load([name], {})
         point = spaces.params_of(experiment.run, dimensions)
         assert [key for key in point if key in sweep.space] == list(sweep.space), name
-        assert changed(dimensions, point, experiment.run) == experiment.run
-    assert spaces.params_of(base(), space({"loss": LOSSES})) == {
-        "loss": "focal_pdls", "loss.focal_pdls.alpha": 0.8, "loss.focal_pdls.gamma": 2.0
-    }  # fmt: skip
+        assert spaces.changed(experiment.run, dimensions, Known(point)) == (experiment.run, [])
+    points = list(spaces.grid(settings.load(["sample"], {})[3]))
+    assert len({tuple(point.values()) for point in points}) == len(points) == 4 * 2 * 2
 
 
 # Sections that are chosen by name, with ranges of their own
 
 ALPHA, GAMMA = {"float": [0.5, 1.0]}, {"float": [0.0, 4.0]}
-LOSSES = {"choice": [
-    {"name": "focal_pdls", "alpha": ALPHA, "gamma": GAMMA}, {"name": "pdls", "alpha": ALPHA}, "label_smoothing"
-]}  # fmt: skip
+FOCAL = {"name": "focal_pdls", "alpha": ALPHA, "gamma": GAMMA}
+LOSSES = {"loss": {"choice": [FOCAL, {"name": "pdls", "alpha": ALPHA}, "label_smoothing"]}}
 
 
-@pytest.mark.parametrize(
-    ("params", "loss"),
-    [
-        (
-            {"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.6, "loss.focal_pdls.gamma": 3.0},
-            {"alpha": 0.6, "gamma": 3},
-        ),
-        ({"loss": "pdls", "loss.pdls.alpha": 0.6}, {"alpha": 0.6}),
-        ({"loss": "label_smoothing"}, {}),
-    ],
-)
-def test_a_choice_draws_what_it_has_and_nothing_else(params: spaces.Params, loss: dict[str, Any]) -> None:
+@pytest.mark.parametrize("loss", [{"name": "focal_pdls", "alpha": 0.6, "gamma": 3.0}, {"name": "pdls", "alpha": 0.6},
+                                  {"name": "label_smoothing"}], ids=lambda loss: loss["name"])  # fmt: skip
+def test_a_choice_draws_what_it_has_and_nothing_else(loss: dict[str, Any]) -> None:
+    (_, name), *own = loss.items()
+    params = {"loss": name, **{f"loss.{name}.{key}": value for key, value in own}}
     study = optuna.create_study()
     study.enqueue_trial(params)
-    drawn = study.ask()
-    found, faults = spaces.changed(base(), space({"loss": LOSSES}), drawn)
-    wanted = OF_LOSSES[params["loss"]](**loss)
-    assert (found, faults) == (base().model_copy(update={"loss": wanted}), [])
+    wanted = base().model_copy(update={"loss": OF_LOSSES[name](**dict(own))})
+    assert spaces.changed(base(), read(LOSSES)[0], drawn := study.ask()) == (wanted, [])
     assert drawn.params == params
+    of_base = {"loss": "focal_pdls", "loss.focal_pdls.alpha": 0.8, "loss.focal_pdls.gamma": 2.0}
+    assert spaces.params_of(base(), read(LOSSES)[0]) == of_base
 
 
 def test_ranges_in_a_table_without_a_name_go_by_its_number() -> None:
     """The table is laid over the base; so is one beside a key of its section."""
-    given = [{"size": 48, "channels": {"int": [8, 16]}}, {"size": base().model.resizer.size}]
-    dimensions = space({"model.resizer": {"choice": given}, "model.resizer.blocks": {"int": [1, 3]}})
-    first, second = '{"size": 48, "channels": {"int": [8, 16]}}', json.dumps(given[1])
-    assert spaces.params_of(base(), dimensions) == {"model.resizer": second, "model.resizer.blocks": 1}
+    choices = [{"size": 48, "channels": {"int": [8, 16]}}, {"size": base().model.resizer.size}]
+    given = {"model.resizer": {"choice": choices}, "model.resizer.blocks": {"int": [1, 3]}}
+    first, second = map(json.dumps, choices)
+    assert spaces.params_of(base(), read(given)[0]) == {"model.resizer": second, "model.resizer.blocks": 1}
     point = {"model.resizer": first, "model.resizer.1.channels": 12, "model.resizer.blocks": 2}
     resizer = base().model.resizer.model_copy(update={"size": 48, "channels": 12, "blocks": 2})
-    assert changed(dimensions, point).model == base().model.model_copy(update={"resizer": resizer})
+    assert changed(given, point).model == base().model.model_copy(update={"resizer": resizer})
 
 
 def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_the_bases_keys() -> None:
     run = base("vgg13_small", "optimizer.weight_decay=0.03")
-    dimensions = space({"optimizer": {"choice": ["adamw", {"name": "sgd", "lr": 0.1}]}}, run)
-    assert [point["optimizer"] for point in spaces.grid(dimensions)] == ["adamw", "sgd"]
-    assert changed(dimensions, {"optimizer": "adamw"}, run) == run
-    assert changed(dimensions, {"optimizer": "sgd"}, run).optimizer == Sgd(lr=0.1)
+    given = {"optimizer": {"choice": ["adamw", {"name": "sgd", "lr": 0.1}]}}
+    assert [point["optimizer"] for point in spaces.grid(read(given, run)[0])] == ["adamw", "sgd"]
+    assert changed(given, {"optimizer": "adamw"}, run) == run
+    assert changed(given, {"optimizer": "sgd"}, run).optimizer == Sgd(lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -172,12 +157,5 @@ def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_th
 )  # fmt: skip
 def test_dimensions_that_set_the_same_value(one: dict, other: dict, path: str) -> None:
     (first,), (second,) = one, other
-    assert mistakes({**one, **other}) == [f"space.{second}: {path} is set by {first} too; leave one of them out"]
-    assert mistakes({**other, **one}) == [f"space.{first}: {path} is set by {second} too; leave one of them out"]
-
-
-def test_a_grid_has_every_point_once() -> None:
-    _, _, _, dimensions = settings.load(["sample"], {})
-    points = list(spaces.grid(dimensions))
-    assert len(points) == 4 * 2 * 2
-    assert len({tuple(point.values()) for point in points}) == 16
+    assert read({**one, **other})[1] == [f"space.{second}: {path} is set by {first} too; leave one of them out"]
+    assert read({**other, **one})[1] == [f"space.{first}: {path} is set by {second} too; leave one of them out"]
