@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, copy_settings, experiment, make_data
+from test_sweep_folder import concluded
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.evaluate import evaluate
-from fer.files import write_json
 from fer.run import run_id
 from fer.train import fit
 from pipelines import cli
@@ -27,60 +27,53 @@ from pipelines import experiments as recipes
 from pipelines.experiments import Job
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
-from pipelines.sweeps.folder import DONE, PRUNED, Trial
 from pipelines.work import work
 
 CASES, SEED, LIMIT = 2000, 14, 60.0  # LIMIT: seconds after which a command hangs
 NOWHERE = {"RAY_ADDRESS": "127.0.0.1:9", "PREFECT_API_URL": "http://127.0.0.1:9/api"}  # `fer train` ends there
 ODD: list[Any] = [
-    None, True, -1, 0, 3, 99, 10**9, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "a\nb", "\ud800",
+    None, True, -1, 0, 3, 99, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "a\nb", "\ud800",
     "é" * 300, "x" * 5000, "../../outside", "2", [], [[]], {}, {"a": 1}, ["a", "b", "c"], [1] * 8, {"name": "x"},
 ]  # fmt: skip
 YAML = [
     "2001-99-99", "!!int x", "!!python/object:os.system {}", "&a [*a]", "1" * 5000, "[" * 50 + "]" * 50, "{", "'", "? ",
-    ".nan", ".inf", "-1", "1e30", "0x" + "f" * 40, "~", "[]", "{}", "[a, {b: c}]", "yes", "|\n x", '"\\ud800"',
-    '"a\\0b"', "<<: 3", "%YAML 9.9", "--- 1", "100000", "x" * 3000, "no.such", "2001-01-01 00:00:00",
+    ".nan", ".inf", "1e30", "0x" + "f" * 40, "~", "[a, {b: c}]", "yes", "|\n x", '"\\ud800"', '"a\\0b"', "<<: 3",
+    "%YAML 9.9", "--- 1", "100000", "no.such", "2001-01-01 00:00:00",
 ]  # fmt: skip
 WORDS = [
-    "one", "doe", "tiny", "nope", "**", "/", "..", "../../outside", "", "a/b", "[a", "\udcff", "x" * 300, "x" * 5000,
-    "one.yaml", "params.yaml", "data", "/dev/null", "one-s1", "--all", "-x", "--new", "--as", "--help", "--mlflow-port",
-    "-1", "99999999", "a\nb", "seed=", "=1", "a=b=c", "epochs=0",
+    "one", "doe", "tiny", "nope", "**", "/", "..", "../../outside", "", "a/b", "[a", "\udcff", "x" * 5000, "one.yaml",
+    "params.yaml", "data", "/dev/null", "one-s1", "--all", "-x", "--new", "--as", "--help", "--mlflow-port", "-1",
+    "99999999", "a\nb", "seed=", "=1", "a=b=c", "epochs=0",
 ]  # fmt: skip
 KEYS = [
     "seed", "epochs", "batch_size", "model", "model.width", "optimizer.lr", "input.image_size", "loss", "resources",
     "resources.workers", "augment", "init_from", "base", "space", "space.optimizer.lr", "trials", "changes", "a.b.c",
     "..", "precision", "input.mean", "hours", "scheduler",
 ]  # fmt: skip
-COMMANDS = [
-    ["train", "one"], ["train", "one", "seed=2"], ["config", "one"], ["models", "one"], ["compare"],
-    ["compare", "one-s1"], ["compare", "one-s1", "one-s1"], ["evaluate", "one-s1"], ["sweep", "status"],
-    ["sweep", "apply", "tiny"], ["sweep", "run", "tiny"],
-]  # fmt: skip
+HEADS = ["train", "config", "models", "evaluate", "compare", "sweep", "sweep status", "sweep apply",
+         "ui --prefect-port", "train one", "config one", "sweep tiny"]  # fmt: skip
+OF_SWEEPS = ["sweep status", "sweep apply tiny", "sweep run tiny"]
+COMMANDS = ["train one", "train one seed=2", "config one", "models one", "compare", "compare one-s1",
+            "compare one-s1 one-s1", "evaluate one-s1", *OF_SWEEPS]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with a finished run, one that was cut after its first epoch (seed 2), and a finished sweep."""
-    project = tmp_path_factory.mktemp("base")
-    before = Path.cwd()
-    os.chdir(project)
-    try:
-        copy_settings(project)
-        make_data(project / "data")
-        run = experiment(project, "one", {"device": "cpu"}, seed=1)
-        evaluate(fit("one", run, CPU, "data", "data/runs"), "data", CPU)
-        with pytest.raises(InterruptedError):
-            fit("one", run.model_copy(update={"seed": 2}), CPU, "data", "data/runs", _cut)
-        plan = sweeps.plan(["tiny"], {}, "d" * 16)
-        sweeps.begin(plan)
-        sweeps.begin_trial(plan.job(plan.published).folder, plan.published)
-        shutil.copy(next(Path("data/runs").glob("one-s1-*/metrics.jsonl")), plan.job(plan.published).folder)
-        rows = tuple({"epoch": i + 1, "val_accuracy": 0.5, "seconds": 1.0} for i in range(plan.base.run.epochs))
-        trials = [Trial(1, plan.published, PRUNED, None, Path(), rows[:1])]
-        trials.append(Trial(2, {**plan.published, "loss.alpha": 0.6}, DONE, None, Path(), rows))
-        write_json(plan.folder / "result.json", sweeps.conclude(plan, trials, []))
-    finally:
-        os.chdir(before)
+    project = tmp_path / "base"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    copy_settings(project)
+    make_data(project / "data")
+    run = experiment(project, "one", {"device": "cpu"}, seed=1)
+    finished = fit("one", run, CPU, "data", "data/runs")
+    evaluate(finished, "data", CPU)
+    with pytest.raises(InterruptedError):
+        fit("one", run.model_copy(update={"seed": 2}), CPU, "data", "data/runs", _cut)
+    plan, _ = concluded(["tiny"], {"loss.alpha": 0.6})
+    trial = plan.job(plan.published).folder
+    sweeps.begin_trial(trial, plan.published)
+    shutil.copy(finished / "metrics.jsonl", trial)
     return project
 
 
@@ -104,13 +97,6 @@ def work_on(words: list[str]) -> int:
 # How a file is damaged
 
 
-def damage(draw: random.Random, path: Path) -> None:
-    """Damage a file as its kind allows, or as any file can be."""
-    own = {".json": [_json], ".jsonl": [_json_line], ".yaml": [_yaml], ".csv": [_csv], ".pt": [_tensors]}
-    ways: list[Callable[[random.Random, Path], None]] = [_bytes, _no_file, *own.get(path.suffix, []) * 5]
-    draw.choice(ways)(draw, path)
-
-
 def _bytes(draw: random.Random, path: Path) -> None:
     """Cut off, some of them others, or all."""
     content = bytearray(path.read_bytes())
@@ -127,7 +113,7 @@ def _no_file(draw: random.Random, path: Path) -> None:
 
 
 def _changed(draw: random.Random, tree: Any) -> Any:
-    """A tree of JSON with one value replaced, removed or doubled."""
+    """A tree of JSON with one value replaced or removed."""
     if isinstance(tree, dict | list) and tree and draw.random() < 0.85:
         key = draw.choice(list(tree)) if isinstance(tree, dict) else draw.randrange(len(tree))
         if draw.random() < 0.15:
@@ -138,38 +124,41 @@ def _changed(draw: random.Random, tree: Any) -> Any:
     return draw.choice(ODD)
 
 
-def _json(draw: random.Random, path: Path) -> None:
-    path.write_text(json.dumps(_changed(draw, json.loads(path.read_text()))))
+def _a_line(change: Callable[[random.Random, str], str]) -> Callable[[random.Random, Path], None]:
+    def damage(draw: random.Random, path: Path) -> None:
+        lines = path.read_text().splitlines()
+        place = draw.choice([number for number, line in enumerate(lines) if path.suffix != ".yaml" or ":" in line])
+        lines[place] = change(draw, lines[place])
+        path.write_text("\n".join(lines) + "\n")
+
+    return damage
 
 
-def _json_line(draw: random.Random, path: Path) -> None:
-    lines = path.read_text().splitlines()
-    place = draw.randrange(len(lines))
-    lines[place] = json.dumps(_changed(draw, json.loads(lines[place])))
-    path.write_text("\n".join(lines))
+def _json(draw: random.Random, text: str) -> str:
+    return json.dumps(_changed(draw, json.loads(text)))
 
 
-def _yaml(draw: random.Random, path: Path) -> None:
-    lines = path.read_text().splitlines()
-    place = draw.choice([number for number, line in enumerate(lines) if ":" in line])
-    key, _, _ = lines[place].partition(":")
+def _yaml(draw: random.Random, line: str) -> str:
     odd = draw.choice([*YAML, json.dumps(draw.choice(ODD))])
-    lines[place] = draw.choice([f"{key}: {odd}", f"{odd}: 1", odd, f"{lines[place]}\n{odd}"])
-    path.write_text("\n".join(lines) + "\n")
+    return draw.choice([f"{line.partition(':')[0]}: {odd}", f"{odd}: 1", odd, f"{line}\n{odd}"])
 
 
-def _csv(draw: random.Random, path: Path) -> None:
-    lines = [line.split(",") for line in path.read_text().splitlines()]
-    row, place = draw.randrange(len(lines)), draw.randrange(len(lines[0]))
-    lines[row][place] = draw.choice(["", "x", "-1", "1.5", "99", "nan", "inf", "1e999", '"', "1" * 400, "\0", "é"])
-    path.write_text("\n".join(",".join(line) for line in lines) + "\n")
+def _csv(draw: random.Random, line: str) -> str:
+    fields = line.split(",")
+    fields[draw.randrange(len(fields))] = draw.choice(["", "x", "-1", "1.5", "nan", "1e999", '"', "1" * 400, "\0", "é"])
+    return ",".join(fields)
 
 
 def _tensors(draw: random.Random, path: Path) -> None:
     content = torch.load(path, weights_only=True)
-    key = draw.choice(list(content))
-    content[key] = draw.choice([*ODD, torch.zeros(3), {}, {"optimizer": {}}])
+    content[draw.choice(list(content))] = draw.choice([*ODD, torch.zeros(3), {}, {"optimizer": {}}])
     torch.save(content if draw.random() < 0.9 else draw.choice(ODD), path)
+
+
+OF_KIND: dict[str, Callable[[random.Random, Path], object]] = {
+    ".json": lambda draw, path: path.write_text(_json(draw, path.read_text())),
+    ".jsonl": _a_line(_json), ".yaml": _a_line(_yaml), ".csv": _a_line(_csv), ".pt": _tensors,
+}  # fmt: skip
 
 
 # A case
@@ -178,25 +167,18 @@ def _tensors(draw: random.Random, path: Path) -> None:
 def prepare(draw: random.Random, project: Path) -> list[str]:
     """Damage a file of the project, or think of odd arguments; returns the words of the command."""
     if draw.random() < 0.3:
-        first = draw.choice([["train"], ["config"], ["models"], ["evaluate"], ["compare"], ["sweep"],
-                             ["sweep", "status"], ["sweep", "apply"], ["ui", "--prefect-port"], ["train", "one"],
-                             ["config", "one"], ["sweep", "tiny"]])  # fmt: skip
         odd = [draw.choice(WORDS), f"{draw.choice(KEYS)}={draw.choice([*YAML, str(draw.choice(ODD))])}"]
-        words = [*first, *draw.choices(odd, k=draw.choice([1, 1, 2]))]
-        return [word.replace("\0", "") for word in words]
-    files = sorted(path for path in project.rglob("*") if path.is_file() and path.suffix != ".txt")
-    path = draw.choice(files)
-    damage(draw, path)
+        return [*draw.choice(HEADS).split(), *draw.choices(odd, k=draw.choice([1, 1, 2]))]
+    path = draw.choice(sorted(path for path in project.rglob("*") if path.is_file() and path.suffix != ".txt"))
+    draw.choice([_bytes, _no_file, *[OF_KIND.get(path.suffix, _bytes)] * 5])(draw, path)
     inside = path.relative_to(project).parts
     if inside[:2] == ("data", "runs"):
         seed = "seed=2" if inside[2].startswith("one-s2") else "seed=1"
-        options = [["WORK", "one", seed], ["compare"], ["compare", "one-s1", "one-s2"], ["evaluate", "one-s"]]
         if draw.random() < 0.3 and path.name != "summary.json":  # so that it is evaluated again
             (project / "data/runs" / inside[2] / "summary.json").unlink(missing_ok=True)
-        return draw.choice([*options, ["evaluate", inside[2]], ["train", "one", seed]])
-    if inside[:2] == ("data", "sweeps"):
-        return draw.choice([["sweep", "status"], ["sweep", "apply", "tiny"], ["sweep", "run", "tiny"]])
-    return draw.choice(COMMANDS)
+        words = [f"WORK one {seed}", "compare", "compare one-s1 one-s2", "evaluate one-s", f"evaluate {inside[2]}"]
+        return draw.choice([*words, f"train one {seed}"]).split()
+    return draw.choice(OF_SWEEPS if inside[:2] == ("data", "sweeps") else COMMANDS).split()
 
 
 def outcome(project: Path, words: list[str]) -> tuple[int | str, str]:
@@ -242,7 +224,7 @@ def test_whatever_is_damaged_a_command_ends_in_results_or_in_lines(base: Path, t
     for number in range(CASES):
         draw, project = random.Random(f"{SEED}-{number}"), tmp_path / str(number)
         shutil.copytree(base, project)
-        words = prepare(draw, project)
+        words = [word.replace("\0", "") for word in prepare(draw, project)]
         status, text = outcome(project, words)
         shutil.rmtree(project)
         if status not in (0, 2) or "Traceback" in text:
