@@ -80,8 +80,8 @@ MILLION = ", ".join(f"{key}: {{choice: [{MOST}]}}" for key in ("batch_size", "mo
          ["command line: search: grid has 1,000,000 points, 10,000 at most; use tpe or random"]),
         ("", ["tiny", "grace_epochs=99", "space={optimizer.lrr: {float: [0, 1]}, optimizer.lr: {int: [1, 2]}}"],
          ["command line: grace_epochs: 99, but the base has 20 epochs; lower it",
-          "sweeps/tiny.yaml: space.optimizer.lrr: unknown key, did you mean 'lr'?",
-          "sweeps/tiny.yaml: space.optimizer.lr: an int range, but the base has 0.0005; use float or log"]),
+          "command line: space.optimizer.lrr: unknown key, did you mean 'lr'?",
+          "command line: space.optimizer.lr: an int range, but the base has 0.0005; use float or log"]),
         ("", ["sample", "changes.optimizer.lr=3e-4"],  # the space must hold the base as it is changed
          ["sweeps/sample.yaml: space.optimizer.lr: does not contain the base's 0.0003, which is the first trial; add "
           "it to the choices"]),
@@ -110,6 +110,11 @@ def test_the_same_mistake_on_the_command_line_and_in_the_file(change: str, messa
     key, _, text = change.partition("=")
     tree = {**read_yaml(Path("sweeps/tiny.yaml"), ""), key: parse_value(text, change)}
     assert mistakes(write("mine", **tree)) == [f"sweeps/mine.yaml: {message}"]
+
+
+def test_a_key_of_the_space_on_the_command_line_is_told_there() -> None:
+    (line,) = mistakes("tiny", "space.optimizer.lrr={float: [0, 1]}")
+    assert line == "command line: space.optimizer.lrr: unknown key, did you mean 'lr'?"
 
 
 # Layers

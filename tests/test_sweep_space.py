@@ -27,7 +27,7 @@ def base(name: str = "swin_nr_fpdls_tiny", *changes: str) -> Run:
 
 def read(given: dict[str, Any], run: Run | None = None) -> tuple[spaces.Space, list[str]]:
     found: list[str] = []
-    return spaces.read(given, run or base(), "space", found), found
+    return spaces.read(given, run or base(), dict.fromkeys(given, "space"), found), found
 
 
 def changed(given: dict[str, Any], point: spaces.Params, run: Run | None = None) -> Run:

@@ -99,7 +99,9 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
         raise UserError(*(asks + line for line in error.lines)) from None
     keys = [change.removeprefix("changes.") for change in below]
     base = experiments.read(file, keys, machine, over, asks)
-    return path.stem, sweep, base, _space(sweep, base, origins, str(path))
+    given = {change.partition("=")[0] for change in changes}
+    sources = {key: COMMAND_LINE if {"space", f"space.{key}"} & given else str(path) for key in sweep.space}
+    return path.stem, sweep, base, _space(sweep, base, origins, sources)
 
 
 def _tree_of(change: str, tree: dict[str, Any]) -> dict[str, Any]:
@@ -112,8 +114,11 @@ def _tree_of(change: str, tree: dict[str, Any]) -> dict[str, Any]:
     return {table: {**before, key: parse_value(text, change)}}
 
 
-def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str) -> spaces.Space:
-    """The space of a sweep. Raises UserError with one line per mistake, in it or between the sweep and its base."""
+def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], sources: Mapping[str, str]) -> spaces.Space:
+    """The space of a sweep, whose keys come from `sources`.
+
+    Raises UserError with one line per mistake, in it or between the sweep and its base.
+    """
     run, found, grace = base.run, [], f"{origins['grace_epochs']}: grace_epochs: {sweep.grace_epochs}"
     if run.init_from is not None:
         other = f"{base.name} starts from another run (init_from), which trials cannot; use another"
@@ -122,7 +127,7 @@ def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], file: str
         found.append(f"{grace}, but the base has {run.epochs} epochs; lower it")
     if not sweep.space:
         found.append(f"{origins['space']}: space: holds no key to search; give at least one")
-    space = spaces.read(sweep.space, run, f"{file}: space", found)
+    space = spaces.read(sweep.space, run, {key: f"{source}: space" for key, source in sources.items()}, found)
     ranges = [key for key, given in space.items() if spaces.ranges(given, key)]
     if sweep.search == "grid" and ranges:
         where = f"{origins['search']}: search"

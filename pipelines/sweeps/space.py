@@ -7,7 +7,7 @@ loss brings its own settings: {choice: [{name: focal_pdls, gamma: {float: [0, 4]
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from fer.run import Run
@@ -164,22 +164,21 @@ def ranges(given: Any, name: str) -> list[str]:
     return [found for value in inner for found in ranges(value, name)]
 
 
-def read(given: dict[str, Any], base: Run, prefix: str, found: list[str]) -> Space:
-    """The space given in a sweep's file; appends one line per mistake to `found`."""
+def read(given: dict[str, Any], base: Run, where: Mapping[str, str], found: list[str]) -> Space:
+    """The space given for a sweep; appends one line per mistake to `found`, with what `where` has for its key first."""
     space: Space = {}
     whole = base.model_dump()
     for key, value in given.items():
-        where = f"{prefix}.{key}"
         line = _form_fault(value) or _key_fault(whole, str(key), value)
         if line:
-            found.append(f"{where}: {line}")
+            found.append(f"{where[key]}.{key}: {line}")
             continue
         one = {key: _sections(value) if isinstance(_find(whole, key), dict) else value}
         lines = _value_faults(base, one)
-        found += [f"{where}: {line}" for line in lines[:1]]
+        found += [f"{where[key]}.{key}: {line}" for line in lines[:1]]
         if not lines:
             space |= one
-    found += _base_faults(space, base, prefix) + _overlaps(space, prefix)
+    found += _base_faults(space, base, where) + _overlaps(space, where)
     return space
 
 
@@ -265,7 +264,7 @@ def _value_faults(base: Run, one: Space) -> list[str]:
     return [f"{value!r} cannot work: {fault}" for value, draw in ends for fault in changed(base, one, draw)[1]]
 
 
-def _base_faults(space: Space, base: Run, prefix: str) -> list[str]:
+def _base_faults(space: Space, base: Run, where: Mapping[str, str]) -> list[str]:
     """The space must contain the base, which is the first trial."""
     lines = []
     for key, given in space.items():
@@ -274,18 +273,19 @@ def _base_faults(space: Space, base: Run, prefix: str) -> list[str]:
         except KeyError:
             value = 1 if "factor" in given else _find(base.model_dump(), key)
             remedy = "add it to the choices" if "choice" in given else "widen the range or use choice"
-            lines.append(f"{prefix}.{key}: does not contain the base's {value!r}, which is the first trial; {remedy}")
+            has = f"does not contain the base's {value!r}, which is the first trial; {remedy}"
+            lines.append(f"{where[key]}.{key}: {has}")
     return lines
 
 
-def _overlaps(space: Space, prefix: str) -> list[str]:
+def _overlaps(space: Space, where: Mapping[str, str]) -> list[str]:
     """No value may be set by two keys of the space."""
     lines = []
     for one, other in itertools.combinations(space, 2):
         pairs = itertools.product(_set_by(one, space), _set_by(other, space))
         both = [max(pair, key=len) for pair in pairs if _within(*pair)]
         if both:
-            lines.append(f"{prefix}.{other}: {min(both)} is set by {one} too; leave one of them out")
+            lines.append(f"{where[other]}.{other}: {min(both)} is set by {one} too; leave one of them out")
     return lines
 
 
