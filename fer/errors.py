@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # where str.splitlines splits, and what moves the cursor
+
 
 class UserError(Exception):
-    """One line per fault, with the key or file and the remedy. Commands print the lines and exit with status 2."""
+    """One line per fault, with the key or file and the remedy. Commands print the lines and exit with status 2.
+
+    Each of `lines` stays one line: a line break or other control character in it, as of a file's name, is escaped.
+    """
 
     def __init__(self, *lines: str):
         super().__init__(*lines)
-        self.lines = tuple(line for text in lines for line in text.splitlines())
+        self.lines = tuple(CONTROL.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)

@@ -614,7 +614,7 @@ def models(words: Words = None) -> None:
             price = cost(run.model, run.input, len(CLASSES))
             numbers = f"{price.parameters / 1e6:.2f}M", f"{price.trainable / 1e6:.2f}M", f"{price.gflop:.3g}"
         except UserError as error:
-            missing.append(f"{name}: {error}")
+            missing += [f"{name}: {line}" for line in error.lines]
             numbers = "-", "-", "-"
         size = f"{run.input.image_size}x{run.input.image_size}x{run.input.channels}"
         table.add_row(name, *numbers, size, "\n".join(f"{network}: {source}" for network, source in sources))
@@ -920,8 +920,8 @@ def _first_failure(failed: dict[str, BaseException]) -> BaseException:
         for name, error in failed.items()
         for line in (error.lines if isinstance(error, UserError) else [str(error)])
     ]
-    kind = UserError if all(isinstance(error, UserError) for error in failed.values()) else RuntimeError
-    return kind("\n".join(lines))
+    mine = all(isinstance(error, UserError) for error in failed.values())
+    return UserError(*lines) if mine else RuntimeError("\n".join(lines))
 
 
 def _find(run: str) -> Path:

@@ -393,7 +393,9 @@ def _sweep(plan: Plan, tracker: Tracker, words: list[str]) -> State:
         failed = _train_all({job.folder.name: job for job in jobs}, tracker, launcher, {SWEEP: plan.name})
         if failed:
             name, error = next(iter(failed.items()))
-            raise (UserError if isinstance(error, UserError) else RuntimeError)(f"{name}: {error}") from error
+            if isinstance(error, UserError):
+                raise UserError(*(f"{name}: {line}" for line in error.lines)) from error
+            raise RuntimeError(f"{name}: {error}") from error
         result = sweeps.conclude(plan, found, [job.folder for job in jobs])
         register_result(plan, found, result, tracker, run_id)
     create_table_artifact(

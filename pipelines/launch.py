@@ -212,7 +212,7 @@ class Launcher:
                 if ended.kind == "stopped" or (ended.kind == "terminated" and self.stopping):
                     raise Stopped(ended.message)
                 if ended.kind in ("mistake", "diverged"):
-                    raise UserError(ended.message)
+                    raise UserError(*ended.message.splitlines())
                 deaths += ended.kind == "died"
                 if ended.kind == "fault" or deaths > job.resources.restarts:
                     raise RuntimeError(ended.message)

@@ -1,6 +1,7 @@
 """What people and disks do wrong, as the command line meets it: one line, exit status 2. The fuzz finds more."""
 
 import json
+import pickle
 import re
 import resource
 import shutil
@@ -13,7 +14,12 @@ from pathlib import Path
 
 import pytest
 from conftest import CPU, experiment, free_port, refusal
+from PIL import Image
 
+from fer.data.found import look
+from fer.data.readers.folders import read_named
+from fer.data.source import Wanted
+from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.train import fit
 
@@ -163,3 +169,15 @@ def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:
         assert done.returncode == 2
         assert f"{path.name}: {fault}; delete " in done.stderr
         path.write_text(before) if before else path.unlink()
+
+
+def test_no_message_has_two_lines(tmp_path: Path) -> None:
+    for place in ("train/\x1b[2Jhap\npy\u2028", "train/sadness"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (48, 48)).save(tmp_path / place / "1.png")
+    (tmp_path / "test").mkdir()
+    with look(tmp_path) as found:
+        line = refusal(read_named, found, Wanted(), ["happiness", "sadness"])
+    assert r"folder '\x1b[2Jhap\npy\u2028' is none of happiness, sadness" in line
+    error = pickle.loads(pickle.dumps(UserError("a\nb", "c")))
+    assert (error.lines, str(error)) == ((r"a\nb", "c"), "a\\nb\nc")

@@ -119,7 +119,7 @@ def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) ->
     )
     found = tuner.fit()
     if mistake.message:
-        raise UserError(mistake.message)
+        raise UserError(*mistake.message.splitlines())
     for index in range(len(found)):
         result = found[index]
         if result.error is not None and result.config is not None:
