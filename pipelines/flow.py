@@ -36,7 +36,7 @@ from fer.run_folder import LAST, SUMMARY, read_summary
 from pipelines import experiments, flow_page, launch, report
 from pipelines.experiments import Experiment, Job
 from pipelines.folds import TABLE, added, folder_of, jobs_of, read_sum
-from pipelines.guard import close_runs, guarded
+from pipelines.guard import close_runs, guarded, runs_closed
 from pipelines.launch import Launcher
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
@@ -271,7 +271,7 @@ def sums_recorded(jobs: Jobs, tracker: Tracker) -> bool:
 def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[None]:
     """On Ctrl-C or SIGTERM, `save` makes the runs save their state, the flow run is cancelled, and the process exits.
 
-    The guard then kills the workers and closes the runs. Without this, Prefect would wait for the tasks, and the tasks
+    The guard then kills the workers. Without this, Prefect would wait for the tasks, and the tasks
     for Ray, which does not get the signal. A second Ctrl-C does not wait for the runs.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -290,8 +290,10 @@ def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[N
         _say("stopped: the same command resumes")
         threading.Timer(5, os._exit, [128 + signum]).start()  # Prefect's server may have got the signal as well
         try:
-            tracker.leave()
+            closed = tracker.leave()
             flow_page.cancel(run_id, signal.Signals(signum).name)
+            if closed:
+                runs_closed()
         finally:
             os._exit(128 + signum)
 

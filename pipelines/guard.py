@@ -45,6 +45,13 @@ def close_runs(uri: str, experiment: str) -> None:
         stdin.flush()
 
 
+def runs_closed() -> None:
+    """Tell the guard that this process has closed its runs itself, so that only what it has started is left."""
+    for stdin in _told:
+        stdin.write(b"\n")
+        stdin.flush()
+
+
 def main() -> None:
     """Wait for the end of stdin, which comes with the driver's; then clean up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm and systemd send it to every process
@@ -65,7 +72,7 @@ def main() -> None:
     for process in left - {psutil.Process()}:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    if not runs:
+    if not runs or not runs[-1]:  # none was begun, or `runs_closed`
         return
     from pipelines.tracking import Tracker  # takes seconds, which a starting driver needs for itself
 

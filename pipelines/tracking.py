@@ -72,6 +72,7 @@ DATA_PARAMS = {  # summary.json of the splits -> params
     "dropped_leaked_train": "split.dropped_leaked_train",
 }
 MEASURED = ("raw_shape", "restored")  # of super_resolution: no settings
+STOPPED = "stopped; the same command resumes it"
 AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
 
@@ -90,6 +91,8 @@ class Tracker:
             self.client = MlflowClient(self.uri)
             self.experiment = self._choose(experiment)
         self._runs: dict[str, str] = {}  # our run id -> MLflow's, while this process is at work on it
+        self._opening: set[str] = set()  # our run ids
+        self._left = False
         self._closing = threading.RLock()  # a run is closed once: by its thread, or by `leave` in a signal handler
         self.registry = Registry(self.client, rules)
         self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
@@ -178,10 +181,17 @@ class Tracker:
         server = without_password(self.uri) if self.uri.startswith("http") else UI
         return f"{server.rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
 
-    def leave(self) -> None:
-        """Mark the runs of this process as KILLED, as a person stopped it and it is about to exit."""
-        for ours in list(self._runs):
-            self._fail(ours, Stopped("stopped; the same command resumes it"))
+    def leave(self) -> bool:
+        """Mark the runs of this process as KILLED, as a person stopped it and it is about to exit.
+
+        None can be opened from now on. Returns False if one was just about to be, and so may be left open.
+        """
+        self._left = True
+        closed = not self._opening
+        with self._closing:
+            for ours in list(self._runs):
+                self._fail(ours, Stopped(STOPPED))
+        return closed
 
     @contextmanager
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
@@ -323,11 +333,20 @@ class Tracker:
         self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str] | None = None
     ) -> str:
         """The MLflow run of our run id, set to RUNNING and tagged with `about`; created if there is none yet."""
+        self._opening.add(ours)
+        try:
+            if self._left:
+                raise Stopped(STOPPED)
+            return self._opened(ours, name, run, data, about or {})
+        finally:
+            self._opening.discard(ours)
+
+    def _opened(self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str]) -> str:
         found = self._find(ours)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
             run_id = self._runs[ours] = found.info.run_id
-            for key, value in {**tags, **(about or {})}.items():
+            for key, value in {**tags, **about}.items():
                 self.client.set_tag(run_id, key, value)
             self.client.update_run(run_id, status="RUNNING")
             for key in (ERROR, FINISHED):
@@ -339,7 +358,7 @@ class Tracker:
         tags |= {RUN_ID: ours, "experiment": name, "dataset": data["dataset"], "data_hash": data["hash"]}
         tags |= {"starts_from": ", ".join(origin(run.model, run.init_from))}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
-        tags |= {"mlflow.source.type": "JOB", **(about or {})}
+        tags |= {"mlflow.source.type": "JOB", **about}
         run_id = self._runs[ours] = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
         self._describe(run_id, name, run, data)
         return run_id

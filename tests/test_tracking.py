@@ -260,3 +260,20 @@ def test_final_metrics():
     accuracies = {"final/val_accuracy": 0.5, "final/test_accuracy": 0.5, "final/test_unleaked_accuracy": 0.25}
     own = {"best_val_accuracy": 0.5, "final/best_epoch": 3, "final/parameters": 10, "final/test_recall_x": 0.5}
     assert final_metrics(summary) == accuracies | own
+
+
+def test_once_the_process_leaves_no_run_begins_and_one_that_was_just_beginning_is_told(
+    folder: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+):
+    create, told = tracker.client.create_run, []
+
+    def leaving(*words: Any, **named: Any) -> Any:
+        told.append(tracker.leave())
+        return create(*words, **named)
+
+    monkeypatch.setattr(tracker.client, "create_run", leaving)
+    record(tracker, folder)
+    assert (told[0], tracker.leave()) == (False, True)
+    with pytest.raises(Stopped, match="the same command resumes it"):
+        record(tracker, copy(folder, 2))
+    assert only_run(tracker).data.tags["fer.run_id"] == folder.name
