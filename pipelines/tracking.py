@@ -50,7 +50,7 @@ HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
 STATE = "fer.state"  # tag of a trial: how it ended
 PARENT = "mlflow.parentRunId"  # tag: the MLflow run of the sweep of a trial, or of the run that was evaluated
 NOT_METRICS = ("epoch", "time")
-RENAMED = {"lr": "train/lr", "seconds": "train/seconds"}  # metrics.jsonl -> MLflow, where accuracies come first
+LATER = ("lr", "seconds", "images_per_second")  # of metrics.jsonl: in MLflow below train/, as accuracies come first
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
 BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
 COLUMNS = [  # of MLflow's table of runs, as `fer ui` opens it
@@ -521,8 +521,9 @@ def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 def _points(row: dict[str, Any]) -> list[Metric]:
     when = int(row["time"] * 1000)
-    values = {RENAMED.get(key, key): value for key, value in row.items() if key not in NOT_METRICS}
-    return [Metric(key, value, when, row["epoch"]) for key, value in values.items()]
+    values = {key: value for key, value in row.items() if key not in NOT_METRICS}
+    named = {f"train/{key}" if key in LATER else key: value for key, value in values.items()}
+    return [Metric(key, value, when, row["epoch"]) for key, value in named.items()]
 
 
 def run_params(run: Run) -> dict[str, Any]:

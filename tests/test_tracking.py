@@ -277,3 +277,23 @@ def test_once_the_process_leaves_no_run_begins_and_one_that_was_just_beginning_i
     with pytest.raises(Stopped, match="the same command resumes it"):
         record(tracker, copy(folder, 2))
     assert only_run(tracker).data.tags["fer.run_id"] == folder.name
+
+
+def test_what_is_seen_first_of_a_finished_run(folder: Path, tracker: Tracker):
+    """MLflow draws metrics without a slash before the groups of the others; the view has the table's columns."""
+    record(tracker, folder)
+    run, summary = only_run(tracker), json.loads((folder / "summary.json").read_text())
+    val, test = summary["val"]["accuracy"], summary["test"]["accuracy"]
+    view = json.loads(tracker.client.get_experiment(tracker.experiment).tags["mlflow.sharedViewState.fer"])
+    shown = [key.strip("`") for kind, _, key in (column.partition(".") for column in view["selectedColumns"])]
+    assert [run.data.metrics[key] for key in shown[:2]] == [val, test]
+    assert set(shown) - run.data.metrics.keys() - run.data.params.keys() == {"Dataset", "super_resolution.method"}
+    first = {key for key in run.data.metrics if "/" not in key}
+    assert first - {"best_val_accuracy"} == {
+        "train_accuracy", "train_loss", "val_accuracy", "val_balanced_accuracy", "val_ece", "val_loss", "val_macro_f1",
+    }  # fmt: skip
+    for key in run.data.metrics:
+        steps = [point.step for point in tracker.client.get_metric_history(run.info.run_id, key)]
+        assert steps == ([0] if key.startswith("final/") or key == "best_val_accuracy" else [1, 2]), key
+    (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
+    assert f"{100 * test:.2f} %" in version.description
