@@ -89,22 +89,23 @@ def test_flip_is_a_mirror_by_its_probability() -> None:
         torch.testing.assert_close(fixed(images, {FLIP: draw}, flip=0.25), wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("way", [-1, 1])
-def test_where_a_spot_goes(way: int) -> None:
+def test_where_a_spot_goes() -> None:
     """Ten pixels from the centre of 33; each draw is at the `way` end of its range."""
-    draw, right, below = (way + 1) / 2, dot(16, 26), dot(26, 16)
-    turn, far, moved = math.radians(20 * way), 10 * (1 + 0.2 * way), 10 * 0.2 * way
-    for image, number, setting, wanted in (
-        (right, ANGLE, {"rotation": 20.0}, (16 - 10 * math.sin(turn), 16 + 10 * math.cos(turn))),  # degrees
-        (right, ZOOM, {"scale": 0.2}, (16, 16 + far)),
-        (right, STRETCH_X, {"stretch": 0.2}, (16, 16 + far)),
-        (below, STRETCH_Y, {"stretch": 0.2}, (16 + far, 16)),
-        (right, SKEW_X, {"skew": 0.2}, (16 - moved, 26)),
-        (below, SKEW_Y, {"skew": 0.2}, (26, 16 - moved)),
-        (dot(20, 20, 40), SHIFT_X, {"translation": 0.1}, (20, 20 - 4 * way)),  # .1 of 40 pixels
-        (dot(20, 20, 40), SHIFT_Y, {"translation": 0.1}, (20 - 4 * way, 20)),
-    ):
-        assert place(fixed(image, {number: draw}, **setting)) == pytest.approx(wanted, abs=0.2), setting
+    right, below, corner = dot(16, 26), dot(26, 16), dot(20, 20, 40)
+    for way in (-1, 1):
+        turn, far, moved = math.radians(20 * way), 10 * (1 + 0.2 * way), 10 * 0.2 * way
+        for image, number, setting, wanted in (
+            (right, ANGLE, {"rotation": 20.0}, (16 - 10 * math.sin(turn), 16 + 10 * math.cos(turn))),  # degrees
+            (right, ZOOM, {"scale": 0.2}, (16, 16 + far)),
+            (right, STRETCH_X, {"stretch": 0.2}, (16, 16 + far)),
+            (below, STRETCH_Y, {"stretch": 0.2}, (16 + far, 16)),
+            (right, SKEW_X, {"skew": 0.2}, (16 - moved, 26)),
+            (below, SKEW_Y, {"skew": 0.2}, (26, 16 - moved)),
+            (corner, SHIFT_X, {"translation": 0.1}, (20, 20 - 4 * way)),  # .1 of 40 pixels
+            (corner, SHIFT_Y, {"translation": 0.1}, (20 - 4 * way, 20)),
+        ):
+            found = place(fixed(image, {number: (way + 1) / 2}, **setting))
+            assert found == pytest.approx(wanted, abs=0.2), setting
 
 
 def test_what_comes_in_at_the_edge_is_the_reflected_image() -> None:
@@ -119,33 +120,24 @@ def test_what_comes_in_at_the_edge_is_the_reflected_image() -> None:
 # Light and colour
 
 
-@pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.5), (1.0, 1.5)])
-def test_brightness_and_contrast_are_factors(draw: float, factor: float) -> None:
+def test_brightness_contrast_and_saturation_are_factors() -> None:
     """Contrast is around the mean of each image; what leaves [0, 1] is clipped."""
     images = noise(4)
     mean = images.mean((1, 2, 3), keepdim=True)
-    brighter = fixed(images, {BRIGHTNESS: draw}, brightness=0.5)
-    torch.testing.assert_close(brighter, (factor * images).clamp(0, 1), atol=1e-6, rtol=0)
-    both = fixed(images, {BRIGHTNESS: 0.0, CONTRAST: draw}, brightness=0.5, contrast=0.5)  # half as bright, then that
-    torch.testing.assert_close(both, 0.5 * (mean + factor * (images - mean)).clamp(0, 2), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("draw", "wanted"),
-    [
-        # grey .299 * .5 + .587 * .3 + .114 * .1 = .337, of pure blue .114; factors .5 and 1.5
+    for draw, factor in ((0.0, 0.5), (1.0, 1.5)):
+        brighter = fixed(images, {BRIGHTNESS: draw}, brightness=0.5)
+        torch.testing.assert_close(brighter, (factor * images).clamp(0, 1), atol=1e-6, rtol=0)
+        both = fixed(images, {BRIGHTNESS: 0.0, CONTRAST: draw}, brightness=0.5, contrast=0.5)  # half as bright, then
+        torch.testing.assert_close(both, 0.5 * (mean + factor * (images - mean)).clamp(0, 2), atol=1e-6, rtol=0)
+    # grey .299 * .5 + .587 * .3 + .114 * .1 = .337, of pure blue .114; factors .5 and 1.5
+    colour = torch.tensor([(0.5, 0.3, 0.1), (0.0, 0.0, 1.0)]).T.reshape(1, 3, 1, 2)
+    for draw, wanted in (
         (0.25, [(0.4185, 0.3185, 0.2185), (0.057, 0.057, 0.557)]),
         (0.75, [(0.5815, 0.2815, 0.0), (0.0, 0.0, 1.0)]),  # -.0185, -.057 and 1.443 are clipped
-    ],
-)
-def test_saturation_is_a_factor_around_the_grey_of_each_pixel(draw: float, wanted: list) -> None:
-    def image(*pixels: Any) -> Tensor:
-        return torch.tensor(pixels).T.reshape(1, 3, 1, -1)
-
-    found = fixed(image((0.5, 0.3, 0.1), (0.0, 0.0, 1.0)), {SATURATION: draw}, saturation=1.0)
-    torch.testing.assert_close(found, image(*wanted), atol=1e-6, rtol=0)
-    grey = noise()
-    assert torch.equal(fixed(grey, {SATURATION: draw}, saturation=1.0), grey)
+    ):
+        found = fixed(colour, {SATURATION: draw}, saturation=1.0)
+        torch.testing.assert_close(found, torch.tensor(wanted).T.reshape(1, 3, 1, 2), atol=1e-6, rtol=0)
+        assert torch.equal(fixed(images, {SATURATION: draw}, saturation=1.0), images)  # grey stays
 
 
 def test_erasing_sets_one_rectangle_to_the_mean() -> None:
@@ -182,7 +174,7 @@ def test_mixup_is_the_weighted_mean_of_neighbours_and_cutmix_takes_a_rectangle()
         assert torch.equal(Mixture(0.9, (slice(2, 5), slice(0, 7)))(images), wanted)
 
 
-def test_the_share_of_mixup_is_drawn_from_beta() -> None:
+def test_shares_are_drawn_from_beta_and_the_box_of_cutmix_has_its_share() -> None:
     shares = [mixture(seed, mixup=0.5).share for seed in range(2000)]
     assert 0.5 <= min(shares) < 0.51
     # of max(x, 1 - x), x ~ Beta(1/2, 1/2), the arcsine law: the mean is 1/2 + 1/pi, the standard deviation .158
@@ -190,15 +182,10 @@ def test_the_share_of_mixup_is_drawn_from_beta() -> None:
     cut = sum(mixture(seed, mixup=0.3, cutmix=0.9).box is not None for seed in range(400))
     assert 265 < cut < 335  # each batch gets one of the two: 300 expected, standard deviation 8.7
     assert draw_mixture(Augment(**NOTHING), 16, 0) is None
-
-
-def test_the_share_of_cutmix_is_that_of_the_pixels() -> None:
     found = [mixture(seed, side=40, cutmix=1.0) for seed in range(300)]
     for one in found:
         assert one.box is not None
-        rows, columns = one.box
-        assert 0 <= rows.start <= rows.stop <= 40
-        assert 0 <= columns.start <= columns.stop <= 40
-        assert one.share == 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / 1600
+        assert all(0 <= side.start <= side.stop <= 40 for side in one.box)
+        assert one.share == 1 - math.prod(side.stop - side.start for side in one.box) / 1600
     assert 0.45 <= min(one.share for one in found) < 0.6  # half, but for rounding to whole pixels
     assert mixture(3, cutmix=1.0) == mixture(3, cutmix=1.0) != mixture(4, cutmix=1.0)  # the seed decides

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refusal
 
 from fer.data.images import allocate_images, open_images, write_images, write_rows
 from fer.errors import UserError
@@ -35,27 +36,24 @@ def archive(path: Path) -> None:
         np.savez(file, images=np.zeros(3))
 
 
-FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: path.unlink(), MISSING),
-    "cut": (lambda path: os.truncate(path, path.stat().st_size - 1), DAMAGED),
-    "text": (lambda path: path.write_text("<html>"), DAMAGED),
-    "pickle": (saved(np.array([{}], dtype=object)), DAMAGED),
-    "zip": (archive, f"not a .npy file{AGAIN}"),
-    "rgba": (saved(random_images(5, 12, 12, 4)), f"{FORM} uint8 [5, 12, 12, 4]{AGAIN}"),
-    "float": (saved(np.zeros((5, 12, 12))), f"{FORM} float64 [5, 12, 12]{AGAIN}"),
-}
+FAULTS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.unlink(), MISSING),
+    (lambda path: os.truncate(path, path.stat().st_size - 1), DAMAGED),
+    (lambda path: path.write_text("<html>"), DAMAGED),
+    (saved(np.array([{}], dtype=object)), DAMAGED),
+    (archive, f"not a .npy file{AGAIN}"),
+    (saved(random_images(5, 12, 12, 4)), f"{FORM} uint8 [5, 12, 12, 4]{AGAIN}"),
+    (saved(np.zeros((5, 12, 12))), f"{FORM} float64 [5, 12, 12]{AGAIN}"),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy leaves the bad file open
-def test_a_bad_file_is_one_line(tmp_path: Path, fault: str) -> None:
-    damage, message = FAULTS[fault]
+def test_a_bad_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "images.npy"
-    np.save(path, random_images(5, 12, 12))
-    damage(path)
-    with pytest.raises(UserError) as caught:
-        open_images(path, "upscale")
-    assert str(caught.value) == f"{path}: {message}"
+    for damage, message in FAULTS:
+        np.save(path, random_images(5, 12, 12))
+        damage(path)
+        assert refusal(open_images, path, "upscale") == f"{path}: {message}"
 
 
 @pytest.mark.parametrize("shape", [(9, 4, 3), (9, 4, 3, 3)])

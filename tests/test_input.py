@@ -21,33 +21,24 @@ def images_of(pixels: list[Any]) -> Tensor:
     return found.reshape(1, 2, 2, *found.shape[1:])
 
 
-def test_colour_for_a_network_of_colour() -> None:
+def test_colour_and_grey_for_networks_of_colour_and_of_grey() -> None:
     found = model_input(images_of(COLOUR), Input(image_size=2, mean=MEANS, std=STDS))
     rows = [[(pixel[i] / 255 - MEANS[i]) / STDS[i] for pixel in COLOUR] for i in range(3)]
     torch.testing.assert_close(found, torch.tensor(rows).reshape(1, 3, 2, 2))
-
-
-def test_colour_for_a_network_of_grey() -> None:
     found = model_input(images_of(COLOUR), Input(image_size=2, channels=1, mean=[0.4], std=[0.25]))
     torch.testing.assert_close(found, torch.tensor([(grey - 0.4) / 0.25 for grey in GREYS]).reshape(1, 1, 2, 2))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grey_for_either_network(channels: Any) -> None:
-    """A colour image that has no colour is the same."""
-    grey, settings = [0, 51, 102, 255], Input(image_size=2, channels=channels, mean=[0.4], std=[0.25])
+    grey = [0, 51, 102, 255]
     row = torch.tensor([(value / 255 - 0.4) / 0.25 for value in grey]).reshape(1, 1, 2, 2)
-    for pixels in (grey, [[value] * 3 for value in grey]):
-        torch.testing.assert_close(model_input(images_of(pixels), settings), row.expand(1, channels, 2, 2))
+    for pixels in (grey, [[value] * 3 for value in grey]):  # a colour image that has no colour is the same
+        for channels in (1, 3):
+            found = model_input(images_of(pixels), Input(image_size=2, channels=channels, mean=[0.4], std=[0.25]))
+            torch.testing.assert_close(found, row.expand(1, channels, 2, 2))
 
 
-def test_resizing_is_an_average_with_antialias() -> None:
+def test_resizing_is_an_average_with_antialias_before_or_after_colour_goes() -> None:
     pixels = torch.tensor([[[0, 0, 255, 255]] * 4], dtype=torch.uint8)
     # triangle filter of width 4 around pixel 1/2: weights 3/8 3/8 1/8 of 7/8 within the image
     torch.testing.assert_close(to_float(pixels, 2)[0, 0], torch.tensor([[1 / 7, 6 / 7]] * 2))
-
-
-def test_colour_may_go_before_the_size_changes_or_after() -> None:
     pixels = torch.randint(256, (3, 12, 12, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
     grey, colour = (
         model_input(pixels, Input(image_size=8, channels=channels, mean=[0.0], std=[1.0])) for channels in (1, 3)
@@ -116,7 +107,7 @@ def test_threads_share_the_images_and_change_no_bit(inference: bool) -> None:
     assert threading.get_ident() not in {thread for thread, _, _ in seen}
 
 
-def test_images_are_left_as_they_are_whatever_their_layout() -> None:
+def test_images_are_left_as_they_are_whatever_their_layout_and_number() -> None:
     wide = torch.randint(256, (10, 40, 20), dtype=torch.uint8, generator=torch.manual_seed(0))
     pixels, before, settings = wide[::2, ::2], wide.clone(), Input(image_size=20, channels=3)
     found = model_input(pixels, settings, lambda images, rows: images.zero_().add_(0.75))
@@ -124,7 +115,4 @@ def test_images_are_left_as_they_are_whatever_their_layout() -> None:
     assert found.is_contiguous()
     torch.testing.assert_close(found, torch.ones(5, 3, 20, 20))  # (.75 - .5) / .25
     assert torch.equal(model_input(pixels, settings), model_input(pixels.contiguous(), settings))
-
-
-def test_no_images_are_none() -> None:
-    assert model_input(torch.zeros(0, 8, 8, dtype=torch.uint8), Input(image_size=6)).shape == (0, 3, 6, 6)
+    assert model_input(pixels[:0], settings).shape == (0, 3, 20, 20)

@@ -76,7 +76,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 with chdir(ROOT):
     SHIPPED = {name: experiment.run for name, experiment in experiments.load(experiments.known(), {}).items()}
-LEARNING = ["stn, neural resizer, head", "ViT-SE", "DoE", "vgg13", "small resnet"]
+LEARNING = ["ViT-SE", "DoE", "vgg13"]
 
 
 def run_of(name: str) -> Run:

@@ -46,15 +46,11 @@ def decay_of(model: nn.Module, weight_decay: float = 0.3) -> dict[str, float]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", [*BACKBONES, *SMALL])
+@pytest.mark.parametrize("name", [*SMALL, "resnet50", "vit_base_patch16_224", "efficientnet_lite2"])
 def test_of_all_that_learns_only_weights_of_linear_and_convolution_layers_decay(name: str) -> None:
     model = planned(name)
     found = decay_of(model)
-    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert found.keys() == dict(model.named_parameters()).keys() - frozen
-    encoders = {"difference_of_embeddings": "backbone", "emotion_encoder": "identity"}
-    encoder = None if name in BACKBONES else encoders.get(run_of(name).model.name)
-    assert {key.partition(".")[0] for key in frozen} == ({encoder} if encoder else set())
+    assert found.keys() == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     layers = {key for key, layer in model.named_modules() if isinstance(layer, nn.Linear | CONVOLUTION)}
     kernels = {f"{key}.weight" for key in layers} & found.keys()
     assert kernels
@@ -75,12 +71,9 @@ class Zoo(nn.Module):
         self.token = nn.Parameter(torch.ones(1, 1, 2))
 
 
-def test_every_kind_of_layer() -> None:
+def test_every_kind_of_layer_and_weights_that_two_share() -> None:
     found = decay_of(Zoo())
     assert {key for key, value in found.items() if value} == {f"decaying.{number}.weight" for number in range(7)}
-
-
-def test_weights_that_two_layers_share_decay_once() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
     model[0].weight = model[1].weight  # type: ignore[assignment]
     assert decay_of(model) == {"0.weight": 0.3}

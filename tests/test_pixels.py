@@ -46,23 +46,17 @@ def wanted(split: Split, index: np.ndarray) -> np.ndarray:
     return np.load(str(split.images.filename))[split.rows[index]]  # type: ignore[attr-defined]
 
 
-def test_batches_that_are_read_ahead_come_in_their_order(split: Split) -> None:
+def test_batches_come_in_their_order_read_ahead_or_held(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [np.load(str(split.images.filename))[split.rows[index]] for index in PLAN]  # type: ignore[attr-defined]
     pixels = Pixels(split, CPU, 0.5, 2)
-    assert not pixels.streams
-    pixels.streams = True  # as where a GPU has no room
-    for index, batch in zip(PLAN, pixels.ahead(PLAN), strict=True):
-        assert batch.dtype == torch.uint8
-        np.testing.assert_array_equal(batch.numpy(), wanted(split, index))
-
-
-def test_images_that_the_device_holds(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = Pixels(split, CPU, 0.5, 2)
-    for index, batch in zip(PLAN, pixels.ahead(PLAN), strict=True):
-        np.testing.assert_array_equal(batch.numpy(), wanted(split, index))
-    pixels.load()
-    monkeypatch.setattr(Split, "pixels", None)  # the file is not read again
-    for index, batch in zip(PLAN, pixels.ahead(PLAN), strict=True):
-        np.testing.assert_array_equal(batch.numpy(), wanted(split, index))
+    for kind in ("from the file", "read ahead", "held"):
+        pixels.streams = kind == "read ahead"  # as where a GPU has no room
+        if kind == "held":
+            pixels.load()
+            monkeypatch.setattr(Split, "pixels", None)  # the file is not read again
+        for expected, batch in zip(wanted, pixels.ahead(PLAN), strict=True):
+            assert batch.dtype == torch.uint8
+            np.testing.assert_array_equal(batch.numpy(), expected)
 
 
 class Gpu:
@@ -71,12 +65,10 @@ class Gpu:
     type = "cuda"
 
 
-@pytest.mark.parametrize(("share", "held"), [(0.5, True), (0.499, False)])
-def test_a_split_is_held_where_it_takes_no_more_than_its_share(
-    share: float, held: bool, split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_is_held_where_it_takes_no_more_than_its_share(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 40 * split.images[0].nbytes, 10**12))
     monkeypatch.setattr(Pixels, "load", lambda pixels: loaded.append(len(pixels.split)))
-    Pixels(split, Gpu(), share, 2)  # type: ignore[arg-type]
-    assert loaded == ([40] if held else [])
+    for share, held in ((0.499, []), (0.5, [40])):
+        Pixels(split, Gpu(), share, 2)  # type: ignore[arg-type]
+        assert loaded == held

@@ -51,24 +51,19 @@ def stepped(parts: list[Part], **keys: Any) -> tuple[Square, Tensor]:
     return model, value
 
 
-def test_a_step_of_uneven_parts_by_hand() -> None:
+def test_steps_by_hand() -> None:
     # of (3, 1) and (1, 0): 5 and 1, losses 12.5 and .5, gradients (15, 5) and (1, 0); of (0, 2): 4, 8 and (0, 8)
-    model, value = stepped([part([[3.0, 1.0], [1.0, 0.0]], 2 / 3), part([[0.0, 2.0]], 1 / 3)])
-    assert float(value) == pytest.approx((12.5 + 0.5 + 8) / 3)
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.1 * 16 / 3, 2 - 0.1 * 13 / 3]))
-
-
-def test_a_sharpness_aware_step_by_hand() -> None:
-    """The gradient at (1, 2) is (15, 5); with rho = sqrt(10), uphill by (3, 1) to (4, 3), where it is (45, 15)."""
-    model, value = stepped([part([[3.0, 1.0]])], sam_rho=10**0.5)
-    assert float(value) == 12.5  # of the weights as they were
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.1 * 45, 2 - 0.1 * 15]))
-
-
-def test_gradients_are_clipped_to_the_norm() -> None:
-    # 1*3 + 2*4 = 11: a gradient of 11 * (3, 4), norm 55, becomes (.3, .4)
-    model, _ = stepped([part([[3.0, 4.0]])], clip_grad_norm=0.5)
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([1 - 0.03, 2 - 0.04]))
+    uneven = [part([[3.0, 1.0], [1.0, 0.0]], 2 / 3), part([[0.0, 2.0]], 1 / 3)]
+    for parts, keys, loss, moved in (
+        (uneven, {}, (12.5 + 0.5 + 8) / 3, (16 / 3, 13 / 3)),
+        # the gradient at (1, 2) is (15, 5); with rho = sqrt(10), uphill by (3, 1) to (4, 3), where it is (45, 15)
+        ([part([[3.0, 1.0]])], {"sam_rho": 10**0.5}, 12.5, (45, 15)),
+        # 1*3 + 2*4 = 11: a gradient of 11 * (3, 4), norm 55, becomes (.3, .4)
+        ([part([[3.0, 4.0]])], {"clip_grad_norm": 0.5}, 60.5, (0.3, 0.4)),
+    ):
+        model, value = stepped(parts, **keys)
+        assert float(value) == pytest.approx(loss)  # of the weights as they were
+        torch.testing.assert_close(model.weight.detach(), torch.tensor([1.0, 2.0]) - 0.1 * torch.tensor(moved))
 
 
 def test_averaged_weights_follow_with_a_decay_that_grows() -> None:
