@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import filled, refusal
 from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
-from torch import nn
+from torch import Tensor, nn
 
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
 from fer.models.mobilenet_v3 import MobileNetV3, eights
@@ -156,13 +156,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_an_encoder_is_taken_from_a_classifier_of_other_classes(
     name: str, row: dict[str, Any], folders: dict[str, str]
 ) -> None:
+    def digests(tensors: dict[str, Tensor]) -> set[str]:
+        return {hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in tensors.values()}
+
     file = read_tensors(f"{folders[name]}/model.safetensors", KEY)
     network = build(row, weights=folders[name])
     own = {key: value for key, value in network.network.state_dict().items() if "relative_position_index" not in key}
     # the names in the file are those of another version at times; the numbers are these
     assert len(own) == sum("classifier" not in key for key in file)
-    held = {hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in file.values()}
-    assert {hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in own.values()} <= held
+    assert digests(own) <= digests(file)
     # nothing is fetched where a checkpoint's weights follow
     assert build(row, weights="/nowhere", pretrained=False).state_dict().keys() == network.state_dict().keys()
 

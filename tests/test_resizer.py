@@ -48,25 +48,20 @@ def test_resizer_is_its_formula(side: int, size: int, scale: float | None) -> No
         return F.conv2d(x, kernel, weights[f"{name}.bias"], padding=kernel.shape[-1] // 2)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        mean, variance, factor, shift = (
-            weights[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
-        )
+        keys = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, factor, shift = (weights[f"{name}.{key}"].view(1, -1, 1, 1) for key in keys)
         return (x - mean) / torch.sqrt(variance + 1e-5) * factor + shift
 
     def leaky(x: Tensor) -> Tensor:
         return torch.where(x > 0, x, 0.2 * x)
 
-    z = norm(leaky(convolve(leaky(convolve(images, "conv1")), "conv2")), "bn1")
-    z = bilinear(z, size, scale or size / side)
-    x = z
+    ratio = scale or size / side
+    x = z = bilinear(norm(leaky(convolve(leaky(convolve(images, "conv1")), "conv2")), "bn1"), size, ratio)
     for i in range(2):
         inner = leaky(norm(convolve(x, f"resblock.{i}.conv1"), f"resblock.{i}.bn1"))
         x = x + norm(convolve(inner, f"resblock.{i}.conv2"), f"resblock.{i}.bn2")
-    x = norm(convolve(x, "conv3"), "bn2") + z
-    expected = convolve(x, "conv4") + bilinear(images, size, scale or size / side)
-    found = module(images)
-    assert found.shape == (2, 3, size, size)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    expected = convolve(norm(convolve(x, "conv3"), "bn2") + z, "conv4") + bilinear(images, size, ratio)
+    torch.testing.assert_close(module(images), expected, atol=1e-10, rtol=1e-10)
 
 
 def bilinear(images: Tensor, size: int, ratio: float) -> Tensor:
