@@ -30,30 +30,25 @@ def test_new_folder_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) ->
     with new_folder(target) as folder:
         (folder / "a.txt").write_text("two")
         assert content(target) == {"a.txt": "one", "left over.txt": "x"}
-    assert content(target) == {"a.txt": "two"}
-    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    assert content(tmp_path) == {"deep/out/a.txt": "two"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failure_keeps_the_old_content_and_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    target = tmp_path / "out"
-    for expected in ({}, {"a.txt": "one"}):
-        with pytest.raises(error), new_folder(target) as folder:
+    for expected in ({}, {"out/a.txt": "one"}):
+        with pytest.raises(error), new_folder(tmp_path / "out") as folder:
             (folder / "a.txt").write_text("half")
             raise error
-        assert content(tmp_path / "out") == expected
-        assert [path.name for path in tmp_path.iterdir()] == (["out"] if expected else [])
-        write(target, "one")
+        assert (content(tmp_path), [path.name for path in tmp_path.iterdir()]) == (expected, ["out"] * len(expected))
+        write(tmp_path / "out", "one")
 
 
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_process_killed_between_the_renames_loses_nothing(
     tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "out"
-    done: list[Path] = []
+    target, real, done = tmp_path / "out", Path.replace, list[Path]()
     write(target, "one")
-    real = Path.replace
 
     def killed(self: Path, other: Path) -> Path:
         if len(done) == renames:
@@ -61,47 +56,13 @@ def test_a_process_killed_between_the_renames_loses_nothing(
         done.append(other)
         return real(self, other)
 
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
         write(target, "two")
-    monkeypatch.undo()
     assert recover(target)
     assert content(tmp_path) == {"out/a.txt": "one"}
     write(target, "three")
     assert content(tmp_path) == {"out/a.txt": "three"}
-
-
-def test_a_resumable_folder_goes_on_until_its_block_ends(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-    write(target, "old")
-    for text in ("one", "two"):
-        with pytest.raises(KeyboardInterrupt), new_folder(target, resumable=True) as folder:
-            (folder / f"{text}.txt").write_text(text)
-            raise KeyboardInterrupt
-        assert content(target) == {"a.txt": "old"}
-    with new_folder(target, resumable=True) as folder:
-        assert content(folder) == {"one.txt": "one", "two.txt": "two"}
-        (folder / "one.txt").unlink()
-    assert content(tmp_path) == {"deep/out/two.txt": "two"}
-    assert [path.name for path in target.parent.iterdir()] == ["out"]
-
-
-def test_a_resumable_folder_vanishes_when_it_is_empty_or_the_next_block_is_not_resumable(tmp_path: Path) -> None:
-    for written, left in ({}, []), ({"half.txt": "x"}, ["out.partial"]):
-        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", resumable=True) as folder:
-            for name, text in written.items():
-                (folder / name).write_text(text)
-            raise KeyboardInterrupt
-        assert [path.name for path in tmp_path.iterdir()] == left
-    write(tmp_path / "out", "one")
-    assert content(tmp_path) == {"out/a.txt": "one"}
-
-
-def test_json_that_cannot_take_its_place_is_gone(tmp_path: Path) -> None:
-    (tmp_path / "a.json").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_json(tmp_path / "a.json", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_recover_prefers_the_new_content(tmp_path: Path) -> None:
@@ -112,6 +73,31 @@ def test_recover_prefers_the_new_content(tmp_path: Path) -> None:
     assert content(tmp_path) == {"out/a.txt": "new"}
 
 
+def test_a_resumable_folder_goes_on_until_its_block_ends(tmp_path: Path) -> None:
+    """An empty one vanishes, as does one whose next block is not resumable."""
+
+    def cut(target: Path, *names: str) -> None:
+        with pytest.raises(KeyboardInterrupt), new_folder(target, resumable=True) as folder:
+            for name in names:
+                (folder / name).write_text(name)
+            raise KeyboardInterrupt
+
+    target = tmp_path / "deep" / "out"
+    write(target, "old")
+    for name in ("one", "two"):
+        cut(target, name)
+        assert content(target) == {"a.txt": "old"}
+    with new_folder(target, resumable=True) as folder:
+        assert content(folder) == {"one": "one", "two": "two"}
+        (folder / "one").unlink()
+    assert content(tmp_path) == {"deep/out/two": "two"}
+    cut(tmp_path / "other")
+    cut(tmp_path / "third", "half")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "third.partial"]
+    write(tmp_path / "third", "whole")
+    assert content(tmp_path) == {"deep/out/two": "two", "third/a.txt": "whole"}
+
+
 def test_json_replaces_the_old_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real = tmp_path / "x.json", Path.write_bytes
     write_json(path, {"a": [1, 2.5, None]})
@@ -119,7 +105,10 @@ def test_json_replaces_the_old_file_or_leaves_it(tmp_path: Path, monkeypatch: py
     for bad in (math.nan, {1, 2}):
         with pytest.raises((ValueError, TypeError)):
             write_json(path, {"a": bad})
-    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path / "a.json", {})
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "x.json"]
 
     def cut(self: Path, content: bytes) -> int:
         real(self, content[:3])
@@ -131,22 +120,16 @@ def test_json_replaces_the_old_file_or_leaves_it(tmp_path: Path, monkeypatch: py
     assert json.loads(path.read_text()) == {"b": "ä"}
 
 
-def test_one_process_at_a_time_works_on_a_folder(tmp_path: Path) -> None:
+def test_one_process_at_a_time_works_on_a_folder_and_lookers_do_not_hold_it(tmp_path: Path) -> None:
     assert not is_held(tmp_path)
     with held(tmp_path / "x"):
         assert is_held(tmp_path / "x")
         message = refusal(held(tmp_path / "x").__enter__)
-        assert f"x: another process ({os.getpid()} on " in message
+        assert message.startswith(f"{tmp_path}/x: another process ({os.getpid()} on ")
         assert message.endswith("is working on it; wait for it or stop it")
-    assert not is_held(tmp_path / "x")
-
-
-def test_those_who_only_look_at_the_lock_are_not_taken_for_its_holder(tmp_path: Path) -> None:
-    with held(tmp_path):
-        pass
-    with open(tmp_path / ".lock") as looking:
+    with open(tmp_path / "x/.lock") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)  # as is_held does for a moment
-        assert not is_held(tmp_path)
+        assert not is_held(tmp_path / "x")
 
 
 def test_a_run_waits_for_the_process_of_an_earlier_try(tmp_path: Path) -> None:
