@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, CPU, NO_AUGMENT, PEOPLE, doe, emotion_encoder, make_data, small_run
+from conftest import CLASSES, CPU, NO_AUGMENT, doe, emotion_encoder, make_data, refusal, small_run
 from safetensors.torch import load_file
 
-from fer.errors import UserError
 from fer.evaluate import evaluate, read_evaluated
 from fer.predict import Predictor, _load_pyfunc
 from fer.resources import Resources
@@ -33,13 +32,11 @@ def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, np.ndarray, np.ndarray]:
     """A checkpoint moved away from its run and data, images, and what the evaluation said of them."""
-    place = tmp_path_factory.mktemp("place")
+    place, moved = tmp_path_factory.mktemp("place"), tmp_path_factory.mktemp("moved") / "model"
     data = make_data(place / "data")
     folder = fit("x", small_run(epochs=2, **KINDS[request.param]), CPU, data, place / "runs")
     evaluate(folder, data, CPU)
-    rows = pd.read_csv(folder / "predictions_test.csv")["row"]
-    images, wanted = np.load(data / "upscaled" / "images.npy")[rows], softer(folder)
-    moved = tmp_path_factory.mktemp("moved") / "model"
+    images, wanted = np.load(data / "upscaled" / "images.npy")[-40:], softer(folder)  # of test
     shutil.copytree(folder / "best", moved)
     shutil.rmtree(place)
     return moved, images, wanted
@@ -54,40 +51,31 @@ def softer(folder: Path) -> np.ndarray:
 def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, np.ndarray]) -> None:
     folder, images, wanted = run
     predictor = Predictor(folder)
-    assert predictor.classes == CLASSES
     found = predictor.probabilities(images)
-    np.testing.assert_array_equal(_load_pyfunc(str(folder)).predict({"images": images}), found)  # as a server does it
-    assert found.dtype == np.float32
+    assert (predictor.classes, found.dtype) == (CLASSES, np.float32)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_array_equal(_load_pyfunc(str(folder)).predict({"images": images}), found)  # as a server does it
     alone = np.concatenate([predictor.probabilities(images[i : i + 1]) for i in (0, 7, 39)])
     # bf16 has 8 bits; a batch of another size may round otherwise
     atol = 2e-3 if predictor.run.precision == "bf16" else 2e-6
     np.testing.assert_allclose(alone, wanted[[0, 7, 39]], atol=atol)
     np.testing.assert_allclose(predictor.probabilities(images[::-1]), found[::-1], atol=1e-6)  # another memory layout
-    if images.ndim == 3:
-        grey_as_colour = np.repeat(images[..., None], 3, axis=3)
-        np.testing.assert_allclose(predictor.probabilities(grey_as_colour), found, atol=1e-5)
+    in_colour = np.repeat(images[..., None], 3, axis=3)
+    np.testing.assert_allclose(predictor.probabilities(in_colour), found, atol=1e-5)
     assert predictor.probabilities(images[:0]).shape == (0, 8)
-    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     assert np.log(found).std(0).max() * predictor.temperature > 1e-3  # they do depend on the image
+    if not predictor.run.model.images_beside():
+        assert refusal(predictor.probabilities, images, neutral=images).startswith("neutral: give one such face per")
 
 
 # A neutral face beside the image
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("people") / "data", subjects=PEOPLE)
-
-
-def trained(pairing: str, data: Path, runs: Path, **changes: Any) -> Path:
-    return fit("x", small_run(**doe(pairing), epochs=2, **changes), CPU, data, runs)
-
-
-def faces_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The test images, and for each the first other neutral one of the same person."""
-    table = pd.read_csv(data / "splits" / "test.csv", keep_default_na=False)
-    images = np.load(data / "upscaled" / "images.npy")
+def people(bars: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The test images of `bars`, and for each the first other neutral one of the same person."""
+    table = pd.read_csv(bars / "splits" / "test.csv", keep_default_na=False)
+    images = np.load(bars / "upscaled" / "images.npy")
     neutral = table[table["label"] == 0]
     partners = [
         neutral["row"][(neutral["subject"] == face.subject) & (neutral["row"] != face.row)].iloc[0]
@@ -98,86 +86,70 @@ def faces_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 2e-6), ("bf16", 2e-3)])
 def test_same_subject_compares_with_the_face_that_is_given(
-    precision: str, rounding: float, people: Path, tmp_path: Path
+    precision: str, rounding: float, bars: Path, people: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    folder = trained("same_subject", people, tmp_path, precision=precision)
-    evaluate(folder, people, Resources(device="cpu", eval_batch_size=16))
-    wanted = softer(folder)
-    images, partners = faces_of(people)
-    predictor = Predictor(folder / "best")
+    folder = fit("x", small_run(**doe("same_subject"), epochs=1, precision=precision), CPU, bars, tmp_path)
+    evaluate(folder, bars, Resources(device="cpu", eval_batch_size=16))
+    wanted, (images, partners), predictor = softer(folder), people, Predictor(folder / "best")
+    served = _load_pyfunc(str(folder / "best")).predict({"images": images, "neutral": partners})
+    np.testing.assert_allclose(served, wanted, atol=rounding)
     for predictor.batch_size in (256, 7):
         found = predictor.probabilities(images, neutral=partners)
         np.testing.assert_allclose(found, wanted, atol=rounding)
-    one = Predictor(folder / "best").probabilities(images[3:4], neutral=partners[3:4])
-    np.testing.assert_allclose(one, wanted[3:4], atol=rounding)
-    with pytest.raises(UserError, match="^neutral: this model needs such a face of the same person with every image$"):
-        predictor.probabilities(images)
-    served = _load_pyfunc(str(folder / "best")).predict({"images": images, "neutral": partners})
-    np.testing.assert_allclose(served, wanted, atol=rounding)
-    others = Predictor(folder / "best").probabilities(images, neutral=partners[::-1])
-    assert abs(others - wanted).max() > 2 * rounding
+    assert abs(predictor.probabilities(images, neutral=partners[::-1]) - wanted).max() > 2 * rounding
+    told = "neutral: this model needs such a face of the same person with every image"
+    assert refusal(predictor.probabilities, images) == told
 
 
 @pytest.mark.parametrize("pairing", ["random_neutral", "prototype"])
-def test_a_face_that_is_given_replaces_the_references(pairing: str, people: Path, tmp_path: Path) -> None:
-    images, partners = faces_of(people)
-    predictor = Predictor(trained(pairing, people, tmp_path) / "best")
+def test_a_face_that_is_given_replaces_the_references(
+    pairing: str, bars: Path, people: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    predictor = Predictor(fit("x", small_run(**doe(pairing), epochs=1), CPU, bars, tmp_path) / "best")
+    images, partners = people
     found = predictor.probabilities(images, neutral=partners)
     assert abs(found - predictor.probabilities(images)).max() > 1e-4
+
+    def embedded(faces: np.ndarray) -> torch.Tensor:
+        small = torch.from_numpy(faces)[:, None] / 255
+        resized = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear", antialias=True).clamp(0, 1)
+        return predictor.model.backbone((resized - 0.5) / 0.25)
+
     with torch.no_grad():
-        target, neutral = (
-            predictor.model.backbone(
-                torch.nn.functional.interpolate(
-                    torch.from_numpy(faces)[:, None] / 255, size=(32, 32), mode="bilinear", antialias=True
-                ).clamp(0, 1).sub(0.5).div(0.25)
-            )
-            for faces in (images, partners)
-        )  # fmt: skip
+        target, neutral = embedded(images), embedded(partners)
         wanted = torch.softmax(predictor.model.head(torch.cat([target - neutral, target], 1)), 1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     predictor.model.references.zero_()
     np.testing.assert_allclose(predictor.probabilities(images, neutral=partners), found, atol=1e-6)
+    told = "give one such face per image, and only to a model that compares two faces"
+    for beside in ({"neutral": partners[:39]}, {"smiling": partners}):
+        assert refusal(predictor.probabilities, images, **beside) == f"{next(iter(beside))}: {told}"
 
-
-@pytest.mark.parametrize("keys", [{}, doe()])
-def test_faces_beside_that_do_not_pair(keys: dict[str, Any], people: Path, tmp_path: Path) -> None:
-    images, partners = faces_of(people)
-    predictor = Predictor(fit("x", small_run(**keys, epochs=1), CPU, people, tmp_path) / "best")
-    wrong: list[dict[str, np.ndarray]] = [{"neutral": partners[:39]}, {"smiling": partners}]
-    for beside in wrong if keys else [{"neutral": partners}]:
-        told = f"^{next(iter(beside))}: give one such face per image, and only to a model that compares two faces$"
-        with pytest.raises(UserError, match=told):
-            predictor.probabilities(images, **beside)
-
-
-# Pretrained weights
 
 VIT = {"patch_size": 4, "hidden_size": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 1}
 MODELS: dict[str, dict[str, Any]] = {"classifier": {"name": "classifier"}, "difference_of_embeddings": doe()["model"]}
 
 
+def cut(row: dict) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(model: str, data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(model: str, bars: Path, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     sizes = {"image_size": 16, "patch_size": 4, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 1}
     pretrained = ViTModel(ViTConfig(**sizes, num_attention_heads=2, intermediate_size=24), add_pooling_layer=False)
-    pretrained.save_pretrained(tmp_path / "pretrained")
-    backbone = {"name": "vit_tiny_patch16_224", "weights": str(tmp_path / "pretrained"), **VIT}
+    pretrained.save_pretrained(weights := tmp_path / "pretrained")
+    backbone = {"name": "vit_tiny_patch16_224", "weights": str(weights), **VIT}
     slow = {"lr": 1e-12, "weight_decay": 0.0}  # a rate at which nothing is learned
     run = small_run(model={**MODELS[model], "backbone": backbone}, augment=NO_AUGMENT, epochs=2, optimizer=slow)
-
-    def cut(row: dict) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        fit("vit", run, CPU, data, tmp_path / "runs", on_epoch=cut)
-    shutil.rmtree(tmp_path / "pretrained")
-    folder = fit("vit", run, CPU, data, tmp_path / "runs")  # goes on without it
-    summary = evaluate(folder, data, CPU)
-    assert summary["starts_from"] == [str(tmp_path / "pretrained")]
-    predictor = Predictor(folder / "best")
-    assert predictor.probabilities(np.zeros((2, 16, 16), np.uint8)).shape == (2, 8)
+        fit("vit", run, CPU, bars, tmp_path / "runs", on_epoch=cut)
+    shutil.rmtree(weights)
+    folder = fit("vit", run, CPU, bars, tmp_path / "runs")  # goes on without it
+    assert evaluate(folder, bars, CPU)["starts_from"] == [str(weights)]
+    assert Predictor(folder / "best").probabilities(np.zeros((2, 16, 16), np.uint8)).shape == (2, 8)
     for part in ("best", "last"):
         found = load_file(folder / part / "model.safetensors")
         for name, tensor in pretrained.state_dict().items():
