@@ -86,10 +86,12 @@ def spreadsheet(root: Path) -> Path:
 
 
 def other_letters(root: Path) -> Path:
+    """And pictures in colour, and an equal copy."""
     change(folders(root, box="(0,0,48,48)"), "*/label.csv", lambda text: text.replace(",8", ",8.0") + "," * 11 + "\n")
-    for file in list(root.glob("*/*.png")):
-        file.rename(file.with_name(file.name.upper()))
-    return root
+    for file, mode in zip(sorted(root.glob("*/*.png")), ["RGB", "P", *["L"] * 38]):
+        Image.open(file).convert(mode).save(file.with_name(file.name.upper()))
+        file.unlink()
+    return shutil.copytree(root / "FER2013Test", root / "zz/FER2013Test").parents[1]
 
 
 def archives(root: Path) -> Path:
@@ -97,17 +99,6 @@ def archives(root: Path) -> Path:
         files = {f"{folder}/{file.name}": file.read_bytes() for file in (root / "x" / folder).iterdir()}
         put(root, {f"{folder}.zip": zipped(files)})
     shutil.rmtree(root / "x")
-    return root
-
-
-def copies(root: Path) -> Path:
-    (folders(root / ".ipynb_checkpoints") / "FER2013Train" / NAMES[0]).unlink()
-    return folders(folders(root) / "zz").parent
-
-
-def colour(root: Path) -> Path:
-    for file, mode in zip(sorted(folders(root).glob("FER2013Train/*.png")), ("RGB", "P")):
-        Image.open(file).convert(mode).save(file)
     return root
 
 
@@ -124,8 +115,6 @@ GOOD: list[tuple[Callable[[Path], Path], str, list[str]]] = [  # how it is made,
     (folders, "label_csv", [*FOLDERS]),
     (other_letters, "label_csv", [*FOLDERS]),
     (archives, "label_csv", [f"{name}.zip/{name}" for name in FOLDERS]),
-    (copies, "label_csv", [*FOLDERS]),
-    (colour, "label_csv", [*FOLDERS]),
     (clone, "label_csv", [*BY_ROW, *(f"FERPlus/data/{name}/label.csv" for name in FOLDERS)]),
     (lambda root: rows(folders(root)), "label_csv", [*FOLDERS]),
     (pictures_without_labels, "fer2013new", [*(f"images/{name}" for name in FOLDERS), "fer2013new.csv"]),
@@ -182,7 +171,6 @@ MISTAKES: list[tuple[Callable[[Path], Path], str, Callable[[str], str] | None, s
     (rows, "*.csv", None, ": no FER+ found, neither pictures in FER2013Train, ... or correct data.path"),
     (rows, "fer2013new.csv", None, ": fer2013new.csv not found: download it from the microsoft/FERPlus repository"),
     (rows, "fer2013.csv", lines(0, 31), "/fer2013.csv: has 30 rows but /fer2013new.csv 40: ... /fer2013.csv again"),
-    (rows, "fer2013new.csv", lines(0, 31), "/fer2013.csv: has 40 rows but /fer2013new.csv 30: ... 3new.csv again"),
     (rows, "fer2013.csv", lambda text: text[:-5000], "/fer2013.csv line 41: has 2 columns instead of 3: the file is"),
     (rows, "fer2013.csv", lines(1), "/fer2013.csv line 1: lacks the columns pixels, Usage: use fer2013.csv or icml"),
     (rows, "fer2013.csv", swap(PIXELS[1], "1 2"), "/fer2013.csv line 3: has 2 pixels instead of 2304: ... again"),
@@ -198,7 +186,6 @@ MISTAKES: list[tuple[Callable[[Path], Path], str, Callable[[str], str] | None, s
     (rows, "fer2013new.csv", swap("PublicTest", "Public"), "/fer2013new.csv line 26: unknown Usage 'Public': must be"),
     (rows, "fer2013new.csv", swap(",0\n", ",\n"), "/fer2013new.csv line 2: NF has '' votes: must be a whole number"),
     (rows, "*.csv", lines(0, 33), ": contains no image of PrivateTest: training, validation and test images are all"),
-    (rows, "old/fer2013new.csv", lambda text: votes_csv(NAMES[::-1]), ": holds several files fer2013new.csv: fer20"),
     (clone, f"FERPlus/data/{TRAIN}", lines(0, 23), f"/FERPlus/data/{TRAIN}: has no line for 1 of 40 images that "
      "/fer2013new.csv names (the first: fer0000023.png): restore it from microsoft/FERPlus"),
     (clone, f"FERPlus/data/{TRAIN}", swap(NAMES[0], "x.png"), f"/FERPlus/data/{TRAIN}: x.png is no Training image in"),

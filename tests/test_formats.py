@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CPU, ROOT, refusal, small_run
+from conftest import ROOT, refusal, small_run
 
 from fer.data.augment import Augment
-from fer.formats import format_of, read_run
+from fer.formats import read_run
 from fer.input import Input
 from fer.predict import Predictor
 from fer.run import FORMAT, Run
-from fer.train import fit
 from pipelines import experiments
 
 FORMAT_1 = ROOT / "tests" / "golden" / "format1"
@@ -24,9 +23,6 @@ CONFIGS: dict[str, dict[str, Any]] = json.loads((FORMAT_1 / "configs.json").read
 
 def read(config: dict[str, Any]) -> Run:
     return read_run({"config": config}, "config.json")
-
-
-# Format 1
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -133,17 +129,6 @@ def test_each_key_of_format_1_decides_what_it_did(name: str) -> None:
         assert config == before  # it is left as it was
     for values in [row[1] for row in UNUSED if row[0] == name]:
         assert read(changed(CONFIGS[name], values)).model_dump() == then
-
-
-# Today's
-
-
-def test_a_run_of_today_is_read_from_its_files(bars: Path, tmp_path: Path) -> None:
-    run = small_run(epochs=1, ema_decay=0.9, loss={"name": "focal", "gamma": 1})
-    folder = fit("x", run, CPU, bars, tmp_path / "runs")
-    for path in (folder / "config.json", folder / "best/checkpoint.json", folder / "last/checkpoint.json"):
-        content = json.loads(path.read_text())
-        assert (format_of(content), read_run(content, path)) == (FORMAT, run)
 
 
 # What cannot be read
