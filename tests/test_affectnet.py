@@ -59,10 +59,15 @@ NOTHING = ": no AffectNet found, neither training.csv and validation.csv nor tra
 MISTAKES: list[tuple[Callable[[Path], Path], str, Callable[[str], str] | None, str]] = [
     (tables, "validation.csv", None, ": holds no validation.csv of AffectNet: put it there, too"),
     (tables, f"{IMAGES}/*/tr[259].jpg", None, ": 2 of 22 rows have no partner, the first lacks 2/tr2.jpg: restore it"),
-    (tables, "training.csv", swap(",3,0.1", ",11,0.1"), "/training.csv line 5: expression is '11': must be a whole nu"),
+    (tables, "training.csv", swap(",3,0.1", ",11,0.1"), "/training.csv line 5: expression is '11': must be a whole"),
     (tables, "training.csv", swap(",1,2,6", ",NULL,2,6"), "/training.csv line 2: the face's box is 'NULL 2 6 5': must"),
     (annotations, EXP, None, ": 1 of 18 pictures have no partner, the first lacks the annotation of train_set/images"),
-    (annotations, PICTURE, None, f": 1 of 18 annotations have no partner, the first lacks the picture of {EXP}: res"),
+    (
+        annotations,
+        PICTURE,
+        None,
+        f": 1 of 18 annotations have no partner, the first lacks the picture of {EXP}: restore",
+    ),
     (annotations, EXP, lambda text: text[:-1] + "x", f"/{EXP}: holds no number from 0 to 10: restore it"),
     (annotations, f"old/{PICTURE}", str, f"/{PICTURE}: old/{PICTURE} is of the same set and number: keep one copy of"),
     (lambda root: root, "notes.txt", lambda text: "x", NOTHING),

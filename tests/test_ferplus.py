@@ -202,7 +202,7 @@ MISTAKES: list[tuple[Callable[[Path], Path], str, Callable[[str], str] | None, s
     (folders, TRAIN, swap(NAMES[0], "../x.png"), f"/{TRAIN} line 1: '../x.png' must be a plain file name: remove its"),
     (folders, TRAIN, lambda text: text + '"' + "x" * 200_000, f"/{TRAIN} line 25: is not valid CSV ( ... it again"),
     (folders, PICTURE, lambda text: text[:500], f"/{PICTURE}: is truncated or damaged ( ... it with the original"),
-    (folders, PICTURE, lambda _: png(np.zeros((48, 96), np.uint8)), f"/{PICTURE}: is 96x48 pixels instead of 48x48: r"),
+    (folders, PICTURE, lambda _: png(np.zeros((48, 96), np.uint8)), f"/{PICTURE}: is 96x48 pixels instead of 48x48:"),
     (folders, PICTURE, lambda _: png(np.zeros((48, 48), np.uint16)), f"/{PICTURE}: has 16 bits per pixel instead of 8"),
     (folders, PICTURE, lambda _: png(IMAGES[25], "JPEG"), f"/{PICTURE}: is a JPEG, which changes pixels, instead of a"),
     (lambda root: put(root, {"train/sad/1.jpg": "x", "train/happy/1.jpg": "x"}), "train/a.txt", lambda _: "",

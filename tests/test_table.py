@@ -83,7 +83,7 @@ MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
     ("faces/[12].png", None, "/labels.csv line 3: faces/1.png is not there (2 of 6 pictures are missing): restore it"),
     (TABLE, swap("faces/0", "../0"), "/labels.csv line 2: ../0.png is not there: restore it, or give its path"),
     (TABLE, swap("0.png,a", "0.png,"), "/labels.csv line 2: has no label: add it or delete the row"),
-    (TABLE, swap("faces/1", "faces/0"), "/labels.csv line 3: faces/0.png has another label in labels.csv line 2: del"),
+    (TABLE, swap("faces/1", "faces/0"), "/labels.csv line 3: faces/0.png has another label in labels.csv line 2:"),
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,trian\n", "/labels.csv line 2: split is 'trian': must be"),
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,train\nfaces/1.png,a,val\n",
      "/labels.csv line 2: the table has train and val and no test: write test for val"),
