@@ -3,12 +3,13 @@
 import os
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import epochs_done, experiment, free_port, recorded, start_fer, wait_for
+from conftest import ROOT, epochs_done, experiment, free_port, recorded, start_fer, wait_for
 
 from pipelines.processes import MARK, process_id
 
@@ -61,6 +62,25 @@ def kill_when_it_has_started(command: subprocess.Popen, *names: str) -> None:
 def test_a_command_that_is_killed_while_it_starts_leaves_no_process(project: Path, name: str) -> None:
     experiment(project, "small", epochs=400)
     kill_when_it_has_started(start_fer(project, "train", "small"), name)
+
+
+KILLED = """
+import subprocess, time
+from pipelines.guard import guarded
+with guarded():
+    left = subprocess.Popen(["bash", "-c", "env -i sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    print(left.pid, left.stdout.readline().strip(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_guard_ends_also_what_has_lost_its_mark() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout
+        left = driver.stdout.readline().split()
+        assert len(left) == 2
+        driver.kill()
+    wait_for(lambda: [process_id(int(pid)) for pid in left] == left)
 
 
 def test_fer_ui_that_is_killed_leaves_no_server(project: Path) -> None:
