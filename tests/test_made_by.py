@@ -32,80 +32,58 @@ def module_of(project: Path) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A project of a few files of ours, in no repository."""
+def noted(project: Path) -> tuple[Any, Any, str]:
+    made = module_of(project).made_by(CPU, 1)
+    assert len(made["fer"]) == 12
+    return made["commit"], made["changed"], made["fer"]
+
+
+def test_the_commit_is_told_where_there_is_one_and_each_change_of_the_code_has_another_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a project of a few files of ours, wherever the working directory is."""
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copy"
     for name in ("__init__.py", "made_by.py", "errors.py", "data/__init__.py"):
-        (tmp_path / "copy" / "fer" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "fer" / name, tmp_path / "copy" / "fer" / name)
-    (tmp_path / "copy" / "README.md").write_text("A copy.\n")
-    return tmp_path / "copy"
-
-
-@pytest.fixture
-def cloned(copy: Path) -> Path:
-    """The same, committed."""
+        (copy / "fer" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "fer" / name, copy / "fer" / name)
+    (copy / "README.md").write_text("A copy.\n")
+    digest = noted(copy)[2]
+    unknown = ("unknown", "unknown", digest)
+    assert noted(copy) == unknown  # no repository
     git(copy, "init", "--quiet")
+    assert noted(copy) == unknown  # no commit
     git(copy, "add", "--all")
     git(copy, "commit", "--quiet", "--message", "A copy")
-    return copy
+    commit = git(copy, "rev-parse", "HEAD")
+    assert noted(copy) == (commit, False, digest)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert noted(copy) == unknown
+    shutil.copytree(copy / "fer", copy / ".venv" / "fer")  # installed into another project
+    assert noted(copy / ".venv") == unknown
+    assert noted(copy) == (commit, False, digest)  # git does not track the new files
+    (copy / "README.md").write_text("Changed.\n")
+    assert noted(copy) == (commit, True, digest)
+    hashes = {digest}
+    new = copy / "fer/new.py"
+    for change in (lambda: (copy / "fer/data/__init__.py").write_text("#"), new.touch, lambda: new.rename(f"{new}.py")):
+        change()
+        hashes.add(noted(copy)[2])
+    assert len(hashes) == 4
 
 
-def test_a_clean_clone_names_its_commit_from_any_working_directory(
-    cloned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    module = module_of(cloned)
-    made = module.made_by(torch.device("cuda", 1), 3)
-    assert (made["commit"], made["changed"]) == (git(cloned, "rev-parse", "HEAD"), False)
-    assert (made["torch"], made["python"]) == (torch.__version__, platform.python_version())
-    assert (made["device"], made["threads"]) == ("GPU 1", 3)
-    assert json.loads(json.dumps(made)) == made
-
-
-def test_the_hash_sees_changed_new_and_renamed_modules_and_git_what_it_tracks(cloned: Path) -> None:
-    seen = []
-    for name, change in (
-        ("README.md", None), ("notes.txt", "new"), ("README.md", "# changed"), ("fer/data/__init__.py", "# changed"),
-        ("fer/new.py", ""), ("fer/newer.py", ""),
-    ):  # fmt: skip
-        if name == "fer/newer.py":
-            (cloned / "fer/new.py").rename(cloned / name)
-        elif change is not None:
-            (cloned / name).write_text(change)
-        made = module_of(cloned).made_by(CPU, 1)
-        seen.append((made["commit"], made["changed"], made["fer"]))
-    assert {commit for commit, _, _ in seen} == {git(cloned, "rev-parse", "HEAD")}
-    assert [changed for _, changed, _ in seen] == [False, False, True, True, True, True]
-    hashes = [digest for _, _, digest in seen]
-    assert hashes[0] == hashes[1] == hashes[2]
-    assert len(set(hashes)) == 4
-
-
-@pytest.mark.parametrize("where", ["no repository", "no commit", "no git", "another project"])
-def test_what_cannot_be_known(where: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if where != "no repository":
-        git(copy, "init", "--quiet")
-    if where == "another project":
-        git(copy, "add", "--all")
-        git(copy, "commit", "--quiet", "--message", "A copy")
-    if where == "no git":
-        monkeypatch.setenv("PATH", "")
-    if where == "another project":  # into which it was installed
-        shutil.copytree(copy / "fer", copy / ".venv" / "fer")
-        copy = copy / ".venv"
-    made = module_of(copy).made_by(CPU, 1)
-    assert (made["commit"], made["changed"], len(made["fer"])) == ("unknown", "unknown", 12)
-
-
-def test_the_name_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Path.read_text
     monkeypatch.setattr(platform, "processor", lambda: "x86")
+    read = Path.read_text
     for text, name in (("model name\t: Fast 9000: x\n", "Fast 9000: x"), ("processor\t: 0\n", "x86")):
 
         def read_text(path: Path, *words: Any, text: str = text, **named: Any) -> str:
             return text if path == Path("/proc/cpuinfo") else read(path, *words, **named)
 
         monkeypatch.setattr(Path, "read_text", read_text)
-        assert module_of(ROOT).made_by(CPU, 1)["cpu"] == name
+        made = module_of(ROOT).made_by(torch.device("cuda", 1), 3)
+        assert (made["device"], made["threads"], made["cpu"]) == ("GPU 1", 3, name)
+        assert (made["torch"], made["python"]) == (torch.__version__, platform.python_version())
+        assert json.loads(json.dumps(made)) == made

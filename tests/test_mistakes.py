@@ -75,32 +75,28 @@ def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: H
     run = experiment(project, "one", {"device": "cpu"}, epochs=1)
     folder = fit("one", run, CPU, "data", "data/runs")
     evaluate(folder, "data", CPU)
-    other = folder.with_name("other-s1-00000000")
-    shutil.copytree(folder, other)
-    (other / "summary.json").write_text('{"run_id": "other"')
+    other = shutil.copytree(folder, folder.with_name("other-s1-00000000"))
     (project / "data/runs/notes.txt").touch()
-    done = here("compare")
-    assert done.returncode == 2
-    assert folder.name in done.stdout
-    remedy = f"delete it and run `fer evaluate {other.name}`"
-    assert done.stderr == f"error: data/runs/{other.name}/summary.json: not valid JSON; {remedy}\n"
-    assert here("evaluate", "other").returncode == 2
-    (other / "summary.json").unlink()
-    assert here("compare").returncode == 0
-    damaged = Path("data/folds/one.folds3-s1-00000000/summary.json")
-    damaged.parent.mkdir(parents=True)
-    damaged.write_text("{")
-    done = here("compare")
-    assert folder.name in done.stdout
-    assert done.stderr.startswith(f"error: {damaged}: not valid JSON; delete it and run `fer train`")
+    sums = Path("data/folds/one.folds3-s1-00000000")
+    sums.mkdir(parents=True)
+    for damaged, remedy in (
+        (other, f"delete it and run `fer evaluate {other.name}`"),
+        (sums, "delete it and run `fer t"),
+    ):
+        (damaged / "summary.json").write_text("{")
+        done = here("compare")
+        told = f"error: {damaged}/summary.json: not valid JSON; {remedy}"
+        assert (done.returncode, folder.name in done.stdout, done.stderr[: len(told)]) == (2, True, told)
+        assert damaged == sums or here("evaluate", "other").returncode == 2
+        (damaged / "summary.json").unlink()
+        assert here("compare").returncode == 0
     # without best/ the same command would find everything trained, and nothing to evaluate
     shutil.rmtree(folder / "best")
     (folder / "summary.json").unlink()
     done = here("evaluate", "one")
-    assert (done.returncode, done.stderr) == (
-        2, f"error: data/runs/{folder.name}/best: no checkpoint there (checkpoint.json is missing); "
-           f"delete data/runs/{folder.name} and train again\n",
-    )  # fmt: skip
+    best = f"data/runs/{folder.name}/best: no checkpoint there (checkpoint.json is missing)"
+    told = f"error: {best}; delete data/runs/{folder.name} and train again\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 def test_a_test_split_that_is_wrong_is_told_before_anything_starts(project: Path, here: Here) -> None:
