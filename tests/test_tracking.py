@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,16 @@ def test_a_run_that_ends_early_has_its_reason_and_commit_and_the_next_try_contin
         assert run.data.tags.get("mlflow.source.git.commit") == commit
         assert not tracker.recorded(folder)
     again = Tracker(tracker.uri, "test")  # by the next command, as no run begins in a process that leaves
+    sent, send = list[str](), again.client.log_batch
+
+    def log_batch(run_id: str, metrics: Sequence[mlflow.entities.Metric] = (), **more: Any) -> None:
+        sent.extend(metric.key for metric in metrics)
+        send(run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(again.client, "log_batch", log_batch)
     record(again, folder, lambda: (folder / "metrics.jsonl").write_text(rows))
+    order = [key for key in sent if key in ("val_accuracy", "final/test_accuracy")]
+    assert order == ["val_accuracy", "val_accuracy", "final/test_accuracy"]
     assert statuses(tracker) == {folder.name: "FINISHED"}
     assert "fer.error" not in only_run(tracker).data.tags
     assert [step for step, _ in points(tracker)] == [1, 2]
