@@ -7,19 +7,21 @@ import json
 import os
 import sys
 import threading
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.spinner import Spinner
 from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error, one_line
@@ -32,12 +34,46 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on silently if nobody reads on, as in `fer train NAME | head`; rich would exit."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+console = _Console(width=None if sys.stdout.isatty() else 120)
 Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings to change in all of them."),
 ]
 RUNS = Path("data/runs")
+Command = TypeVar("Command", bound=Callable[..., Any])
+STARTING = "Starting Prefect, Ray and MLflow ..."
+
+
+@contextmanager
+def _doing(what: str) -> Iterator[None]:
+    """Say what takes seconds: in a moving line on a terminal, elsewhere in one line at the start."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(what, style="dim", highlight=False)
+        yield
+
+
+def _with_torch(command: Command) -> Command:
+    """A command that needs torch, whose import takes seconds: on a terminal something moves meanwhile."""
+
+    @wraps(command)
+    def imported(*words: Any, **named: Any) -> Any:
+        with console.status("Starting"):
+            importlib.import_module("fer.evaluate")
+        return command(*words, **named)
+
+    return cast("Command", imported)
 
 
 def _version(wanted: bool) -> None:
@@ -74,6 +110,7 @@ app.add_typer(checks, name="data")
 
 
 @app.command()
+@_with_torch
 def train(
     words: Words = None,
     every: Annotated[bool, typer.Option("--all", help="All experiments in experiments/.")] = False,
@@ -101,11 +138,12 @@ def train(
 
 
 def _train(words: list[str], folds: str | None) -> None:
-    flow = _start_frameworks()
-    from pipelines import report
-    from pipelines.folds import added
+    with _doing(STARTING):
+        flow = _start_frameworks()
+        from pipelines import report
+        from pipelines.folds import added
 
-    jobs, tracker = flow.prepare(words, folds)
+        jobs, tracker = flow.prepare(words, folds)
     folders, failed = [job.folder for job in jobs.values()], {}
     if all(flow.recorded(job, tracker) for job in jobs.values()) and (
         folds is None or flow.sums_recorded(jobs, tracker)
@@ -129,7 +167,6 @@ def _train(words: list[str], folds: str | None) -> None:
 
 def _start_frameworks() -> Any:
     """The module `pipelines.flow`, whose frameworks take seconds to import."""
-    console.print("Starting Prefect, Ray and MLflow ...", style="dim")
     # the bars and the table show it better; Prefect's UI has the whole log
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     with one_line("Prefect, Ray or MLflow does not start", "correct its variables (PREFECT_..., RAY_..., MLFLOW_...)"):
@@ -174,6 +211,7 @@ def _print_experiments() -> None:
 
 
 @app.command()
+@_with_torch
 def config(words: Words = None) -> None:
     """Show every setting of an experiment: its value, where it comes from, and its meaning."""
     from pipelines import experiments
@@ -204,6 +242,7 @@ def _print_settings(found: Any) -> None:
 
 
 @app.command()
+@_with_torch
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run id, or its first characters.")],
     on: Annotated[
@@ -227,7 +266,8 @@ def _evaluate(run: str) -> None:
     before = read_summary(folder)
     if before is not None and (again := outdated(before, open_data("data"))):
         console.print(f"{folder.name}: {again}", style="yellow")
-    summary = evaluate_run(folder, "data", load().resources)
+    with _doing(f"Evaluating {folder.name}"):
+        summary = evaluate_run(folder, "data", load().resources)
     _print_table([summary])
     table = Table("class", "test images", "recall %", "most often mistaken for", title="Test, class by class")
     confusion = summary["test"]["confusion"]
@@ -247,7 +287,8 @@ def _evaluate_on(run: str, on: Path) -> None:
 
     folder, params = _find(run), load()
     with held(folder):
-        result = evaluate_across(folder, on, params.resources.device)
+        with _doing(f"Evaluating {folder.name} on {on}"):
+            result = evaluate_across(folder, on, params.resources.device)
         rows = report.across_rows(result)
         table = _table(f"{folder.name} on {result['dataset']}", *list(rows[0])[1:])
         for row in rows:
@@ -256,13 +297,15 @@ def _evaluate_on(run: str, on: Path) -> None:
         console.print(report.across_note(result), highlight=False, markup=False)
         path = result_of(folder, result["dataset"], result["hash"])
         console.print(f"Predictions, confusion matrices: [bold]{path.with_suffix('.*')}[/]")
-        from pipelines.tracking import Tracker
+        with _doing("Recording it in MLflow"):
+            from pipelines.tracking import Tracker
 
-        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
-        tracker.record_across(folder, result, [path, path.with_suffix(".csv")])
+            tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+            tracker.record_across(folder, result, [path, path.with_suffix(".csv")])
 
 
 @app.command()
+@_with_torch
 def ensemble(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, or the start of several ids.")],
     mirror: Annotated[bool, typer.Option("--mirror", help="Each network also sees the mirrored face.")] = False,
@@ -278,8 +321,8 @@ def ensemble(
     if twice := {folder.name for folder in chosen if chosen.count(folder) > 1}:
         raise UserError(f"{', '.join(sorted(twice))}: named twice; give more of the other ids")
     params = load()
-    console.print(f"Averaging {', '.join(folder.name for folder in chosen)} ...", style="dim", highlight=False)
-    folder = combine(chosen, "data", params.resources, mirror)
+    with _doing(f"Averaging {', '.join(folder.name for folder in chosen)} ..."):
+        folder = combine(chosen, "data", params.resources, mirror)
     _record_made(folder, params)
     found = [summary for one in (*chosen, folder) if (summary := read_summary(one)) is not None]
     _print_table(found)
@@ -291,19 +334,22 @@ def _record_made(folder: Path, params: Any) -> None:
     from fer.formats import read_run
     from fer.run_folder import CONFIG, read_config
     from pipelines.experiments import Job
-    from pipelines.tracking import Tracker
 
-    tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
-    if tracker.recorded(folder):
-        return
-    content, data = read_config(folder), open_data("data")
-    run = read_run(content, folder / CONFIG)
-    job = Job(content["name"], run, params.resources, folder, content["start"])
-    with tracker.record(job, {**data.summary, "hash": data.hash}):
-        console.print("Recording and registering it", style="dim")
+    with _doing("Recording and registering it"):
+        from pipelines.tracking import Tracker
+
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
+        if tracker.recorded(folder):
+            return
+        content, data = read_config(folder), open_data("data")
+        run = read_run(content, folder / CONFIG)
+        job = Job(content["name"], run, params.resources, folder, content["start"])
+        with tracker.record(job, {**data.summary, "hash": data.hash}):
+            pass
 
 
 @app.command()
+@_with_torch
 def compare(
     runs: Annotated[
         list[str] | None,
@@ -338,7 +384,8 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
     except UserError as error:
         data = None
         console.print(f"Copies of a photograph count as images of their own: {error}", style="yellow")
-    found = [side.scores() for side in sides]
+    with console.status("Comparing"):
+        found = [side.scores() for side in sides]
     scores = _table("mean over seeds", *found[0])
     for side, values in zip(sides, found):
         scores.add_row(side.name, *(f"{value:.4f}" for value in values.values()))
@@ -347,7 +394,8 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
     for name, row in zip(sides[0].classes, zip(*(side.recalls() for side in sides))):
         recalls.add_row(name, *(_percents(recall) for recall in row))
     console.print(recalls)
-    pairs = comparison.pairs(sides, data)
+    with console.status("Comparing"):
+        pairs = comparison.pairs(sides, data)
     if pairs:
         _print_pairs(pairs)
     if report is not None:
@@ -366,7 +414,7 @@ def _attach(page: Path, folders: list[Path]) -> None:
     tracking = load().tracking
     if is_missing(tracking_uri(tracking.uri)):
         return
-    with console.status("Logging it to the runs in MLflow"):
+    with _doing("Logging it to the runs in MLflow"):
         from pipelines.tracking import Tracker
 
         known = Tracker(tracking.uri, tracking.experiment).attach(page, folders)
@@ -437,6 +485,7 @@ def _compare_all() -> None:
 
 
 @app.command()
+@_with_torch
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="Pictures, videos, animations, or folders of them.")],
     run: Annotated[
@@ -467,6 +516,8 @@ def predict(
     from fer.faces.predict import predict as faces_of
     from fer.predict import Predictor
 
+    if not console.is_terminal:
+        console.print(f"Reading {len(files)} file(s)", style="dim", highlight=False)
     detector = None if cropped else detect.build_detector(yunet)
     predictor = Predictor(_model(run), device)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True) as bar:
@@ -495,6 +546,7 @@ def _model(run: str | None) -> Path:
 
 
 @app.command()
+@_with_torch
 def export(
     run: Annotated[str | None, typer.Argument(help="A run id, or the start of one; the champion by default.")] = None,
     to: Annotated[
@@ -507,7 +559,7 @@ def export(
 
     folder = _model(None) if run is None else _find(run)
     target = out or Path("exports") / (folder.name if to == "folder" else f"{folder.name}.onnx")
-    with console.status(f"Writing {target}"):
+    with _doing(f"Writing {target}"):
         if to == "folder":
             exporting.write_folder(folder, target)
         else:
@@ -524,6 +576,7 @@ Reason = Annotated[str, typer.Option(help="Why, for the history.")]
 
 
 @app.command()
+@_with_torch
 def promote(
     version: Annotated[str, typer.Argument(help="A version, `challenger`, or a run id or its first characters.")],
     reason: Reason = "",
@@ -536,6 +589,7 @@ def promote(
 
 
 @app.command()
+@_with_torch
 def rollback(reason: Reason = "", dataset: Dataset = None) -> None:
     """Make the champion before this one champion again."""
     name, tracker = _registered(dataset)
@@ -544,6 +598,7 @@ def rollback(reason: Reason = "", dataset: Dataset = None) -> None:
 
 
 @app.command()
+@_with_torch
 def registry(dataset: Dataset = None) -> None:
     """Show the history of the registered model: every decision about its champion, and the evidence."""
     from datetime import datetime
@@ -578,7 +633,7 @@ def _registered(dataset: str | None) -> tuple[str, Any]:
         raise UserError(f"--dataset {dataset}: should be the name of a data set, as {params.data.dataset}")
     if is_missing(uri := tracking_uri(params.tracking.uri)):
         raise UserError(f"tracking.uri: {uri}: nothing is recorded there yet; train a run with `fer train`")
-    with console.status("Asking MLflow"):
+    with _doing("Asking MLflow"):
         from pipelines.tracking import Tracker
 
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
@@ -592,6 +647,7 @@ def _print_move(name: str, record: Any) -> None:
 
 
 @app.command()
+@_with_torch
 def models(words: Words = None) -> None:
     """Show the cost of the experiments' networks and where their weights come from; all without a name."""
     from fer.data.labels import CLASSES
@@ -662,13 +718,14 @@ def upscale_gallery(
 
 
 @checks.command(name="check")
+@_with_torch
 def data_check() -> None:
     """Look for copies, doubtful labels, blank images and people on two sides; write data/check.json and check.html."""
     from fer.data.check import check
     from fer.data.images import open_images
     from pipelines import check_page
 
-    with console.status("Reading data/raw and data/splits ..."):
+    with _doing("Reading data/raw and data/splits ..."):
         found = check("data")
     drawn = found["dataset"] == "sample"  # real faces are private
     images = open_images("data/raw/images.npy", "download") if drawn else None
@@ -682,6 +739,7 @@ def data_check() -> None:
 
 
 @sweeps.command(name="run")
+@_with_torch
 def sweep_run(
     words: Annotated[list[str], typer.Argument(metavar="NAME|FILE [KEY=VALUE]...", help="A sweep, and changes to it.")],
     new: Annotated[bool, typer.Option("--new", help="Start another sweep if the settings have changed.")] = False,
@@ -698,10 +756,11 @@ def sweep_run(
 
 
 def _sweep(words: list[str], new: bool) -> None:
-    flow = _start_frameworks()
-    from pipelines.sweeps import folder as sweep_folder
+    with _doing(STARTING):
+        flow = _start_frameworks()
+        from pipelines.sweeps import folder as sweep_folder
 
-    plan, tracker = flow.prepare_sweep(words, new)
+        plan, tracker = flow.prepare_sweep(words, new)
     if flow.sweep_recorded(plan, tracker):
         console.print(f"Nothing to do: {plan.folder.name} is complete; raise trials or hours to continue.")
     else:
@@ -718,6 +777,7 @@ def _sweep(words: list[str], new: bool) -> None:
 
 
 @sweeps.command(name="status")
+@_with_torch
 def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all sweeps by default.")] = None) -> None:
     """Show the trials of a sweep and the best so far, even while it is running."""
     from pipelines.sweeps import folder as sweep_folder
@@ -739,6 +799,7 @@ def sweep_status(name: Annotated[str | None, typer.Argument(help="A sweep; all s
 
 
 @sweeps.command(name="apply")
+@_with_torch
 def sweep_apply(
     name: Annotated[str, typer.Argument(help="A finished sweep.")],
     new_name: Annotated[
@@ -761,6 +822,7 @@ def sweep_apply(
 
 
 @app.command()
+@_with_torch
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.", min=1, max=65535)] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect.", min=1, max=65535)] = 4200,
@@ -769,11 +831,13 @@ def ui(
     from fer.errors import without_password
     from pipelines.guard import guarded
     from pipelines.params import load
-    from pipelines.tracking import Tracker
     from pipelines.ui import Server, serve
 
     tracking = load().tracking
-    tracker = Tracker(tracking.uri, tracking.experiment)
+    with _doing("Starting MLflow and Prefect"):
+        from pipelines.tracking import Tracker
+
+        tracker = Tracker(tracking.uri, tracking.experiment)
     servers = []
     if tracker.uri.startswith("http"):
         console.print(f"MLflow: {without_password(tracker.uri).rstrip('/')}{tracker.page}", soft_wrap=True)
@@ -794,11 +858,11 @@ def _server(program: str, port: int, *words: str) -> list[str]:
 
 
 class _Board:
-    """A live table of a sweep's trials, drawn from the files that they write."""
+    """A live table of a sweep's trials, drawn from the files that they write; without a terminal a line per trial."""
 
     def __init__(self, folder: Path):
         self.folder, self.stop = folder, threading.Event()
-        self.live = Live(console=console, auto_refresh=False, transient=True)
+        self.live = Live(console=console, transient=True)
 
     def __enter__(self) -> None:
         self.live.start()
@@ -811,10 +875,15 @@ class _Board:
         self.live.stop()
 
     def _follow(self) -> None:
+        spinner, said = Spinner("dots"), ""
         while not self.stop.wait(1.0):
-            if console.is_terminal:
-                with suppress(UserError):  # the sweep itself tells
-                    self.live.update(_trials_table(self.folder), refresh=True)
+            with suppress(UserError):  # the sweep itself tells
+                table = _trials_table(self.folder)
+                if console.is_terminal:
+                    self.live.update(Group(table, spinner))
+                elif table.caption and (line := str(table.caption).partition(";")[0]) != said:
+                    said = line
+                    console.print(line, style="dim")
 
 
 def _trials_table(folder: Path) -> Table:
@@ -851,11 +920,15 @@ def _print_result(folder: Path) -> None:
 
 
 class _Bars:
-    """A progress bar per run, drawn from the files that the runs write, so it works for runs on any machine."""
+    """A progress bar per run, drawn from the files that the runs write, so it works for runs on any machine.
+
+    Without a terminal there is a line for each epoch instead.
+    """
 
     def __init__(self, folders: list[Path]):
         self.folders, self.stop = folders, threading.Event()
         self.progress = Progress(
+            SpinnerColumn(),
             TextColumn("{task.fields[run]}"),
             BarColumn(bar_width=20),
             TextColumn("epoch"),
@@ -867,6 +940,9 @@ class _Bars:
     def __enter__(self) -> None:
         self.progress.start()
         self.tasks = [self.progress.add_task("", total=None, run=path.name, news="waiting") for path in self.folders]
+        self.told = dict.fromkeys(self.folders, 0)  # epochs
+        if not console.is_terminal:
+            console.print(f"Training {len(self.folders)} run(s)", style="dim")
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
 
@@ -888,6 +964,12 @@ class _Bars:
                 continue
             if now is None:
                 continue
+            if len(rows) > self.told[folder] and not console.is_terminal:
+                self.told[folder] = len(rows)
+                line = f"{folder.name}: epoch {len(rows)} of {now['epochs']}"
+                console.print(
+                    f"{line}, val accuracy {100 * rows[-1]['val_accuracy']:.2f} %", style="dim", soft_wrap=True
+                )
             done = now["epoch"] + now["step"] / now["steps"]
             news = f"val accuracy {100 * max(row['val_accuracy'] for row in rows):.2f} %" if rows else "training"
             if summary is not None:

@@ -198,6 +198,8 @@ def progress(trials: list[Trial], about: dict[str, Any], running: bool) -> str:
     """How far a sweep is, and the best trial so far. `about`: sweep.json."""
     ended, best = [trial for trial in trials if trial.state != RUNNING], best_of(trials)
     parts = [f"{len(ended)} of {about['budget']['trials']} trials finished"]
+    if running and len(ended) >= about["budget"]["trials"]:
+        parts[0] += ", confirming the best"
     if best is not None:
         parts.append(f"best so far {_percent(best.best)} % (trial {best.number})")
     minutes = sum(trial.seconds for trial in trials) / 60

@@ -224,8 +224,10 @@ def test_the_commands(project: Path, empty_store: Path, here: Callable[..., subp
     for number, accuracy in ((1, 0.5), (2, 0.6)):
         record(Registry(MlflowClient()), "fer-sample", *made, accuracy, f"small-s{number}")
     moved = here("promote", "1", "--reason", "smaller").stdout
-    assert moved.splitlines() == ["models:/fer-sample@champion: version 1, small-s1 (before: version 2)", "smaller"]
-    assert here("rollback").stdout.startswith("models:/fer-sample@champion: version 2, small-s2 (before: version 1)")
+    assert moved.splitlines()[1:] == ["models:/fer-sample@champion: version 1, small-s1 (before: version 2)", "smaller"]
+    assert here("rollback").stdout.startswith(
+        "Asking MLflow\nmodels:/fer-sample@champion: version 2, small-s2 (before: version 1)"
+    )
     shown = here("registry").stdout
     lines = [line.split()[2:4] for line in shown.splitlines() if line.startswith("  20")]
     assert lines == [["1", "promote"], ["2", "promote"], ["1", "by"], ["2", "rollback"]]

@@ -97,7 +97,7 @@ def test_a_sweep_from_search_to_model(
     killed.communicate()
     wait_for(lambda: not any(is_held(path) for path in folder.glob("runs/*")))
     before = {trial.folder.name: trial.rows for trial in sweeps.read_trials(folder)}
-    sweep()
+    assert re.search(r"\d of \d trials finished", sweep())
 
     found = check_books(project, folder)
     for trial in found:
