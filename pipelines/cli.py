@@ -4,6 +4,7 @@ import gc
 import importlib
 import io
 import json
+import logging
 import os
 import sys
 import threading
@@ -169,6 +170,9 @@ def _start_frameworks() -> Any:
     """The module `pipelines.flow`, whose frameworks take seconds to import."""
     # the bars and the table show it better; Prefect's UI has the whole log
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    # if its server dies, our own line says so; Prefect would say it for each event and batch of its log
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False
     with one_line("Prefect, Ray or MLflow does not start", "correct its variables (PREFECT_..., RAY_..., MLFLOW_...)"):
         return importlib.import_module("pipelines.flow")
 

@@ -192,8 +192,8 @@ def test_a_command_whose_prefect_server_is_killed_ends_in_one_line_and_costs_no_
     (server,) = (child for child in children if any("prefect.server" in word for word in child.cmdline()))
     server.kill()
     _, said = running.communicate(timeout=250)
-    assert (running.returncode, "Traceback" in said) == (2, False)
-    assert "error: Prefect's server no longer answers ([Errno 111] Connection refused); the runs are safe" in said
+    assert (running.returncode, said.count("\n")) == (2, 1), said
+    assert said.startswith("error: Prefect's server no longer answers ([Errno 111] Connection refused); the runs are ")
     assert here("train", "small").returncode == 0
     assert recorded(project) == {"small": finished(30)}
 
