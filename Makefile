@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,onnx,dev]'
 	@touch $@
 
-data: $(READY)  ## Check what data.path holds, then make the data set that params.yaml names
+data: $(READY)  ## Check the files of the data sets that params.yaml names, then prepare them
 	python -m pipelines.stages.inputs
 	dvc repro
 
@@ -56,5 +56,4 @@ format: $(READY)  ## Format the code
 	ruff format .
 
 clean:  ## Remove all outputs but the installation: data, runs, sweeps, exports, logs, MLflow and Prefect databases
-	rm -rf data/raw data/upscaled data/splits data/runs data/folds data/sweeps data/logs data/*.partial data/.lock \
-	  data/images.verified.json data/upscale_gallery.png data/check.json data/check.html exports dvc_plots mlflow.db mlruns mlartifacts .prefect
+	rm -rf data/sets data/runs data/folds data/sweeps data/logs exports dvc_plots mlflow.db mlruns mlartifacts .prefect

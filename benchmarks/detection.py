@@ -35,8 +35,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run or a checkpoint")
     parser.add_argument("--yunet", type=Path)
     parser.add_argument("--faces", type=int, default=600)
+    parser.add_argument("--data", type=Path, default=Path("data/sets/ferplus"), help="folder of the prepared data set")
     asked = parser.parse_args()
-    test = open_data("data").split("test")
+    test = open_data(asked.data).split("test")
     rng = np.random.default_rng(1)
     chosen = rng.permutation(len(test))[: asked.faces]
     faces, labels = test.pixels(chosen).numpy(), test.labels.numpy()[chosen]

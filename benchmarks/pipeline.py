@@ -30,7 +30,8 @@ from pipelines.params import load, machine
 
 _, name, *changes = sys.argv[1:]
 found = experiments.load([name, *changes], machine(load()))[name]
-evaluate(fit(name, found.run, found.resources, "data", "data/runs"), "data", found.resources)
+data = "data/sets/sample"
+evaluate(fit(name, found.run, found.resources, data, "data/runs"), data, found.resources)
 """
 
 
@@ -40,7 +41,7 @@ def project(images: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(ROOT / "params.yaml", folder)
         shutil.copytree(ROOT / "experiments", Path(folder) / "experiments")
-        write_faces(Path(folder) / "data", 48, train=images, val=images // 8, test=images // 8)
+        write_faces(Path(folder) / "data/sets/sample", 48, train=images, val=images // 8, test=images // 8)
         yield Path(folder)
 
 

@@ -53,7 +53,7 @@ class Across(Stored):
 
 
 def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto") -> dict[str, Any]:
-    """Predict the test split in `other`, the `data` folder of another project, with the best checkpoint of a run.
+    """Predict the test split in `other`, the folder of another data set, with the best checkpoint of a run.
 
     Writes on/<data set>-<hash>.csv and, last, the .json beside it, which it returns; if that is there, it is only read.
     Train and val of `other` are never read. Its images are prepared as `Predictor` does it. Raises UserError if the run
@@ -63,7 +63,7 @@ def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto")
     summary, data = read_summary(folder), open_data(other)
     if summary is None:
         raise UserError(f"{folder}: is not finished; run `fer evaluate {folder.name}` first")
-    path = result_of(folder, data.summary["dataset"], _hash(data))
+    path = result_of(folder, data.summary["set"], _hash(data))
     try:
         return read(Across, path, "delete it and run the command again")
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto")
     result = {
         "run_id": summary["run_id"],
         "name": summary["name"],
-        "dataset": data.summary["dataset"],
+        "dataset": data.summary["set"],
         "hash": _hash(data),
         "test_hash": data.test_hash,
         **_coverage(found, data.classes, split),

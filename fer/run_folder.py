@@ -68,6 +68,8 @@ class About(Stored):
     """Which data a run was trained on."""
 
     dataset: str
+    set: str | None = None
+    """What its project calls it; runs of earlier versions do not know."""
     fold: Annotated[str, Field(pattern=r"^[1-9]\d*/([1-9]\d*|subjects)$")] | None = None
     label_mode: str = ""
     image_shape: Annotated[list[Positive], Field(min_length=2)]
@@ -119,6 +121,7 @@ class Began(Stored):
 
     format: Positive = 1
     config: dict[str, Any]
+    data: About
     data_hash: str
 
 
@@ -142,6 +145,11 @@ def read_rows(folder: Path, remedy: str | None = None) -> list[dict[str, Any]]:
     Raises UserError, with the `remedy`, if it is damaged.
     """
     return read_lines(Row, folder / METRICS, remedy or from_checkpoints(folder))
+
+
+def data_name(about: dict[str, Any]) -> str:
+    """What the project of a run calls its data set; `about`: what the run's files say of its data."""
+    return str(about.get("set") or about["dataset"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

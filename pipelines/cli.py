@@ -27,7 +27,7 @@ from rich.table import Column, Table
 
 from fer.errors import UserError, disk_error, one_line
 from fer.files import held, is_held, write_bytes
-from fer.run_folder import named, read_progress, read_rows, read_summary
+from fer.run_folder import data_name, named, read_progress, read_rows, read_summary
 
 app = typer.Typer(
     help="Facial-expression-recognition experiments. `dvc repro` prepares the data; experiments/ is what to train.",
@@ -250,7 +250,7 @@ def _print_settings(found: Any) -> None:
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run id, or its first characters.")],
     on: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The data folder of another project, whose test split to use.")
+        str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set, here or prepared by another project.")
     ] = None,
 ) -> None:
     """Show a finished run's results on val and test, class by class; with --on, on the test split of other data."""
@@ -267,11 +267,11 @@ def _evaluate(run: str) -> None:
     from pipelines.params import load
 
     folder = _find(run)
-    before = read_summary(folder)
-    if before is not None and (again := outdated(before, open_data("data"))):
+    before, data = read_summary(folder), _data_of(folder)
+    if before is not None and (again := outdated(before, open_data(data))):
         console.print(f"{folder.name}: {again}", style="yellow")
     with _doing(f"Evaluating {folder.name}"):
-        summary = evaluate_run(folder, "data", load().resources)
+        summary = evaluate_run(folder, data, load().resources)
     _print_table([summary])
     table = Table("class", "test images", "recall %", "most often mistaken for", title="Test, class by class")
     confusion = summary["test"]["confusion"]
@@ -284,15 +284,25 @@ def _evaluate(run: str) -> None:
     console.print(f"Predictions, confusion matrix, checkpoint: [bold]{folder}[/]")
 
 
-def _evaluate_on(run: str, on: Path) -> None:
+def _data_of(folder: Path) -> Path:
+    """The folder of the data set that a run was trained on."""
+    from fer.run_folder import read_config
+    from pipelines.data_sets import folder_of_run
+    from pipelines.params import load
+
+    return folder_of_run(load(), read_config(folder)["data"])
+
+
+def _evaluate_on(run: str, on: str) -> None:
     from fer.across import evaluate_across, result_of
-    from pipelines import report
+    from pipelines import data_sets, report
     from pipelines.params import load
 
     folder, params = _find(run), load()
+    other = Path(on) if Path(on).is_dir() else data_sets.folder_of(params, on, "--on")
     with held(folder):
         with _doing(f"Evaluating {folder.name} on {on}"):
-            result = evaluate_across(folder, on, params.resources.device)
+            result = evaluate_across(folder, other, params.resources.device)
         rows = report.across_rows(result)
         table = _table(f"{folder.name} on {result['dataset']}", *list(rows[0])[1:])
         for row in rows:
@@ -326,7 +336,7 @@ def ensemble(
         raise UserError(f"{', '.join(sorted(twice))}: named twice; give more of the other ids")
     params = load()
     with _doing(f"Averaging {', '.join(folder.name for folder in chosen)} ..."):
-        folder = combine(chosen, "data", params.resources, mirror)
+        folder = combine(chosen, _data_of(chosen[0]), params.resources, mirror)
     _record_made(folder, params)
     found = [summary for one in (*chosen, folder) if (summary := read_summary(one)) is not None]
     _print_table(found)
@@ -345,9 +355,9 @@ def _record_made(folder: Path, params: Any) -> None:
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
         if tracker.recorded(folder):
             return
-        content, data = read_config(folder), open_data("data")
+        content, data = read_config(folder), open_data(_data_of(folder))
         run = read_run(content, folder / CONFIG)
-        job = Job(content["name"], run, params.resources, folder, content["start"])
+        job = Job(content["name"], run, params.resources, data.folder, folder, content["start"])
         with tracker.record(job, {**data.summary, "hash": data.hash}):
             pass
 
@@ -384,7 +394,7 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
     sides = [comparison.side(word, RUNS) for word in words]
     _print_table([summary for side in sides for summary in side.summaries])
     try:
-        data = open_data("data")
+        data = open_data(_data_of(sides[0].folders[0]))
     except UserError as error:
         data = None
         console.print(f"Copies of a photograph count as images of their own: {error}", style="yellow")
@@ -475,7 +485,7 @@ def _compare_all() -> None:
         by_data.setdefault(summary["data_hash"], []).append(summary)
     for data_hash, group in by_data.items():
         data = group[0]["data"]
-        title = f"{data['dataset']}, {data.get('label_mode', '')} labels, data {data_hash}"
+        title = f"{data_name(data)}, {data.get('label_mode', '')} labels, data {data_hash}"
         _print_table(group, title=title + ("" if format_of(group[0]) == FORMAT else f", format {format_of(group[0])}"))
         row = DATASETS.get(data["dataset"])
         if row is not None and row.published:
@@ -574,7 +584,7 @@ def export(
 
 
 Dataset = Annotated[
-    str | None, typer.Option(help="The data set whose registered model is meant; the one in params.yaml by default.")
+    str | None, typer.Option(help="The data set whose registered model is meant; the first in params.yaml by default.")
 ]
 Reason = Annotated[str, typer.Option(help="Why, for the history.")]
 
@@ -628,20 +638,19 @@ def registry(dataset: Dataset = None) -> None:
 
 def _registered(dataset: str | None) -> tuple[str, Any]:
     """The name of a data set's registered model, and the tracker."""
-    from pipelines.experiments import NAME
-    from pipelines.params import load
+    from pipelines.params import NAME, load
     from pipelines.store import is_missing, tracking_uri
 
     params = load()
     if dataset is not None and not NAME.fullmatch(dataset):
-        raise UserError(f"--dataset {dataset}: should be the name of a data set, as {params.data.dataset}")
+        raise UserError(f"--dataset {dataset}: should be the name of a data set, as {params.chosen(None)}")
     if is_missing(uri := tracking_uri(params.tracking.uri)):
         raise UserError(f"tracking.uri: {uri}: nothing is recorded there yet; train a run with `fer train`")
     with _doing("Asking MLflow"):
         from pipelines.tracking import Tracker
 
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
-    return f"fer-{dataset or params.data.dataset}", tracker
+    return f"fer-{dataset or params.chosen(None)}", tracker
 
 
 def _print_move(name: str, record: Any) -> None:
@@ -688,8 +697,12 @@ def models(words: Words = None) -> None:
         raise UserError(*missing)
 
 
+Prepared = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A data set; the first in params.yaml if none.")]
+
+
 @app.command()
 def upscale_gallery(
+    name: Prepared = None,
     faces: Annotated[int, typer.Option(help="How many faces, evenly spaced in the data.", min=1, max=100)] = 6,
 ) -> None:
     """Draw the same faces enlarged by every super-resolution method whose weights are available."""
@@ -698,23 +711,25 @@ def upscale_gallery(
     from fer.data.charts import contact_sheet
     from fer.data.images import open_images
     from fer.super_resolution.methods import METHODS, build_upscaler
+    from pipelines import data_sets
     from pipelines.params import load
 
-    config = load().super_resolution
-    images = open_images("data/raw/images.npy", "download")
+    one = data_sets.load(load(), name)
+    config, machine = one.recipe.super_resolution, one.machine
+    images = open_images(one.folder / "raw" / "images.npy", "download")
     chosen = images[np.unique(np.linspace(0, len(images) - 1, faces).astype(int))]
     rows, left_out = {"as it is": chosen.repeat(4, 1).repeat(4, 2)}, []
-    for name, method in METHODS.items():
-        if name == "none":
+    for key, method in METHODS.items():
+        if key == "none":
             continue
         scale = max(method.scales or (8,))
         try:
-            with console.status(f"{name} x{scale}"):
-                upscale = build_upscaler(name, scale, config.weights, config.hub_id, config.precision, config.device)
-                rows[f"{name} x{scale}"] = upscale(chosen, 1)
+            with console.status(f"{key} x{scale}"):
+                upscale = build_upscaler(key, scale, machine.weights, config.hub_id, config.precision, machine.device)
+                rows[f"{key} x{scale}"] = upscale(chosen, 1)
         except UserError as error:
-            left_out.append(f"{name} left out: {error}")
-    path = Path("data/upscale_gallery.png")
+            left_out.append(f"{key} left out: {error}")
+    path = one.folder / "upscale_gallery.png"
     contact_sheet(rows, side=4 * images.shape[1]).save(path)
     console.print(f"[bold]{path}[/]: {', '.join(rows)}")
     for line in left_out:
@@ -723,17 +738,19 @@ def upscale_gallery(
 
 @checks.command(name="check")
 @_with_torch
-def data_check() -> None:
-    """Look for copies, doubtful labels, blank images and people on two sides; write data/check.json and check.html."""
+def data_check(name: Prepared = None) -> None:
+    """Look for copies, doubtful labels, blank images and people on two sides; write check.json and check.html."""
     from fer.data.check import check
     from fer.data.images import open_images
-    from pipelines import check_page
+    from pipelines import check_page, data_sets
+    from pipelines.params import load
 
-    with _doing("Reading data/raw and data/splits ..."):
-        found = check("data")
+    folder = data_sets.folder_of(load(), name)
+    with _doing(f"Reading {folder} ..."):
+        found = check(folder)
     drawn = found["dataset"] == "sample"  # real faces are private
-    images = open_images("data/raw/images.npy", "download") if drawn else None
-    numbers, page = check_page.write(found, Path("data"), images)
+    images = open_images(folder / "raw" / "images.npy", "download") if drawn else None
+    numbers, page = check_page.write(found, folder, images)
     table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
     for line in check_page.findings(found):
         style = {"ok": "green", "look": "yellow", "note": "dim"}[line.mark]

@@ -7,7 +7,7 @@ layer that changes the `name` of a section resets it: what lower layers set in t
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from fer.errors import UserError
 from fer.resources import Resources
 from fer.run import Run, chain_faults, resource_faults
 from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
-from pipelines.params import parse_value, read_text, read_yaml, yaml_of
+from pipelines.params import NAME, parse_value, read_text, read_yaml, yaml_of
 
 FOLDER = Path("experiments")
 COMMAND_LINE, MACHINE, DEFAULT = "command line", "params.yaml", "default"
-NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # it becomes part of a folder's name
 CHANGE = re.compile(r"[A-Za-z_][\w.]*=")
 SUFFIXES = (".yaml", ".yml")
 
@@ -29,6 +28,8 @@ class Recipe(Run):
 
     base: str | None = None
     """Experiment that this one changes."""
+    data: str | None = None
+    """Data set to train on, a name under `data` in params.yaml; null: the first there. The run's id has its content."""
     resources: Resources = Resources()
     """Where the run computes; not part of its identity."""
 
@@ -42,6 +43,7 @@ class Experiment:
     head: str  # the comment at the top of the file
     run: Run
     resources: Resources
+    data: str | None  # name of its data set; None: the first of the project
     origins: Mapping[str, str]  # dotted path -> file or COMMAND_LINE, for each value that is not a default
     dropped: list[str]  # values lost when a section was reset
 
@@ -53,6 +55,7 @@ class Job:
     name: str
     run: Run
     resources: Resources
+    data: Path  # folder of the data set
     folder: Path  # data/runs/<run id>
     start: str | None = None  # id of the run that `init_from` names
     fold: str | None = None  # the part of the data that it is trained on, such as 3/10 (fer.data.folds)
@@ -81,7 +84,8 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
     """The experiments named in `words`, with the changes there, and those that their `init_from` names.
 
-    Each comes after the one it starts from; unless that is named as well, `seed` is the only change that applies to it.
+    Each comes after the one it starts from; unless that is named as well, `seed` is the only change that applies to it,
+    and it is trained on the same data set unless its file names one.
     `machine`: `resources` of params.yaml. Raises UserError with one line per mistake.
     """
     names, changes = split(words)
@@ -92,7 +96,7 @@ def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
     found: dict[str, Experiment] = {}
     faults: list[str] = []
     for name in files:
-        _add(found, faults, name, files, changes, machine, ())
+        _add(found, faults, name, files, changes, machine, (), None)
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return found
@@ -100,10 +104,12 @@ def load(words: list[str], machine: dict[str, Any]) -> dict[str, Experiment]:
 
 def _add(
     found: dict[str, Experiment], faults: list[str], name: str, files: dict[str, Path], changes: list[str],
-    machine: dict[str, Any], after: tuple[str, ...],
+    machine: dict[str, Any], after: tuple[str, ...], data: str | None,
 ) -> None:  # fmt: skip
-    """Read one experiment, and before it those it starts from; `after`: those that start from it."""
+    """Read one experiment, and before it those it starts from; `after`: those that start from it, on `data`."""
     if name in found:
+        if after and data != found[name].data and "data" not in found[name].origins:
+            faults.append(f"{after[-1]}: init_from: {name} is to be trained on other data as well; train them in turn")
         return
     if name in after:
         faults.append(f"{name}: init_from: {' -> '.join([*after, name])} is a circle; set one of them to null")
@@ -118,9 +124,10 @@ def _add(
         waits = f"{after[-1]}: init_from: " if name not in files else ""
         faults += [waits + line for line in error.lines]
         return
+    experiment = replace(experiment, data=experiment.data or data)
     first = experiment.run.init_from
     if first is not None:
-        _add(found, faults, first, files, changes, machine, (*after, name))
+        _add(found, faults, first, files, changes, machine, (*after, name), experiment.data)
         if first in found:
             wrong = chain_faults(experiment.run, found[first].run)
             faults += [placed(fault, experiment.origins, experiment.path) for fault in wrong]
@@ -169,7 +176,7 @@ def read(
             *(f"{'' if source in known else asks}{source}: {fault}" for source, fault in zip(sources, faults))
         )
     assert recipe is not None
-    return Experiment(path.stem, path, head(path), run, recipe.resources, layers.origins, layers.dropped)
+    return Experiment(path.stem, path, head(path), run, recipe.resources, recipe.data, layers.origins, layers.dropped)
 
 
 def head(path: Path) -> str:
@@ -184,6 +191,8 @@ def head(path: Path) -> str:
 
 def values(experiment: Experiment) -> Iterator[tuple[str, Any, str, str]]:
     """Yield every setting: its dotted path, its value, where that comes from, and its meaning."""
+    meaning = Recipe.model_fields["data"].description or ""
+    yield "data", experiment.data, experiment.origins.get("data", DEFAULT), meaning
     yield from _values(experiment.run, "", experiment.origins)
     yield from _values(experiment.resources, "resources.", experiment.origins)
 

@@ -34,18 +34,19 @@ from fer.models import build_model, named_weights
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import LAST, SUMMARY, read_summary
 from pipelines import experiments, flow_page, launch, report
+from pipelines.data_sets import folder_of
 from pipelines.experiments import Experiment, Job
-from pipelines.folds import TABLE, added, folder_of, jobs_of, read_sum
+from pipelines.folds import TABLE, added, jobs_of, read_sum, sum_folder
 from pipelines.guard import close_runs, guarded, runs_closed
 from pipelines.launch import Launcher
-from pipelines.params import load, machine
+from pipelines.params import Params, load, machine
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import settings as sweep_settings
 from pipelines.sweeps.files import ABOUT, RESULT
 from pipelines.sweeps.folder import Plan, Trial
 from pipelines.tracking import FOLD, SWEEP, Tracker
 
-DATA, RUNS = Path("data"), Path("data/runs")
+RUNS = Path("data/runs")
 FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run
 START_PATIENCE = 300.0  # seconds to wait for another command that starts
 PATIENCE = 20  # seconds that runs get to save when asked to stop; Slurm kills after 30
@@ -62,11 +63,10 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
     params = load()
     found = experiments.load(words, machine(params))
     asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]}
-    data = open_data(DATA)
-    jobs = _jobs(found, data.hash) if folds is None else jobs_of(found, data, folds, RUNS)
+    data = _opened(found, params)
+    jobs = _jobs(found, data) if folds is None else jobs_of(found, data, folds, RUNS)
     asked = asked if folds is None else set(jobs)
-    data.split("test")  # checked before anything starts, as train and val are by the hash
-    open_jobs = {name for name, job in jobs.items() if not done(job.folder, data)}
+    open_jobs = {name for name, job in jobs.items() if not done(job.folder, data[job.name])}
     for name in reversed(jobs):
         first = jobs[name].run.init_from
         if name in asked and name in open_jobs and first is not None:
@@ -74,25 +74,39 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
     jobs = {name: job for name, job in jobs.items() if name in asked}
     for job in jobs.values():
         _check_no_older_format(job)
-        data.prior(job.run.loss.needs_prior)
+        data[job.name].prior(job.run.loss.needs_prior)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
     with _starting(), _prefect_starting(unfinished):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
         for job in {jobs[name].name: jobs[name] for name in open_jobs & jobs.keys()}.values():
-            _check_weights(job, len(data.classes))
+            _check_weights(job, len(data[job.name].classes))
         if unfinished:
             launch.start_ray()
             launch.check_resources({job.name: job for job in jobs.values()}.values())
     return jobs, tracker
 
 
-def _jobs(found: dict[str, Experiment], data_hash: str) -> Jobs:
+def _opened(found: dict[str, Experiment], params: Params) -> dict[str, DataSet]:
+    """The data set of each experiment; test is checked before anything starts, as train and val are by the hash."""
+    wanted = {name: _folder_of(one, params) for name, one in found.items()}
+    known = {folder: open_data(folder) for folder in set(wanted.values())}
+    for data in known.values():
+        data.split("test")
+    return {name: known[folder] for name, folder in wanted.items()}
+
+
+def _folder_of(experiment: Experiment, params: Params) -> Path:
+    return folder_of(params, experiment.data, f"{experiment.origins.get('data')}: data")
+
+
+def _jobs(found: dict[str, Experiment], data: Mapping[str, DataSet]) -> Jobs:
     jobs: Jobs = {}
     for name, experiment in found.items():
         run = experiment.run
         start = jobs[run.init_from].folder.name if run.init_from else None
-        jobs[name] = Job(name, run, experiment.resources, RUNS / run_id(name, run, data_hash, start), start)
+        folder = RUNS / run_id(name, run, data[name].hash, start)
+        jobs[name] = Job(name, run, experiment.resources, data[name].folder, folder, start)
     return jobs
 
 
@@ -115,7 +129,7 @@ def _check_weights(job: Job, classes: int) -> None:
 
 def recorded(job: Job, tracker: Tracker) -> bool:
     """Whether a run is done and in MLflow, so that nothing is left to do."""
-    return done(job.folder, open_data(DATA)) and tracker.recorded(job.folder)
+    return done(job.folder, open_data(job.data)) and tracker.recorded(job.folder)
 
 
 def _check_no_older_format(job: Job) -> None:
@@ -168,7 +182,7 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[st
 
     Raises UserError for what a user can fix, RuntimeError for other failures of the run.
     """
-    data = fold_of(open_data(DATA), job.fold)
+    data = fold_of(open_data(job.data), job.fold)
     tags = {**tags, FOLD: job.fold} if job.fold else tags
     ready, summary = done(job.folder, data), read_summary(job.folder)
     if ready:
@@ -183,7 +197,7 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[st
     try:
         with tracker.record(job, {**data.summary, "hash": data.hash}, {FLOW_RUN: str(flow_run.id), **tags}, page):
             if not ready:
-                launcher.launch(job, DATA)
+                launcher.launch(job)
     except OSError as error:
         raise disk_error(error, job.folder) or error from error
 
@@ -255,7 +269,7 @@ def record_sums(jobs: Jobs, failed: Collection[str], tracker: Tracker) -> list[d
     """Add up the folds of each experiment and record the sums, as far as that is not done already."""
     sums = []
     for made in of_one(jobs, failed):
-        result, folder = added(made), folder_of(made)
+        result, folder = added(made), sum_folder(made)
         tracker.record_folds(result, report.folds_note(result), [folder / TABLE, folder / SUMMARY])
         sums.append(result)
     return sums
@@ -263,7 +277,7 @@ def record_sums(jobs: Jobs, failed: Collection[str], tracker: Tracker) -> list[d
 
 def sums_recorded(jobs: Jobs, tracker: Tracker) -> bool:
     """Whether the folds of each experiment are added up, and that is in MLflow."""
-    found = [read_sum(folder_of(made)) for made in of_one(jobs)]
+    found = [read_sum(sum_folder(made)) for made in of_one(jobs)]
     return all(one is not None and tracker.recorded_folds(one) for one in found)
 
 
@@ -340,7 +354,7 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     starting. Calling it again costs nothing.
     """
     params = load()
-    plan = sweeps.plan(words, machine(params), open_data(DATA).hash)
+    plan = sweeps.plan(words, machine(params), lambda base: open_data(_folder_of(base, params)))
     sweeps.check_same(plan, new)
     flow_page.check_server()
     with _starting(), _prefect_starting(not sweeps.complete(plan)):
@@ -351,7 +365,7 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
             launch.start_ray()
             search.check(plan)
             if plan.sweep.confirm_seeds:
-                launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, RUNS)])
+                launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, plan.data, RUNS)])
     sweeps.begin(plan)
     return plan, tracker
 
@@ -379,7 +393,7 @@ def sweep(words: Annotated[list[str], Field(examples=[["tiny", "trials=20"]])], 
 
 
 def _sweep(plan: Plan, tracker: Tracker, words: list[str]) -> State:
-    data = open_data(DATA)
+    data = open_data(plan.data)
     flow_page.introduce({plan.name, plan.base.name, *experiments.split(words)[1]})
     close_runs(tracker.uri, tracker.name)
     tracker.close_abandoned()
@@ -427,7 +441,8 @@ def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
     for seed in sweeps.seeds(plan, best):
         for name, run in ((sweeps.best_name(plan), plan.run(best.point)), (base.name, base.run)):
             seeded = run.model_copy(update={"seed": seed})
-            jobs.append(Job(name, seeded, base.resources, RUNS / run_id(name, seeded, plan.data_hash)))
+            folder = RUNS / run_id(name, seeded, plan.data_hash)
+            jobs.append(Job(name, seeded, base.resources, plan.data, folder))
     return jobs
 
 

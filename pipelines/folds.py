@@ -51,8 +51,8 @@ class Sum(Stored):
     finished: float
 
 
-def jobs_of(found: Mapping[str, Experiment], data: DataSet, folds: str, runs: Path) -> dict[str, Job]:
-    """A run for each fold of each experiment, by its name with the fold.
+def jobs_of(found: Mapping[str, Experiment], data: Mapping[str, DataSet], folds: str, runs: Path) -> dict[str, Job]:
+    """A run for each fold of each experiment, by its name with the fold. `data`: that of each experiment.
 
     Raises UserError if the data cannot be divided so, if an experiment starts from another run, or if a model lacks
     the neutral faces that it compares with in some fold.
@@ -63,13 +63,17 @@ def jobs_of(found: Mapping[str, Experiment], data: DataSet, folds: str, runs: Pa
             f"{starting[0]}: init_from: a fold cannot start from {found[starting[0]].run.init_from}, which was trained "
             "on its test images; set it to null"
         )
-    views = {fold: fold_of(data, fold) for fold in folds_of(data, folds)}
+    views: dict[Path, dict[str, DataSet]] = {}
     made = {}
     for name, one in found.items():
-        for fold, view in views.items():
+        whole = data[name]
+        if whole.folder not in views:
+            views[whole.folder] = {fold: fold_of(whole, fold) for fold in folds_of(whole, folds)}
+        for fold, view in views[whole.folder].items():
             _check_pairs(one, fold, view)
             own = titled(name, fold)
-            made[own] = Job(name, one.run, one.resources, runs / run_id(own, one.run, view.hash), fold=fold)
+            folder = runs / run_id(own, one.run, view.hash)
+            made[own] = Job(name, one.run, one.resources, whole.folder, folder, fold=fold)
     return made
 
 
@@ -84,7 +88,7 @@ def _check_pairs(one: Experiment, fold: str, view: DataSet) -> None:
         raise UserError(f"{one.name}: fold {fold}: {error}") from None
 
 
-def folder_of(made: list[Job]) -> Path:
+def sum_folder(made: list[Job]) -> Path:
     """Where the sum of the folds of one experiment lies."""
     digest = hashlib.sha256("\n".join(job.folder.name for job in made).encode()).hexdigest()[:8]
     folds = (made[0].fold or "").partition("/")[2]
@@ -117,7 +121,7 @@ def added(made: list[Job]) -> dict[str, Any]:
     """
     summaries = [summary for job in made if (summary := read_summary(job.folder)) is not None]
     assert len(summaries) == len(made), "some folds are not finished"
-    folder, runs = folder_of(made), {summary["run_id"]: summary["finished"] for summary in summaries}
+    folder, runs = sum_folder(made), {summary["run_id"]: summary["finished"] for summary in summaries}
     known = read_sum(folder)
     if known is not None and known["runs"] == runs and (folder / TABLE).exists():
         return known
@@ -134,7 +138,9 @@ def added(made: list[Job]) -> dict[str, Any]:
         "folds": (made[0].fold or "").partition("/")[2],
         "runs": runs,
         "classes": classes,
-        "data": {key: value for key, value in summaries[0]["data"].items() if key in ("dataset", "images_sha256")},
+        "data": {
+            key: value for key, value in summaries[0]["data"].items() if key in ("dataset", "set", "images_sha256")
+        },
         "parameters": summaries[0]["parameters"],
         "test": metrics(torch.from_numpy(probabilities), labels),
         "over_folds": {key: _spread([summary["test"][key] for summary in summaries]) for key in SCORES},
@@ -151,7 +157,7 @@ def added(made: list[Job]) -> dict[str, Any]:
 
 def _table(made: list[Job], classes: list[str]) -> pd.DataFrame:
     """The test predictions of all folds, in the order of the rows, with fold and subject."""
-    data, parts = open_data("data"), []
+    data, parts = open_data(made[0].data), []
     for job in made:
         test = fold_of(data, job.fold).split("test")
         known = {"row": test.rows, "name": test.names, "subject": test.subjects}

@@ -173,15 +173,15 @@ def at_once(asked: Iterable[Resources]) -> int:
     return max([LEAST, *fit])
 
 
-def start(job: Job, data_dir: Path) -> Ended:
+def start(job: Job) -> Ended:
     """One attempt at a run on Ray, from its last checkpoint if there is one; returns how it ended."""
-    return _as_task(job, data_dir) if job.resources.workers == 1 else _as_group(job, data_dir)
+    return _as_task(job) if job.resources.workers == 1 else _as_group(job)
 
 
 class Launcher:
     """Runs training runs on Ray and restarts those whose worker died. Its methods are thread-safe."""
 
-    def __init__(self, start: Callable[[Job, Path], Ended] = start) -> None:
+    def __init__(self, start: Callable[[Job], Ended] = start) -> None:
         """`start`: makes one attempt at a run and returns how it ended."""
         self.start = start
         self.running: set[Path] = set()  # folders
@@ -193,7 +193,7 @@ class Launcher:
         local = not os.environ.get("RAY_ADDRESS")  # locks of another machine may not be seen here
         ask_to_stop([*self.running, *beside], seconds, is_held if local else lambda folder: True)
 
-    def launch(self, job: Job, data_dir: Path) -> None:
+    def launch(self, job: Job) -> None:
         """Train and evaluate a run into its folder, as soon as Ray has the resources for it.
 
         A run whose process or machine dies is restarted up to `resources.restarts` times, from its last checkpoint. A
@@ -204,7 +204,7 @@ class Launcher:
         self.running.add(job.folder)
         try:
             while True:
-                ended = self.start(job, data_dir.resolve())
+                ended = self.start(job)
                 for line in ended.warnings:
                     sys.stderr.write(f"{job.name}: {line}\n")
                 if ended.kind == "done":
@@ -220,21 +220,21 @@ class Launcher:
             self.running.discard(job.folder)
 
 
-def _as_task(job: Job, data_dir: Path) -> Ended:
+def _as_task(job: Job) -> Ended:
     """In one Ray task, which runs in the main thread of its process and so handles signals itself."""
     share = _per_worker(job.resources)
     remote = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0), max_retries=0, max_calls=1)(_task)
     try:
-        return ray.get(remote.remote(job, data_dir, os.getcwd()))
+        return ray.get(remote.remote(job, os.getcwd()))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # not from `work`, which raises nothing: the project there is missing or another
     except ray.exceptions.RayError as error:
         return _death(error)
 
 
-def _task(job: Job, data_dir: Path, root: str) -> Ended:
+def _task(job: Job, root: str) -> Ended:
     _enter(root)
-    return work(job, data_dir)
+    return work(job)
 
 
 def _enter(root: str) -> None:
@@ -242,12 +242,12 @@ def _enter(root: str) -> None:
         os.chdir(root)  # paths in settings are relative to the project; Ray starts workers elsewhere
 
 
-def _as_group(job: Job, data_dir: Path) -> Ended:
+def _as_group(job: Job) -> Ended:
     """In several processes, with Ray Train; its own retries are off, as `Launcher.launch` decides about them."""
     storage = job.folder.resolve() / ".ray"
     trainer = TorchTrainer(
         _rank,
-        train_loop_config={"job": job, "data_dir": data_dir, "root": os.getcwd()},
+        train_loop_config={"job": job, "root": os.getcwd()},
         torch_config=_Group(backend=ON_GPUS if _uses_gpu(job.resources) else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.resources.workers,
@@ -285,7 +285,7 @@ class NotDone(Exception):
 def _rank(config: dict[str, Any]) -> None:
     """What every worker of a group runs."""
     _enter(config["root"])
-    ended = work(config["job"], config["data_dir"], leaves=_leaves)
+    ended = work(config["job"], leaves=_leaves)
     if ended.kind != "done":
         raise NotDone(ended)
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from fer.data.datasets import DATASETS
 from fer.metrics import BINS
-from fer.run_folder import read_rows
+from fer.run_folder import data_name, read_rows
 from fer.statistics import Interval
 from pipelines import comparison, report
 from pipelines.comparison import Pair, Side
@@ -48,7 +48,7 @@ def compared(sides: Sequence[Side], pairs: Sequence[Pair]) -> str:
     draw = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
     return draw.render(
         title=" and ".join(side.name for side in sides),
-        data=f"{runs[0]['data']['dataset']}, {len(sides[0].labels):,} test images, data {runs[0]['data_hash']}",
+        data=f"{data_name(runs[0]['data'])}, {len(sides[0].labels):,} test images, data {runs[0]['data_hash']}",
         sides=list(zip(sides, colours)),
         verdicts=comparison.verdicts(pairs),
         columns=report.COLUMNS,

@@ -1,11 +1,11 @@
-"""params.yaml: data, machine and tracking of a project. Typed, and checked before any work, with all errors at once."""
+"""params.yaml: where the data of a project are, machine and tracking. Checked before any work, all errors at once."""
 
 import io
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
@@ -13,109 +13,24 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from fer.errors import UserError, first_line
 from fer.resources import Resources
-from fer.settings import Fault, Positive, Section, Seed, Unfit, check, nearest
+from fer.settings import Fault, Positive, Section, Unfit, check, nearest
 
 DEEPEST, MOST = 30, 100_000  # levels and values of a settings file
 LONGEST = 200  # letters of a value in a message
 # what ruamel raises on values that are none of their tag, such as `!!int x` or the date 2001-99-99
 WRONG = (YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-Share = Annotated[float, Field(gt=0, lt=0.5)]
+NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a data set or an experiment: it becomes part of a folder's name
 Points = Annotated[float, Field(ge=0, le=100)]
 
 
-class Sample(Section):
-    """Size of the generated sample data."""
+class Upscaling(Section):
+    """Where this machine enlarges images, and has the weights for it."""
 
-    train: Annotated[int, Field(ge=80, le=10**6)]
-    val: Annotated[int, Field(ge=40, le=10**6)]
-    test: Annotated[int, Field(ge=40, le=10**6)]
-    seed: Seed
-
-
-class Data(Section):
-    """Which data set, and where it comes from."""
-
-    dataset: str
-    path: str
-    label_source: Literal["auto", "label_csv", "fer2013new"]
-    sample: Sample
-    classes: list[str] | None = None
-    """The classes to keep, in their order, of a data set with one label an image; all of them without."""
-    size: Annotated[int, Field(ge=16, le=1024)] | None = None
-    """Side in pixels of the stored images; without, the size that all pictures have, or 112 if their sizes differ."""
-    subject_pattern: str | None = None
-    """Regular expression whose first group is the subject in a file name (in the whole path if it has a slash)."""
-    confusion: str | None = None
-    """A csv in `path`, a row and a column a class: how often voters confuse them, the class prior of hard labels."""
-    kaggle_competition: str = "challenges-in-representation-learning-facial-expression-recognition-challenge"
-    """From which an empty `path` is filled."""
-    votes_url: str = "https://raw.githubusercontent.com/microsoft/FERPlus/master/fer2013new.csv"
-    """Where the votes are fetched from if they are not in `path`."""
-    votes_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = (
-        "9206e20d62f56475939f516847d61753e4860caeac9718b560129541b776fc2c"
-    )
-    """What the fetched votes must hash to."""
-
-    @field_validator("dataset")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name != "sample":
-            from fer.data.datasets import DATASETS  # with pandas, which takes a moment
-
-            if name not in DATASETS:
-                known = nearest(name, ["sample", *DATASETS])
-                raise Unfit([Fault("", f"unknown data set '{name}'{known}")])
-        return name
-
-    @field_validator("subject_pattern")
-    @classmethod
-    def _has_a_group(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise Unfit([Fault("", f"is no regular expression ({error}), got {pattern!r}")]) from None
-        if not groups:
-            raise Unfit([Fault("", f"needs a group in parentheses, got {pattern!r}")])
-        return pattern
-
-
-class SuperResolution(Section):
-    """How images are enlarged before the split."""
-
-    method: Literal["none", "bicubic", "lanczos", "dic", "swin2sr"]
-    scale: Annotated[int, Field(ge=1, le=16)]
     weights: str
-    hub_id: str | None
-    precision: Literal["fp32", "bf16", "fp16"]
+    """DIC_HELEN.pth or its folder; a model folder of Swin2SR, else it comes from the hub."""
     device: Literal["auto", "cpu", "cuda"]
     workers: Positive
-
-    @model_validator(mode="after")
-    def _scale_fits(self) -> "SuperResolution":
-        from fer.super_resolution.methods import METHODS
-
-        scales = METHODS[self.method].scales
-        if scales is not None and self.scale not in scales:
-            able = " or ".join(map(str, scales))
-            does = "keeps the size" if self.method == "none" else f"makes images larger by {able}"
-            raise Unfit([Fault("scale", f"must be {able}, as method {self.method} {does}, got {self.scale}")])
-        return self
-
-
-class Splitting(Section):
-    """How labels are made, and which images are trained on."""
-
-    label_mode: Literal["majority", "probability", "cross_entropy", "multi_target"]
-    drop_leaked_train: Literal["none", "exact", "near"]
-    prior_min_votes: Positive
-    train_share: Annotated[float, Field(gt=0, le=1)]
-    seed: Seed
-    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.94
-    """Cosine of two thumbnails from which images count as the same photograph; null: only exact copies do."""
-    val_share: Share = 0.1
-    """Share of train, or of all images, that becomes val where the data set has none."""
-    test_share: Share = 0.2
-    """Share of all images that becomes test where the data set has no splits."""
+    """Processes, each with a GPU if there is one; more than one run on Ray."""
 
 
 class Promotion(Section):
@@ -148,6 +63,7 @@ class Tracking(Section):
 
 PLAIN = "/._-+=@,~"  # beside letters and digits, what the path of a project may hold
 MOVED = {  # sections of earlier versions -> where their settings are now
+    "split": "is now in datasets/NAME.yaml, with the settings of data and super_resolution; data holds NAME: FOLDER",
     "train": "settings of a run are now in experiments/NAME.yaml, those of the machine in resources; delete it here",
     "models": "each one is now a file experiments/NAME.yaml; move it there and delete it here",
     "sweeps": "each one is now a file sweeps/NAME.yaml; move it there and delete it here",
@@ -158,12 +74,29 @@ MOVED = {  # sections of earlier versions -> where their settings are now
 class Params(Section):
     """The content of params.yaml."""
 
-    data: Data
-    super_resolution: SuperResolution
-    split: Splitting
+    data: dict[str, Annotated[str, Field(min_length=1)]]
+    """Name of a data set -> where its publisher's files are; the first is the one that runs take unless told."""
+    super_resolution: Upscaling
     resources: Resources = Resources()
     """Where runs compute on this machine, unless an experiment sets it."""
     tracking: Tracking
+
+    @field_validator("data")
+    @classmethod
+    def _has_names(cls, data: dict[str, str]) -> dict[str, str]:
+        if not data:
+            raise Unfit([Fault("", "names no data set: add NAME: FOLDER")])
+        for name in data:
+            if not NAME.fullmatch(name):
+                rule = "made of up to 100 letters, digits, _ and -"
+                raise Unfit([Fault("", f"a data set's name is {rule}, got {name[:LONGEST]!r}")])
+        return data
+
+    def chosen(self, name: str | None, asks: str = "data") -> str:
+        """The data set of that name, or the first without one. Raises UserError, begun with `asks`, for an unknown."""
+        if name is not None and name not in self.data:
+            raise UserError(f"{asks}: params.yaml has no data set {name!r} under data{nearest(name, list(self.data))}")
+        return name or next(iter(self.data))
 
 
 def load(path: str | Path = "params.yaml") -> Params:

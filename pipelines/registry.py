@@ -35,7 +35,7 @@ from fer.errors import UserError
 from fer.export import requirements, write_folder
 from fer.formats import read_run
 from fer.made_by import repository
-from fer.run_folder import CONFIG, PREDICTIONS, read_config
+from fer.run_folder import CONFIG, PREDICTIONS, data_name, read_config
 from pipelines import promotion
 from pipelines.params import Promotion
 from pipelines.promotion import Candidate, Record, Verdict
@@ -70,7 +70,7 @@ class Registry:
 
     def register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
         """One version of `fer-<dataset>` per run, of which it is decided once whether it becomes champion."""
-        name = f"fer-{summary['data']['dataset']}"
+        name = f"fer-{data_name(summary['data'])}"
         with self._lock:
             found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
             if found:

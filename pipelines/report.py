@@ -6,7 +6,7 @@ from typing import Any
 
 from fer.errors import UserError
 from fer.made_by import source_hash
-from fer.run_folder import read_summary
+from fer.run_folder import data_name, read_summary
 from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
 COLUMNS = ("run", "val", "test", "unleaked", "exact", "papers", "UAR", "F1", "ECE", "params", "epoch", "min")
@@ -81,7 +81,7 @@ def note(summary: dict[str, Any]) -> str:
         f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} "
         f"of which neither train nor val holds a copy; "
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
-        f"Data: {data['dataset']} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
+        f"Data: {data_name(data)} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
         f"Metrics in `final/` are those of the best epoch; the others are curves. "
         f"Code: commit {summary.get('trained_by', {}).get('commit', 'unknown')}."
     )
@@ -165,7 +165,7 @@ def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    test, dataset = summary["test"], summary["data"]["dataset"]
+    test, dataset = summary["test"], data_name(summary["data"])
     axes.set_title(f"{summary['run_id']} on {dataset} test: {_percent(test['accuracy'])} % of {test['images']}")
     figure.savefig(path, dpi=110)
     return path

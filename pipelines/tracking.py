@@ -30,7 +30,7 @@ from fer.errors import UserError, first_line, one_line, without_password
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
 from fer.run import Run
-from fer.run_folder import CONFIG, CONFUSION, LOG, PREDICTIONS, SUMMARY, read_rows, read_summary
+from fer.run_folder import CONFIG, CONFUSION, LOG, PREDICTIONS, SUMMARY, data_name, read_rows, read_summary
 from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
@@ -291,7 +291,7 @@ class Tracker:
         if self.recorded_folds(result):
             return
         tags = {RUN_ID: result["id"], FOLD: result["folds"], "experiment": result["name"]}
-        tags |= {"dataset": result["data"]["dataset"], "mlflow.user": getpass.getuser(), **_git_commit()}
+        tags |= {"dataset": data_name(result["data"]), "mlflow.user": getpass.getuser(), **_git_commit()}
         tags |= {"mlflow.source.name": f"fer train {result['name']} --folds {result['folds']}"}
         tags |= {"mlflow.source.type": "JOB", "mlflow.note.content": text}
         values = {f"final/test_{key}": result["test"][key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
@@ -355,7 +355,7 @@ class Tracker:
             if not found.data.params:  # it was killed before they were written
                 self._describe(run_id, name, run, data)
             return run_id
-        tags |= {RUN_ID: ours, "experiment": name, "dataset": data["dataset"], "data_hash": data["hash"]}
+        tags |= {RUN_ID: ours, "experiment": name, "dataset": data_name(data), "data_hash": data["hash"]}
         tags |= {"starts_from": ", ".join(origin(run.model, run.init_from))}
         tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
         tags |= {"mlflow.source.type": "JOB", **about}
@@ -550,7 +550,7 @@ def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
     for split in ("train", "val", "test"):
         profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
         dataset = Dataset(
-            name=data["dataset"],
+            name=data_name(data),
             digest=f"{data['hash']}-{split}",
             source_type="dvc",
             source=json.dumps(data_params(data)),

@@ -48,7 +48,6 @@ class Ended:
 
 def work(
     job: Job,
-    data_dir: Path,
     evaluated: bool = True,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
     leaves: Callable[[], bool] | None = None,
@@ -74,9 +73,9 @@ def work(
         with lock, logged(log), _warnings_kept(warned):
             try:
                 about = each_epoch, job.start, leaves, job.fold
-                fit(job.name, job.run, job.resources, data_dir, job.folder.parent, *about)
+                fit(job.name, job.run, job.resources, job.data, job.folder.parent, *about)
                 if evaluated and rank == 0:
-                    evaluate(job.folder, data_dir, job.resources)
+                    evaluate(job.folder, job.data, job.resources)
             except UserError as error:
                 sys.stderr.write(f"{error}\n")
                 raise

@@ -29,6 +29,7 @@ from fer.run import Run
 from fer.run_folder import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path("data/sets/sample")  # of the data set that the project's params.yaml names
 CLASSES = ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt"]
 
 torch.set_num_threads(1)
@@ -137,14 +138,14 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def project(recipes: Path) -> Path:
     """The same with small data, nothing trained."""
-    make_data(recipes / "data")
+    make_data(recipes / DATA)
     return recipes
 
 
 def copy_settings(folder: Path) -> None:
-    """params.yaml, experiments/ and sweeps/ of the project."""
+    """params.yaml, datasets/, experiments/ and sweeps/ of the project."""
     shutil.copy(ROOT / "params.yaml", folder)
-    for name in ("experiments", "sweeps"):
+    for name in ("datasets", "experiments", "sweeps"):
         shutil.copytree(ROOT / name, folder / name)
 
 
@@ -330,7 +331,7 @@ def workers(project: Path) -> list[int]:
             maps = Path(f"/proc/{process.pid}/maps").read_text() if process.info["name"].startswith("ray::") else ""
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue
-        if f"{project}/data/upscaled/images.npy" in maps:
+        if f"{project / DATA}/upscaled/images.npy" in maps:
             found.append(process.pid)
     return found
 
@@ -373,6 +374,20 @@ def refusal(call: Callable[..., Any], *words: Any, **named: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def prepared(name: str = "sample", path: str = "faces", data: Any = None, super_resolution: Any = None,
+             split: Any = None, machine: Any = None) -> Any:  # fmt: skip
+    """The data set datasets/`name`.yaml as a stage gets it, with changes of its sections; its files at `path`."""
+    from pipelines import data_sets
+    from pipelines.params import load, read_yaml
+
+    tree = read_yaml(ROOT / "datasets" / f"{name}.yaml", "")
+    for key, changes in {"data": data, "super_resolution": super_resolution, "split": split}.items():
+        tree[key] = tree[key] | (changes or {})
+    recipe = data_sets.Recipe.model_validate(tree)
+    place = load(ROOT / "params.yaml").super_resolution.model_copy(update={"device": "cpu", **(machine or {})})
+    return data_sets.Prepared(name, Path(path), recipe, place)
 
 
 @pytest.fixture(scope="session")

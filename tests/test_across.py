@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, CPU, PEOPLE, change, doe, experiment, make_data, refusal, small_run, swap
+from conftest import CLASSES, CPU, DATA, PEOPLE, change, doe, experiment, make_data, refusal, small_run, swap
 
 from fer.across import evaluate_across, scores
 from fer.data.aliases import match
@@ -84,18 +84,18 @@ def test_other_names_size_and_colour(folder: Path, tmp_path: Path) -> None:
     def twice(images: np.ndarray) -> np.ndarray:
         return images.repeat(2, 1).repeat(2, 2)[..., None].repeat(3, 3)
 
-    moods = made(tmp_path / "moods", twice, classes=THEIRS, dataset="../moods")
+    moods = made(tmp_path / "moods", twice, classes=THEIRS)
     for name in ("train", "val"):
         (moods / "splits" / f"{name}.csv").write_text("no table")
     found = evaluate_across(folder, moods, "cpu")
-    assert (found["dataset"], found["run_id"]) == ("../moods", folder.name)
+    assert (found["dataset"], found["run_id"]) == ("moods", folder.name)
     assert found["matched"] == dict(zip(THEIRS[:5], CLASSES))
     assert (found["left_out"], found["unused"]) == ({"bored": 4, "6": 4, "7": 4}, ["disgust", "fear", "contempt"])
     assert (found["images"], found["test_images"], found["coverage"]) == (21, 33, 21 / 33)
     every, shared = found["all_classes"], found["shared_classes"]
     assert (len(every["classes"]), shared["classes"]) == (8, CLASSES[:5])
     assert [sum(line) for line in shared["confusion"]] == [5, 4, 4, 4, 4]
-    path = folder / "on" / f"___moods-{found['hash']}.json"
+    path = folder / "on" / f"moods-{found['hash']}.json"
     table = pd.read_csv(path.with_suffix(".csv"))
     assert every["accuracy"] == pytest.approx((table["class"] == table["prediction"]).mean())
     assert shared["accuracy"] == pytest.approx((table["class"] == table["prediction_shared"]).mean())
@@ -135,7 +135,7 @@ def unfinished(folder: Path, to: Path) -> Path:
         (lambda _, to: made(to, lambda images: images[:, :, :12]),
          "DATA: images: 12x16 pixels, but the model was trained on faces of 16x16 pixels: crop them to that shape;"),
         (unfinished, "RUN: is not finished; run `fer evaluate x-"),
-        (damaged, "RUN/on/bars-HASH.json: run_id: missing; delete it and run the command again"),
+        (damaged, "RUN/on/other-HASH.json: run_id: missing; delete it and run the command again"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_nothing(spoil: Callable, message: str, folder: Path, tmp_path: Path) -> None:
@@ -161,13 +161,13 @@ def test_the_command_prints_a_table_and_records_a_child_once(
 ) -> None:
     shutil.copy(empty_store, project / "mlflow.db")
     run = experiment(project, "one", {"device": "cpu"}, epochs=1)
-    folder, other = fit("one", run, CPU, "data", "data/runs"), str(made(project / "other"))
-    evaluate(folder, "data", CPU)
+    folder, other = fit("one", run, CPU, DATA, "data/runs"), str(made(project / "other"))
+    evaluate(folder, DATA, CPU)
     done = here("evaluate", "one", "--on", other)
     told = "MLflow's experiment 'fer' does not have this run, so its result is not recorded: run `fer train one`, then"
     assert (done.returncode, done.stderr) == (2, f"error: {folder.name}: {told} this command again\n")
-    tracker, data = Tracker(f"sqlite:///{project}/mlflow.db", "fer"), open_data("data")
-    with tracker.record(Job("one", run, CPU, folder), {**data.summary, "hash": data.hash}):
+    tracker, data = Tracker(f"sqlite:///{project}/mlflow.db", "fer"), open_data(DATA)
+    with tracker.record(Job("one", run, CPU, DATA, folder), {**data.summary, "hash": data.hash}):
         pass
     path = next((folder / "on").glob("bars-*.json"))
     result = json.loads(path.read_text())

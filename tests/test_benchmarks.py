@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, NO_AUGMENT, VGG, small_run
+from conftest import CPU, DATA, NO_AUGMENT, VGG, small_run
 
 from benchmarks import __main__ as bench
 from benchmarks import pipeline, reference, training
@@ -108,7 +108,7 @@ def test_the_pipelines_cost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = []
 
     def run(code: str, folder: Path, name: str, **changes: Any) -> float:
-        assert (folder / "data" / "splits" / "train.csv").read_text().count("\n") == 1 + 64
+        assert (folder / DATA / "splits" / "train.csv").read_text().count("\n") == 1 + 64
         fixed, epoch = seconds[code]
         ends = [1e9 + fixed + epoch * (number + 1) for number in range(changes["epochs"])]
         (folder / "data" / "runs" / "x").mkdir(parents=True)

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import DATA, prepared
 from PIL import Image
 
 from fer.data.check import check
 from pipelines import check_page
-from pipelines.params import load
 from pipelines.stages.download import download
 from pipelines.stages.split import split
 from pipelines.stages.upscale import upscale
@@ -53,14 +52,11 @@ def made(root: Path, **changes: Any) -> Path:
         lines.append(",".join(map(str, (f"{name}.png", usage, subject, *votes))))
     (root / "faces" / "list.csv").write_text("\n".join(lines))
     (root / "faces" / "notes.pdf").write_text("not a picture")
-    whole = load(ROOT / "params.yaml")
-    data = whole.data.model_copy(update={"dataset": "table", "path": "faces"})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        whole = whole.model_copy(update={"data": data, "split": whole.split.model_copy(update=changes)})
         for stage in (download, upscale, split):
-            stage(whole)
-    return root / "data"
+            stage(prepared("table", split=changes))
+    return root / "data/sets/table"
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +165,12 @@ def test_the_page_holds_no_script_nothing_from_elsewhere_and_names_as_text(
 
 
 def test_the_command_shows_drawn_faces_and_no_others(folder: Path, recipes: Path, here: Callable) -> None:
-    shutil.copytree(folder, recipes / "data")
+    shutil.copytree(folder, recipes / DATA)
     done = here("data", "check")
     assert (done.returncode, done.stderr) == (0, "")
     assert "look  subjects" in done.stdout
-    assert "data/check.html" in done.stdout
-    source, page = recipes / "data/raw/source.json", recipes / "data/check.html"
+    assert f"{DATA}/check.html" in done.stdout
+    source, page = recipes / DATA / "raw/source.json", recipes / DATA / "check.html"
     assert "<img" not in page.read_text()
     source.write_text(source.read_text().replace('"dataset": "table"', '"dataset": "sample"'))
     assert here("data", "check").returncode == 0
@@ -188,16 +184,16 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("splits", shutil.rmtree, "data/splits/summary.json: not found; make the data with `dvc repro`"),
-        ("raw/source.json", Path.unlink, "data/raw/source.json: not found; run `dvc repro --force --single-item downl"),
-        ("raw/labels.csv", cut, "data/raw/labels.csv: "),
-        ("raw/images.npy", lambda path: np.save(path, np.load(path)[1:]), "data/raw: 14 images, but the splits have "),
+        ("splits", shutil.rmtree, f"{DATA}/splits/summary.json: not found; make the data with `dvc repro`"),
+        ("raw/source.json", Path.unlink, f"{DATA}/raw/source.json: not found; run `dvc repro --force --sin"),
+        ("raw/labels.csv", cut, f"{DATA}/raw/labels.csv: "),
+        ("raw/images.npy", lambda path: np.save(path, np.load(path)[1:]), f"{DATA}/raw: 14 images, but the splits h"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_writes_nothing(
     name: str, spoil: Callable, message: str, folder: Path, recipes: Path, here: Callable
 ) -> None:
-    data = shutil.copytree(folder, recipes / "data", ignore=shutil.ignore_patterns("check.*"))
+    data = shutil.copytree(folder, recipes / DATA, ignore=shutil.ignore_patterns("check.*"))
     spoil(data / name)
     done = here("data", "check")
     assert done.returncode == 2

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import BIN, environment, epochs_done, experiment, recorded, small_run, start_fer, wait_for, workers
+from conftest import BIN, DATA, environment, epochs_done, experiment, recorded, small_run, start_fer, wait_for, workers
 from ray.cluster_utils import Cluster
 
 from fer.data.dataset import open_data
@@ -36,14 +36,14 @@ SLOW: dict[str, Any] = {"epochs": 1, "batch_size": 4, "input": {"image_size": 64
 
 def slow_job(project: Path, **resources: Any) -> Job:
     run = small_run(**SLOW)
-    folder = project / "data/runs" / run_id("x", run, open_data(project / "data").hash)
-    return Job("x", run, Resources(restarts=0, **resources), folder)
+    folder = project / "data/runs" / run_id("x", run, open_data(project / DATA).hash)
+    return Job("x", run, Resources(restarts=0, **resources), project / DATA, folder)
 
 
 def sigterm_in_mid_epoch(made: Job, project: Path) -> list[str]:
     """Launch a run, send its last worker SIGTERM: it is finished nevertheless. The names of its processes."""
     before = {child["pid"] for child in children() if child["name"] != "ray::IDLE"}  # an idle worker may take the run
-    thread = threading.Thread(target=Launcher().launch, args=(made, project / "data"))
+    thread = threading.Thread(target=Launcher().launch, args=(made,))
     thread.start()
     wait_for((made.folder / "progress.json").exists)  # its first step is done
     new = [child["name"] for child in children() if child["pid"] not in before]
@@ -198,7 +198,7 @@ def test_a_group_that_cannot_start_leaves_no_gpu_taken_and_one_that_gets_sigterm
     with monkeypatch.context() as patch:
         patch.setattr(launch, "ON_GPUS", "nccl")
         with pytest.raises(RuntimeError, match="NCCL"):
-            Launcher().launch(made, project / "data")
+            Launcher().launch(made)
     sigterm_in_mid_epoch(made, project)
 
 
@@ -212,7 +212,7 @@ def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(UserError, match="the disk is full: free some space and run the command again"):
-            Launcher().launch(made, project / "data")
+            Launcher().launch(made)
     finally:
         subprocess.run(["umount", made.folder], check=True)
 
@@ -246,7 +246,9 @@ def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monk
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
 
     def jobs(*shares: tuple[int, float]) -> list[Job]:
-        return [Job("x", small_run(), Resources(workers=w, gpus_per_worker=gpus), Path("x")) for w, gpus in shares]
+        return [
+            Job("x", small_run(), Resources(workers=w, gpus_per_worker=gpus), DATA, Path("x")) for w, gpus in shares
+        ]
 
     launch.check_resources(jobs((4, 1.0), (2, 2.0), (1, 0.5)))
     with pytest.raises(UserError) as error:
@@ -281,7 +283,7 @@ def test_only_what_died_or_left_is_started_again(ends: str, restarts: int, raise
 
     launcher = Launcher(start)
     with pytest.raises(raised, match="^why$") if raised else nullcontext():
-        launcher.launch(Job("x", small_run(), Resources(restarts=restarts), tmp_path), tmp_path)
+        launcher.launch(Job("x", small_run(), Resources(restarts=restarts), DATA, tmp_path))
     assert (next(starts, None), launcher.running) == (None, set())
 
 

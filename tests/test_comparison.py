@@ -34,7 +34,9 @@ def write_run(runs: Path, name: str, seed: int, right: np.ndarray, lr: float = 0
         "train_seconds": 1.0, "finished": 0.0, **splits,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "config.json").write_text(json.dumps({"config": {"seed": seed, "lr": lr}, "data_hash": "d"}))
+    (folder / "config.json").write_text(
+        json.dumps({"config": {"seed": seed, "lr": lr}, "data": summary["data"], "data_hash": "d"})
+    )
     return folder.name
 
 

@@ -1,31 +1,33 @@
-"""Stage download: what lies in data/raw, its bytes, and that a mistake leaves the old content alone."""
+"""Stage download: what lies in raw/, its bytes, and that a mistake leaves the old content alone."""
 
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, ROOT, small_run
+from conftest import CPU, prepared, small_run
 from PIL import Image
 
 from fer.data.dataset import open_data
 from fer.data.labels import CLASSES, VOTE_COLUMNS
 from fer.errors import UserError
 from fer.train import fit
-from pipelines.params import Data, Params, load
+from pipelines.data_sets import Prepared
 from pipelines.stages.download import download
 from pipelines.stages.split import split
 from pipelines.stages.upscale import upscale
 
-WHOLE = load(ROOT / "params.yaml")
 SMALL = {"train": 80, "val": 40, "test": 40, "seed": 3}
-RAW = Path("data/raw")
+SET = Path("data/sets/mine")
+RAW = SET / "raw"
 
 
-def params(**changes: object) -> Params:
-    return WHOLE.model_copy(update={"data": Data.model_validate(WHOLE.data.model_dump() | {"sample": SMALL} | changes)})
+def asked(dataset: str = "sample", path: str = "faces", **data: object) -> Prepared:
+    own = {"sample": SMALL} if dataset == "sample" else {}
+    return replace(prepared(dataset, path, own | data), name="mine")
 
 
 def digests() -> dict[str, str]:
@@ -56,16 +58,16 @@ def official_folders(root: Path) -> np.ndarray:
 
 
 def test_the_sample_is_the_same_bytes_for_the_same_settings(capfd: pytest.CaptureFixture) -> None:
-    download(params())
+    download(asked())
     first = digests()
     assert list(first) == ["images.npy", "labels.csv", "source.json"]
     images = np.load(RAW / "images.npy")
     assert (images.shape, images.dtype) == ((160, 48, 48), np.uint8)
     assert (source()["dataset"], source()["images"]) == ("sample", {"train": 80, "val": 40, "test": 40})
     assert capfd.readouterr() == ("", "")
-    download(params())
+    download(asked())
     assert digests() == first
-    download(params(sample=SMALL | {"seed": 4}))
+    download(asked(sample=SMALL | {"seed": 4}))
     assert digests()["images.npy"] != first["images.npy"]
 
 
@@ -74,7 +76,7 @@ def test_ferplus_to_the_byte(project: Path, capfd: pytest.CaptureFixture) -> Non
     for number in range(5):
         (project / "faces" / f"._{number}").write_text("")
     (project / "faces" / "notes.txt").write_text("x")
-    download(params(dataset="ferplus", path="faces"))
+    download(asked(dataset="ferplus", path="faces"))
     assert capfd.readouterr().out == (
         "ferplus: 2 train, 2 val, 2 test (published: 28,558 train, 3,579 val, 3,573 test); "
         "read FER2013Train, FER2013Valid, FER2013Test in faces\n"
@@ -106,12 +108,12 @@ def test_ferplus_to_the_byte(project: Path, capfd: pytest.CaptureFixture) -> Non
 
 def refused(**changes: object) -> str:
     with pytest.raises(UserError) as caught:
-        download(params(**changes))
+        download(asked(**changes))
     return str(caught.value)
 
 
 def test_a_mistake_leaves_the_old_data_and_nothing_new(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    download(params())
+    download(asked())
     before = digests()
     official_folders(project / "faces")
     picture = project / "faces/FER2013Test/5.png"
@@ -120,7 +122,7 @@ def test_a_mistake_leaves_the_old_data_and_nothing_new(project: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     for path, message in {
         "faces": "faces/FER2013Test/5.png: is truncated or damaged",
-        "nowhere": "nowhere: not found: correct data.path in params.yaml",
+        "nowhere": "nowhere: not found: correct the path under data in params.yaml",
         "empty": "empty: contains no data set, and https://www.kaggle.com/competitions/",
     }.items():
         assert refused(dataset="ferplus", path=path).startswith(message)
@@ -129,10 +131,10 @@ def test_a_mistake_leaves_the_old_data_and_nothing_new(project: Path, monkeypatc
         assert refused(dataset="ferplus", path="faces", **{key: value}) == message
     cut = class_folders(project / "happy") / "sad" / "P9_sad.webp"
     Image.new("RGB", (20, 20)).save(cut, "PNG")
-    cut.write_bytes(cut.read_bytes()[:-30])  # noticed when the images of data/raw are written
+    cut.write_bytes(cut.read_bytes()[:-30])  # noticed when the images are written
     assert refused(**HAPPY | {"path": "happy"}).startswith("happy/sad/P9_sad.webp: is truncated or damaged")
     assert digests() == before
-    assert [file.name for file in (project / "data").iterdir()] == ["raw"]
+    assert [file.name for file in SET.iterdir()] == ["raw"]
 
 
 def class_folders(root: Path) -> Path:
@@ -150,7 +152,7 @@ HAPPY = {"dataset": "folders", "path": "faces", "size": 16, "subject_pattern": r
 
 def test_class_folders_become_arrays_of_one_size_with_subjects(project: Path, capfd: pytest.CaptureFixture) -> None:
     class_folders(project / "faces")
-    download(params(**HAPPY))
+    download(asked(**HAPPY))
     assert capfd.readouterr().out == (
         "folders: 20 images; read faces\nresized to 16x16 pixels: 20 of 20 images (data.size)\n"
     )
@@ -165,10 +167,9 @@ def test_class_folders_become_arrays_of_one_size_with_subjects(project: Path, ca
 
 def split_folders(**changes: object) -> dict:
     """summary.json of the stages on class folders."""
-    download(params(**HAPPY | changes))
-    upscale(WHOLE)
-    split(WHOLE)
-    return json.loads(Path("data/splits/summary.json").read_text())
+    for stage in (download, upscale, split):
+        stage(asked(**HAPPY | changes))
+    return json.loads((SET / "splits/summary.json").read_text())
 
 
 def test_a_set_without_splits_is_split_by_subject_and_trained_on(project: Path) -> None:
@@ -177,18 +178,18 @@ def test_a_set_without_splits_is_split_by_subject_and_trained_on(project: Path) 
     assert summary["totals"] == {"train": 14, "val": 2, "test": 4}
     assert summary["held_out"] == {"test": "all, by subject", "val": "all, by subject"}
     assert (summary["class_prior"], summary["labels"]) == (None, "hard")
-    data = open_data()
+    data = open_data(SET)
     people = [set(data.split(name).subjects) for name in ("train", "val", "test")]
     assert sum(map(len, people)) == len(set.union(*people)) == 10
     assert data.prior().tolist() == [[1, 0], [0, 1]]
     colour: dict = {"input": {"image_size": 16, "channels": 3}, "epochs": 1, "batch_size": 4}
     with pytest.raises(UserError) as caught:
-        fit("x", small_run(loss={"name": "pdls"}, **colour), CPU, "data", "data/runs")
+        fit("x", small_run(loss={"name": "pdls"}, **colour), CPU, SET, "data/runs")
     assert str(caught.value) == (
         "loss.name: this loss needs the class prior, which hard labels do not give: name a file with it in "
-        "data.confusion of params.yaml, or choose another loss"
+        "data.confusion of the data set's file in datasets/, or choose another loss"
     )
-    fit("y", small_run(**colour), CPU, "data", "data/runs")
+    fit("y", small_run(**colour), CPU, SET, "data/runs")
 
 
 CONFUSION = ",sad,happy\nhappy,1,3\nsad,4,0\n"
@@ -199,7 +200,7 @@ def test_the_prior_of_hard_labels_is_a_file_that_the_user_names(project: Path) -
     (project / "faces" / "confusion.csv").write_text(CONFUSION)
     assert split_folders(confusion="confusion.csv")["class_prior"] == [[0.75, 0.25], [0, 1]]
     assert (source()["read"], source()["left_out"]) == ([".", "confusion.csv"], {})
-    assert open_data().prior(needed=True).tolist() == [[0.75, 0.25], [0, 1]]
+    assert open_data(SET).prior(needed=True).tolist() == [[0.75, 0.25], [0, 1]]
 
 
 EACH = "faces/confusion.csv must have a row and a column for each of happy, sad"
@@ -220,7 +221,7 @@ def test_a_confusion_that_does_not_fit(old: str, new: str, message: str, project
 def test_a_confusion_that_is_not_there_or_for_votes(project: Path) -> None:
     class_folders(project / "faces")
     assert refused(**HAPPY, confusion="x.csv") == (
-        "data.confusion: faces/x.csv not found: give its path relative to data.path"
+        "data.confusion: faces/x.csv not found: give its path within the data set's folder"
     )
     official_folders(project / "votes")
     message = "data.confusion: is for data sets with one label an image; this one has votes: remove it"

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import DATA
+from PIL import Image
 from ruamel.yaml import YAML
 
 from fer.data.sample import write_sample
-from pipelines.params import SuperResolution
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -32,11 +33,13 @@ slow = pytest.mark.slow
 
 
 def test_every_module_that_a_stage_imports_is_its_dependency() -> None:
+    """The sample's code is its input."""
     stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
     assert list(stages) == STAGES
     for name, stage in stages.items():
         own = f"pipelines/stages/{name}.py"
-        deps = {dep for dep in stage["deps"] if dep.startswith(("fer/", "pipelines/"))}
+        deps = {dep for dep in stage["do"]["deps"] if dep.startswith(("fer/", "pipelines/"))}
+        deps |= {"fer/data/sample.py"} if name == "download" else set()
         folders = [f"{dep}/" for dep in deps if (ROOT / dep).is_dir()]
         needed = {own, *_imports_of_fer(own)}
         inside = {file: folder.rstrip("/") for file in needed for folder in folders if file.startswith(folder)}
@@ -64,14 +67,14 @@ def _imports_of_fer(module: str) -> set[str]:
 
 
 def test_every_setting_that_a_stage_reads_is_its_parameter() -> None:
+    """Device and workers change no pixel; files and weights are dependencies."""
     stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
-    assert stages["download"]["params"] == ["data"]
-    assert stages["split"]["params"] == ["split"]
-    places = {"device", "workers"}  # change no pixel; the weights are a dependency
-    expected = {f"super_resolution.{key}" for key in SuperResolution.model_fields.keys() - places - {"weights"}}
-    assert set(stages["upscale"]["params"]) == expected
-    assert "${super_resolution.weights}" in stages["upscale"]["deps"]
-    assert "${data.path}" in stages["download"]["deps"]
+    assert {key for stage in stages.values() for key in stage["foreach"].split()} == {"${data}"}
+    read = {name: stage["do"]["params"] for name, stage in stages.items()}
+    sections = {"download": "data", "upscale": "super_resolution", "split": "split"}
+    assert read == {name: [{"datasets/${key}.yaml": [key]}] for name, key in sections.items()}
+    assert "${super_resolution.weights}" in stages["upscale"]["do"]["deps"]
+    assert "${item}" in stages["download"]["do"]["deps"]
 
 
 def environment(project: Path, **more: str) -> dict[str, str]:
@@ -95,8 +98,9 @@ def call(project: Path, *command: str, status: int = 0, **more: str) -> str:
 
 
 def repro(project: Path, *options: str) -> list[str]:
-    """`dvc repro`; the stages that it ran."""
-    return re.findall(r"Running stage '(\w+)'", call(project, "dvc", "repro", *options))
+    """`dvc repro`; the stages that it ran, those of the sample without its name."""
+    ran = re.findall(r"Running stage '([\w@]+)'", call(project, "dvc", "repro", *options))
+    return [stage.removesuffix("@sample") for stage in ran]
 
 
 def commit(project: Path) -> None:
@@ -109,14 +113,14 @@ def outputs(project: Path) -> dict[str, bytes]:
     """Every file under data/ but the user's own, and what is in it."""
     files = [path for path in (project / "data").rglob("*") if path.is_file()]
     names = {str(path.relative_to(project / "data")): path for path in files}
-    own = ("README.md", ".gitignore", ".lock", "external/", "weights/")
-    return {name: path.read_bytes() for name, path in sorted(names.items()) if not name.startswith(own)}
+    own = re.compile(r"(README.md|.gitignore|external/|weights/)|.*\.lock$")
+    return {name: path.read_bytes() for name, path in sorted(names.items()) if not own.match(name)}
 
 
-def set_params(project: Path, *overrides: str) -> None:
-    """Set keys of params.yaml, `key.path=value`."""
+def set_params(project: Path, *overrides: str, file: str = "params.yaml") -> None:
+    """Set keys of a file with settings, `key.path=value`."""
     yaml = YAML()
-    tree = yaml.load(project / "params.yaml")
+    tree = yaml.load(project / file)
     for override in overrides:
         path, value = override.split("=")
         *parents, last = path.split(".")
@@ -124,7 +128,11 @@ def set_params(project: Path, *overrides: str) -> None:
         for part in parents:
             table = table[part]
         table[last] = YAML(typ="safe").load(value)
-    yaml.dump(tree, project / "params.yaml")
+    yaml.dump(tree, project / file)
+
+
+def set_sample(project: Path, *overrides: str) -> None:
+    set_params(project, *overrides, file="datasets/sample.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +150,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file() and name != "dvc.lock":
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project / name)
-    set_params(project, "data.sample.train=320", "data.sample.val=40", "data.sample.test=40")
+    set_sample(project, "data.sample.train=320", "data.sample.val=40", "data.sample.test=40")
     call(project, "git", "init", "--quiet")
     commit(project)
     return project
@@ -167,10 +175,11 @@ def project(built: Path, tmp_path: Path) -> Path:
 @needs_dvc
 def test_first_repro_leaves_the_lock_file_and_its_outputs_and_the_second_nothing(built: Path) -> None:
     assert call(built, "git", "status", "--short").split() == ["??", "dvc.lock"]
-    plots = [f"splits/plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
-    tables = [f"splits/{name}" for name in ("metrics.json", "summary.json", "test.csv", "train.csv", "val.csv")]
+    plots = [f"plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
+    tables = [f"splits/{name}" for name in ("summary.json", "test.csv", "train.csv", "val.csv")]
     raw = ["raw/images.npy", "raw/labels.csv", "raw/source.json"]
-    assert list(outputs(built)) == sorted([*raw, *plots, *tables, "upscaled/images.npy", "upscaled/upscale.json"])
+    made = [*raw, *plots, *tables, "metrics.json", "upscaled/images.npy", "upscaled/upscale.json"]
+    assert list(outputs(built)) == sorted(f"sets/sample/{name}" for name in made)
     assert repro(built) == []
 
 
@@ -192,8 +201,8 @@ def test_a_change_reruns_what_it_concerns(project: Path) -> None:
         ("fer/super_resolution/new.py", ["upscale"]),
         ("data/weights/super_resolution/DIC_HELEN.pth", ["upscale"]),
         ("data/weights/super_resolution/README.md", []),
-        ("data/external/README.md", []),
-        ("data/external/new.csv", ["download"]),
+        ("data/external/new.csv", []),  # of another data set
+        ("fer/data/sample.py", ["download"]),
     ):
         with open(project / file, "a") as changed:
             changed.write("\n# a remark that changes no output, so later stages have nothing to do\n")
@@ -201,12 +210,33 @@ def test_a_change_reruns_what_it_concerns(project: Path) -> None:
     assert outputs(project) == before
     set_params(project, "super_resolution.workers=2", "super_resolution.device=cpu", "tracking.experiment=other")
     assert repro(project) == []
-    set_params(project, "super_resolution.method=bicubic", "super_resolution.scale=2")
+    set_sample(project, "super_resolution.method=bicubic", "super_resolution.scale=2")
     assert repro(project) == ["upscale", "split"]
-    set_params(project, "split.drop_leaked_train=exact")
+    set_sample(project, "split.drop_leaked_train=exact")
     assert repro(project) == ["split"]
-    set_params(project, "data.sample.seed=7")
+    set_sample(project, "data.sample.seed=7")
     assert repro(project) == STAGES
+
+
+@slow
+@needs_dvc
+def test_another_data_set_leaves_the_first_alone(project: Path) -> None:
+    before = outputs(project)
+    for label, name in enumerate(("happy", "sad")):
+        for person in range(8):
+            path = project / f"data/external/mine/{name}/P{person}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((20, 20), 100 * label + person, np.uint8)).save(path)
+    shutil.copy(project / "datasets/folders.yaml", project / "datasets/mine.yaml")
+    set_params(project, "data.mine=data/external/mine")
+    assert repro(project) == [f"{name}@mine" for name in STAGES]
+    both = outputs(project)
+    assert {name: content for name, content in both.items() if not name.startswith("sets/mine/")} == before
+    set_params(project, "split.val_share=0.2", file="datasets/mine.yaml")
+    assert repro(project, "split@mine") == ["split@mine"]
+    shown = json.loads(call(project, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert set(shown) == {"data/sets/mine/metrics.json", "data/sets/sample/metrics.json"}
+    assert repro(project) == []
 
 
 @pytest.fixture
@@ -232,19 +262,21 @@ class QuietHandler(SimpleHTTPRequestHandler):
 @needs_dvc
 def test_votes_that_the_stage_downloads_are_no_change_but_others_are(project: Path, server: tuple[str, Path]) -> None:
     address, folder = server
-    write_sample(project / "data/external", 320, 40, 40, 3)
-    votes = project / "data/external/fer2013new.csv"
+    (project / "data/external/ferplus").mkdir()
+    write_sample(project / "data/external/ferplus", 320, 40, 40, 3)
+    votes = project / "data/external/ferplus/fer2013new.csv"
     shutil.move(votes, folder)
     digest = hashlib.sha256((folder / "fer2013new.csv").read_bytes()).hexdigest()
     url = f"data.votes_url={address}/fer2013new.csv"
-    set_params(project, "data.dataset=ferplus", url, f"data.votes_sha256='{digest}'")
-    assert repro(project) == STAGES
-    assert not list(project.glob("data/splits/plots/contact_sheet.png"))
+    set_params(project, "data.ferplus=data/external/ferplus")
+    set_params(project, url, f"data.votes_sha256='{digest}'", file="datasets/ferplus.yaml")
+    assert repro(project) == [f"{name}@ferplus" for name in STAGES]
+    assert len(list(project.glob("data/sets/*/plots/contact_sheet.png"))) == 1
     assert repro(project) == []
     header, first, *rest = votes.read_text().splitlines(keepends=True)
     usage, name, *_ = first.split(",")
     votes.write_text("".join([header, f"{usage},{name},0,0,0,0,0,0,0,10,0,0\n", *rest]))
-    assert repro(project) == ["download", "split"]
+    assert repro(project) == ["download@ferplus", "split@ferplus"]
     assert repro(project) == []
 
 
@@ -266,14 +298,14 @@ def test_a_clone_pulls_and_needs_no_source_files(project: Path, tmp_path: Path) 
         return tmp_path / name
 
     assert "up to date" in call(clone("sample"), "dvc", "status")
-    set_params(project, "data.dataset=ferplus", f"data.path={source / 'fer2013.csv'}")
-    assert repro(project) == STAGES
+    set_params(project, f"data.ferplus={source / 'fer2013.csv'}")
+    assert repro(project) == [f"{name}@ferplus" for name in STAGES]
     assert repro(project) == []
     ferplus = clone("ferplus")
     shutil.rmtree(source)
     assert repro(ferplus, "--allow-missing") == []
-    set_params(ferplus, "split.drop_leaked_train=exact")
-    assert repro(ferplus, "--allow-missing") == ["split"]
+    set_params(ferplus, "split.drop_leaked_train=exact", file="datasets/ferplus.yaml")
+    assert repro(ferplus, "--allow-missing") == ["split@ferplus"]
 
 
 # Kills DVC and the stage together, as losing the machine would, when a file is opened to be written that many times.
@@ -298,7 +330,7 @@ def larger(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """A fresh project whose super-resolution takes long enough to be killed in its middle, and its right outputs."""
     project = tmp_path_factory.mktemp("larger") / "project"
     shutil.copytree(fresh, project)
-    set_params(project, "super_resolution.method=lanczos", "super_resolution.scale=4")
+    set_sample(project, "super_resolution.method=lanczos", "super_resolution.scale=4")
     whole = Path(shutil.copytree(project, project.parent / "whole"))
     repro(whole)
     return project, outputs(whole)
@@ -321,31 +353,31 @@ def test_kill_in_the_middle_then_repro_finishes(
     """images.npy of upscale is opened to make room, then for each of two shards."""
     fresh, expected = larger
     project = Path(shutil.copytree(fresh, tmp_path / "project"))
-    unfinished = project / "data" / f"{FOLDERS[stage]}.partial"
+    unfinished = project / DATA / f"{FOLDERS[stage]}.partial"
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(KILLER.format(file=f"{unfinished.name}/{file}", times=times))
     call(project, "dvc", "repro", status=-9, PYTHONPATH=str(hook))
     assert unfinished.is_dir()
-    assert not (project / "data" / FOLDERS[stage]).exists()
+    assert not (project / DATA / FOLDERS[stage]).exists()
     written = np.load(unfinished / file, mmap_mode="r").any((1, 2)) if times == 3 else []
     assert sum(written) == (256 if times == 3 else 0)  # one shard
 
     assert repro(project) == STAGES[STAGES.index(stage) :]
     assert outputs(project) == expected
-    assert not list(project.glob("data/*.partial"))
+    assert not list(project.glob(f"{DATA}/*.partial"))
 
 
 @slow
 @needs_dvc
 def test_metrics_and_plots_are_shown(project: Path) -> None:
-    set_params(project, "super_resolution.method=lanczos", "super_resolution.scale=2")
+    set_sample(project, "super_resolution.method=lanczos", "super_resolution.scale=2")
     assert repro(project) == ["upscale", "split"]
     shown = json.loads(call(project, "dvc", "metrics", "show", "--json"))[""]["data"]
-    metrics = shown["data/splits/metrics.json"]["data"]
-    counts = {name: len(pd.read_csv(project / f"data/splits/{name}.csv")) for name in ("train", "val", "test")}
+    metrics = shown[f"{DATA}/metrics.json"]["data"]
+    counts = {name: len(pd.read_csv(project / DATA / f"splits/{name}.csv")) for name in ("train", "val", "test")}
     assert {key: metrics[key] for key in counts} == counts
-    summary = json.loads((project / "data/splits/summary.json").read_text())
+    summary = json.loads((project / DATA / "splits/summary.json").read_text())
     assert metrics["leaked"] == {key: summary["duplicates"][key] for key in metrics["leaked"]}
     assert metrics["leaked"]["test_in_train"] > 0
     restored = metrics["restored"]
@@ -357,8 +389,8 @@ def test_metrics_and_plots_are_shown(project: Path) -> None:
     page = (project / "dvc_plots" / "index.html").read_text()
     assert '"split": "train", "class": "neutral"' in page
     assert sorted(path.name for path in (project / "dvc_plots" / "static").iterdir()) == [
-        "workspace_data_splits_plots_class_balance.png",
-        "workspace_data_splits_plots_contact_sheet.png",
+        "workspace_data_sets_sample_plots_class_balance.png",
+        "workspace_data_sets_sample_plots_contact_sheet.png",
     ]
 
 
@@ -366,8 +398,9 @@ def test_metrics_and_plots_are_shown(project: Path) -> None:
 @needs_dvc
 def test_ferplus_is_built_and_a_changed_picture_noticed(fresh: Path, tmp_path: Path, ferplus_folder: Path) -> None:
     project = Path(shutil.copytree(fresh, tmp_path / "project"))
-    set_params(project, "data.dataset=ferplus", f"data.path={ferplus_folder}")
-    assert repro(project) == STAGES
+    set_params(project, f"data.ferplus={ferplus_folder}")
+    assert repro(project, "split@ferplus") == [f"{name}@ferplus" for name in STAGES]
+    repro(project)
     assert repro(project) == []
     picture = ferplus_folder / "FER2013Train" / "fer0000005.png"
     kept = picture.read_bytes()

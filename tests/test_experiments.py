@@ -290,7 +290,11 @@ def test_every_setting_is_shown_once_with_its_value_and_meaning() -> None:
     for name in SHIPPED:
         found = one(name)
         shown = list(values(found))
-        expected = [*flat(found.run.model_dump()), *flat({"resources": found.resources.model_dump()})]
+        expected = [
+            ("data", found.data),
+            *flat(found.run.model_dump()),
+            *flat({"resources": found.resources.model_dump()}),
+        ]
         assert [(path, value) for path, value, _, _ in shown] == expected
         for path, _, source, meaning in shown:
             assert meaning.endswith((".", ")")), path

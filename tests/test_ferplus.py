@@ -168,7 +168,7 @@ TRAIN, PICTURE = "FER2013Train/label.csv", f"FER2013Valid/{NAMES[25]}"
 SORTED = [*np.argsort(EMOTIONS[:24], kind="stable").tolist(), *range(24, 40)]  # by emotion, as pandas leaves it
 # how it is made, which file is changed and how, the message
 MISTAKES: list[tuple[Callable[[Path], Path], str, Callable[[str], str] | None, str]] = [
-    (rows, "*.csv", None, ": no FER+ found, neither pictures in FER2013Train, ... or correct data.path"),
+    (rows, "*.csv", None, ": no FER+ found, neither pictures in FER2013Train, ... or correct the path in params.yaml"),
     (rows, "fer2013new.csv", None, ": fer2013new.csv not found: download it from the microsoft/FERPlus repository"),
     (rows, "fer2013.csv", lines(0, 31), "/fer2013.csv: has 30 rows but /fer2013new.csv 40: ... /fer2013.csv again"),
     (rows, "fer2013.csv", lambda text: text[:-5000], "/fer2013.csv line 41: has 2 columns instead of 3: the file is"),
@@ -219,10 +219,15 @@ def test_what_cannot_be_right_is_refused_with_its_cause(
 
 
 def test_mistakes_with_the_path_and_the_label_source(tmp_path: Path) -> None:
-    tells(tmp_path, "/no: not found: correct data.path in params.yaml", read, tmp_path / "no")
+    tells(tmp_path, "/no: not found: correct the path under data in params.yaml", read, tmp_path / "no")
     tells(tmp_path, "/rows: holds no label.csv, ... to auto or fer2013new", read, rows(tmp_path / "rows"), "label_csv")
     inside = folders(tmp_path / "x") / "FER2013Train"
-    tells(tmp_path, "data.path: /x/FER2013Train is one of the folders of FER+: name the folder above", read, inside)
+    tells(
+        tmp_path,
+        "params.yaml: data: /x/FER2013Train is one of the folders of FER+: name the folder above",
+        read,
+        inside,
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 from conftest import (
     BIN,
     CPU,
+    DATA,
     ROOT,
     copy_settings,
     doe,
@@ -107,7 +108,7 @@ def test_two_models_train_together_in_a_container_and_the_second_call_has_nothin
     second = here("train", "small", "vit")
     assert (second.returncode, "Nothing to do: 2 run(s)" in second.stdout) == (0, True)
     best = max(summary["val"]["accuracy"] for summary in summaries(project).values())
-    assert f"val {100 * best:.2f} %" in second.stdout.split("models:/fer-bars@champion: version")[1]
+    assert f"val {100 * best:.2f} %" in second.stdout.split("models:/fer-sample@champion: version")[1]
     assert {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")} == before
     assert "Test, class by class" in here("evaluate", "vit").stdout
     compared = here("compare").stdout
@@ -175,7 +176,7 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     assert not (folder / "summary.json").exists()
     assert here("train", "small").returncode == 0
     assert recorded(project) == {"small": finished(last)}
-    uncut = fit("small", run, CPU, project / "data", tmp_path / "uncut")
+    uncut = fit("small", run, CPU, project / DATA, tmp_path / "uncut")
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (folder / name).read_bytes() == (uncut / name).read_bytes()
 
@@ -214,9 +215,9 @@ def test_a_failure_is_final_and_one_line_and_leaves_the_other_runs_alone(project
     broken = experiment(project, "broken", epochs=2)
     chain(project, optimizer={"lr": 1e30})
     experiment(project, "other", epochs=1)
-    taken = run_id("taken", experiment(project, "taken"), open_data(project / "data").hash)
+    taken = run_id("taken", experiment(project, "taken"), open_data(project / DATA).hash)
     with pytest.raises(KeyboardInterrupt):
-        fit("broken", broken, CPU, project / "data", project / "data/runs", on_epoch=interrupt)
+        fit("broken", broken, CPU, project / DATA, project / "data/runs", on_epoch=interrupt)
     (folder,) = (project / "data/runs").iterdir()
     training = folder / "last/training.pt"
     whole = spoil_optimizer(training)
@@ -291,7 +292,7 @@ def test_a_deployment_trains_the_runs_of_the_command_each_after_the_one_it_start
     assert done.stderr.splitlines() == [f"{other.name}: finished before, but not in MLflow's store; recording it"]
     assert (done.returncode, recorded(project)["other"]) == (0, finished(1))
     predicted = pd.read_csv(other / "predictions_test.csv")
-    leave_of_test(project / "data", (predicted["label"] != predicted["prediction"]).to_numpy())
+    leave_of_test(project / DATA, (predicted["label"] != predicted["prediction"]).to_numpy())
     done = here("train", *words[1:])
     news = f"{other.name}: the test split has changed since: evaluated again, from its best checkpoint"
     assert (done.returncode, done.stderr.splitlines().count(news)) == (0, 1), done.stderr
@@ -378,5 +379,5 @@ def test_missing_data_and_params_name_the_remedy(tmp_path: Path, here: Here, mon
         assert done.stderr.endswith("run the command in the project's root folder\n")
     copy_settings(tmp_path)
     done = here("train", "vgg13_small")
-    told = "error: data/splits/summary.json: not found; make the data with `dvc repro`\n"
+    told = "error: data/sets/sample/splits/summary.json: not found; make the data with `dvc repro`\n"
     assert (done.returncode, done.stderr) == (2, told)

@@ -92,7 +92,7 @@ def test_what_is_no_picture_is_left_out_and_said(tmp_path: Path) -> None:
 
 BOTH = ["train/happy/1.png", "train/sad/1.png"]
 MISTAKES: list[tuple[list[str], str]] = [
-    ([], ": holds no pictures: put class folders there, as train/happiness/1.png, or correct data.path"),
+    ([], ": holds no pictures: put class folders there, as train/happiness/1.png, or correct the path in params.yaml"),
     (["a/1.png", "b/1.png", "x.png"], "/x.png: lies in no class folder: sort the pictures by class, as happiness/1"),
     (["happy/1.png", "happy/2.png"], ": holds pictures of one class only, happy: name the folder above the classes"),
     (
@@ -104,7 +104,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*BOTH, "val/happy/1.png"], ": has train and val and no test: rename val to test (split.val_share of train"),
     ([*BOTH, "test/Happy/1.png"], ": test has a folder Happy and train has none, but happy, sad: give them the same"),
     (["row/1.png", "sad/1.png"], ": a class cannot be called row, as a column is: rename it"),
-    ([f"{a}/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: set data."),
+    ([f"{a}/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: give the "),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CPU, change, doe, epochs_done, experiment, make_data, refusal, start_fer, wait_for, workers
+from conftest import CPU, DATA, change, doe, epochs_done, experiment, make_data, refusal, start_fer, wait_for, workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -157,10 +157,10 @@ def test_the_same_pixels_under_two_names_are_told_where_each_subject_is_left_out
 
 
 def test_no_fold_starts_from_another_run(recipes: Path) -> None:
-    data = pooled(recipes / "data", PERSONS)
+    data = pooled(recipes / DATA, PERSONS)
     experiment(recipes, "first", **doe())
     experiment(recipes, "second", **doe(init_from="first"))
-    line = refusal(jobs_of, experiments.load(["second"], {}), data, "5", recipes / "data/runs")
+    line = refusal(jobs_of, experiments.load(["second"], {}), {"second": data}, "5", recipes / "data/runs")
     assert line.startswith("second: init_from: a fold cannot start from first, which was trained on its test images;")
 
 
@@ -170,7 +170,7 @@ def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
     recipes: Path, tmp_path: Path, ray_here: None, here: Callable
 ) -> None:
     """Its sum is made once, recorded above the folds, and again where it is lost; no fold becomes a model."""
-    data = pooled(recipes / "data", PERSONS)
+    data = pooled(recipes / DATA, PERSONS)
     run = experiment(recipes, "small", epochs=12, batch_size=4)
     words = "train", "small", "--folds", "3"
     killed = start_fer(recipes, *words)
@@ -183,8 +183,8 @@ def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
     assert done.returncode == 0, done.stderr
     accuracies = []
     for fold in folds_of(data, "3"):
-        folder = fit("small", run, CPU, recipes / "data", tmp_path / "uncut", fold=fold)
-        accuracies.append(evaluate(folder, recipes / "data", CPU)["test"]["accuracy"])
+        folder = fit("small", run, CPU, recipes / DATA, tmp_path / "uncut", fold=fold)
+        accuracies.append(evaluate(folder, recipes / DATA, CPU)["test"]["accuracy"])
         for name in ("best/model.safetensors", "predictions_test.csv"):
             assert (recipes / "data/runs" / folder.name / name).read_bytes() == (folder / name).read_bytes()
     (folder,) = (recipes / "data/folds").iterdir()

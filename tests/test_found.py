@@ -112,7 +112,7 @@ def test_several_candidates_are_named_unless_they_are_the_same(tmp_path: Path) -
     with look(put(tmp_path, {"a/x.csv": b"1", "b/x.csv": b"1", "c/x.csv": b"2", "c/y.csv": b"3"})) as found:
         one, same, other, more = found.entries
         assert one_of([[one], [same]], "tables") == [one]
-        many = ": holds several tables: {}: keep one of them there, or set data.path to the one to read"
+        many = ": holds several tables: {}: keep one of them there, or give the path of the one to read in params.yaml"
         tells(tmp_path, many.format("a/x.csv, c/x.csv"), one_of, [[one], [other]], "tables")
         tells(tmp_path, many.format("a (1 file), c (2 files)"), one_of, [[one], [other, more]], "tables")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, copy_settings, experiment, make_data
+from conftest import CPU, DATA, copy_settings, experiment, make_data
 from test_sweep_folder import concluded
 
 from fer.data.dataset import open_data
@@ -64,12 +64,12 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     project.mkdir()
     monkeypatch.chdir(project)
     copy_settings(project)
-    make_data(project / "data")
+    make_data(project / DATA)
     run = experiment(project, "one", {"device": "cpu"}, seed=1)
-    finished = fit("one", run, CPU, "data", "data/runs")
-    evaluate(finished, "data", CPU)
+    finished = fit("one", run, CPU, DATA, "data/runs")
+    evaluate(finished, DATA, CPU)
     with pytest.raises(InterruptedError):
-        fit("one", run.model_copy(update={"seed": 2}), CPU, "data", "data/runs", _cut)
+        fit("one", run.model_copy(update={"seed": 2}), CPU, DATA, "data/runs", _cut)
     plan, _ = concluded(["tiny"], {"loss.alpha": 0.6})
     trial = plan.job(plan.published).folder
     sweeps.begin_trial(trial, plan.published)
@@ -85,11 +85,11 @@ def work_on(words: list[str]) -> int:
     """What a worker of `fer train` does, without Ray; the exit status that the command would have."""
     try:
         found = recipes.load(words, machine(load()))["one"]
-        folder = Path("data/runs") / run_id(found.name, found.run, open_data("data").hash)
+        folder = Path("data/runs") / run_id(found.name, found.run, open_data(DATA).hash)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    ended = work(Job(found.name, found.run, found.resources, folder), Path("data").resolve(), patience=0)
+    ended = work(Job(found.name, found.run, found.resources, DATA, folder), patience=0)
     sys.stderr.write(f"{ended.kind}: {ended.message}\n")
     return {"done": 0, "mistake": 2, "diverged": 2}.get(ended.kind, 1)
 

@@ -6,10 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, copy_settings
 
 from fer.errors import UserError
-from pipelines.params import Params, load
 from pipelines.stages.inputs import IGNORED, inputs
 
 DVC = BIN / "dvc"
@@ -23,14 +22,18 @@ def faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "faces"
 
 
-def params(path: str) -> Params:
-    data = load(ROOT / "params.yaml").data.model_copy(update={"path": path})
-    return Params.model_construct(data=data)
+def check(path: str) -> None:
+    """Check a project with class folders at `path`, besides the sample."""
+    if not Path("params.yaml").exists():
+        copy_settings(Path())
+    text = (ROOT / "params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("sample: fer", f"folders: '{path}'\n  sample: fer"))
+    inputs()
 
 
 def refused(path: str) -> list[str]:
     with pytest.raises(UserError) as caught:
-        inputs(params(path))
+        check(path)
     return list(caught.value.lines)
 
 
@@ -43,8 +46,8 @@ def test_good_input_is_silent(faces: Path, capfd: pytest.CaptureFixture) -> None
     (faces / "linked").symlink_to(faces / "happy")
     (faces / "._x").symlink_to("nowhere")  # left out by .dvcignore
     bytes_name(faces, b"\xfc.txt")  # so is this, within the project
-    inputs(params("faces"))
-    inputs(params("faces/happy/1.png"))
+    check("faces")
+    check("faces/happy/1.png")
     assert capfd.readouterr() == ("", "")
 
 
@@ -73,12 +76,12 @@ def test_a_name_that_dvc_cannot_write_outside_of_the_project(faces: Path, monkey
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no", "no: not found: correct data.path in params.yaml"),
-        ("~/faces", f"data.path: '~/faces': ~ is not expanded: write the whole path, {Path('~/faces').expanduser()}"),
-        ("data", "data.path: data holds the outputs as well: name a folder of its own, as data/external"),
-        (".", "data.path: . holds the outputs as well: name a folder of its own, as data/external"),
+        ("no", "no: not found: correct the path under data in params.yaml"),
+        ("~/faces", f"params.yaml: data: '~/faces': ~ is not expanded: write {Path('~/faces').expanduser()}"),
+        *((path, f"params.yaml: data.folders: {path} holds the outputs as well: name a folder of its own, as "
+           "data/external") for path in ("data", ".", "data/sets")),
     ],
-)
+)  # fmt: skip
 def test_a_path_that_cannot_be_the_input(faces: Path, path: str, message: str) -> None:
     assert refused(path) == [message]
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import CPU, experiment, free_port, refusal
+from conftest import CPU, DATA, experiment, free_port, refusal
 from PIL import Image
 
 from fer.data.found import look
@@ -73,8 +74,8 @@ def test_a_port_that_is_none_and_the_version(here: Here) -> None:
 
 def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: Here) -> None:
     run = experiment(project, "one", {"device": "cpu"}, epochs=1)
-    folder = fit("one", run, CPU, "data", "data/runs")
-    evaluate(folder, "data", CPU)
+    folder = fit("one", run, CPU, DATA, "data/runs")
+    evaluate(folder, DATA, CPU)
     other = shutil.copytree(folder, folder.with_name("other-s1-00000000"))
     (project / "data/runs/notes.txt").touch()
     sums = Path("data/folds/one.folds3-s1-00000000")
@@ -100,11 +101,11 @@ def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: H
 
 
 def test_a_test_split_that_is_wrong_is_told_before_anything_starts(project: Path, here: Here) -> None:
-    path = project / "data/splits/test.csv"
+    path = project / DATA / "splits/test.csv"
     path.write_text(path.read_text().replace("136,136.png,0,", "136,136.png,99,"))
     done = here("train", "vgg13_small")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: data/splits/test.csv: label 99 is not in classes; make it again with")
+    assert done.stderr.startswith(f"error: {DATA}/splits/test.csv: label 99 is not in classes; make it again with")
 
 
 def test_a_server_that_is_not_mlflows(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_what_ray_cannot_start_with(
 def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:
     from pipelines.sweeps import folder as sweeps
 
-    plan = sweeps.plan(["tiny"], {}, "d" * 16)
+    plan = sweeps.plan(["tiny"], {}, lambda base: SimpleNamespace(folder=DATA, hash="d" * 16))
     sweeps.begin(plan)
     sweeps.begin_trial(plan.job(plan.published).folder, plan.published)
     trial = plan.job(plan.published).folder / "trial.json"

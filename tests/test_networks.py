@@ -22,14 +22,14 @@ from test_upscale import (  # noqa: F401
     raw,
     shards,
     tinted,
-    write_params,
+    write_settings,
 )
 
 from fer.errors import UserError
 from fer.super_resolution import networks
 from fer.super_resolution.methods import METHODS
 from fer.super_resolution.swin2sr import PUBLISHED, load_swin2sr
-from pipelines.params import SuperResolution
+from pipelines.data_sets import SuperResolution
 from pipelines.stages import run
 from pipelines.stages import upscale as stage
 from pipelines.stages.upscale import upscale
@@ -178,7 +178,7 @@ def test_weights_that_cannot_be_used_are_one_line_and_status_2(
         WEIGHTS.mkdir()
         (WEIGHTS / "config.json").write_text("{")
         (WEIGHTS / "DIC_HELEN.pth").write_text("<!DOCTYPE html><html>not found</html>")
-    write_params(method=method, scale=scale)
+    write_settings(method=method, scale=scale)
     with pytest.raises(SystemExit) as ended:
         run(upscale)
     assert ended.value.code == 2

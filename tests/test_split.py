@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import DATA, prepared
 from PIL import Image
 
 from fer.data.dataset import open_data
@@ -18,10 +18,11 @@ from fer.data.labels import CLASSES, VOTE_COLUMNS
 from fer.data.source import Source
 from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits
 from fer.errors import UserError
-from pipelines.params import Params, load
+from pipelines.data_sets import Prepared
 from pipelines.stages.split import split
 
-LABELS = "data/raw/labels.csv"
+LABELS = f"{DATA}/raw/labels.csv"
+FILES = ("summary.json", "test.csv", "train.csv", "val.csv")
 KIND = Kind(CLASSES, VOTE_COLUMNS, hard=False)
 
 
@@ -247,16 +248,17 @@ GAPS: dict[str, tuple[pd.DataFrame, Kind, dict[str, str], str]] = {
     "classes": (
         without_two_classes(), KIND, {},
         "no training image of class disgust (most votes on 1 of 7), contempt (most votes on 0 of 7) passes "
-        "split.label_mode majority: add images of it to the train part of data.path or choose another split.label_mode",
+        "split.label_mode majority: add images of it to the train part of the data set or choose "
+        "another split.label_mode",
     ),
     "a split that is unclear": (
         unclear_val(), KIND, {"label_mode": "probability"},
         "split val is empty: it has 8 images, and the vote rule (split.label_mode majority) drops all of them as "
-        "unclear: add images with a clear majority to the val part of data.path",
+        "unclear: add images with a clear majority to the val part of the data set",
     ),
     "a split": (
         small_set().query("usage != 'test'"), KIND, {},
-        "split test is empty: data.path holds no image of it: add the test part",
+        "split test is empty: the data set holds no image of it: add the test part",
     ),
     "single votes": (
         small_set().replace(10, 1), KIND, {},
@@ -290,48 +292,46 @@ def test_a_class_or_split_without_an_image_is_named_with_what_took_it(gap: str) 
 
 @pytest.fixture
 def stage_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
-    """data/raw and data/upscaled of 26 images in the working folder; a name and a subject look like other types."""
+    """raw/ and upscaled/ of 26 images in the working folder; a name and a subject look like other types."""
     monkeypatch.chdir(tmp_path)
     rows = small_set(row("test", "train-fear", name="NA", fear=9), row("test", "val-fear", name="7", fear=9))
     rows.loc[0, "subject"] = "007"
     images = np.zeros((len(rows), 6, 6, 3), np.uint8)
     images[CLASSES.index("anger")] = 200
     for folder in ("raw", "upscaled"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-        np.save(f"data/{folder}/images.npy", images)
+        (tmp_path / DATA / folder).mkdir(parents=True)
+        np.save(DATA / folder / "images.npy", images)
     rows.to_csv(LABELS, index=False)
     facts = {"dataset": "sample", "label_source": "label_csv", "labels": "votes", "confusion": None}
     facts |= {"classes": CLASSES, "vote_columns": VOTE_COLUMNS}
-    Path("data/raw/source.json").write_text(json.dumps(facts))
-    Path("data/upscaled/upscale.json").write_text(json.dumps({"method": "none", "scale": 1}))
+    (DATA / "raw/source.json").write_text(json.dumps(facts))
+    (DATA / "upscaled/upscale.json").write_text(json.dumps({"method": "none", "scale": 1}))
     return rows
 
 
-def params(**changes: Any) -> Params:
-    """Those of the project, with changes of `split`."""
-    found = load(ROOT / "params.yaml")
-    return found.model_copy(update={"split": found.split.model_copy(update=changes)})
+def params(**changes: Any) -> Prepared:
+    return prepared(split=changes)
 
 
 def written() -> dict[str, bytes]:
-    paths = (path for path in Path("data/splits").rglob("*") if path.is_file())
-    return {str(path.relative_to("data/splits")): path.read_bytes() for path in sorted(paths)}
+    paths = [DATA / "metrics.json", *(path for name in ("plots", "splits") for path in (DATA / name).iterdir())]
+    return {str(path.relative_to(DATA)): path.read_bytes() for path in sorted(paths)}
 
 
 def test_stage_writes_splits_summary_and_plots_to_the_byte(stage_input: pd.DataFrame) -> None:
     split(params())
     found = written()
     plots = [f"plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
-    assert list(found) == ["metrics.json", *plots, "summary.json", "test.csv", "train.csv", "val.csv"]
-    lines = found["test.csv"].decode().splitlines()
+    assert list(found) == ["metrics.json", *plots, *(f"splits/{name}" for name in FILES)]
+    lines = found["splits/test.csv"].decode().splitlines()
     assert lines[0] == (
         "row,name,label,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,"
         "subject,duplicate_of,duplicate_in,duplicate_kind"
     )
     assert lines[-2] == "24,NA,6,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0,,train-fear,train,exact"
-    assert found["train.csv"].decode().splitlines()[1].endswith(",007,,,")
-    summary = json.loads(found["summary.json"])
-    assert found["summary.json"].decode() == json.dumps(summary, indent=2, sort_keys=True) + "\n"
+    assert found["splits/train.csv"].decode().splitlines()[1].endswith(",007,,,")
+    summary = json.loads(found["splits/summary.json"])
+    assert found["splits/summary.json"].decode() == json.dumps(summary, indent=2, sort_keys=True) + "\n"
     ones = dict.fromkeys(CLASSES, 1)
     assert summary == {
         "dataset": "sample",
@@ -353,12 +353,12 @@ def test_stage_writes_splits_summary_and_plots_to_the_byte(stage_input: pd.DataF
         "dropped_leaked_train": 0,
         "images": 26,
         "image_shape": [6, 6, 3],
-        "images_sha256": hashlib.sha256(Path("data/upscaled/images.npy").read_bytes()).hexdigest(),
+        "images_sha256": hashlib.sha256((DATA / "upscaled/images.npy").read_bytes()).hexdigest(),
     }
     split(params())
     assert written() == found
 
-    data = open_data()  # as training reads it
+    data = open_data(DATA)  # as training reads it
     test = data.split("test")
     assert test.names[-3:] == ["test-contempt", "NA", "7"]
     assert (test.in_train.tolist(), test.in_val.tolist()) == ([False] * 8 + [True, False], [False] * 9 + [True])
@@ -371,31 +371,31 @@ def test_every_setting_reaches_the_splits(stage_input: pd.DataFrame) -> None:
     rows = small_set(*more, row("train", "unclear", fear=5, sadness=5), row("val", "more 1", fear=9))
     rows.to_csv(LABELS, index=False)
     for folder in ("raw", "upscaled"):
-        np.save(f"data/{folder}/images.npy", images_of(rows))
+        np.save(DATA / folder / "images.npy", images_of(rows))
     changes: dict[str, Any] = {"label_mode": "probability", "drop_leaked_train": "exact", "train_share": 0.5}
     changes |= {"prior_min_votes": 8, "seed": 2}
     split(params(near_duplicates=None, **changes))
     expected = splits_of(rows, **changes)
-    assert pd.read_csv("data/splits/train.csv")["row"].tolist() == train_rows(expected)
-    summary = json.loads(Path("data/splits/summary.json").read_text())
+    assert pd.read_csv(DATA / "splits/train.csv")["row"].tolist() == train_rows(expected)
+    summary = json.loads((DATA / "splits/summary.json").read_text())
     np.testing.assert_array_equal(summary["class_prior"], expected.class_prior)
 
 
 def test_plots_are_the_class_balance_and_training_images_but_no_real_face(stage_input: pd.DataFrame) -> None:
     split(params())
-    balance = pd.read_csv("data/splits/plots/class_balance.csv")
+    balance = pd.read_csv(DATA / "plots/class_balance.csv")
     assert (len(balance), balance["images"].sum()) == (24, 26)
-    blue = (np.asarray(Image.open("data/splits/plots/class_balance.png")) == (70, 120, 180)).all(axis=2)
+    blue = (np.asarray(Image.open(DATA / "plots/class_balance.png")) == (70, 120, 180)).all(axis=2)
     widths = blue.sum(axis=1)
     assert np.unique(widths[widths > 0]).tolist() == [181 + 181 + 61, 181 * 3]  # fear is the longest bar everywhere
-    sheet = np.asarray(Image.open("data/splits/plots/contact_sheet.png"))
+    sheet = np.asarray(Image.open(DATA / "plots/contact_sheet.png"))
     faces = sheet[:, -16 - 4 - 72 : -16 - 4]  # right of the class names
     assert (faces == 200).all(axis=2).sum() == 72 * 72
     assert (faces == 0).all(axis=2).sum() == 7 * 72 * 72
-    source = Path("data/raw/source.json")
+    source = DATA / "raw/source.json"
     source.write_text(source.read_text().replace("sample", "ferplus"))
     split(params())
-    assert sorted(path.name for path in Path("data/splits/plots").iterdir()) == [
+    assert sorted(path.name for path in (DATA / "plots").iterdir()) == [
         "class_balance.csv", "class_balance.png",
     ]  # fmt: skip
 
@@ -418,14 +418,14 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "negative": (LABELS, table(lambda rows: rows.assign(fear="-1")), f"holds negative votes; {AGAIN}"),
     "empty": (LABELS, lambda path: path.write_text(""), "not a table of votes (No columns to parse from file); "),
-    "no facts": ("data/raw/source.json", Path.unlink, MISSING),
+    "no facts": (f"{DATA}/raw/source.json", Path.unlink, MISSING),
     "other JSON": (
-        "data/raw/source.json", lambda path: path.write_text('{"dataset": "sample"}'),
+        f"{DATA}/raw/source.json", lambda path: path.write_text('{"dataset": "sample"}'),
         f"dataset or label_source or classes or vote_columns or labels or confusion is missing; {AGAIN}",
     ),
     "other images": (
-        "data/upscaled/images.npy", lambda path: np.save(path, np.load(path)[1:]),
-        "holds 25 images, data/raw/images.npy 26; run `dvc repro`",
+        f"{DATA}/upscaled/images.npy", lambda path: np.save(path, np.load(path)[1:]),
+        f"holds 25 images, {DATA}/raw/images.npy 26; run `dvc repro`",
     ),
 }  # fmt: skip
 
@@ -438,7 +438,7 @@ def test_stage_refuses_bad_input(stage_input: pd.DataFrame, fault: str) -> None:
         split(params())
     assert str(caught.value).startswith(f"{name}: {message}")
     assert "\n" not in str(caught.value)
-    assert not Path("data/splits").exists()
+    assert not (DATA / "splits").exists()
 
 
 # The real data set: numbers of the official trainer's label.csv.

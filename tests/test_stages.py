@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import DATA, ROOT, copy_settings
 
 from fer.errors import UserError
-from pipelines.params import Params
+from pipelines.data_sets import Prepared
 from pipelines.stages import run
 
 STAGES = """
@@ -23,37 +23,40 @@ print({"torch", "transformers", "ray", "kagglehub", "matplotlib"} & set(sys.modu
 
 
 def test_no_stage_loads_torch_where_no_network_upscales(tmp_path: Path) -> None:
-    text = (ROOT / "params.yaml").read_text()
+    copy_settings(tmp_path)
+    path = tmp_path / "datasets" / "sample.yaml"
+    text = path.read_text()
     for old, new in (("method: none", "method: bicubic"), ("scale: 1 ", "scale: 2 "), ("train: 2400", "train: 80")):
         assert old in text
         text = text.replace(old, new)
-    (tmp_path / "params.yaml").write_text(text.replace("400", "40"))
+    path.write_text(text.replace("400", "40"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-W", "error", "-c", STAGES]
+    command = [sys.executable, "-W", "error", "-c", STAGES, "sample"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
-    assert np.load(tmp_path / "data" / "upscaled" / "images.npy").shape == (160, 96, 96)
-    assert (tmp_path / "data" / "splits" / "train.csv").is_file()
+    assert np.load(tmp_path / DATA / "upscaled" / "images.npy").shape == (160, 96, 96)
+    assert (tmp_path / DATA / "splits" / "train.csv").is_file()
 
 
 @pytest.mark.parametrize(
     ("error", "printed"),
     [
-        (UserError("data.path: one", "data.path: two"), "error: data.path: one\nerror: data.path: two\n"),
+        (UserError("data.size: one", "data.size: two"), "error: data.size: one\nerror: data.size: two\n"),
         (
-            PermissionError(errno.EACCES, "Permission denied", "data/raw"),
-            "error: cannot write data/raw: permission denied: change the owner or mode, or choose another place and run"
-            " the command again\n",
+            PermissionError(errno.EACCES, "Permission denied", "data/sets/sample/raw"),
+            "error: cannot write data/sets/sample/raw: permission denied: change the owner or mode, or choose "
+            "another place and run the command again\n",
         ),
     ],
 )
 def test_a_users_mistake_is_printed_and_the_status_is_2(
     error: Exception, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
+    copy_settings(tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.setattr(sys, "argv", ["stage", "sample"])
 
-    def stage(params: Params) -> None:
+    def stage(one: Prepared) -> None:
         raise error
 
     with pytest.raises(SystemExit) as ended:
@@ -62,10 +65,12 @@ def test_a_users_mistake_is_printed_and_the_status_is_2(
     assert capfd.readouterr() == ("", printed)
 
 
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(params: Params) -> None:
+def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(one: Prepared) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.chdir(ROOT)
+    copy_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stage"])  # without a name: the first of the project
     with pytest.raises(OSError, match="Input/output error"):
         run(stage)

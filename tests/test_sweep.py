@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import refusal, spoil_optimizer, start_fer, wait_for, workers
+from conftest import DATA, refusal, spoil_optimizer, start_fer, wait_for, workers
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def plan(*changes: str) -> Plan:
-    return sweeps.plan(["sample", *SMALL, *changes], machine(load()), open_data("data").hash)
+    return sweeps.plan(["sample", *SMALL, *changes], machine(load()), lambda base: open_data(DATA))
 
 
 def ask(project: Path, query: str) -> list[tuple]:
@@ -196,7 +196,7 @@ def test_a_trial_that_fails_is_the_worst_and_fails_alone_and_once(project: Path,
     sweeps.begin(sweep)
     job = sweep.job(sweep.published)
     with pytest.raises(KeyboardInterrupt):
-        fit(job.name, job.run, job.resources, "data", job.folder.parent, on_epoch=interrupt)
+        fit(job.name, job.run, job.resources, DATA, job.folder.parent, on_epoch=interrupt)
     spoil_optimizer(job.folder / "last/training.pt")
     base, *others = found = search.search(sweep)
     assert len(found) == 4  # each point once, whatever `trials` says
@@ -214,7 +214,7 @@ def test_time_that_is_over_cuts_trials_and_a_mistake_stops_them_all(project: Pat
     sweeps.begin(sweep)
     assert {(trial.state, trial.epoch < 9000) for trial in search.search(sweep)} <= {(PRUNED, True)}
     sweeps.begin(sweep := plan())
-    (project / "data/upscaled/images.npy").unlink()
+    (project / DATA / "upscaled/images.npy").unlink()
     with pytest.raises(UserError, match="images.npy: not found"):
         search.search(sweep)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("recipes")
 
 
 def plan(*changes: str, data: str = "d" * 16) -> Plan:
-    return sweeps.plan(["tiny", *changes], {}, data)
+    return sweeps.plan(["tiny", *changes], {}, lambda base: SimpleNamespace(folder=Path("data"), hash=data))
 
 
 def trial(number: int, state: str, *accuracies: float, point: dict[str, Any] | None = None) -> Trial:
@@ -27,7 +28,7 @@ def trial(number: int, state: str, *accuracies: float, point: dict[str, Any] | N
 
 def concluded(words: list[str], point: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
     """A sweep whose base was pruned and whose best is this point, and its result, as they lie on disk."""
-    plan = sweeps.plan(words, {}, "d" * 16)
+    plan = sweeps.plan(words, {}, lambda base: SimpleNamespace(folder=Path("data"), hash="d" * 16))
     sweeps.begin(plan)
     best = trial(2, DONE, *[0.5] * plan.base.run.epochs, point={**plan.published, **point})
     result = sweeps.conclude(plan, [trial(1, PRUNED, 0.5, point=plan.published), best], [])

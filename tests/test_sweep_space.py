@@ -30,7 +30,7 @@ def read(given: dict[str, Any], run: Run | None = None) -> tuple[spaces.Space, l
     return spaces.read(given, run or base(), dict.fromkeys(given, "space"), found), found
 
 
-def changed(given: dict[str, Any], point: spaces.Params, run: Run | None = None) -> Run:
+def changed(given: dict[str, Any], point: spaces.Point, run: Run | None = None) -> Run:
     dimensions, mistakes = read(given, run)
     found, faults = spaces.changed(run or base(), dimensions, Known(point))
     assert (mistakes, faults) == ([], [])

@@ -55,7 +55,9 @@ def tracker(folder: Path, tmp_path: Path, empty_store: Path) -> Tracker:
 def record(tracker: Tracker, folder: Path, inside: Callable[[], object] = lambda: None) -> None:
     """What the flow does around a run, which is in `folder` or written there `inside`."""
     opened = open_data(folder.parents[1])
-    with tracker.record(Job("small", small_run(epochs=2), CPU, folder), {**opened.summary, "hash": opened.hash}):
+    with tracker.record(
+        Job("small", small_run(epochs=2), CPU, opened.folder, folder), {**opened.summary, "hash": opened.hash}
+    ):
         inside()
 
 
@@ -97,7 +99,7 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
         record(tracker, folder)
         assert statuses(tracker) == {folder.name: "FINISHED"}
         assert points(tracker) == [(row["epoch"], row["val_accuracy"]) for row in rows]
-        (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
+        (version,) = tracker.client.search_model_versions("name = 'fer-data'")
         assert tracker.recorded(folder)
     run, params = only_run(tracker), only_run(tracker).data.params
     expected = {
@@ -121,10 +123,10 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     assert inputs == {key: f"{summary['data_hash']}-{key}" for key in ("train", "val", "test")}
 
     images = np.load(data / "upscaled" / "images.npy")[:5]
-    served = mlflow.pyfunc.load_model("models:/fer-bars@champion").predict(images)
+    served = mlflow.pyfunc.load_model("models:/fer-data@champion").predict(images)
     assert list(served.columns) == CLASSES
     np.testing.assert_allclose(served, Predictor(folder / "best").probabilities(images), atol=1e-6)
-    stored = Path(mlflow.artifacts.download_artifacts("models:/fer-bars@champion"))
+    stored = Path(mlflow.artifacts.download_artifacts("models:/fer-data@champion"))
     assert not [path for path in stored.rglob("*") if path.suffix in (".pkl", ".pickle")]
 
     predicted = pd.read_csv(folder / "predictions_test.csv")
@@ -137,7 +139,7 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     after = only_run(tracker)
     assert after.data.metrics["final/test_accuracy"] == 0
     assert f"of {wrong.sum()} test images" in after.data.tags["mlflow.note.content"]
-    (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
+    (version,) = tracker.client.search_model_versions("name = 'fer-data'")
     kept = mlflow.artifacts.load_dict(f"{after.info.artifact_uri}/summary.json")
     assert (version.run_id, kept) == (run.info.run_id, json.loads((folder / "summary.json").read_text()))
 
@@ -206,7 +208,7 @@ def test_runs_may_be_recorded_at_the_same_time_and_the_best_is_champion(folder: 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda one: record(tracker, one), folders))
     assert statuses(tracker) == dict.fromkeys([one.name for one in folders], "FINISHED")
-    champion = tracker.registry.champions()["fer-bars"]
+    champion = tracker.registry.champions()["fer-data"]
     assert (champion["fer.run_id"], champion["val_accuracy"]) == (folders[1].name, "0.600000")
 
 
@@ -305,5 +307,5 @@ def test_what_is_seen_first_of_a_finished_run(folder: Path, tracker: Tracker):
     for key in run.data.metrics:
         steps = [point.step for point in tracker.client.get_metric_history(run.info.run_id, key)]
         assert steps == ([0] if key.startswith("final/") or key == "best_val_accuracy" else [1, 2]), key
-    (version,) = tracker.client.search_model_versions("name = 'fer-bars'")
+    (version,) = tracker.client.search_model_versions("name = 'fer-data'")
     assert f"{100 * test:.2f} %" in version.description

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, environment, wait_for
+from conftest import DATA, ROOT, environment, prepared, wait_for
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
@@ -28,14 +28,15 @@ from fer.super_resolution import networks
 from fer.super_resolution.methods import METHODS
 from fer.super_resolution.quality import down_then_up
 from pipelines import stages
-from pipelines.params import Params, load
+from pipelines.data_sets import Prepared
 from pipelines.stages import run
 from pipelines.stages import upscale as stage
 from pipelines.stages.upscale import upscale
 
 INTERPOLATE = {name: row.interpolate for name, row in METHODS.items() if row.interpolate}
-OUT = Path("data/upscaled/images.npy")
-PARTIAL = Path("data/upscaled.partial")
+RAW = DATA / "raw/images.npy"
+OUT = DATA / "upscaled/images.npy"
+PARTIAL = DATA / "upscaled.partial"
 WEIGHTS = Path("weights")
 
 
@@ -43,21 +44,28 @@ def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def params(method: str, scale: int, **keys: object) -> Params:
-    tree = load(ROOT / "params.yaml").model_dump()
-    tree["super_resolution"] |= {"method": method, "scale": scale, "device": "cpu", "weights": "weights"} | keys
-    return Params.model_validate(tree)
+def params(method: str, scale: int, **keys: Any) -> Prepared:
+    place = {"weights": "weights"} | {key: keys.pop(key) for key in ("device", "workers", "weights") if key in keys}
+    return prepared(super_resolution={"method": method, "scale": scale} | keys, machine=place)
 
 
-def write_params(**keys: object) -> None:
-    """params.yaml in the working directory, for a stage that is run as a command."""
-    tree = YAML(typ="safe").load(ROOT / "params.yaml")
-    tree["super_resolution"] |= {"device": "cpu", "weights": "weights"} | keys
-    YAML().dump(tree, Path("params.yaml"))
+def write_settings(**keys: Any) -> None:
+    """Those of the project in the working directory, for a stage that is run as a command."""
+    machine = {"device": "cpu", "weights": "weights"} | {key: keys.pop(key) for key in ("workers",) if key in keys}
+    (Path("datasets")).mkdir(exist_ok=True)
+    for name, changes in (("params.yaml", machine), ("datasets/sample.yaml", keys)):
+        tree = YAML(typ="safe").load(ROOT / name)
+        tree["super_resolution"] |= changes
+        YAML().dump(tree, Path(name))
+
+
+def fingerprint(method: str, scale: int, shape: tuple[int, ...] = (23, 24, 20)) -> str:
+    one = params(method, scale)
+    return stage.fingerprint(stage.Worker(one.recipe.super_resolution, one.machine, str(RAW)), shape)
 
 
 def beside() -> list[str]:
-    return sorted(path.name for path in Path("data").iterdir() if path.name != LOCK)
+    return sorted(path.name for path in DATA.iterdir() if path.name != LOCK)
 
 
 def files(folder: Path = OUT.parent) -> dict[str, bytes]:
@@ -71,7 +79,8 @@ def facts() -> dict[str, Any]:
 @pytest.fixture
 def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "data" / "raw" / "images.npy"
+    monkeypatch.setattr(sys, "argv", ["stage", "sample"])
+    path = tmp_path / RAW
     path.parent.mkdir(parents=True)
     np.save(path, random_images(23, 12, 10))
     return path
@@ -236,7 +245,7 @@ def kill_at(patch: pytest.MonkeyPatch, point: int) -> None:
 def test_killed_at_any_point_the_stage_ends_as_if_it_was_not(
     raw: Path, after: str, shards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """data/upscaled is of `none`; lanczos was killed; then bicubic is, at every point; then `after` runs through."""
+    """upscaled/ is of `none`; lanczos was killed; then bicubic is, at every point; then `after` runs through."""
     expected = {}
     for method in ("lanczos", "bicubic", "none"):
         upscale(params(method, 1 if method == "none" else 2))
@@ -254,7 +263,7 @@ def test_killed_at_any_point_the_stage_ends_as_if_it_was_not(
                 break
             except Killed:
                 pass
-        seen = next(folder for folder in (OUT.parent, Path("data/upscaled.old")) if folder.exists())
+        seen = next(folder for folder in (OUT.parent, DATA / "upscaled.old") if folder.exists())
         assert files(seen) in (expected["none"], expected["bicubic"])
         done = done_of(after)
         shards.clear()
@@ -270,11 +279,10 @@ def done_of(method: str, scale: int = 2, shape: tuple[int, ...] = (23, 24, 20)) 
     """The shards that progress.json calls done, if it is of that method."""
     path = PARTIAL / "progress.json"
     begun = json.loads(path.read_text()) if path.exists() else {"fingerprint": None}
-    config = params(method, scale).super_resolution
-    return begun["done"] if begun["fingerprint"] == stage.fingerprint(config, shape) else []
+    return begun["done"] if begun["fingerprint"] == fingerprint(method, scale, shape) else []
 
 
-def interrupt(settings: Params, patch: pytest.MonkeyPatch) -> None:
+def interrupt(settings: Prepared, patch: pytest.MonkeyPatch) -> None:
     """Run the stage; it ends in the last of three shards."""
     real = stage.write_rows
 
@@ -290,9 +298,9 @@ def interrupt(settings: Params, patch: pytest.MonkeyPatch) -> None:
 
 
 def another_pixel() -> None:
-    images = np.load("data/raw/images.npy")
+    images = np.load(RAW)
     images[0, 0, 0] ^= 1
-    np.save("data/raw/images.npy", images)
+    np.save(RAW, images)
 
 
 CHANGES: dict[str, tuple[Callable[[], object], dict[str, object], bool]] = {
@@ -320,7 +328,7 @@ def test_progress_is_kept_unless_something_else_would_come_out(
     interrupt(params("swin2sr", 2), monkeypatch)
     act()
     settings = params("swin2sr", **{"scale": 2} | keys)  # type: ignore[arg-type]
-    scale = settings.super_resolution.scale
+    scale = settings.recipe.super_resolution.scale
     monkeypatch.setitem(networks.LOADERS, "swin2sr", lambda *_: Tint(scale, 40))
     upscale(settings)
     assert shards == [0, 8, *([] if kept else [0, 8]), 16]
@@ -342,20 +350,19 @@ def test_progress_is_discarded_when_rows_or_shards_have_another_size(
 
 
 def test_progress_is_of_the_code_that_dvc_watches(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["upscale"]["deps"]
+    watched = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["upscale"]["do"]["deps"]
     names = [f"{name}/*.py" if (ROOT / name).is_dir() else name for name in watched if name.startswith(("fer", "pip"))]
     assert set(names) == set(stage.CODE)
     for path in (path for name in names for path in ROOT.glob(name)):
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    config = params("bicubic", 2).super_resolution
-    seen = {stage.fingerprint(config, (23, 24, 20))}
+    seen = {fingerprint("bicubic", 2)}
     monkeypatch.setattr(stage, "ROOT", tmp_path)
-    assert stage.fingerprint(config, (23, 24, 20)) in seen
+    assert fingerprint("bicubic", 2) in seen
     for name in names:
         with next(tmp_path.glob(name)).open("a") as file:
             file.write("# changed\n")
-        seen.add(stage.fingerprint(config, (23, 24, 20)))
+        seen.add(fingerprint("bicubic", 2))
     assert len(seen) == 1 + len(names)
 
 
@@ -363,7 +370,7 @@ def test_progress_is_of_the_code_that_dvc_watches(raw: Path, tmp_path: Path, mon
 
 DVC = """
 import subprocess, sys
-command = [sys.executable, "-m", "pipelines.stages.upscale"]
+command = [sys.executable, "-m", "pipelines.stages.upscale", "sample"]
 stage = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open("stage.err", "w"))
 print(stage.pid, flush=True)
 stage.wait()
@@ -376,7 +383,7 @@ def test_a_stage_ends_with_dvc_and_until_then_no_other_one_begins(
     """The stage is held when dvc is killed: it is still there when the other method is wanted, and then goes on."""
     monkeypatch.setattr(stages, "PATIENCE", 0.2)
     np.save(raw, random_images(600, 48, 48))
-    write_params(method="bicubic", scale=8)
+    write_settings(method="bicubic", scale=8)
     known = environment(PYTHONPATH=str(ROOT), DVC_STAGE="upscale")
     dvc = subprocess.Popen([sys.executable, "-c", DVC], env=known, stdout=subprocess.PIPE, text=True)
     assert dvc.stdout is not None
@@ -385,11 +392,11 @@ def test_a_stage_ends_with_dvc_and_until_then_no_other_one_begins(
     os.kill(orphan, signal.SIGSTOP)
     dvc.kill()
     dvc.communicate()
-    write_params(method="lanczos", scale=8)
+    write_settings(method="lanczos", scale=8)
     with pytest.raises(SystemExit) as ended:
         run(upscale)
     assert ended.value.code == 2
-    line = rf"error: data: another process \({orphan} on .+\) is working on it; wait for it or stop it\n"
+    line = rf"error: data/sets/sample: another process \({orphan} on .+\) is working on it; wait for it or stop it\n"
     assert re.fullmatch(line, capsys.readouterr().err)
     assert not OUT.exists()
     os.kill(orphan, signal.SIGCONT)
@@ -405,7 +412,7 @@ def test_a_worker_that_outlives_its_stage_writes_nothing_to_what_comes_after_it(
     settings = params("lanczos", 2)
     interrupt(settings, monkeypatch)
     begun = json.loads((PARTIAL / "progress.json").read_text())
-    worker = stage.Worker(settings.super_resolution, str(raw))
+    worker = stage.Worker(settings.recipe.super_resolution, settings.machine, str(raw))
     worker.out, worker.of = str(PARTIAL.resolve()), {key: begun[key] for key in ("fingerprint", "batch")}
     for changes in ({"fingerprint": "of another method"}, {"batch": 8}, {}):
         (PARTIAL / "progress.json").write_text(json.dumps(begun | changes))
@@ -436,18 +443,18 @@ def test_a_disk_that_fills_is_one_line_and_the_stage_resumes_and_one_that_is_too
         if first == 8:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    write_params(method="bicubic", scale=2)
+    write_settings(method="bicubic", scale=2)
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(".")._replace(free=9000)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(UserError, match="^cannot write data/upscaled.partial/images.npy: it takes 0.0 MB"):
+        with pytest.raises(UserError, match=f"^cannot write {PARTIAL}/images.npy: it takes 0.0 MB"):
             upscale(params("bicubic", 2))
         assert (files(), shards, beside()) == (before, [], ["raw", "upscaled"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(stage, "write_rows", full)
         run(upscale)
     assert ended.value.code == 2
-    line = "error: cannot write data: the disk is full: free some space and run the command again\n"
+    line = "error: cannot write data/sets: the disk is full: free some space and run the command again\n"
     assert capfd.readouterr() == ("", line)
     assert files() == before
     shards.clear()
@@ -467,8 +474,8 @@ def test_a_worker_that_is_killed_changes_no_byte_nor_do_several(raw: Path) -> No
     upscale(params("lanczos", 8))
     expected = files()
     shutil.rmtree(OUT.parent)
-    write_params(method="lanczos", scale=8, workers=2)
-    words = [sys.executable, "-m", "pipelines.stages.upscale"]
+    write_settings(method="lanczos", scale=8, workers=2)
+    words = [sys.executable, "-m", "pipelines.stages.upscale", "sample"]
     process = subprocess.Popen(words, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: process.poll() is not None or done_of("lanczos", 8, (8 * 256 - 5, 384, 384)))
     assert process.poll() is None, process.communicate()

@@ -27,14 +27,14 @@ from pipelines.work import LOG, Ended, logged, work
 
 def job(data: Path, **changes: Any) -> Job:
     run = small_run(**changes)
-    return Job("small", run, CPU, data / "runs" / run_id("small", run, open_data(data).hash))
+    return Job("small", run, CPU, data, data / "runs" / run_id("small", run, open_data(data).hash))
 
 
 def test_a_run_is_trained_evaluated_and_logged(data: Path) -> None:
     made, rows = job(data), []
-    assert work(made, data, evaluated=False, on_epoch=rows.append) == Ended("done")  # as a trial of a sweep
+    assert work(made, evaluated=False, on_epoch=rows.append) == Ended("done")  # as a trial of a sweep
     assert not [path for name in ("summary.json", "predictions*") for path in made.folder.glob(name)]
-    assert work(made, data, on_epoch=rows.append) == Ended("done")  # nothing is trained again
+    assert work(made, on_epoch=rows.append) == Ended("done")  # nothing is trained again
     assert (made.folder / "summary.json").exists()
     lines = (made.folder / LOG).read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (epoch \d): .*", r"\1", line) for line in lines] == [
@@ -71,8 +71,8 @@ def test_how_it_ended_is_a_value(
         raise error
 
     monkeypatch.setattr(works, "fit", fit)
-    made = Job("x", small_run(), CPU, tmp_path / "runs/x")
-    ended = work(made, tmp_path)
+    made = Job("x", small_run(), CPU, tmp_path, tmp_path / "runs/x")
+    ended = work(made)
     assert ended.kind == kind
     assert re.fullmatch(message, ended.message) or ended.message == message
     log = (made.folder / LOG).read_text()
@@ -87,8 +87,8 @@ def test_warnings_of_the_projects_code_are_told(tmp_path: Path, monkeypatch: pyt
         raise UserError("no weights")
 
     monkeypatch.setattr(works, "fit", fit)
-    made = Job("x", small_run(), CPU, tmp_path / "runs/x")
-    assert work(made, tmp_path) == Ended("mistake", "no weights", ("mind the step",))
+    made = Job("x", small_run(), CPU, tmp_path, tmp_path / "runs/x")
+    assert work(made) == Ended("mistake", "no weights", ("mind the step",))
     assert (made.folder / LOG).read_text().count("UserWarning: ") == 3
 
 
@@ -97,7 +97,7 @@ def test_a_run_that_is_asked_to_stop_says_so(data: Path, workers: int) -> None:
     made = job(data, epochs=400)
     with ThreadPoolExecutor(2) as pool:
         pool.submit(lambda: wait_for((made.folder / "training").exists) and ask_to_stop([made.folder], 60))
-        ended = pool.submit(work, made, data).result() if workers else work(made, data)
+        ended = pool.submit(work, made).result() if workers else work(made)
     assert ended.kind == "stopped"
     assert "stopped in epoch" in ended.message
     assert ended.message in (made.folder / LOG).read_text()
@@ -122,19 +122,19 @@ def test_what_is_written_below_python_and_by_children_is_logged_with_the_time(tm
 def test_a_limit_on_the_size_of_files_is_the_users_to_raise(data: Path, tmp_path: Path) -> None:
     """`ulimit -f`; afterwards the run goes on, and ends as one that was never cut."""
     made = job(data)
-    assert work(made, data).kind == "done"
+    assert work(made).kind == "done"
     whole = made.folder.rename(tmp_path / "whole")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for name in ("last/training.pt", "predictions_test.csv"):
         resource.setrlimit(resource.RLIMIT_FSIZE, ((whole / name).stat().st_size - 1, before[1]))
         try:
-            ended = work(made, data)
+            ended = work(made)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         told = r".*the file would exceed the size limit: raise it \(ulimit -f\) and run the command again"
         assert (ended.kind, bool(re.fullmatch(told, ended.message))) == ("mistake", True), ended
         assert not (made.folder / name).exists()
-    assert work(made, data).kind == "done"
+    assert work(made).kind == "done"
     assert {path.name for path in made.folder.iterdir()} == {path.name for path in whole.iterdir()}
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (made.folder / name).read_bytes() == (whole / name).read_bytes()

@@ -44,7 +44,7 @@ class Facts(Stored):
     left_out: dict[str, LeftOut]
 
 
-def check(folder: str | Path = "data") -> dict[str, Any]:
+def check(folder: str | Path) -> dict[str, Any]:
     """Numbers on `folder`/raw and `folder`/splits, ready for JSON; the first NAMED images of each kind by name.
 
     Raises UserError if they are missing, damaged, or do not belong together.

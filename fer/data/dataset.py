@@ -143,7 +143,7 @@ class DataSet:
             if needed:
                 raise UserError(
                     "loss.name: this loss needs the class prior, which hard labels do not give: name a file with it in "
-                    "data.confusion of params.yaml, or choose another loss"
+                    "data.confusion of the data set's file in datasets/, or choose another loss"
                 )
             return torch.eye(len(self.classes))
         return torch.tensor(self.summary["class_prior"], dtype=torch.float32)
@@ -203,11 +203,12 @@ class DataSet:
         return f"the probabilities of row {table['row'][wrong].iloc[0]} do not sum to 1" if wrong.any() else ""
 
 
-def open_data(folder: str | Path = "data") -> DataSet:
+def open_data(folder: str | Path) -> DataSet:
     """Open `folder`/upscaled and `folder`/splits, and verify that they belong together.
 
     Number, shape and SHA-256 of the images must be those in summary.json. The SHA-256 is computed only when size or
-    mtime of the file have changed, and cached in `folder`/images.verified.json. Raises UserError for anything missing,
+    mtime of the file have changed, and cached in `folder`/images.verified.json. `set` in the summary is the folder's
+    name. Raises UserError for anything missing,
     damaged or mismatched.
     """
     folder = Path(folder)
@@ -218,7 +219,7 @@ def open_data(folder: str | Path = "data") -> DataSet:
             raise _not_found(path)
     images = open_images(folder / "upscaled" / "images.npy", "upscale")
     _verify(folder, images.shape, summary)
-    return DataSet(folder, images, summary)
+    return DataSet(folder, images, {**summary, "set": folder.resolve().name})
 
 
 def feed(digest: "hashlib._Hash", name: str, content: np.ndarray | Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What lies in data.path: the files of a folder and of the archives in it, without what is hidden or foreign to it.
+"""What lies at a data set's path: the files of a folder and of archives in it, without what is hidden or foreign.
 
 A file is known by its bytes, not by the end of its name. Nothing is written beside the user's files.
 """
@@ -52,7 +52,7 @@ _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zip
 class Entry:
     """A file in a folder or an archive."""
 
-    root: Path  # data.path, or its folder if it is a file
+    root: Path  # the path in params.yaml, or its folder if it is a file
     name: str  # relative to root, through archives: fer.zip/fer2013/fer2013.csv
     place: str  # relative to root, were the archives unpacked: fer2013/fer2013.csv
     size: int  # bytes
@@ -155,15 +155,15 @@ def look(path: Path) -> Iterator[Found]:
 
 
 def check_path(path: Path) -> None:
-    """Raise UserError for a data.path that does not exist."""
+    """Raise UserError for the path of a data set that does not exist."""
     if str(path).startswith("~") and not path.exists():
-        raise UserError(f"data.path: '{path}': ~ is not expanded: write the whole path, {path.expanduser()}")
+        raise UserError(f"params.yaml: data: '{path}': ~ is not expanded: write {path.expanduser()}")
     if not path.exists():
-        raise UserError(f"{path}: not found: correct data.path in params.yaml")
+        raise UserError(f"{path}: not found: correct the path under data in params.yaml")
 
 
 def beside(found: Found) -> Iterator[Entry]:
-    """The other files in the folder of a data.path that is a file."""
+    """The other files in the folder of a path that is a file."""
     if not found.path.is_dir():
         for child in sorted(found.root.iterdir()):
             if child.is_file() and child != found.path and is_own(child.name):
@@ -171,7 +171,7 @@ def beside(found: Found) -> Iterator[Entry]:
 
 
 def one_of(
-    candidates: list[list[Entry]], what: str, remedy: str = ", or set data.path to the one to read"
+    candidates: list[list[Entry]], what: str, remedy: str = ", or give the path of the one to read in params.yaml"
 ) -> list[Entry]:
     """The only candidate, each being some files, or the first if all hold the same bytes.
 

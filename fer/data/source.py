@@ -39,7 +39,7 @@ class Source:
     classes: tuple[str, ...]
     labels: Literal["votes", "hard"]  # hard: one vote an image
     form: str  # which of the reader's forms it was
-    read: list[str]  # the files and folders that were read, relative to data.path
+    read: list[str]  # the files and folders that were read, relative to the path in params.yaml
     left_out: dict[str, list[str]]  # reason -> names of what was there and is not among the images
     facts: dict[str, Any] = field(default_factory=dict)  # what else the reader has to say
 
@@ -83,7 +83,7 @@ def of_faces(
         reasons[UNWANTED] = [face.entry.name for face in faces if face.label not in wanted.classes]
         classes, faces = wanted.classes, [face for face in faces if face.label in wanted.classes]
     if not faces:
-        raise found.nothing("holds no picture of the data set: correct data.path")
+        raise found.nothing("holds no picture of the data set: correct the path in params.yaml")
     images = Pictures([face.entry for face in faces], wanted.size, [face.box for face in faces])
     subjects = [face.subject for face in faces]
     if wanted.subject_pattern is not None:

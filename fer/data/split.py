@@ -164,7 +164,7 @@ def _refuse_gaps(
     for split, table in tables.items():
         rows = raw[split]
         if rows.empty:
-            raise UserError(f"split {split} is empty: data.path holds no image of it: add the {split} part")
+            raise UserError(f"split {split} is empty: the data set holds no image of it: add the {split} part")
         if not table.empty:
             continue
         rule = f"the vote rule (split.label_mode {mode.get(split, 'majority')})"
@@ -175,7 +175,7 @@ def _refuse_gaps(
             )
         raise UserError(
             f"split {split} is empty: it has {len(rows)} images, and {rule} drops all of them as unclear: "
-            f"add images with a clear majority to the {split} part of data.path"
+            f"add images with a clear majority to the {split} part of the data set"
         )
     if leaked.all():
         raise UserError(
@@ -197,7 +197,7 @@ def _refuse_gaps(
         found = [
             f"{name} (most votes on {(winner == kind.classes.index(name)).sum()} of {len(votes)})" for name in absent
         ]
-        add = "add images of it to the train part of data.path"
+        add = "add images of it to the train part of the data set"
         if kind.hard:
             raise UserError(f"no training image of class {', '.join(absent)}: {add}")
         raise UserError(

@@ -1,35 +1,44 @@
-"""The DVC stages. Each runs as `python -m pipelines.stages.<name>` in the root folder of the project."""
+"""The DVC stages. Each runs as `python -m pipelines.stages.<stage> <data set>` in the root folder of the project."""
 
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from fer.errors import UserError, disk_error
 from fer.files import held
-from pipelines.params import Params, load
+from pipelines.data_sets import SETS, Prepared, load
+from pipelines.params import load as load_params
 
-DATA = Path("data")
 PATIENCE = 5.0  # seconds to wait for another stage, which may be ending with the dvc that started it
 
 
-def run(stage: Callable[[Params], None]) -> None:
-    """Run a stage with the validated params.yaml, alone in the data folder, and no longer than the dvc that started it.
+def run(stage: Callable[[Prepared], None]) -> None:
+    """Run a stage on the data set that the command names, alone in its folder, no longer than the dvc that started it.
 
-    A UserError or a disk error is printed and the exit status is 2.
+    It ends as `ended` says.
     """
     if "DVC_STAGE" in os.environ:
         threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+    def work() -> None:
+        one = load(load_params(), *sys.argv[1:2])
+        one.folder.mkdir(parents=True, exist_ok=True)
+        with held(one.folder, PATIENCE):
+            stage(one)
+
+    ended(work)
+
+
+def ended(work: Callable[[], None]) -> None:
+    """Do some work. A UserError or a disk error in it is printed and the exit status is 2."""
     try:
-        params = load()
-        with held(DATA, PATIENCE):
-            stage(params)
+        work()
     except UserError as error:
         sys.exit(_fail(error))
     except OSError as error:
-        known = disk_error(error, DATA)
+        known = disk_error(error, SETS)
         if known is None:
             raise
         sys.exit(_fail(known))

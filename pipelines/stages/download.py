@@ -1,4 +1,4 @@
-"""Stage download: the data set that params.yaml names -> data/raw, an array of images and a table of votes."""
+"""Stage download: a publisher's files -> data/sets/NAME/raw, an array of images and a table of votes."""
 
 import csv
 import hashlib
@@ -19,23 +19,21 @@ from fer.data.sample import write_sample
 from fer.data.source import TEXT_COLUMNS, Source, Wanted
 from fer.errors import UserError
 from fer.files import new_folder
-from pipelines.params import Data, Params
+from pipelines.data_sets import Data, Prepared, Sample
 from pipelines.stages import fetch, run
 
-TARGET = Path("data/raw")
 NAMED = 3  # of what was left out, in source.json
 
 
-def download(params: Params) -> None:
-    """Write images.npy, labels.csv and source.json to data/raw; the same bytes for the same input.
+def download(one: Prepared) -> None:
+    """Write images.npy, labels.csv and source.json to raw/; the same bytes for the same input.
 
-    Raises UserError if the data set is missing, damaged or inconsistent; data/raw then stays as it was.
+    Raises UserError if the data set is missing, damaged or inconsistent; raw/ then stays as it was.
     """
-    data = params.data
-    if data.dataset == "sample":
-        _sample(data)
+    data, path, target = one.recipe.data, one.path, one.folder / "raw"
+    if data.sample is not None:
+        _sample(data.sample, target)
         return
-    path = Path(data.path)
     with look(path) as found:
         fetched = _fill(found, data)
     with look(path) as found:
@@ -45,16 +43,16 @@ def download(params: Params) -> None:
             unused = {reason: [n for n in names if n != data.confusion] for reason, names in source.left_out.items()}
             left_out = {reason: names for reason, names in unused.items() if names}
             source = replace(source, read=[*source.read, data.confusion], left_out=left_out)
-        _write(source, data.dataset, confusion)
+        _write(target, source, data.dataset, confusion)
     _report(path, data.dataset, source, fetched)
 
 
-def _sample(data: Data) -> None:
+def _sample(size: Sample, target: Path) -> None:
     """The drawn faces, read from the same files as FER+."""
     with tempfile.TemporaryDirectory() as name:
-        write_sample(Path(name), data.sample.train, data.sample.val, data.sample.test, data.sample.seed)
+        write_sample(Path(name), size.train, size.val, size.test, size.seed)
         with look(Path(name)) as found:
-            _write(ferplus.read(found, Wanted()), "sample", None)
+            _write(target, ferplus.read(found, Wanted()), "sample", None)
 
 
 def _wanted(data: Data) -> Wanted:
@@ -68,8 +66,8 @@ def _fill(found: Found, data: Data) -> bool:
     return fetch.fill(found, data.kaggle_competition, data.votes_url, data.votes_sha256, "votes" in missing)
 
 
-def _write(source: Source, dataset: str, confusion: list[list[float]] | None) -> None:
-    """The files of data/raw, chunk by chunk, so that large data sets need no memory for all of their images."""
+def _write(target: Path, source: Source, dataset: str, confusion: list[list[float]] | None) -> None:
+    """The files of raw/, chunk by chunk, so that large data sets need no memory for all of their images."""
     facts = source.facts | {
         "dataset": dataset,
         "form": source.form,
@@ -84,7 +82,7 @@ def _write(source: Source, dataset: str, confusion: list[list[float]] | None) ->
         },
         "confusion": confusion,
     }
-    with new_folder(TARGET) as folder:
+    with new_folder(target) as folder:
         allocate_images(folder / "images.npy", source.images.shape)
         digests: list[str] = []
         for chunk in tqdm(source.chunks(), desc="images", unit=" chunks", disable=None):
@@ -110,7 +108,7 @@ def _confusion(found: Found, name: str, source: Source) -> list[list[float]]:
     classes = source.classes
     entry = next((entry for entry in found.entries if entry.name == name), None)
     if entry is None:
-        raise UserError(f"data.confusion: {found.root / name} not found: give its path relative to data.path")
+        raise UserError(f"data.confusion: {found.root / name} not found: give its path within the data set's folder")
     lines = [row for row in csv.reader(entry.read().decode("utf-8-sig", "replace").splitlines()) if any(row)]
     header = [text.strip() for text in lines[0][1:]] if lines else []
     rows = {line[0].strip(): line[1:] for line in lines[1:]}

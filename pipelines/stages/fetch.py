@@ -18,7 +18,7 @@ KAGGLE_FILES = (IMAGE_CSVS[0], "fer2013.tar.gz", IMAGE_CSVS[1])  # the first tha
 
 
 def fill(found: Found, competition: str, votes_url: str, votes_sha256: str, votes: bool = True) -> bool:
-    """Download what is missing to data.path: images if it is empty, and votes if it has rows of pixels without.
+    """Download what is missing to a folder: images if it is empty, and votes if it has rows of pixels without.
 
     A folder with nothing but README.md, fer2013new.csv and what `Found` leaves out counts as empty. Anything else is
     left alone; reading it later reports what is wrong. Returns whether something was downloaded. Raises UserError if

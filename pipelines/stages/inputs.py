@@ -1,4 +1,4 @@
-"""What DVC would stumble over in data.path, said before it starts: `python -m pipelines.stages.inputs`."""
+"""What DVC would stumble over in the data sets' files, said before it starts: `python -m pipelines.stages.inputs`."""
 
 import os
 from collections.abc import Iterator
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from fer.data.found import check_path, printable
 from fer.errors import UserError
-from pipelines.params import Params
-from pipelines.stages import run
+from pipelines.data_sets import SETS, Prepared, load
+from pipelines.params import load as load_params
+from pipelines.stages import ended
 
 NAMED = 3  # files that a message names
 IGNORED = (  # as in .dvcignore
@@ -17,17 +18,34 @@ IGNORED = (  # as in .dvcignore
 )  # fmt: skip
 
 
-def inputs(params: Params) -> None:
-    """Raise UserError for a data.path that is missing, or holds links to nothing, unreadable files or unwritable names.
+def inputs() -> None:
+    """Raise UserError for a data set that cannot be read: its settings, or a file of it that DVC would stumble over.
 
-    DVC reads every file there before a stage runs, and speaks of these in its own words or, with --quiet, not at all.
+    That is a folder that is missing or holds links to nothing, unreadable files or unwritable names. DVC reads every
+    file there before a stage runs, and speaks of these in its own words or, with --quiet, not at all.
     """
-    path = Path(params.data.path)
-    if path.absolute() in (Path("data").absolute(), Path().absolute()):
-        raise UserError(f"data.path: {path} holds the outputs as well: name a folder of its own, as data/external")
-    check_path(path)
+    params = load_params()
+    found: list[str] = []
+    for name in params.data:
+        try:
+            _check(load(params, name))
+        except UserError as error:
+            found += error.lines
+    if found:
+        raise UserError(*dict.fromkeys(found))
+
+
+def _check(one: Prepared) -> None:
+    if one.recipe.data.dataset == "sample":
+        return
+    if one.path.absolute() in (Path("data").absolute(), Path().absolute(), SETS.absolute()):
+        raise UserError(
+            f"params.yaml: data.{one.name}: {one.path} holds the outputs as well: name a folder of its own, as "
+            "data/external"
+        )
+    check_path(one.path)
     faults: dict[str, list[str]] = {}
-    for name in _files(path):
+    for name in _files(one.path):
         if fault := _fault(name):
             faults.setdefault(fault, []).append(printable(name))
     if faults:
@@ -71,4 +89,4 @@ def _line(fault: str, names: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    run(inputs)
+    ended(inputs)

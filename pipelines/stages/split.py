@@ -1,4 +1,4 @@
-"""Stage split: data/splits/{train,val,test}.csv, which index data/upscaled/images.npy, a summary and plots."""
+"""Stage split: splits/{train,val,test}.csv, which index upscaled/images.npy, and a summary; metrics.json and plots/."""
 
 import json
 from pathlib import Path
@@ -11,44 +11,41 @@ from fer.data.images import open_images
 from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits, read_labels, write_table
 from fer.errors import UserError
 from fer.files import new_folder, sha256
-from pipelines.params import Params
+from pipelines.data_sets import Prepared
 from pipelines.stages import run
 
-RAW = Path("data/raw")
-UPSCALED = Path("data/upscaled")
-IMAGES = UPSCALED / "images.npy"
-SPLITS = Path("data/splits")
 
-
-def split(params: Params) -> None:
-    """Label the images, mark duplicates, and write the splits, summary.json and plots to data/splits.
+def split(one: Prepared) -> None:
+    """Label the images, mark duplicates, and write splits/ with summary.json, then metrics.json and plots/.
 
     Raises UserError if a stage before left no valid data, or a split or class would be empty.
     """
-    config = params.split
+    config, in_raw, upscaled = one.recipe.split, one.folder / "raw", one.folder / "upscaled"
+    path = upscaled / "images.npy"
     needed = "dataset", "label_source", "classes", "vote_columns", "labels", "confusion"
-    source = _facts(RAW / "source.json", "download", *needed)
+    source = _facts(in_raw / "source.json", "download", *needed)
     kind = Kind(source["classes"], source["vote_columns"], source["labels"] == "hard", source["confusion"])
-    images = open_images(IMAGES, "upscale")
-    raw = open_images(RAW / "images.npy", "download")
-    rows = read_labels(RAW / "labels.csv", len(raw), kind.vote_columns)
+    images = open_images(path, "upscale")
+    raw = open_images(in_raw / "images.npy", "download")
+    rows = read_labels(in_raw / "labels.csv", len(raw), kind.vote_columns)
     if len(raw) != len(images):
-        raise UserError(f"{IMAGES}: holds {len(images)} images, {RAW / 'images.npy'} {len(raw)}; run `dvc repro`")
+        raise UserError(f"{path}: holds {len(images)} images, {in_raw / 'images.npy'} {len(raw)}; run `dvc repro`")
     splits = make_splits(rows, raw, kind, SplitRules(**config.model_dump()))
-    with new_folder(SPLITS) as folder:
+    with new_folder(one.folder / "splits") as folder:
         for name, table in splits.tables.items():
             write_table(table, folder / f"{name}.csv")
-        summary = _summary(splits, kind, source, images) | {
+        summary = _summary(splits, kind, source, images, sha256(path)) | {
             "label_mode": config.label_mode,
             "prior_min_votes": config.prior_min_votes,
             "train_share": config.train_share,
             "seed": config.seed,
             "near_duplicates": config.near_duplicates,
-            "super_resolution": _facts(UPSCALED / "upscale.json", "upscale", "method", "scale"),
+            "super_resolution": _facts(upscaled / "upscale.json", "upscale", "method", "scale"),
         }
         _write(folder / "summary.json", summary)
-        _write(folder / "metrics.json", _metrics(summary))
-        _plots(folder / "plots", splits, kind, images, source["dataset"])
+    with new_folder(one.folder / "plots") as folder:
+        _plots(folder, splits, kind, images, source["dataset"])
+    _write(one.folder / "metrics.json", _metrics(summary))
 
 
 def _metrics(summary: dict) -> dict:
@@ -79,7 +76,7 @@ def _facts(path: Path, stage: str, *keys: str) -> dict:
     return facts
 
 
-def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray) -> dict:
+def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray, digest: str) -> dict:
     counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     return {
         "dataset": source["dataset"],
@@ -95,13 +92,12 @@ def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray) -> di
         "dropped_leaked_train": splits.dropped,
         "images": len(images),
         "image_shape": list(images.shape[1:]),
-        "images_sha256": sha256(IMAGES),
+        "images_sha256": digest,
     }
 
 
 def _plots(folder: Path, splits: Splits, kind: Kind, images: np.ndarray, dataset: str) -> None:
     """The class balance as table and picture; a contact sheet for the drawn faces only, as real ones are private."""
-    folder.mkdir()
     counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     lines = [(name, label, count) for name, classes in counts.items() for label, count in classes.items()]
     table = pd.DataFrame(lines, columns=["split", "class", "images"])

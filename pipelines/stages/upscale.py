@@ -1,4 +1,4 @@
-"""Stage upscale: data/raw/images.npy -> data/upscaled/images.npy, same order, larger by `super_resolution.scale`.
+"""Stage upscale: raw/images.npy -> upscaled/images.npy, same order, larger by `super_resolution.scale`.
 
 The images are processed in shards, and each shard is written when it is done. A stage that was killed resumes with the
 next one.
@@ -22,11 +22,10 @@ from fer.files import new_folder, sha256, write_json
 from fer.super_resolution.interpolation import bicubic
 from fer.super_resolution.methods import BATCH, METHODS, Upscale, build_upscaler
 from fer.super_resolution.quality import down_then_up, grey
-from pipelines.params import Params, SuperResolution
+from pipelines.data_sets import Prepared, SuperResolution
+from pipelines.params import Upscaling
 from pipelines.stages import run
 
-RAW = Path("data/raw/images.npy")
-UPSCALED = Path("data/upscaled")
 ROOT = Path(__file__).resolve().parents[2]
 # the code that decides the bytes of the images, as in dvc.yaml
 CODE = (
@@ -43,27 +42,27 @@ PROBED = 4  # images that decide whether a network keeps grey images grey
 JUDGED = 256  # images on which the quality of a method is measured
 
 
-def upscale(params: Params) -> None:
-    """Write all images, larger, to data/upscaled, with what was done and how well in upscale.json.
+def upscale(one: Prepared) -> None:
+    """Write all images, larger, to upscaled/, with what was done and how well in upscale.json.
 
-    Raises UserError for images, weights or a device that cannot be used; data/upscaled then stays as it was.
+    Raises UserError for images, weights or a device that cannot be used; upscaled/ then stays as it was.
     """
-    config = params.super_resolution
-    images = open_images(RAW, "download")
-    worker = Worker(config, str(RAW.resolve()))
+    config, raw = one.recipe.super_resolution, one.folder / "raw" / "images.npy"
+    images = open_images(raw, "download")
+    worker = Worker(config, one.machine, str(raw.resolve()))
     worker.load()  # so that a mistake is reported before anything is written
     worker.stored_grey = _keeps_grey(worker, images)
     count, height, width, *channels = images.shape
     colour = [] if worker.stored_grey else channels or [3] * _is_network(config)
     shape = (count, height * config.scale, width * config.scale, *colour)
-    with new_folder(UPSCALED, resumable=True) as folder:
-        progress = Shards(folder, fingerprint(config, shape), shape)
+    with new_folder(one.folder / "upscaled", resumable=True) as folder:
+        progress = Shards(folder, fingerprint(worker, shape), shape)
         worker.out = str(folder.resolve())
         while True:
             worker.batch, worker.of = progress.batch, progress.of
             try:
-                _process(worker, progress, config.workers)
-                facts = _facts(config, images, worker)
+                _process(worker, progress, one.machine.workers)
+                facts = _facts(images, worker)
                 break
             except OutOfMemory:
                 progress.halve()
@@ -89,16 +88,17 @@ class Worker:
     `of`: what the output is of, as `Shards.of`.
     """
 
-    def __init__(self, config: SuperResolution, raw: str):
-        self.config, self.raw, self.out, self.stored_grey, self.batch = config, raw, "", False, BATCH
+    def __init__(self, config: SuperResolution, machine: Upscaling, raw: str):
+        self.config, self.machine, self.raw = config, machine, raw
+        self.out, self.stored_grey, self.batch = "", False, BATCH
         self.of: dict[str, Any] = {}
         self._upscaler: Upscale | None = None
 
     def load(self) -> Upscale:
         """The method, loaded at the first call. Raises UserError as `build_upscaler` does."""
         if self._upscaler is None:
-            c = self.config
-            self._upscaler = build_upscaler(c.method, c.scale, c.weights, c.hub_id, c.precision, c.device)
+            c, m = self.config, self.machine
+            self._upscaler = build_upscaler(c.method, c.scale, m.weights, c.hub_id, c.precision, m.device)
         return self._upscaler
 
     def method(self, images: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ def _finished(worker: Worker, shards: list[int], workers: int) -> Iterator[int]:
         return
     from pipelines.launch import spread  # Ray, which one process does not need
 
-    yield from spread(worker, shards, min(workers, len(shards)), worker.config.device)
+    yield from spread(worker, shards, min(workers, len(shards)), worker.machine.device)
 
 
 def _is_network(config: SuperResolution) -> bool:
@@ -212,33 +212,34 @@ def _keeps_grey(worker: Worker, images: np.ndarray) -> bool:
     return bool(np.percentile(spread, 99) <= GREY)
 
 
-def fingerprint(config: SuperResolution, shape: tuple[int, ...]) -> str:
+def fingerprint(worker: Worker, shape: tuple[int, ...]) -> str:
     """SHA-256 of all that decides the output: settings, raw images, weights, shard size, output shape and CODE."""
     digest = hashlib.sha256()
-    kept = config.model_dump(include={"method", "scale", "hub_id", "precision"})
-    digest.update(json.dumps([kept, sha256(RAW), _weights_digest(config), SHARD, shape]).encode())
+    kept = worker.config.model_dump()
+    digest.update(json.dumps([kept, sha256(Path(worker.raw)), _weights_digest(worker), SHARD, shape]).encode())
     for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _weights_digest(config: SuperResolution) -> str | None:
+def _weights_digest(worker: Worker) -> str | None:
     """Of the files that the method may read; None where it reads none, as when the network comes from the hub."""
-    if not _is_network(config) or config.hub_id is not None:
+    if not _is_network(worker.config) or worker.config.hub_id is not None:
         return None
-    weights = Path(config.weights)
+    weights = Path(worker.machine.weights)
     files = [weights, *sorted(weights.rglob("*"))]
     files = [path for path in files if path.is_file() and path.suffix != ".md"]
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest() if files else None
 
 
-def _facts(config: SuperResolution, images: np.ndarray, worker: Worker) -> dict[str, Any]:
+def _facts(images: np.ndarray, worker: Worker) -> dict[str, Any]:
     """What was done, and how well the method and bicubic restore images that were shrunk by `scale`."""
+    config = worker.config
     facts: dict[str, Any] = {"method": config.method, "scale": config.scale, "raw_shape": list(images.shape[1:])}
     if config.scale == 1:
         return facts
     if _is_network(config):
-        facts |= {"precision": config.precision, "weights": _weights_digest(config), "batch": worker.batch}
+        facts |= {"precision": config.precision, "weights": _weights_digest(worker), "batch": worker.batch}
         facts["hub_id"] = config.hub_id
     chosen = images[np.unique(np.linspace(0, len(images) - 1, JUDGED).astype(int))]
     if min(chosen.shape[1:3]) >= 11 + config.scale:  # what is left after cropping must hold the window of SSIM

@@ -9,10 +9,12 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fer.data.dataset import DataSet
 from fer.errors import UserError
 from fer.files import is_held, write_json
 from fer.formats import format_of, read_run
@@ -25,7 +27,7 @@ from pipelines.sweeps import settings
 from pipelines.sweeps import space as spaces
 from pipelines.sweeps.files import ABOUT, NOTE, RESULT, read_about, read_note, read_result, without
 from pipelines.sweeps.settings import Sweep
-from pipelines.sweeps.space import Known, Params, Space
+from pipelines.sweeps.space import Known, Point, Space
 
 SWEEPS = Path("data/sweeps")
 LAYOUT = 3  # of a sweep's folder; 1 and 2 had trials/<number>/ and other schedulers
@@ -44,30 +46,31 @@ class Plan:
     base: Experiment
     resources: Resources  # of a trial, which is a single process
     space: Space
+    data: Path  # folder of the data set
     data_hash: str
     folder: Path
     root: Path  # of the project
 
     @property
-    def published(self) -> Params:
+    def published(self) -> Point:
         """The point that is the base."""
         return spaces.params_of(self.base.run, self.space)
 
-    def run(self, params: Params) -> Run:
+    def run(self, point: Point) -> Run:
         """The run of a point. Raises UserError if its values do not fit together."""
-        run, faults = spaces.changed(self.base.run, self.space, Known(params))
+        run, faults = spaces.changed(self.base.run, self.space, Known(point))
         if run is None:
-            raise UserError(f"sweep {self.name}: space: {params} cannot work: {faults[0]}")
+            raise UserError(f"sweep {self.name}: space: {point} cannot work: {faults[0]}")
         return run
 
-    def id_of(self, params: Params) -> str:
+    def id_of(self, point: Point) -> str:
         """The run id of a point."""
-        return run_id(self.base.name, self.run(params), self.data_hash)
+        return run_id(self.base.name, self.run(point), self.data_hash)
 
-    def job(self, params: Params) -> Job:
+    def job(self, point: Point) -> Job:
         """The trial of a point: a run in the sweep's folder."""
-        folder = self.root / self.folder / "runs" / self.id_of(params)
-        return Job(self.base.name, self.run(params), self.resources, folder)
+        folder = self.root / self.folder / "runs" / self.id_of(point)
+        return Job(self.base.name, self.run(point), self.resources, self.root / self.data, folder)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Trial:
     """A trial: its point, and how far it got."""
 
     number: int  # the first is 1, the base
-    point: Params
+    point: Point
     state: str
     error: str | None
     folder: Path
@@ -102,14 +105,18 @@ class Trial:
         return self.state != FAILED, self.epoch, self.best or 0.0
 
 
-def plan(words: list[str], machine: dict[str, Any], data_hash: str) -> Plan:
-    """The sweep named in `words`, with the changes there. Raises UserError if it does not exist or cannot work."""
+def plan(words: list[str], machine: dict[str, Any], data_of: Callable[[Experiment], DataSet]) -> Plan:
+    """The sweep named in `words`, with the changes there. `data_of`: opens the data set of its base.
+
+    Raises UserError if it does not exist or cannot work.
+    """
     name, sweep, base, space = settings.load(words, machine)
+    data = data_of(base)
     device = base.resources.device if sweep.gpus_per_trial else "cpu"
     of_trial = {"workers": 1, "cpus_per_worker": sweep.cpus_per_trial, "gpus_per_worker": 1.0, "device": device}
     resources = Resources.model_validate(base.resources.model_dump() | of_trial)
-    folder = SWEEPS / f"{name}-{_digest(_about(name, sweep, base.run, data_hash))}"
-    return Plan(name, sweep, base, resources, space, data_hash, folder, Path.cwd())
+    folder = SWEEPS / f"{name}-{_digest(_about(name, sweep, base.run, data.hash))}"
+    return Plan(name, sweep, base, resources, space, data.folder, data.hash, folder, Path.cwd())
 
 
 def _about(name: str, sweep: Sweep, run: Run, data_hash: str) -> dict[str, Any]:
@@ -197,11 +204,11 @@ def _touched(folder: Path) -> float:
     return max(path.stat().st_mtime for path in [folder / ABOUT, *folder.glob(f"runs/*/{METRICS}")])
 
 
-def begin_trial(folder: Path, params: Params) -> None:
+def begin_trial(folder: Path, point: Point) -> None:
     """Write trial.json with the point and the time, unless it is there already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / NOTE).exists():
-        write_json(folder / NOTE, {"point": params, "began": time.time(), "done": False, "error": None})
+        write_json(folder / NOTE, {"point": point, "began": time.time(), "done": False, "error": None})
 
 
 def end_trial(folder: Path, error: str | None = None) -> None:

@@ -27,7 +27,7 @@ from fer.run import resource_faults
 from fer.run_folder import LAST, read_rows
 from pipelines.sweeps import folder as disk
 from pipelines.sweeps.folder import FAILED, Plan, Trial, read_trials
-from pipelines.sweeps.space import Params, changed, grid
+from pipelines.sweeps.space import Point, changed, grid
 from pipelines.work import work
 
 METRIC, TIME = "best", "epoch"
@@ -87,7 +87,7 @@ def _seconds_left(plan: Plan, before: list[Trial]) -> float:
     return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, trials_at_once(plan)))
 
 
-def _run(plan: Plan, known: list[Params], wanted: int, seconds: float | None) -> None:
+def _run(plan: Plan, known: list[Point], wanted: int, seconds: float | None) -> None:
     """Search with Tune until there are `wanted` trials, of which the `known` points come first."""
     sweep, storage = plan.sweep, plan.folder.resolve()
     shutil.rmtree(storage / TUNE, ignore_errors=True)  # of the last start; Tune would silently continue it
@@ -202,7 +202,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
     for row in rows:
         report(row)
     if error is None and (not rows or (job.folder / LAST).exists()):
-        ended = work(job, plan.root / "data", evaluated=False, on_epoch=report, patience=math.inf)
+        ended = work(job, evaluated=False, on_epoch=report, patience=math.inf)
         if ended.kind == "mistake":
             tune.report({TIME: len(rows) + 1, METRIC: WORST, "mistake": ended.message})
         if ended.kind in ("stopped", "terminated", "died"):

@@ -12,7 +12,7 @@ from fer.errors import UserError
 from fer.settings import Fraction, Natural, Positive, Section, Seed, check, nearest
 from pipelines import experiments
 from pipelines.experiments import COMMAND_LINE, Experiment, Layers
-from pipelines.params import parse_value, read_yaml
+from pipelines.params import NAME, parse_value, read_yaml
 from pipelines.sweeps import space as spaces
 
 FOLDER = Path("sweeps")
@@ -65,7 +65,7 @@ def path_of(word: str) -> Path:
     path = Path(word) if word.endswith((".yaml", ".yml")) else FOLDER / f"{word}.yaml"
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such sweep{nearest(path.stem, known())}")
-    if not experiments.NAME.fullmatch(path.stem) or path.stem in COMMANDS:
+    if not NAME.fullmatch(path.stem) or path.stem in COMMANDS:
         rule = f"made of up to 100 letters, digits, _ and -, and is none of {', '.join(COMMANDS)}"
         raise UserError(f"{path}: a sweep's name is {rule}; rename the file")
     return path

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from fer.run import Run
 from fer.settings import Fault, check, nearest
-from pipelines.experiments import NAME, Layers
+from pipelines.experiments import Layers
+from pipelines.params import NAME
 
 RANGES = ("int", "float", "log", "factor")
 KINDS = (*RANGES, "choice")
@@ -20,7 +21,7 @@ HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]},
 MOST = 100  # values of a choice, each of which is tried in the base before the search
 NEVER = ("init_from", "seed", "epochs")  # not meant to be searched
 Space = dict[str, Any]  # key of the run -> a range
-Params = dict[str, Any]  # a point, as Optuna stores it: name of a range -> number, or label of a choice
+Point = dict[str, Any]  # a point, as Optuna stores it: name of a range -> number, or label of a choice
 
 
 class Draw(Protocol):
@@ -39,7 +40,7 @@ class Draw(Protocol):
 class Known:
     """Gives the values of a known point, and an end of the range, by `high`, for those that it lacks."""
 
-    def __init__(self, params: Params, high: bool = False):
+    def __init__(self, params: Point, high: bool = False):
         self.params, self.high = params, high
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
@@ -115,10 +116,10 @@ def _rounded(value: float, low: float, high: float) -> float:
     return min(max(float(f"{value:.4g}"), low), high)
 
 
-def params_of(base: Run, space: Space) -> Params:
+def params_of(base: Run, space: Space) -> Point:
     """The point that leaves the base as it is. Raises KeyError with a key of the space that cannot."""
     whole = base.model_dump()
-    params: Params = {}
+    params: Point = {}
     for key, given in space.items():
         found = _params(given, key, _find(whole, key))
         if found is None:
@@ -127,7 +128,7 @@ def params_of(base: Run, space: Space) -> Params:
     return params
 
 
-def _params(given: Any, name: str, value: Any) -> Params | None:
+def _params(given: Any, name: str, value: Any) -> Point | None:
     """The params below `name` that give `value`; None if there are none."""
     kind, values = _range(given)
     if kind == "factor":
@@ -149,7 +150,7 @@ def _params(given: Any, name: str, value: Any) -> Params | None:
     return None if None in found else {name: value for one in found for name, value in one.items()}  # type: ignore
 
 
-def grid(space: Space) -> Iterator[Params]:
+def grid(space: Space) -> Iterator[Point]:
     """Yield every point of a space of choices without ranges in them."""
     for labels in itertools.product(*(_labels(given["choice"]) for given in space.values())):
         yield dict(zip(space, labels))

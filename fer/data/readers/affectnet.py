@@ -38,7 +38,7 @@ def read(found: Found, wanted: Wanted) -> Source:
         return _from_folders(found, wanted)
     raise found.nothing(
         f"no AffectNet found, neither {' and '.join(TABLES)} nor {' and '.join(SETS)} with images and annotations: "
-        "put one of them there or correct data.path (class folders: set data.dataset to folders)"
+        "put one of them there or correct the path in params.yaml (class folders: set data.dataset to folders)"
     )
 
 

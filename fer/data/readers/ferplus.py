@@ -92,7 +92,7 @@ def look_for(found: Found) -> Places:
 
 
 def vote_tables(found: Found) -> list[Entry]:
-    """The csv files that say of themselves that they are fer2013new.csv, also beside a data.path that is a file."""
+    """The csv files that say of themselves that they are fer2013new.csv, also beside a path that is a file."""
     entries = [*found.tables(), *(entry for entry in beside(found) if entry.base.lower() == VOTES_CSV)]
     return [entry for entry in entries if entry.base.lower() == VOTES_CSV or {"usage", "neutral"} <= header(entry)]
 
@@ -104,7 +104,7 @@ def _refuse(found: Found, places: Places) -> None:
             f"{found.path}: holds the {LABEL_CSV} of FER+ but no images: put {IMAGE_CSVS[0]} and {VOTES_CSV} there, too"
         )
     if found.path.name in FOLDERS:
-        raise UserError(f"data.path: {found.path} is one of the folders of FER+: name the folder above it")
+        raise UserError(f"params.yaml: data: {found.path} is one of the folders of FER+: name the folder above it")
     folders = {entry.folder for entry in found.pictures() if entry.folder}
     if len(folders) > 1:
         raise UserError(
@@ -113,7 +113,7 @@ def _refuse(found: Found, places: Places) -> None:
         )
     raise found.nothing(
         f"no FER+ found, neither pictures in {', '.join(FOLDERS)} nor {' or '.join(IMAGE_CSVS)}, also in an archive: "
-        f"put one of them there, with {VOTES_CSV}, or correct data.path"
+        f"put one of them there, with {VOTES_CSV}, or correct the path in params.yaml"
     )
 
 

@@ -54,7 +54,7 @@ def class_folders(found: Found) -> tuple[list[Face], list[str]]:
     pictures = found.pictures()
     if not pictures:
         raise found.nothing(
-            "holds no pictures: put class folders there, as train/happiness/1.png, or correct data.path"
+            "holds no pictures: put class folders there, as train/happiness/1.png, or correct the path in params.yaml"
         )
     parts = [entry.folder.split("/") if entry.folder else [] for entry in pictures]
     above = _common(parts)
@@ -122,7 +122,7 @@ def _refuse_copies(found: Found, firsts: set[str], seconds: set[str]) -> None:
     if len(seconds) > 1 and all(emotion(name) for name in seconds) and not any(emotion(name) for name in firsts):
         raise UserError(
             f"{found.path}: holds several folders with class folders: {', '.join(map(printable, sorted(firsts)))}: "
-            "set data.path to the one to read"
+            "give the path of the one to read in params.yaml"
         )
 
 
@@ -149,7 +149,7 @@ def _by_name(faces: list[Face], usage_in_name: Mapping[str, str]) -> list[Face]:
 
 
 def _root(entry: Entry, depth: int) -> str:
-    """The folder above the splits or classes, by its name in data.path."""
+    """The folder above the splits or classes, by its name in the path."""
     return printable("/".join(entry.name.split("/")[: -1 - depth])) or "."
 
 

@@ -27,17 +27,20 @@ REMEDY = "; one table has a row for every picture, with a column split"
 
 
 def read(found: Found, wanted: Wanted) -> Source:
-    """Read the only table in data.path, and the pictures that it names, relative to itself or to data.path.
+    """Read the only table there, and the pictures that it names, relative to itself or to the folder.
 
     Without a column for the label, every other column holds the votes for the class of its name. Raises UserError, with
     file and row, for what is missing or does not fit; pictures that the table does not name are left out.
     """
     if not found.path.is_dir():
-        raise UserError(f"data.path: {found.path} is a file: name the folder that holds the table and its pictures")
+        raise UserError(
+            f"params.yaml: data: {found.path} is a file: name the folder that holds the table and its pictures"
+        )
     tables = [[entry] for entry in found.entries if _is_table(entry)]
     if not tables:
         raise found.nothing(
-            f"holds no csv or parquet with a column {COLUMNS['path'][0]}: put it there or correct data.path"
+            f"holds no csv or parquet with a column {COLUMNS['path'][0]}: put it there or correct "
+            "the path in params.yaml"
         )
     entry = one_of(tables, "tables with paths", REMEDY)[0]
     rows = list(_rows(entry))
