@@ -169,7 +169,7 @@ def test_the_command_prints_a_table_and_records_a_child_once(
     tracker, data = Tracker(f"sqlite:///{project}/mlflow.db", "fer"), open_data(DATA)
     with tracker.record(Job("one", run, CPU, DATA, folder), {**data.summary, "hash": data.hash}):
         pass
-    path = next((folder / "on").glob("bars-*.json"))
+    path = next((folder / "on").glob("other-*.json"))
     result = json.loads(path.read_text())
     parent = tracker.client.search_runs([tracker.experiment])[0].info.run_id
     left = {"fer.run_id": f"{folder.name}/on/{path.stem}"}  # by a command that was killed
@@ -180,9 +180,9 @@ def test_the_command_prints_a_table_and_records_a_child_once(
     shown = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()]
     assert ["accuracy", "33", *[f"{100 * result['all_classes']['accuracy']:.2f}"] * 2] in shown
     assert ["recall neutral", "neutral", "5", *[f"{100 * result['all_classes']['recall'][0]:.2f}"] * 2] in shown
-    assert "33 of 33 test images of bars (100.00 %) are of a class that the run knows." in done.stdout
+    assert "33 of 33 test images of other (100.00 %) are of a class that the run knows." in done.stdout
     (child,) = tracker.client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert (child.info.status, child.data.tags["fer.on"]) == ("FINISHED", "bars")
+    assert (child.info.status, child.data.tags["fer.on"]) == ("FINISHED", "other")
     assert child.data.metrics["on/accuracy"] == result["all_classes"]["accuracy"]
     assert child.data.metrics["on_shared/recall_fear"] == result["shared_classes"]["recall"][6]
     assert [each.dataset.digest for each in child.inputs.dataset_inputs] == [f"{result['hash']}-test"]

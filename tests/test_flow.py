@@ -348,7 +348,7 @@ def test_models_and_experiments_are_listed_with_what_they_are(project: Path, her
             "vit_se model.backbone.weights=a/b.safetensors",
             False,
             {},
-            "model.backbone.weights: a/b.safetensors: not found",
+            "model.backbone.weights: cannot load 'a/b.safetensors': ",
         ),
         ("doe", False, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "tracking.uri: no server answers at http:"),
         ("doe", True, {"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS: no cluster answers at 127.0.0.1:9 ("),
