@@ -34,6 +34,7 @@ class Predictor:
         self.run = read_run(meta, folder / checkpoint.META)
         self.classes: list[str] = meta["classes"]
         self.faces = Faces.of(meta["data"])
+        self.cropped: dict[str, Any] = meta["data"].get("faces") or {}
         self.temperature = float(meta.get("temperature", 1.0))
         self.device = pick_device(device)
         self.batch_size = Resources().eval_batch_size

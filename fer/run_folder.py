@@ -64,6 +64,13 @@ class Enlarged(Stored):
     scale: Positive
 
 
+class Cropped(Stored):
+    """How faces were cut out of photographs."""
+
+    detector: str
+    margin: Annotated[float, Field(gt=0)]
+
+
 class About(Stored):
     """Which data a run was trained on."""
 
@@ -72,6 +79,7 @@ class About(Stored):
     """What its project calls it; runs of earlier versions do not know."""
     fold: Annotated[str, Field(pattern=r"^[1-9]\d*/([1-9]\d*|subjects)$")] | None = None
     label_mode: str = ""
+    faces: Cropped | None = None
     image_shape: Annotated[list[Positive], Field(min_length=2)]
     super_resolution: Enlarged = Enlarged(method="none", scale=1)
 

@@ -39,6 +39,10 @@ class Data(Section):
     """Side in pixels of the stored images; without, the size that all pictures have, or 112 if their sizes differ."""
     subject_pattern: str | None = None
     """Regular expression whose first group is the subject in a file name (in the whole path if it has a slash)."""
+    faces: str | None = None
+    """Of photographs: how faces are found, haar or the path of YuNet's file; without, each picture is a face."""
+    faces_margin: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Side of the crop in sides of the face's box; without, that at which a face fills it as in FER2013."""
     confusion: str | None = None
     """A csv among its files, a row and a column a class: how often voters confuse them; the prior of hard labels."""
     kaggle_competition: str = "challenges-in-representation-learning-facial-expression-recognition-challenge"

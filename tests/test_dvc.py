@@ -25,8 +25,8 @@ from fer.data.sample import write_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-STAGES = ["download", "upscale", "split"]
-FOLDERS = {"download": "raw", "upscale": "upscaled", "split": "splits"}
+STAGES = ["faces", "download", "upscale", "split"]
+FOLDERS = {"faces": "faces", "download": "raw", "upscale": "upscaled", "split": "splits"}
 
 needs_dvc = pytest.mark.skipif(not (BIN / "dvc").exists(), reason="dvc is not installed (extra `pipeline`)")
 slow = pytest.mark.slow
@@ -71,10 +71,10 @@ def test_every_setting_that_a_stage_reads_is_its_parameter() -> None:
     stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
     assert {key for stage in stages.values() for key in stage["foreach"].split()} == {"${data}"}
     read = {name: stage["do"]["params"] for name, stage in stages.items()}
-    sections = {"download": "data", "upscale": "super_resolution", "split": "split"}
+    sections = {"faces": "data", "download": "data", "upscale": "super_resolution", "split": "split"}
     assert read == {name: [{"datasets/${key}.yaml": [key]}] for name, key in sections.items()}
     assert "${super_resolution.weights}" in stages["upscale"]["do"]["deps"]
-    assert "${item}" in stages["download"]["do"]["deps"]
+    assert all("${item}" in stages[name]["do"]["deps"] for name in ("faces", "download"))
 
 
 def environment(project: Path, **more: str) -> dict[str, str]:
@@ -177,7 +177,7 @@ def test_first_repro_leaves_the_lock_file_and_its_outputs_and_the_second_nothing
     assert call(built, "git", "status", "--short").split() == ["??", "dvc.lock"]
     plots = [f"plots/{name}" for name in ("class_balance.csv", "class_balance.png", "contact_sheet.png")]
     tables = [f"splits/{name}" for name in ("summary.json", "test.csv", "train.csv", "val.csv")]
-    raw = ["raw/images.npy", "raw/labels.csv", "raw/source.json"]
+    raw = ["faces/boxes.csv", "faces/faces.json", "raw/images.npy", "raw/labels.csv", "raw/source.json"]
     made = [*raw, *plots, *tables, "metrics.json", "upscaled/images.npy", "upscaled/upscale.json"]
     assert list(outputs(built)) == sorted(f"sets/sample/{name}" for name in made)
     assert repro(built) == []
@@ -197,12 +197,12 @@ def test_two_fresh_runs_write_the_same_bytes(fresh: Path, built: Path, tmp_path:
 def test_a_change_reruns_what_it_concerns(project: Path) -> None:
     before = outputs(project)
     for file, expected in (
-        ("fer/data/labels.py", ["download", "split"]),
+        ("fer/data/labels.py", ["faces", "download", "split"]),
         ("fer/super_resolution/new.py", ["upscale"]),
         ("data/weights/super_resolution/DIC_HELEN.pth", ["upscale"]),
         ("data/weights/super_resolution/README.md", []),
         ("data/external/new.csv", []),  # of another data set
-        ("fer/data/sample.py", ["download"]),
+        ("fer/data/sample.py", ["faces", "download"]),
     ):
         with open(project / file, "a") as changed:
             changed.write("\n# a remark that changes no output, so later stages have nothing to do\n")
@@ -276,7 +276,7 @@ def test_votes_that_the_stage_downloads_are_no_change_but_others_are(project: Pa
     header, first, *rest = votes.read_text().splitlines(keepends=True)
     usage, name, *_ = first.split(",")
     votes.write_text("".join([header, f"{usage},{name},0,0,0,0,0,0,0,10,0,0\n", *rest]))
-    assert repro(project) == ["download@ferplus", "split@ferplus"]
+    assert repro(project) == ["faces@ferplus", "download@ferplus", "split@ferplus"]
     assert repro(project) == []
 
 

@@ -29,7 +29,7 @@ class Pictures:
     """
 
     def __init__(self, entries: Sequence[Entry], size: int | None = None, boxes: Sequence[Box | None] | None = None):
-        self.entries = entries
+        self.entries, self.size = entries, size
         self.boxes: Sequence[Box | None] = boxes or [None] * len(entries)
         faults, sizes, modes = [], [], set()
         for entry, box in zip(tqdm(entries, desc="sizes", unit=" images", disable=None), self.boxes, strict=True):
@@ -72,12 +72,7 @@ class Pictures:
         return np.concatenate([np.zeros((0, *self.shape[1:]), np.uint8), *self.chunks()])
 
     def _decoded(self, entry: Entry, box: Box | None) -> np.ndarray:
-        content = entry.read()
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-                image = _upright(opened).convert("L" if self.grey else "RGB")
-        except UNREADABLE as error:
-            raise UserError(f"{entry}: {fault(content, error)}") from None
+        image = upright(entry, "L" if self.grey else "RGB")
         left, top, right, bottom = _inside(box, image.size)
         width, height = right - left, bottom - top
         if (width, height) == (self.width, self.height):
@@ -86,6 +81,16 @@ class Pictures:
         left, top = left + (width - side) // 2, top + (height - side) // 2
         square = (left, top, left + side, top + side)
         return np.asarray(image.resize((self.width, self.height), Image.Resampling.BICUBIC, square))
+
+
+def upright(entry: Entry, mode: str) -> Image.Image:
+    """A picture, turned as EXIF says, in a mode of Pillow. Raises UserError for one that cannot be read."""
+    content = entry.read()
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            return _upright(opened).convert(mode)
+    except UNREADABLE as error:
+        raise UserError(f"{entry}: {fault(content, error)}") from None
 
 
 def fault(content: bytes, error: Exception, remedy: str = "replace it or delete it") -> str:

@@ -1,21 +1,22 @@
 """What a reader is asked for, and what it returns."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from fer.data.found import Entry, Found, printable
-from fer.data.picture_files import CHUNK, Pictures
+from fer.data.picture_files import CHUNK, Box, Pictures
 from fer.errors import UserError
 
 TEXT_COLUMNS = ("name", "usage", "subject")
 # of the tables that are made, in which a class has a column of its own
 TAKEN = {*TEXT_COLUMNS, "row", "sha1", "label", "class", "prediction", "prediction_shared", "leaked"}
 TAKEN |= {"duplicate_of", "duplicate_in", "duplicate_kind"}
+FACELESS = "no face found (data.faces)"
 UNUSED = "no part of the data set"
 UNWANTED = "of a class that data.classes leaves out"
 
@@ -92,6 +93,24 @@ def of_faces(
     table = hard_table(names, [face.usage for face in faces], subjects, [face.label for face in faces], classes)
     rest = left_over(found, [*(face.entry for face in faces), *used], reasons)
     return Source(images, table, tuple(classes), "hard", form, read, rest)
+
+
+def cropped(source: Source, boxes: Mapping[str, Box]) -> Source:
+    """A data set of photographs, with these parts of those that had no box; the others of them are left out.
+
+    `boxes`: by the name of the file. Raises UserError if it is not one of pictures, or none is left.
+    """
+    pictures = source.images
+    if not isinstance(pictures, Pictures):
+        raise UserError("data.faces: the data set is of cropped faces; remove it")
+    found = [box or boxes.get(entry.name) for entry, box in zip(pictures.entries, pictures.boxes)]
+    kept = [place for place, box in enumerate(found) if box is not None]
+    if not kept:
+        raise UserError("data.faces: no face was found in any picture; remove it if they are cropped")
+    images = Pictures([pictures.entries[place] for place in kept], pictures.size, [found[place] for place in kept])
+    without = [printable(entry.name) for entry, box in zip(pictures.entries, found) if box is None]
+    left_out = {**source.left_out, **({FACELESS: without} if without else {})}
+    return replace(source, images=images, table=source.table.iloc[kept].reset_index(drop=True), left_out=left_out)
 
 
 def refuse_settings(wanted: Wanted, keys: Iterable[str], why: str) -> None:

@@ -27,6 +27,13 @@ class Face:
     height: float
     score: float
 
+    def square(self, margin: float) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the square around it, `margin` times the longer side of the box."""
+        side = max(1, round(max(self.width, self.height) * margin))
+        left = round(self.left + self.width / 2 - side / 2)
+        top = round(self.top + self.height / 2 - side / 2)
+        return left, top, left + side, top + side
+
 
 class Detector(Protocol):
     """Finds the faces of a picture."""
@@ -126,10 +133,8 @@ def crop(picture: np.ndarray, face: Face, margin: float) -> np.ndarray:
 
     What lies outside the picture repeats its edge.
     """
-    side = max(1, round(max(face.width, face.height) * margin))
-    left = round(face.left + face.width / 2 - side / 2)
-    top = round(face.top + face.height / 2 - side / 2)
+    left, top, right, bottom = face.square(margin)
     height, width = picture.shape[:2]
-    rows = np.arange(top, top + side).clip(0, height - 1)
-    columns = np.arange(left, left + side).clip(0, width - 1)
+    rows = np.arange(top, bottom).clip(0, height - 1)
+    columns = np.arange(left, right).clip(0, width - 1)
     return picture[rows[:, None], columns]

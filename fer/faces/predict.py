@@ -119,8 +119,13 @@ def predict(
 ) -> Iterator[Found]:
     """Each face of each frame, in order; a frame without one gives one `Found` without face.
 
-    `detector`: None if every picture is a face, cropped as in the training data. `margin`: another than the detector's.
+    `detector`: None if every picture is a face, cropped as in the training data. `margin`: another than that of the
+    training data, if the same detector cropped them, or else the detector's.
     """
+    if margin is None and detector is not None:
+        margin = detector.margin
+        if predictor.cropped.get("detector") == detector.name:
+            margin = float(predictor.cropped["margin"])
     waiting: list[Found] = []
     crops: list[np.ndarray] = []
     held = 0
@@ -145,8 +150,8 @@ def _faces(frame: Frame, detector: Detector | None, margin: float | None) -> Ite
         if not faces:
             yield Found(frame, None, None, None), None
         for number, face in enumerate(faces):
-            wide = margin if margin is not None else detector.margin
-            yield Found(frame, number, face, None), crop(frame.pixels, face, wide)
+            assert margin is not None
+            yield Found(frame, number, face, None), crop(frame.pixels, face, margin)
 
 
 def _answered(predictor: Predictor, waiting: list[Found], crops: list[np.ndarray]) -> Iterator[Found]:

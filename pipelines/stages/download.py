@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fer.data.boxes import read_boxes
 from fer.data.datasets import DATASETS, counted
 from fer.data.found import Found, look
 from fer.data.images import allocate_images, write_rows
 from fer.data.readers import ferplus
 from fer.data.sample import write_sample
-from fer.data.source import TEXT_COLUMNS, Source, Wanted
+from fer.data.source import TEXT_COLUMNS, Source, Wanted, cropped
 from fer.errors import UserError
 from fer.files import new_folder
 from pipelines.data_sets import Data, Prepared, Sample
@@ -34,17 +35,20 @@ def download(one: Prepared) -> None:
     if data.sample is not None:
         _sample(data.sample, target)
         return
-    with look(path) as found:
-        fetched = _fill(found, data)
+    fetch.ensure(path, data)
     with look(path) as found:
         source = DATASETS[data.dataset].read(found, _wanted(data))
+        if data.faces is not None:
+            boxes, faces = read_boxes(one.folder / "faces")
+            source = cropped(source, boxes)
+            source = replace(source, facts={**source.facts, "faces": faces})
         confusion = None if data.confusion is None else _confusion(found, data.confusion, source)
         if data.confusion is not None:
             unused = {reason: [n for n in names if n != data.confusion] for reason, names in source.left_out.items()}
             left_out = {reason: names for reason, names in unused.items() if names}
             source = replace(source, read=[*source.read, data.confusion], left_out=left_out)
         _write(target, source, data.dataset, confusion)
-    _report(path, data.dataset, source, fetched)
+    _report(path, data.dataset, source)
 
 
 def _sample(size: Sample, target: Path) -> None:
@@ -57,13 +61,6 @@ def _sample(size: Sample, target: Path) -> None:
 
 def _wanted(data: Data) -> Wanted:
     return Wanted(data.label_source, data.subject_pattern, data.size, tuple(data.classes) if data.classes else None)
-
-
-def _fill(found: Found, data: Data) -> bool:
-    missing = DATASETS[data.dataset].download
-    if not missing:
-        return False
-    return fetch.fill(found, data.kaggle_competition, data.votes_url, data.votes_sha256, "votes" in missing)
 
 
 def _write(target: Path, source: Source, dataset: str, confusion: list[list[float]] | None) -> None:
@@ -123,14 +120,14 @@ def _confusion(found: Found, name: str, source: Source) -> list[list[float]]:
     return (shares / shares.sum(axis=1, keepdims=True)).tolist()
 
 
-def _report(path: Path, dataset: str, source: Source, fetched: bool) -> None:
+def _report(path: Path, dataset: str, source: Source) -> None:
     """A line of what was read, and one of what was left out."""
     counts = _counts(source)
     images = ", ".join(f"{count:,} {usage or 'images'}" for usage, count in counts.items())
     agrees = (
         f"; emotion fits the votes of {source.facts['emotion_agrees']:.1%}" if "emotion_agrees" in source.facts else ""
     )
-    place = f"{', '.join(source.read)} {'downloaded to' if fetched else 'in'} {path}" if source.read != ["."] else path
+    place = f"{', '.join(source.read)} in {path}" if source.read != ["."] else path
     lines = [f"{dataset}: {images}{counted(dataset, counts)}; read {place}{agrees}"]
     if resized := getattr(source.images, "resized", 0):
         side = f"{source.images.shape[2]}x{source.images.shape[1]}"

@@ -3,18 +3,31 @@
 import hashlib
 import http.client
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from fer.data.found import Found
+from fer.data.datasets import DATASETS
+from fer.data.found import Found, look
 from fer.data.readers.fer2013 import IMAGE_CSVS, pixel_tables
 from fer.data.readers.ferplus import VOTES_CSV, look_for
 from fer.errors import UserError, disk_error, without_password
 from fer.files import write_bytes
+from pipelines.data_sets import Data
 
 TIMEOUT = 30  # seconds without a response
 KAGGLE_FILES = (IMAGE_CSVS[0], "fer2013.tar.gz", IMAGE_CSVS[1])  # the first that exists is taken
+
+
+def ensure(path: Path, data: Data) -> None:
+    """Fill the folder of a data set that can be downloaded, if it is empty. Raises UserError as `fill` does."""
+    missing = () if data.dataset == "sample" else DATASETS[data.dataset].download
+    if not missing:
+        return
+    with look(path) as found:
+        if fill(found, data.kaggle_competition, data.votes_url, data.votes_sha256, "votes" in missing):
+            sys.stdout.write(f"{data.dataset}: downloaded to {path}\n")
 
 
 def fill(found: Found, competition: str, votes_url: str, votes_sha256: str, votes: bool = True) -> bool:

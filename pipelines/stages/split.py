@@ -82,6 +82,7 @@ def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray, diges
         "dataset": source["dataset"],
         "label_source": source["label_source"],
         "labels": source["labels"],
+        **({"faces": source["faces"]} if "faces" in source else {}),
         "classes": list(kind.classes),
         "counts": counts,
         "totals": {name: sum(classes.values()) for name, classes in counts.items()},
