@@ -211,6 +211,7 @@ def test_a_summary_that_does_not_fit_is_named(data: Path, changes: dict[str, Any
         ({"row": -1}, f"row -1 is not in {IMAGES}"),
         ({"row": "1.5"}, "column row holds something else than whole numbers"),
         ({"label": 99}, "label 99 is not in classes"),
+        ({"duplicate_in": "moon"}, "duplicate_in 'moon' is none of train, val, test"),
         ({"fear": ""}, "a probability is no number"),
         ({"fear": -0.1, "anger": 0.15}, UNFIT),
         ({"fear": 0.5}, UNFIT),

@@ -196,6 +196,9 @@ class DataSet:
             wrong = table[key][~table[key].between(0, end - 1)]
             if len(wrong):
                 return f"{key} {wrong.iloc[0]} is not in {what}"
+        for key, known in {"duplicate_in": ("", *SPLITS), "duplicate_kind": ("", "exact", "near", "mirrored")}.items():
+            if not (other := table[key][~table[key].isin(known)]).empty:
+                return f"{key} {other.iloc[0]!r} is none of {', '.join(known[1:])}"
         if not all(map(pd.api.types.is_numeric_dtype, table[self.classes].dtypes)):
             return "a probability is no number"
         shares = table[self.classes].to_numpy(np.float64)
