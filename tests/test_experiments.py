@@ -283,6 +283,18 @@ def test_the_run_that_another_starts_from_comes_first_and_gets_the_seed_alone_un
     assert list(loaded("third", "fourth")) == ["first", "second", "third", "fourth"]
 
 
+def test_a_run_starts_from_one_on_the_same_data_unless_its_file_says_otherwise() -> None:
+    for name, start in (("first", None), ("second", "first"), ("third", "first")):
+        experiment(name, base="vit_se_tiny", init_from=start)
+    assert {name: found.data for name, found in load(["second"], {}).items()} == {"first": None, "second": None}
+    assert {name: found.data for name, found in load(["second", "data=x"], {}).items()} == {"first": "x", "second": "x"}
+    experiment("third", base="vit_se_tiny", init_from="first", data="y")
+    line = "third: init_from: first is to be trained on other data as well; train them in turn"
+    assert mistakes("second", "third") == mistakes("first", "third") == [line]
+    experiment("first", base="vit_se_tiny", data="z")
+    assert [found.data for found in load(["third", "second"], {}).values()] == ["z", "y", None]
+
+
 # What is shown, and written
 
 

@@ -343,6 +343,12 @@ def test_models_and_experiments_are_listed_with_what_they_are(project: Path, her
     ("words", "needs_ray", "variables", "message"),
     [
         ("vit_se_tny", False, {}, "experiments/vit_se_tny.yaml: no such experiment, did you mean 'vit_se_tiny'?"),
+        (
+            "vgg13_small data=moon",
+            False,
+            {},
+            "command line: data: params.yaml has no data set 'moon' under data; known: sample",
+        ),
         ("epochs=2", False, {}, "epochs=2: name the experiment it is for, one of disentangled_doe, "),
         (
             "vit_se model.backbone.weights=a/b.safetensors",

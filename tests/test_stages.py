@@ -65,6 +65,18 @@ def test_a_users_mistake_is_printed_and_the_status_is_2(
     assert capfd.readouterr() == ("", printed)
 
 
+def test_a_stage_is_of_the_data_set_that_its_command_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_text(path.read_text().replace("  sample:", "  table: faces\n  sample:"))
+    names: list[str] = []
+    for words in (["stage"], ["stage", "sample"]):  # without a name: the first
+        monkeypatch.setattr(sys, "argv", words)
+        run(lambda one: names.append(one.name))
+    assert names == ["table", "sample"]
+
+
 def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(one: Prepared) -> None:
         raise OSError(errno.EIO, "Input/output error")
