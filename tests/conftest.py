@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path("data/sets/sample")  # of the data set that the project's params.yaml names
 CLASSES = ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt"]
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in what a script starts with &; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
