@@ -193,6 +193,11 @@ class Tracker:
                 self._fail(ours, Stopped(STOPPED))
         return closed
 
+    def forget(self, ours: str) -> None:
+        """Nothing works on a run any more: `leave` does not close it."""
+        with self._closing:
+            self._runs.pop(ours, None)
+
     @contextmanager
     def sweep(self, plan: Plan, data: dict[str, Any]) -> Iterator[str]:
         """Record a sweep: yields the id of its MLflow run; below that each trial gets one, fed from its folder.
@@ -502,6 +507,7 @@ class _Trials:
     def _end(self, trial: Trial, trials: list[Trial]) -> None:
         name = self._name(trial)
         run_id = self.runs.pop(name)
+        self.tracker.forget(name)
         self.client.set_tag(run_id, STATE, trial.state)
         if trial.error:
             self.client.set_tag(run_id, ERROR, trial.error[:500])

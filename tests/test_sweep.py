@@ -18,6 +18,7 @@ from conftest import DATA, refusal, spoil_optimizer, start_fer, wait_for, worker
 from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.files import is_held
+from fer.signals import Stopped
 from fer.train import fit
 from pipelines import experiments
 from pipelines.params import load, machine
@@ -25,6 +26,7 @@ from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import search
 from pipelines.sweeps.files import read_result
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, Plan, Trial
+from pipelines.tracking import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -183,6 +185,22 @@ def test_killed_at_any_moment_it_goes_on_and_no_epoch_is_trained_twice(
 
 
 # Without a flow
+
+
+def test_a_trial_that_has_ended_stays_so_when_a_person_stops_the_sweep(project: Path, empty_store: Path):
+    tracker, sweep = Tracker(f"sqlite:///{shutil.copy(empty_store, project / 'mlflow.db')}", "fer"), plan()
+    sweeps.begin(sweep)
+    job = sweep.job(sweep.published)
+    sweeps.begin_trial(job.folder, sweep.published)
+    fit(job.name, job.run, job.resources, DATA, job.folder.parent)
+    data = open_data(DATA)
+    with pytest.raises(Stopped), tracker.sweep(sweep, {**data.summary, "hash": data.hash}):
+        wait_for(lambda: len(statuses(project)) == 2)
+        sweeps.end_trial(job.folder)
+        wait_for(lambda: "FINISHED" in statuses(project).values())
+        tracker.leave()
+        raise Stopped("by a person")
+    assert sorted(statuses(project).values()) == ["FINISHED", "KILLED"]
 
 
 def interrupt(row: dict) -> None:
