@@ -5,6 +5,7 @@ from typing import Any
 
 from fer.data.datasets import DATASETS
 from fer.faces.detect import Haar, YuNet
+from fer.run_folder import data_name
 from fer.statistics import Interval, share
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -20,13 +21,14 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
     made = data.get("super_resolution", {})
     method, raw = made.get("method", "none"), made.get("raw_shape", data["image_shape"])
     enlarged = f", then enlarged {made['scale']} times with {method}" if method != "none" else ""
-    targets = data.get("label_mode")
+    targets, faces = data.get("label_mode"), data.get("faces") or {}
+    margins = {kind.name: kind.margin for kind in (Haar, YuNet)} | {faces.get("detector"): faces.get("margin")}
     found = ModelCard.from_template(
-        _metadata(summary, data["dataset"]),
+        _metadata(summary, data_name(data)),
         str(TEMPLATE),
         run_id=summary["run_id"],
         classes=summary["classes"],
-        dataset=data["dataset"],
+        dataset=data_name(data),
         targets=f" (label rule: {targets})" if targets else "",
         starts_from=summary.get("starts_from", ["not stated"]),
         parameters=f"{summary['parameters']:,}",
@@ -35,8 +37,8 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
         temperature=f"{meta.get('temperature', 1.0):g}",
         shape=f"{raw[1]}x{raw[0]} pixels, {'grey' if len(raw) == 2 else 'colour'}",
         super_resolution=enlarged,
-        haar=f"{Haar.margin:g}",
-        yunet=f"{YuNet.margin:g}",
+        haar=f"{margins[Haar.name]:g}",
+        yunet=f"{margins[YuNet.name]:g}",
         licence=(row.licence if row else "") or "its licence is not stated here",
         commit=meta.get("made_by", {}).get("commit", "unknown"),
     )

@@ -66,10 +66,17 @@ class Data(Section):
         return name
 
     @model_validator(mode="after")
-    def _sample_has_a_size(self) -> "Data":
+    def _fits(self) -> "Data":
+        found = []
         if (self.dataset == "sample") != (self.sample is not None):
             rule = "is missing" if self.sample is None else "is for the data set sample alone: delete it"
-            raise Unfit([Fault("sample", rule)])
+            found.append(Fault("sample", rule))
+        if self.dataset == "sample" and self.faces is not None:
+            found.append(Fault("faces", "is for photographs, and the sample is of faces: delete it"))
+        if self.faces_margin is not None and self.faces is None:
+            found.append(Fault("faces_margin", "has no effect without faces: delete it"))
+        if found:
+            raise Unfit(found)
         return self
 
     @field_validator("subject_pattern")

@@ -89,7 +89,8 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
 
 def _opened(found: dict[str, Experiment], params: Params) -> dict[str, DataSet]:
     """The data set of each experiment; test is checked before anything starts, as train and val are by the hash."""
-    wanted = {name: _folder_of(one, params) for name, one in found.items()}
+    # those that start from others first, as theirs is the mistake in a data set that both have
+    wanted = {name: _folder_of(found[name], params) for name in reversed(found)}
     known = {folder: open_data(folder) for folder in set(wanted.values())}
     for data in known.values():
         data.split("test")
@@ -285,8 +286,8 @@ def sums_recorded(jobs: Jobs, tracker: Tracker) -> bool:
 def _stops_at_a_signal(save: Callable[[], None], tracker: Tracker) -> Iterator[None]:
     """On Ctrl-C or SIGTERM, `save` makes the runs save their state, the flow run is cancelled, and the process exits.
 
-    The guard then kills the workers. Without this, Prefect would wait for the tasks, and the tasks
-    for Ray, which does not get the signal. A second Ctrl-C does not wait for the runs.
+    The guard then kills the workers. Without this, Prefect would wait for the tasks, and the tasks for Ray, which does
+    not get the signal. A second Ctrl-C does not wait for the runs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -43,6 +43,8 @@ def test_every_reader_has_a_file_and_each_file_is_read(params: Params) -> None:
         ({"data__votes_sha256": "abc"}, "data.votes_sha256: should match pattern '^[0-9a-f]{64}$', got 'abc'"),
         ({"data__sample": None}, "data.sample: is missing"),
         ({"data__dataset": "folders"}, "data.sample: is for the data set sample alone: delete it"),
+        ({"data__faces": "haar"}, "data.faces: is for photographs, and the sample is of faces: delete it"),
+        ({"data__faces_margin": 1.2}, "data.faces_margin: has no effect without faces: delete it"),
         ({"data__sample__test": 10**7}, "data.sample.test: should be less than or equal to 1000000, got 10000000"),
         ({"data__sample__tran": 100}, "data.sample.tran: unknown key, did you mean 'train'?"),
         ({"split__val_share": 0}, "split.val_share: should be greater than 0, got 0"),

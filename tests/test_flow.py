@@ -344,7 +344,7 @@ def test_models_and_experiments_are_listed_with_what_they_are(project: Path, her
     [
         ("vit_se_tny", False, {}, "experiments/vit_se_tny.yaml: no such experiment, did you mean 'vit_se_tiny'?"),
         (
-            "vgg13_small data=moon",
+            "disentangled_doe_tiny data=moon",
             False,
             {},
             "command line: data: params.yaml has no data set 'moon' under data; known: sample",

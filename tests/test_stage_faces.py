@@ -94,6 +94,8 @@ def test_off_it_is_an_empty_table_and_users_mistakes_are_one_line() -> None:
     for label in "ab":
         Path("faces", label).mkdir(parents=True)
         Image.fromarray(np.zeros((40, 40), np.uint8)).save(f"faces/{label}/1.png")
+    message = "data/sets/folders/faces/boxes.csv: not found; run `dvc repro faces` to make it"
+    assert refusal(download, asked()) == message
     faces(asked())
     assert refusal(download, asked()) == "data.faces: no face was found in any picture; remove it if they are cropped"
     assert refusal(faces, asked(faces="no.onnx")).startswith("no.onnx: No such file or directory: give the file ")

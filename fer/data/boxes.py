@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fer.data.picture_files import Box
+from fer.errors import UserError
 from fer.files import write_json
 
 BOXES, ABOUT = "boxes.csv", "faces.json"
@@ -26,7 +27,7 @@ class Seen(NamedTuple):
 
 def write_boxes(folder: Path, seen: Iterable[Seen], about: dict[str, Any]) -> None:
     """Write boxes.csv and faces.json. `about`: the detector and its margin."""
-    with (folder / BOXES).open("w", newline="") as file:
+    with (folder / BOXES).open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(Seen._fields)
         table.writerows(seen)
@@ -34,8 +35,14 @@ def write_boxes(folder: Path, seen: Iterable[Seen], about: dict[str, Any]) -> No
 
 
 def read_boxes(folder: Path) -> tuple[dict[str, Box], dict[str, Any]]:
-    """File -> square, of the pictures in which a face was found; and what is said about them."""
-    with (folder / BOXES).open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["left"]]
+    """File -> square, of the pictures in which a face was found; and the detector and its margin.
+
+    Raises UserError if the stage faces has not run.
+    """
+    try:
+        with (folder / BOXES).open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["left"]]
+    except FileNotFoundError:
+        raise UserError(f"{folder / BOXES}: not found; run `dvc repro faces` to make it") from None
     boxes = {row["file"]: (int(row["left"]), int(row["top"]), int(row["right"]), int(row["bottom"])) for row in rows}
     return boxes, json.loads((folder / ABOUT).read_text())

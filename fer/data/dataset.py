@@ -211,8 +211,7 @@ def open_data(folder: str | Path) -> DataSet:
 
     Number, shape and SHA-256 of the images must be those in summary.json. The SHA-256 is computed only when size or
     mtime of the file have changed, and cached in `folder`/images.verified.json. `set` in the summary is the folder's
-    name. Raises UserError for anything missing,
-    damaged or mismatched.
+    name. Raises UserError for anything missing, damaged or mismatched.
     """
     folder = Path(folder)
     summary = _read_summary(folder / "splits" / "summary.json")
