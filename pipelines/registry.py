@@ -81,7 +81,7 @@ class Registry:
 
     def add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> str:
         """The number of a new version of the registered model `name`, which is made if there is none."""
-        return str(_until_done(lambda: self._add(name, run_id, model, tags, text)).version)
+        return str(until_done(lambda: self._add(name, run_id, model, tags, text)).version)
 
     def decide(self, name: str, number: str) -> None:
         """Decide by the rule whether a version becomes champion, unless that was decided already; move the aliases."""
@@ -212,9 +212,9 @@ class Registry:
                 return
             for alias in ALIASES:
                 if alias not in wanted and alias in there:
-                    _until_done(partial(self.client.delete_registered_model_alias, name, alias))
+                    until_done(partial(self.client.delete_registered_model_alias, name, alias))
                 elif wanted.get(alias) != there.get(alias):
-                    _until_done(partial(self.client.set_registered_model_alias, name, alias, wanted[alias]))
+                    until_done(partial(self.client.set_registered_model_alias, name, alias, wanted[alias]))
 
     def _history_run(self, name: str) -> str:
         """The run with the history; all who need one at the same time get the same.
@@ -230,7 +230,7 @@ class Registry:
         agreed = self._put(first, f"{HISTORY}.{name}", made)
         if agreed != made:
             self.client.delete_run(made)
-        _until_done(partial(self.client.set_registered_model_tag, name, HISTORY, agreed))
+        until_done(partial(self.client.set_registered_model_tag, name, HISTORY, agreed))
         return agreed
 
     def _new_history(self, name: str) -> str:
@@ -262,7 +262,7 @@ class Registry:
                 return there[key]
             return value
 
-        return _until_done(put)
+        return until_done(put)
 
     def _versions(self, name: str) -> dict[str, ModelVersion]:
         """Number -> version, of all that exist, the first one first."""
@@ -390,7 +390,7 @@ def _record(
     )  # fmt: skip
 
 
-def _until_done(change: Callable[[], Result]) -> Result:
+def until_done(change: Callable[[], Result]) -> Result:
     """Try again if it fails: MLflow refuses one of two changes that meet in its store."""
     for left in reversed(range(TRIES)):
         try:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -36,7 +37,7 @@ from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.params import Promotion
 from pipelines.processes import ended, process_id
-from pipelines.registry import RUN_ID, Registry
+from pipelines.registry import RUN_ID, Registry, until_done
 from pipelines.report import across_note, confusion_picture, note
 from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri
 from pipelines.sweeps.folder import DONE, FAILED, Plan, Trial, best_of, read_trials
@@ -74,6 +75,7 @@ DATA_PARAMS = {  # summary.json of the splits -> params
 MEASURED = ("raw_shape", "restored")  # of super_resolution: no settings
 STOPPED = "stopped; the same command resumes it"
 AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
+DRAWING = ThreadPoolExecutor(1)  # runs end in many threads; matplotlib is not thread-safe, and opens fonts in each anew
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
 
 
@@ -95,7 +97,6 @@ class Tracker:
         self._left = False
         self._closing = threading.RLock()  # a run is closed once: by its thread, or by `leave` in a signal handler
         self.registry = Registry(self.client, rules)
-        self._drawing = threading.Lock()  # runs end in several threads, and matplotlib is not thread-safe
 
     def _choose(self, experiment: str) -> str:
         """The id of the experiment, made where there is none."""
@@ -110,10 +111,13 @@ class Tracker:
             self.client.create_experiment(experiment, artifacts.as_uri())
         # once, before there are threads: concurrent first use breaks the store
         chosen = mlflow.set_experiment(experiment).experiment_id
-        # else the UI opens with tools for language models
-        self.client.set_experiment_tag(chosen, "mlflow.experimentKind", "custom_model_development")
         view = {"selectedColumns": COLUMNS, "columnOrder": COLUMNS, "orderByKey": COLUMNS[0], "orderByAsc": False}
-        self.client.set_experiment_tag(chosen, "mlflow.sharedViewState.fer", json.dumps(view))  # a view to share
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",  # else the UI opens with tools for language models
+            "mlflow.sharedViewState.fer": json.dumps(view),  # a view to share
+        }
+        for key, value in tags.items():
+            until_done(partial(self.client.set_experiment_tag, chosen, key, value))
         return chosen
 
     @property
@@ -390,8 +394,7 @@ class Tracker:
         points = [Metric(key, value, when, 0) for key, value in final_metrics(summary).items()]
         self.client.log_batch(run_id, metrics=points)
         self.client.set_tag(run_id, "mlflow.note.content", note(summary))
-        with self._drawing, ThreadPoolExecutor(1) as drawing:  # matplotlib keeps fonts open as long as the thread lives
-            picture = drawing.submit(confusion_picture, summary, folder / CONFUSION).result()
+        picture = DRAWING.submit(confusion_picture, summary, folder / CONFUSION).result()
         for path in (
             picture,
             *sorted(folder.glob(PREDICTIONS.format(split="*"))),

@@ -82,10 +82,16 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+def as_the_nodes() -> dict[str, str]:
+    """What a process shares with them; without the last, Ray looks for them elsewhere than at 127.0.0.1."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    return {name: os.environ[name] for name in names}
+
+
 @pytest.fixture
 def start(project: Path, two_nodes: Cluster, prefect_server: str) -> Callable[..., subprocess.Popen]:
     """start("x"): the command `fer train x` on the two nodes."""
-    where = {"RAY_ADDRESS": two_nodes.address, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+    where = {"RAY_ADDRESS": two_nodes.address, **as_the_nodes()}
     return lambda *words: start_fer(project, "train", *words, **where, PREFECT_API_URL=prefect_server)
 
 
@@ -130,8 +136,7 @@ def test_a_group_leaves_a_machine_that_is_drained_in_mid_epoch(project: Path, tw
     (progress,) = wait_for(lambda: list((project / "data/runs").glob("*/progress.json")))  # its first step is done
     words = [BIN / "ray", "drain-node", "--address", two_nodes.address, "--node-id", leaves.node_id]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "x", "--deadline-remaining-seconds", "600"]
-    known = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"])
-    subprocess.run([*words, *why], env=known, check=True, capture_output=True)
+    subprocess.run([*words, *why], env=environment(**as_the_nodes()), check=True, capture_output=True)
     wait_for(lambda: saved_in_mid_epoch(progress.parent))
     wait_for(lambda: not workers(project))
     two_nodes.add_node(num_cpus=4)

@@ -283,8 +283,9 @@ def test_a_deployment_trains_the_runs_of_the_command_each_after_the_one_it_start
     shutil.rmtree(first)  # not needed any more, nor made again
     assert "Nothing to do: 2 run(s)" in here("train", *words).stdout
     assert not first.exists()
-    (run,) = MlflowClient("sqlite:///mlflow.db").search_runs(["1"], f"tags.`fer.run_id` = '{other.name}'")
-    MlflowClient("sqlite:///mlflow.db").delete_run(run.info.run_id)  # the server has lost it
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    (run,) = client.search_runs(["1"], f"tags.`fer.run_id` = '{other.name}'")
+    client.delete_run(run.info.run_id)  # the server has lost it
     with monkeypatch.context() as patch:
         for name in ("start_ray", "check_resources", "Launcher.launch"):
             patch.setattr(f"pipelines.launch.{name}", None)

@@ -105,7 +105,7 @@ def test_one_side_alone_without_curves_and_with_published_numbers_beside(runs: P
 def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")  # MLflow keeps one connection a name
     experiment = client.create_experiment("fer", (Path.cwd() / "mlruns").as_uri())
     known = client.create_run(experiment, tags={"fer.run_id": next(runs.glob("other-*")).name}).info.run_id
     done = here("compare", "one", "other", "--report", "page.html")
