@@ -123,6 +123,13 @@ def _labels(found: dict[str, Any]) -> list[Finding]:
         unanimous = f"{100 * found['votes']['train']['unanimous']:.0f} %"
         text = f"Votes against the winner: {', '.join(parts)}. Voters are unanimous on {unanimous} of train."
         lines.append(Finding("note", "label noise", text))
+    if doubts := found.get("doubted"):
+        share = _share(doubts["doubted"], doubts["images"])
+        text = f"{share} of the labels ({doubts['doubted']:,} of {doubts['images']:,}) are probably wrong"
+        lines.append(Finding("look" if doubts["doubted"] else "ok", "doubted labels", f"{text}, says {doubts['by']}."))
+    elif not found["votes"]:
+        text = "Not looked for; `fer train NAME --folds 10` gives the predictions that can tell."
+        lines.append(Finding("note", "doubted labels", text))
     return lines
 
 
@@ -142,7 +149,8 @@ def write(found: dict[str, Any], folder: Path, images: np.ndarray | None = None)
     numbers, page = folder / "check.json", folder / "check.html"
     pictures = {}
     if images is not None:
-        rows = {image["row"] for part in found["votes"].values() for image in part["doubtful"]}
+        parts = [part["doubtful"] for part in found["votes"].values()] + [found.get("doubted", {}).get("first", [])]
+        rows = {image["row"] for part in parts for image in part}
         pictures = {row: _data_uri(images[row]) for row in rows}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

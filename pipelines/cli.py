@@ -740,14 +740,19 @@ def upscale_gallery(
 @_with_torch
 def data_check(name: Prepared = None) -> None:
     """Look for copies, doubtful labels, blank images and people on two sides; write check.json and check.html."""
-    from fer.data.check import check
+    from fer.data.check import NAMED, check
+    from fer.data.dataset import open_data
+    from fer.data.doubts import doubted
     from fer.data.images import open_images
-    from pipelines import check_page, data_sets
+    from pipelines import check_page, data_sets, folds
     from pipelines.params import load
 
     folder = data_sets.folder_of(load(), name)
     with _doing(f"Reading {folder} ..."):
         found = check(folder)
+        data = open_data(folder)
+        if (predicted := folds.predictions_for(data)) is not None:
+            found["doubted"] = {"by": predicted[0], **doubted(predicted[1], data.classes, NAMED)}
     drawn = found["dataset"] == "sample"  # real faces are private
     images = open_images(folder / "raw" / "images.npy", "download") if drawn else None
     numbers, page = check_page.write(found, folder, images)

@@ -10,8 +10,10 @@ import pandas as pd
 import torch
 
 from fer.data.dataset import DataSet, open_data
+from fer.data.doubts import confusion
 from fer.data.folds import fold_of, folds_of, titled
 from fer.data.pairs import Pairs
+from fer.data.split import SPLITS
 from fer.errors import UserError
 from fer.evaluate import metrics, read_predictions
 from fer.files import write_bytes, write_json
@@ -23,6 +25,7 @@ from pipelines.experiments import Experiment, Job
 
 FOLDS = Path("data/folds")
 TABLE = "predictions.csv"
+CONFUSION = "confusion.csv"
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
 
 
@@ -117,13 +120,14 @@ def sums(damaged: list[str]) -> list[dict[str, Any]]:
 def added(made: list[Job]) -> dict[str, Any]:
     """The sum of the finished folds of one experiment, made anew only if a fold was evaluated since.
 
-    Writes predictions.csv, in which each image is once, by the fold that did not train on it, and summary.json, last.
+    Writes predictions.csv, in which each image is once, by the fold that did not train on it; confusion.csv, the mean
+    prediction for each label on those of them that are in train; and summary.json, last.
     """
     summaries = [summary for job in made if (summary := read_summary(job.folder)) is not None]
     assert len(summaries) == len(made), "some folds are not finished"
     folder, runs = sum_folder(made), {summary["run_id"]: summary["finished"] for summary in summaries}
     known = read_sum(folder)
-    if known is not None and known["runs"] == runs and (folder / TABLE).exists():
+    if known is not None and known["runs"] == runs and all((folder / name).exists() for name in (TABLE, CONFUSION)):
         return known
     classes = summaries[0]["classes"]
     table = _table(made, classes)
@@ -151,8 +155,29 @@ def added(made: list[Job]) -> dict[str, Any]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / TABLE, shown.to_csv(index=False, lineterminator="\n").encode())
+    train = shown[shown["row"].isin(open_data(made[0].data).split("train").rows)]
+    write_bytes(folder / CONFUSION, confusion(train, classes).to_csv(index_label="", lineterminator="\n").encode())
     write_json(folder / SUMMARY, result)
     return result
+
+
+def predictions_for(data: DataSet) -> tuple[str, pd.DataFrame] | None:
+    """The sum that is most accurate on this data set and its labels as they are: its id, its predictions.
+
+    None if there is none. A damaged one is no sum.
+    """
+    splits = [data.split(name) for name in SPLITS]
+    labels = {row: data.classes[label] for one in splits for row, label in zip(one.rows.tolist(), one.labels.tolist())}
+    fitting = [
+        one
+        for one in sums([])
+        if one["classes"] == data.classes and one["data"]["images_sha256"] == data.summary["images_sha256"]
+    ]
+    for one in sorted(fitting, key=lambda one: -one["test"]["accuracy"]):
+        table = pd.read_csv(FOLDS / one["id"] / TABLE, dtype={"name": str}, keep_default_na=False)
+        if all(labels.get(row) == label for row, label in zip(table["row"].tolist(), table["label"])):
+            return one["id"], table
+    return None
 
 
 def _table(made: list[Job], classes: list[str]) -> pd.DataFrame:

@@ -147,6 +147,7 @@ def test_hard_labels_and_no_subjects(folder: Path, tmp_path: Path) -> None:
     said = {line.topic: line.text for line in check_page.findings(found)}
     assert said["subjects"] == "Unknown; data.subject_pattern can take them from the file names."
     assert "label noise" not in said
+    assert said["doubted labels"].startswith("Not looked for; `fer train NAME --folds 10`")
     assert "Doubtful" not in check_page.write(found, tmp_path)[1].read_text()
 
 
@@ -156,11 +157,17 @@ def test_hard_labels_and_no_subjects(folder: Path, tmp_path: Path) -> None:
 def test_the_page_holds_no_script_nothing_from_elsewhere_and_names_as_text(
     found: dict[str, Any], tmp_path: Path
 ) -> None:
-    strange = json.loads(json.dumps(found).replace("n.png", "<script>x</script>"))
+    image = {"row": 1, "name": "n.png", "label": "sad", "predicted": "happy", "probability": 0.0625}
+    classes = {"sad": {"images": 8, "doubted": 1}}
+    doubted = {"by": "x.folds3", "images": 8, "doubted": 1, "classes": classes, "first": [image]}
+    strange = json.loads(json.dumps(found | {"doubted": doubted}).replace("n.png", "<script>x</script>"))
     numbers, page = check_page.write(strange, tmp_path)
     text = page.read_text()
     assert json.loads(numbers.read_text()) == strange
-    assert "&lt;script&gt;x" in text
+    assert text.count("&lt;script&gt;x") > 1
+    assert (text.count("12.5 %"), text.count(">0.062<")) == (2, 1)
+    told = "12.5 % of the labels (1 of 8) are probably wrong, says x.folds3."
+    assert (check_page.findings(strange)[-1].mark, check_page.findings(strange)[-1].text) == ("look", told)
     assert not re.search(r"<script|<img|https?:|src=|@import|url\(", text)
 
 

@@ -22,7 +22,7 @@ from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.train import fit
 from pipelines import experiments
-from pipelines.folds import jobs_of
+from pipelines.folds import jobs_of, predictions_for
 
 
 def usages(labels: Sequence[int], subjects: Sequence[str], folds: str, seed: int = 0, copies: Any = None) -> np.ndarray:
@@ -196,6 +196,9 @@ def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
     assert (result["test"]["accuracy"], spread["mean"], spread["sd"], result["over_subjects"]["sd"]) == pytest.approx(
         (right.mean(), np.mean(accuracies), np.std(accuracies, ddof=1), people.std())
     )
+    train = table[table["row"].isin(data.split("train").rows)]
+    prior = pd.read_csv(folder / "confusion.csv", index_col=0)
+    assert prior.loc["fear", "anger"] == pytest.approx(train[train["label"] == "fear"]["anger"].mean())
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with closing(sqlite3.connect(recipes / "mlflow.db")) as store:
         kinship = "select count(distinct run_uuid) from tags where key = 'mlflow.parentRunId'"
@@ -209,3 +212,8 @@ def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
         assert len(store.execute("select name from runs where lifecycle_stage = 'active'").fetchall()) == 4
     shown = here("compare").stdout
     assert (folder.name in shown, ".fold1of3" in shown) == (True, False)
+
+    assert predictions_for(data)[0] == folder.name
+    other_votes = table["label"].where(table["label"] != "fear", "anger")  # as of another vote rule
+    table.assign(label=other_votes).to_csv(folder / "predictions.csv", index=False)
+    assert predictions_for(data) is None
