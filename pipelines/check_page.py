@@ -125,8 +125,9 @@ def _labels(found: dict[str, Any]) -> list[Finding]:
         lines.append(Finding("note", "label noise", text))
     if doubts := found.get("doubted"):
         share = _share(doubts["doubted"], doubts["images"])
-        text = f"{share} of the labels ({doubts['doubted']:,} of {doubts['images']:,}) are probably wrong"
-        lines.append(Finding("look" if doubts["doubted"] else "ok", "doubted labels", f"{text}, says {doubts['by']}."))
+        text = f"{share} of them ({doubts['doubted']:,} of {doubts['images']:,}) are doubted by {doubts['by']}"
+        text += f", which agrees with {100 * doubts['right']:.1f} %; the weaker a model, the more it doubts."
+        lines.append(Finding("look" if doubts["doubted"] else "ok", "doubted labels", text))
     elif not found["votes"]:
         text = "Not looked for; `fer train NAME --folds 10` gives the predictions that can tell."
         lines.append(Finding("note", "doubted labels", text))

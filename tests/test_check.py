@@ -159,15 +159,18 @@ def test_the_page_holds_no_script_nothing_from_elsewhere_and_names_as_text(
 ) -> None:
     image = {"row": 1, "name": "n.png", "label": "sad", "predicted": "happy", "probability": 0.0625}
     classes = {"sad": {"images": 8, "doubted": 1}}
-    doubted = {"by": "x.folds3", "images": 8, "doubted": 1, "classes": classes, "first": [image]}
+    doubted = {"by": "x.folds3", "images": 8, "doubted": 1, "right": 0.75, "classes": classes, "first": [image]}
     strange = json.loads(json.dumps(found | {"doubted": doubted}).replace("n.png", "<script>x</script>"))
     numbers, page = check_page.write(strange, tmp_path)
     text = page.read_text()
     assert json.loads(numbers.read_text()) == strange
     assert text.count("&lt;script&gt;x") > 1
     assert (text.count("12.5 %"), text.count(">0.062<")) == (2, 1)
-    told = "12.5 % of the labels (1 of 8) are probably wrong, says x.folds3."
-    assert (check_page.findings(strange)[-1].mark, check_page.findings(strange)[-1].text) == ("look", told)
+    told = "12.5 % of them (1 of 8) are doubted by x.folds3, which agrees with 75.0 %; the weaker a model, the more "
+    assert (check_page.findings(strange)[-1].mark, check_page.findings(strange)[-1].text) == (
+        "look",
+        f"{told}it doubts.",
+    )
     assert not re.search(r"<script|<img|https?:|src=|@import|url\(", text)
 
 

@@ -24,6 +24,7 @@ def test_labels_that_were_exchanged_are_found_the_least_probable_first() -> None
     found = doubted(predictions(labels, shares), CLASSES, 80)
     first = [image["row"] - 7 for image in found["first"]]
     assert (found["images"], len(first)) == (2000, 80)
+    assert found["right"] == (shares.argmax(1) == labels).mean()
     assert 85 <= found["doubted"] <= 105
     assert np.isin(first, wrong).mean() > 0.95
     own = shares[first, labels[first]]

@@ -29,6 +29,7 @@ def doubted(table: pd.DataFrame, classes: list[str], named: int) -> dict[str, An
     return {
         "images": len(labels),
         "doubted": len(found),
+        "right": float((guess == labels).mean()),
         "classes": {
             name: {"images": count, "doubted": doubts} for name, count, doubts in zip(classes, each, wrong, strict=True)
         },
