@@ -13,6 +13,7 @@ from PIL import Image
 from fer.data.split import SPLITS
 from fer.files import write_bytes, write_json
 
+FEW_NAMES = 20  # in a sentence
 FEW = 50  # test images of a class below which its recall is a rough number
 UNEVEN = 10  # times that the largest class is the smallest, from which that is said
 BRIGHTER = 5.0  # grey levels between the medians of two splits, from which that is said
@@ -29,7 +30,7 @@ class Finding:
 
 def findings(found: dict[str, Any]) -> list[Finding]:
     """The result of `fer.data.check.check` in a sentence or two for each topic."""
-    return [*_counts(found), *_pixels(found["pixels"]), *_copies(found), _subjects(found["subjects"]), *_labels(found)]
+    return [*_counts(found), *_pixels(found), *_copies(found), _subjects(found["subjects"]), *_labels(found)]
 
 
 def _counts(found: dict[str, Any]) -> list[Finding]:
@@ -53,8 +54,8 @@ def _counts(found: dict[str, Any]) -> list[Finding]:
     return lines
 
 
-def _pixels(pixels: dict[str, Any]) -> list[Finding]:
-    lines = []
+def _pixels(found: dict[str, Any]) -> list[Finding]:
+    pixels, lines = found["pixels"], []
     faint = f"with a contrast below {pixels['faint']['below']:g} of 255"
     for key, what in (("blank", "blank"), ("faint", faint)):
         some = pixels[key]
@@ -62,11 +63,25 @@ def _pixels(pixels: dict[str, Any]) -> list[Finding]:
         text = f"{some['images']:,} {what}, {some['labelled']:,} of them in a split{named}."
         text = text if some["images"] else "None."
         lines.append(Finding("look" if some["labelled"] else "ok", f"{key} images", text))
+    return [*lines, *_faceless(found), _brightness(pixels)]
+
+
+def _faceless(found: dict[str, Any]) -> list[Finding]:
+    if (parts := found.get("faceless")) is None:
+        return []
+    images = sum(part["images"] for part in parts.values())
+    names = [name for part in parts.values() for name in part["names"]]
+    share = _share(images, sum(found["labelled"].values()))
+    text = f"The detector finds no face in {share} of the images ({images:,}): {', '.join(names[:FEW_NAMES])}."
+    return [Finding("look" if images else "ok", "images without a face", text if images else "None.")]
+
+
+def _brightness(pixels: dict[str, Any]) -> Finding:
     medians = {split: part["median"] for split, part in pixels["brightness"].items()}
     apart = max(medians.values()) - min(medians.values())
     shown = ", ".join(f"{median:.0f} in {split}" for split, median in medians.items())
     text = f"The median image has {shown}, of 255."
-    return [*lines, Finding("look" if apart >= BRIGHTER else "ok", "brightness", text)]
+    return Finding("look" if apart >= BRIGHTER else "ok", "brightness", text)
 
 
 def _copies(found: dict[str, Any]) -> list[Finding]:

@@ -738,18 +738,27 @@ def upscale_gallery(
 
 @checks.command(name="check")
 @_with_torch
-def data_check(name: Prepared = None) -> None:
+def data_check(
+    name: Prepared = None,
+    faces: Annotated[
+        str | None,
+        typer.Option(metavar="haar|FILE", help="Name images without a face, by Haar cascade or YuNet's file."),
+    ] = None,
+) -> None:
     """Look for copies, doubtful labels, blank images and people on two sides; write check.json and check.html."""
     from fer.data.check import NAMED, check
     from fer.data.dataset import open_data
     from fer.data.doubts import doubted
     from fer.data.images import open_images
+    from fer.faces.detect import build_detector
     from pipelines import check_page, data_sets, folds
     from pipelines.params import load
 
     folder = data_sets.folder_of(load(), name)
-    with _doing(f"Reading {folder} ..."):
-        found = check(folder)
+    detector = None if faces is None else build_detector(None if faces == "haar" else Path(faces))
+    slow = "" if detector is None else "; looking for faces takes milliseconds an image"
+    with _doing(f"Reading {folder}{slow} ..."):
+        found = check(folder, detector)
         data = open_data(folder)
         if (predicted := folds.predictions_for(data)) is not None:
             found["doubted"] = {"by": predicted[0], **doubted(predicted[1], data.classes, NAMED)}

@@ -135,6 +135,28 @@ def test_near_copies_are_not_counted_where_they_are_not_looked_for(tmp_path: Pat
     assert "near copies" in {line.topic for line in check_page.findings(found)}
 
 
+def test_images_without_a_face_are_named_where_they_are_looked_for(folder: Path, found: dict[str, Any]) -> None:
+    """Here a picture with any contrast is a face; it is seen whole, enlarged, with its edge around it."""
+    seen = []
+
+    def faces(picture: np.ndarray) -> list[int]:
+        seen.append(picture)
+        return [1] if picture.std() > 10 else []
+
+    assert "faceless" not in found
+    found = check(folder, faces)
+    names = {split: part["names"] for split, part in found["faceless"].items()}
+    assert names == {"train": ["f.png"], "val": ["j.png"], "test": []}
+    assert {picture.shape for picture in seen} == {(160, 160)}
+    original = TABLE["a"][0]
+    assert seen[0][:32, :32] == pytest.approx(np.full((32, 32), original[0, 0]), abs=9)  # bicubic at its border
+    assert np.abs(seen[0][33:-31:2, 33:-31:2].astype(int) - original).mean() < 5
+    said = {line.topic: line for line in check_page.findings(found)}["images without a face"]
+    assert (said.mark, said.text) == (
+        "look", "The detector finds no face in 14.3 % of the images (2): f.png, j.png.",
+    )  # fmt: skip
+
+
 def test_hard_labels_and_no_subjects(folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
     source = data / "raw" / "source.json"

@@ -1,12 +1,13 @@
 """What is right and wrong with a data set after `dvc repro`: counts, copies, subjects, pixels, doubtful labels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from pydantic import Field
 
 from fer.data.dataset import DataSet, open_data
@@ -19,6 +20,7 @@ from fer.stored import Count, Stored, read
 
 NAMED = 20  # images of a kind that are named
 FAINT = 10.0  # standard deviation of the pixels, of 255, below which an image shows next to nothing
+SHOWN = 144  # pixels: smaller faces are enlarged for a detector
 AT_ONCE = 2**22  # pixels looked at at once: bounds memory
 BARS = 16  # of a histogram
 PLACES = (("test", "train"), ("test", "val"), ("val", "train"))  # of copies: which of two splits is looked in
@@ -44,9 +46,10 @@ class Facts(Stored):
     left_out: dict[str, LeftOut]
 
 
-def check(folder: str | Path) -> dict[str, Any]:
+def check(folder: str | Path, faces: Callable[[np.ndarray], Sequence[Any]] | None = None) -> dict[str, Any]:
     """Numbers on `folder`/raw and `folder`/splits, ready for JSON; the first NAMED images of each kind by name.
 
+    `faces` finds the faces of a picture (`fer.faces.detect.Detector`); without it nobody looks for images without one.
     Raises UserError if they are missing, damaged, or do not belong together.
     """
     folder = Path(folder)
@@ -74,6 +77,7 @@ def check(folder: str | Path) -> dict[str, Any]:
         "held_out": data.summary.get("held_out", {}),
         "balance": {split: count_classes(table, data.classes) for split, table in tables.items()},
         "pixels": _pixels(images, rows, tables),
+        **({} if faces is None else {"faceless": _faceless(images, tables, faces)}),
         "copies": _copies(images, tables, data.classes, data.summary.get("near_duplicates", SAME)),
         "subjects": _subjects(tables),
         "votes": {split: _votes(table, votes, data.classes) for split, table in tables.items()} if votes else {},
@@ -123,6 +127,29 @@ def _pixels(images: np.ndarray, rows: pd.DataFrame, tables: dict[str, pd.DataFra
         "brightness": {split: spreads(mean[rows]) for split, rows in taken.items()},
         "contrast": {split: spreads(spread[rows]) for split, rows in taken.items()},
     }
+
+
+def _faceless(
+    images: np.ndarray, tables: dict[str, pd.DataFrame], faces: Callable[[np.ndarray], Sequence[Any]]
+) -> dict[str, Any]:
+    """By split, the images in which `faces` finds none. With a margin around, as detectors miss faces that fill all."""
+    found = {}
+    for split, table in tables.items():
+        where = [not len(faces(_with_margin(images[row]))) for row in table["row"]]
+        missed = table[where]
+        rows, names = missed["row"].tolist(), missed["called"].tolist()
+        found[split] = {"images": len(missed), "names": names[:NAMED], "rows": rows[:NAMED]}
+    return found
+
+
+def _with_margin(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3], its edge repeated by a third on each side, SHOWN pixels or larger."""
+    rows, columns = (np.arange(-side // 3, side + side // 3).clip(0, side - 1) for side in image.shape[:2])
+    wide = image[rows[:, None], columns]
+    zoom = max(1, -(-SHOWN // min(wide.shape[:2])))
+    return np.asarray(
+        Image.fromarray(wide).resize((zoom * wide.shape[1], zoom * wide.shape[0]), Image.Resampling.BICUBIC)
+    )
 
 
 def _looks(images: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
