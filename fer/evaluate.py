@@ -47,17 +47,26 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
         raise UserError(
             f"{folder}: written in format {format_of(meta)}, which can no longer be evaluated; train the run again"
         )
-    data = fold_of(data, meta["data"].get("fold"))
-    if data.hash != meta["data_hash"]:
-        raise UserError(
-            f"{folder}: was trained on data {meta['data_hash']}, but {data_dir} holds {data.hash}; "
-            "`dvc checkout` the former"
-        )
+    data = own_data(folder, meta, data)
     if summary is None or summary["test_hash"] != data.test_hash:
         summary = _evaluated(folder, meta, data, resources)
     summary |= _leaks(folder, data) | {"finished": time.time()}
     write_summary(folder, summary)
     return summary
+
+
+def own_data(folder: Path, meta: dict[str, Any], data: DataSet) -> DataSet:
+    """The data set, or its fold, that the run in `folder` was trained on; `meta`: its checkpoint.json.
+
+    Raises UserError if `data` is another one.
+    """
+    data = fold_of(data, meta["data"].get("fold"))
+    if data.hash != meta["data_hash"]:
+        raise UserError(
+            f"{folder}: was trained on data {meta['data_hash']}, but {data.folder} holds {data.hash}; "
+            "`dvc checkout` the former"
+        )
+    return data
 
 
 def outdated(summary: dict[str, Any], data: DataSet) -> str | None:

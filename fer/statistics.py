@@ -32,6 +32,15 @@ def share(hits: int, trials: int) -> Interval:
     return Interval(hits / trials, float(found.low), float(found.high))
 
 
+def mean(values: np.ndarray) -> Interval:
+    """A mean with Student's interval, of float [n]; of one value all numbers are in it."""
+    value = float(values.mean())
+    if len(values) < 2:
+        return Interval(value, -np.inf, np.inf)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(value, value - half, value + half)
+
+
 def mcnemar(right: np.ndarray, other: np.ndarray) -> float:
     """Two-sided p of the exact McNemar test: bool [n] each, whether two models are right on the same n images."""
     first, second = int((right & ~other).sum()), int((other & ~right).sum())

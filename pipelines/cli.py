@@ -561,6 +561,57 @@ def _model(run: str | None) -> Path:
 
 @app.command()
 @_with_torch
+def explain(
+    run: Annotated[str, typer.Argument(help="A run id, or a checkpoint's folder; or `champion`.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures of faces, cropped like the data; else test images.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write, which shows the faces.")] = ...,  # type: ignore[assignment]
+    faces: Annotated[int, typer.Option(help="How many test images, drawn by --seed.", min=1)] = 8,
+    names: Annotated[str | None, typer.Option(help="Names of test images instead, with commas between them.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw, the random weights and the random orders.", min=0)] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Draw what predictions rest on, beside the same of random weights, and test whether that says anything."""
+    from fer import explain as explaining
+    from fer.files import new_folder
+    from fer.predict import Predictor
+    from pipelines import explaining as writing
+
+    if os.path.lexists(out):
+        raise UserError(f"--out {out}: exists already; name another folder")
+    if paths and names is not None:
+        raise UserError("--names: is for test images; leave it out, or the pictures")
+    folder = _model(None if run == "champion" else run)
+    predictor = Predictor(folder, device)
+    chosen = writing.read(paths, predictor) if paths else _test_faces(folder, faces, names, seed)
+    if why := explaining.no_grad_cam(predictor):
+        console.print(f"{explaining.OCCLUSION} alone, without {explaining.GRAD_CAM}: {why}", style="yellow")
+    with new_folder(out) as partial, Progress(console=console, transient=True) as bar:
+        found = explaining.explain(predictor, chosen.pixels, seed)
+        shown = bar.track(found, total=len(chosen.names), description="faces")
+        verdicts = writing.write(partial, chosen, shown, predictor.classes)
+    table = _table(f"mean of {len(chosen.names)}", *writing.CHECKS)
+    for verdict in verdicts:
+        table.add_row(verdict.method, *map(writing.shown, writing.checks(verdict).values()))
+    console.print(table)
+    console.print(writing.LEGEND, style="dim", highlight=False)
+    for verdict in verdicts:
+        console.print(f"{verdict.method}: {verdict.words}", highlight=False)
+    console.print(f"[bold]{out}[/] shows faces: mind where you copy it")
+
+
+def _test_faces(folder: Path, count: int, names: str | None, seed: int) -> Any:
+    from fer.run_folder import CONFIG
+    from pipelines.explaining import of_test
+
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder}: is no run's folder, so its test images are unknown; name pictures of faces")
+    return of_test(folder, _data_of(folder), count, None if names is None else names.split(","), seed)
+
+
+@app.command()
+@_with_torch
 def export(
     run: Annotated[str | None, typer.Argument(help="A run id, or the start of one; the champion by default.")] = None,
     to: Annotated[

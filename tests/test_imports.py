@@ -39,7 +39,7 @@ LAYERS = [
     {"fer.formats", "fer.step"},
     {"fer.batches"},
     {"fer.evaluate", "fer.predict"},
-    {"fer.across", "fer.ensemble", "fer.faces"},
+    {"fer.across", "fer.ensemble", "fer.explain", "fer.faces"},
     {"fer.card"},
     {"fer.export"},
     {"fer.train"},
@@ -47,7 +47,7 @@ LAYERS = [
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
     {*("check_page", "comparison", "params", "predicting", "processes", "store", "sweeps.files", "ui")},
-    {"data_sets", "experiments", "flow_page", "promotion"},
+    {"data_sets", "experiments", "explaining", "flow_page", "promotion"},
     {"folds", "work"},
     {"launch", "sweeps.settings", "sweeps.space"},
     {"sweeps.folder"},

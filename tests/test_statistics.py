@@ -15,6 +15,7 @@ from fer.statistics import (
     difference,
     divergence,
     mcnemar,
+    mean,
     negative_log_likelihood,
     share,
     softened,
@@ -29,6 +30,13 @@ def test_wilson_intervals_of_newcombe_1998() -> None:
     for hits, trials, low, high in ((81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
         found = share(hits, trials)
         assert (found.value, found.low, found.high) == pytest.approx((hits / trials, low, high), abs=5e-5)
+
+
+def test_a_mean_has_the_interval_of_the_t_test() -> None:
+    values = RNG.normal(size=9)
+    wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean(values).low, mean(values).high) == pytest.approx((wanted.low, wanted.high))
+    assert mean(values[:1]) == Interval(values[0], -np.inf, np.inf)
 
 
 def test_mcnemar_counts_all_outcomes() -> None:

@@ -34,6 +34,9 @@ class SpatialTransformer(nn.Module):
         if not images.is_meta:
             exact = torch.autocast(images.device.type, enabled=False)
         with exact:
-            theta = self.fc_loc(self.localization(images).flatten(1)).view(-1, 2, 3)
-            grid = F.affine_grid(theta, list(images.shape), align_corners=True)
+            grid = F.affine_grid(self.theta(images), list(images.shape), align_corners=True)
             return F.grid_sample(images, grid, mode="bilinear", align_corners=True)
+
+    def theta(self, images: Tensor) -> Tensor:
+        """The warp of each image, [B, 2, 3]: from the place in what is returned to the place in `images`."""
+        return self.fc_loc(self.localization(images).flatten(1)).view(-1, 2, 3)
