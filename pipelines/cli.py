@@ -501,11 +501,22 @@ def _compare_all() -> None:
 @app.command()
 @_with_torch
 def predict(
-    paths: Annotated[list[Path], typer.Argument(help="Pictures, videos, animations, or folders of them.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures, videos, animations, or folders of them.")
+    ] = None,
     run: Annotated[
         str | None, typer.Option(help="A run id, or a checkpoint's folder; the champion by default.")
     ] = None,
     cropped: Annotated[bool, typer.Option("--cropped", help="Every picture is a face, cropped like the data.")] = False,
+    boxes: Annotated[
+        Path | None, typer.Option(help="Your own boxes: a table with file, left, top, right, bottom.")
+    ] = None,
+    camera: Annotated[
+        str | None, typer.Option(help="A camera instead of files, by number or address, until Ctrl-C.")
+    ] = None,
+    smooth: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Average each face of a video over so long.", min=0.01)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The table to write: .csv or .parquet.")] = Path("predictions.csv"),
     annotated: Annotated[Path | None, typer.Option(help="A folder for the pictures with their faces marked.")] = None,
     yunet: Annotated[
@@ -517,35 +528,74 @@ def predict(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
+    from fer.faces import annotate, detect
+    from fer.faces import predict as faces_in
+    from fer.faces import smooth as smoothing
+    from fer.faces.boxes import Boxes
+    from fer.predict import Predictor
     from pipelines import predicting
 
     _check_target("--out", out, (".csv", ".parquet"))
-    files, others = predicting.files(paths)
+    predicting.check(paths, camera, {"--cropped": cropped, "--boxes": boxes, "--yunet": yunet})
     if annotated is not None:
         annotated.mkdir(parents=True, exist_ok=True)
-    if others:
-        console.print(f"{others} file(s) left out: no picture or video by their names", style="yellow")
-    from fer.faces import annotate, detect
-    from fer.faces.predict import frames
-    from fer.faces.predict import predict as faces_of
-    from fer.predict import Predictor
-
-    if not console.is_terminal:
-        console.print(f"Reading {len(files)} file(s)", style="dim", highlight=False)
-    detector = None if cropped else detect.build_detector(yunet)
-    predictor = Predictor(_model(run), device)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True) as bar:
-        pictures = (frame for file in bar.track(files, description="files") for frame in frames(file))
-        found = faces_of(predictor, pictures, detector, margin)
-        if annotated is not None:
-            found = annotate.annotate(found, annotated, predictor.classes)
-        counts: dict[str, int] = {}
-        for one in predicting.write(found, predictor.classes, out):
-            what = one.row(predictor.classes)["prediction"] or one.row(predictor.classes)["note"]
-            counts[str(what)] = counts.get(str(what), 0) + 1
+    with predicting.until_ctrl_c(camera is not None) as stopped:
+        files = _files(paths or [])
+        live = None if camera is None else faces_in.camera(camera, stopped)
+        own = None if boxes is None else Boxes(boxes, files)
+        detector = own or (None if cropped else detect.build_detector(yunet))
+        predictor = Predictor(_model(run), device)
+        if live is not None and not console.is_terminal:
+            console.print(f"Reading camera {camera} until Ctrl-C", style="dim", highlight=False)
+        with Progress(*_SO_FAR, console=console, transient=True) as bar:
+            pictures = _frames(files, bar) if live is None else _counted(live, bar)
+            at_once = faces_in.AT_ONCE if live is None else 1
+            found = faces_in.predict(predictor, pictures, detector, margin, at_once)
+            if smooth is not None:
+                found = smoothing.smooth(found, smooth)
+            if annotated is not None:
+                found = annotate.annotate(found, annotated, predictor.classes)
+            counts: dict[str, int] = {}
+            for one in predicting.write(found, predictor.classes, out, smooth is not None):
+                row = one.row(predictor.classes)
+                what = str(row["prediction"] or row["note"])
+                counts[what] = counts.get(what, 0) + 1
     for what, count in sorted(counts.items(), key=lambda item: -item[1]):
         console.print(f"{count:6}  {what}", highlight=False, markup=False)
     console.print(f"[bold]{out}[/]")
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    from pipelines import predicting
+
+    files, others = predicting.files(paths) if paths else ([], 0)
+    if others:
+        console.print(f"{others} file(s) left out: no picture or video by their names", style="yellow")
+    if files and not console.is_terminal:
+        console.print(f"Reading {len(files)} file(s)", style="dim", highlight=False)
+    return files
+
+
+_SO_FAR = (*Progress.get_default_columns(), TextColumn("{task.fields[news]}"))
+
+
+def _frames(files: list[Path], bar: Progress) -> Iterator[Any]:
+    """The frames of all files; the bar counts files, and how far each is."""
+    from fer.faces.predict import frames
+
+    task = bar.add_task("files", total=len(files), news="")
+    for place, file in enumerate(files):
+        for frame in frames(file):
+            bar.update(task, completed=place + frame.number / frame.of, news=f"{place + 1} of {len(files)}")
+            yield frame
+    bar.update(task, completed=len(files))
+
+
+def _counted(frames: Iterator[Any], bar: Progress) -> Iterator[Any]:
+    task = bar.add_task("camera, until Ctrl-C", total=None, news="")
+    for frame in frames:
+        bar.update(task, news=f"{frame.number + 1} frames")
+        yield frame
 
 
 def _model(run: str | None) -> Path:

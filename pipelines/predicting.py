@@ -1,8 +1,12 @@
 """`fer predict`: which model, which files, and the table that is written row by row."""
 
 import csv
-from collections.abc import Iterable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from PIL import Image
@@ -13,6 +17,39 @@ from fer.run_folder import BEST
 
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 ROWS = 1_000  # of a parquet file, written at once
+
+
+def check(paths: list[Path] | None, camera: str | None, finders: dict[str, Any]) -> None:
+    """Raises UserError unless there are either files or a camera, and at most one option that says where faces are."""
+    if bool(paths) == (camera is not None):
+        raise UserError("predict: name pictures and videos, or a camera with --camera, and not both")
+    given = [name for name, value in finders.items() if value not in (None, False)]
+    if len(given) > 1:
+        raise UserError(f"{given[0]}: says where the faces are, and so does {given[1]}; leave one out")
+    if camera is not None and finders["--boxes"] is not None:
+        raise UserError("--boxes: is for files, not for a camera; leave it out")
+
+
+@contextmanager
+def until_ctrl_c(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, in which case what has begun is finished first; a second one ends at once.
+
+    Unless it is `wanted`, Ctrl-C is what it always is.
+    """
+    stop = threading.Event()
+    if not wanted:
+        yield stop.is_set
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
@@ -56,9 +93,14 @@ def checkpoint_of(champions: dict[str, dict[str, str]], dataset: str, runs: Path
     return folder
 
 
-def write(found: Iterable[Found], classes: list[str], path: Path) -> Iterator[Found]:
-    """Pass `found` on, and write a row for each to `path`, .csv or .parquet, as they come."""
+def write(found: Iterable[Found], classes: list[str], path: Path, smoothed: bool = False) -> Iterator[Found]:
+    """Pass `found` on, and write a row for each to `path`, .csv or .parquet, as they come.
+
+    `smoothed`: whether there are columns for probabilities averaged over time.
+    """
     columns = [*PLACE, "prediction", *classes]
+    if smoothed:
+        columns += ["track", "smoothed", *(f"smoothed {name}" for name in classes)]
     if path.suffix == ".parquet":
         yield from _write_parquet(found, classes, columns, path)
         return
@@ -75,7 +117,7 @@ def _write_parquet(found: Iterable[Found], classes: list[str], columns: list[str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts, numbers = ("file", "note", "prediction"), ("frame", "face")
+    texts, numbers = ("file", "note", "prediction", "smoothed"), ("frame", "face", "track")
     kinds = {name: pa.string() for name in texts} | {name: pa.int64() for name in numbers}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in columns])
     rows: list[dict[str, Any]] = []

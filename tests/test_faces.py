@@ -1,5 +1,8 @@
 """Faces in photographs and videos: found, cropped, predicted, written; what cannot be read is a row that says so."""
 
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +13,15 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CLASSES, CPU, change, refusal, small_run, tells
+from conftest import CLASSES, CPU, ROOT, change, refusal, small_run, tells, wait_for
 from PIL import Image
 
 from fer.data.sample import draw_face
 from fer.faces.annotate import annotate
+from fer.faces.boxes import Boxes
 from fer.faces.detect import YUNET, Face, build_detector, crop
-from fer.faces.predict import Frame, frames, predict
+from fer.faces.predict import Found, Frame, camera, frames, predict
+from fer.faces.smooth import matched, overlap, smooth
 from fer.predict import Predictor
 from fer.train import fit
 from pipelines.predicting import checkpoint_of, files, write
@@ -143,12 +148,11 @@ def frame(number: int, value: int, file: str = "clip") -> Frame:
     return Frame(file, number, number / 10, pixels)
 
 
-def test_each_face_of_each_frame_has_the_probabilities_of_its_crop(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fer.faces.predict.AT_ONCE", 3)
+def test_each_face_of_each_frame_has_the_probabilities_of_its_crop(run: Path) -> None:
     predictor = Predictor(run, "cpu")
     two, one = [Face(0, 0, 20, 20, 5), Face(10, 10, 16, 16, 4)], [Face(4, 4, 30, 30, 9)]
     clip = [frame(0, 1), frame(1, 0), frame(2, 2), Frame("bad", 0, None, None, "damaged"), frame(3, 1)]
-    found = list(predict(predictor, clip, Fixed({1: two, 2: one}), margin=1.5))
+    found = list(predict(predictor, clip, Fixed({1: two, 2: one}), margin=1.5, at_once=3))
     assert [(f.frame.file, f.frame.number, f.number, f.row(CLASSES)["note"]) for f in found] == [
         ("clip", 0, 0, ""), ("clip", 0, 1, ""), ("clip", 1, None, "no face"), ("clip", 2, 0, ""),
         ("bad", 0, None, "damaged"), ("clip", 3, 0, ""), ("clip", 3, 1, ""),
@@ -180,6 +184,100 @@ def test_the_table_reads_back_as_it_was_predicted(suffix: str, run: Path, tmp_pa
     assert table["note"][2].startswith("images: 90x20 pixels, but the model was trained on")
 
 
+# A user's own boxes, faces over time, a camera
+
+
+def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By path, or from the table's folder; for all frames, or one; a face is cropped to exactly its box."""
+    monkeypatch.chdir(tmp_path)
+    change(tmp_path, "b/own.csv", lambda _: "\xef\xbb\xbffile,left,top,right,bottom,frame\nx.png,2,4,18,20,\n")
+    table = tmp_path / "b/own.csv"
+    table.write_text(table.read_text() + "b/c.png,0,0,10,10,3\nb/c.png,0,0,8,10,\nd.png,,,,,\nother.png,1,1,2,2,\n")
+    boxes = Boxes(table, [Path("b/x.png"), Path("b/c.png"), Path("d.png")])
+    assert boxes.of("b/x.png", 0) == [Face(2, 4, 16, 16, 1)]
+    assert [face.width for face in boxes.of("b/c.png", 3)] == [8, 10]
+    assert (len(boxes.of("b/c.png", 2)), boxes.of("d.png", 0)) == (1, [])
+    pixels, predictor = frame(0, 0).pixels, Predictor(run, "cpu")
+    assert pixels is not None
+    pictures = [Frame(name, 0, None, pixels) for name in ("b/x.png", "d.png")]
+    found = list(predict(predictor, pictures, boxes))
+    np.testing.assert_allclose(found[0].probabilities, predictor.probabilities(pixels[4:20, 2:18])[0], atol=1e-6)
+    (outside,) = predict(predictor, [Frame("b/x.png", 0, None, pixels[:3])], boxes)
+    assert [one.row(CLASSES)["note"] for one in (found[1], outside)] == ["no face", "the box lies outside the picture"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot be read (No such file"),
+        ("file,left,top,right\n", "has no column bottom; give file, left, top, right, bottom"),
+        ("file,left,top,right,bottom\ny.png,1,2,3,4\n", "names none of the files to predict"),
+        ("file,left,top,right,bottom\nx.png,1,2,3,4\nx.png,1,2,x,4\n", "line 3: left, top, right and bottom should"),
+        ("file,left,top,right,bottom\nx.png,1,2,1,4\n", "line 2: left should be less than right"),
+        ("file,left,top,right,bottom\nx.png,1,2,nan,4\n", "line 2: left should be less than right"),
+        ("file,left,top,right,bottom\nx.png,1,2\n", "line 2: left, top, right and bottom should be numbers"),
+    ],
+)
+def test_own_boxes_that_are_none(text: str | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "own.csv").write_text(text)
+    message = refusal(Boxes, tmp_path / "own.csv", [tmp_path / "x.png"])
+    assert message.replace(str(tmp_path), "").startswith(f"--boxes /own.csv: {told}")
+
+
+def test_matched_faces_overlap_and_the_sum_of_their_overlaps_is_the_largest() -> None:
+    left, right, far = Face(0, 0, 10, 10, 1), Face(4, 0, 10, 10, 1), Face(50, 50, 10, 10, 1)
+    assert overlap(left, right) == pytest.approx(60 / 140)
+    assert overlap(left, far) == 0
+    assert matched([right, left], [left, far, right]) == {0: 2, 1: 0}
+    assert matched([Face(1, 0, 10, 10, 1), far], [left]) == {0: 0}
+    assert matched([far], [left]) == matched([], [left]) == {}
+
+
+def answered(number: int, seconds: float, face: Face | None, share: float, file: str = "clip") -> Found:
+    """A face in a frame whose first class has this probability, its second the rest."""
+    values = np.array([share, 1 - share, *np.zeros(6)], np.float32)
+    return Found(Frame(file, number, seconds, np.zeros((9, 9), np.uint8)), 0, face, values)
+
+
+def test_a_face_is_averaged_over_its_own_past_by_age_in_seconds() -> None:
+    one, moved, other = Face(0, 0, 10, 10, 1), Face(2, 0, 10, 10, 1), Face(50, 0, 10, 10, 1)
+    nothing = Found(Frame("clip", 2, 0.3, None), None, None, None)
+    clip = [
+        answered(0, 0.0, one, 1.0), answered(1, 0.2, other, 0.3), answered(1, 0.2, moved, 0.0), nothing,
+        answered(3, 0.7, moved, 0.0), answered(4, 2.0, moved, 0.4), answered(0, 0.0, one, 0.6, "next"),
+        answered(0, 0.0, one, 0.7, "next"),
+    ]  # fmt: skip
+    found = list(smooth(clip, seconds=0.5))
+    assert [f.track for f in found] == [0, 1, 0, None, 0, 2, 0, 1]  # gone for more than a second: a new one
+    first = np.exp(-0.4) / (np.exp(-0.4) + 1)
+    third = np.exp(-1.4) / (np.exp(-1.4) + np.exp(-1.0) + 1)
+    shares = [f.smoothed[0] for f in found if f.smoothed is not None]
+    assert shares == pytest.approx([1.0, 0.3, first, third, 0.4, 0.6, 0.7])
+    row = found[2].row(CLASSES)
+    assert [row[key] for key in ("neutral", "smoothed neutral", "prediction", "smoothed")] == [
+        0.0, pytest.approx(first), "happiness", "happiness",
+    ]  # fmt: skip
+    still = Found(Frame("a.png", 0, None, None), 0, None, clip[0].probabilities)
+    assert next(smooth([still], 1.0)).smoothed is still.probabilities
+    whole = [answered(n, n / 10, None, share) for n, share in enumerate((1.0, 0.0))]
+    assert [f.track for f in smooth(whole, 1.0)] == [0, 0]
+
+
+def test_a_camera_gives_frames_until_it_is_stopped(tmp_path: Path) -> None:
+    """A video stands in for it: OpenCV opens both in the same way."""
+    clip = save_video(tmp_path / "clip.avi", [np.full((16, 16, 3), value, np.uint8) for value in (0, 90, 180)])
+    answers = iter([False, True])
+    found = list(camera(str(clip), lambda: next(answers)))
+    assert [(one.file, one.number, one.seconds is not None) for one in found] == [
+        (f"camera {clip}", 0, True), (f"camera {clip}", 1, True),
+    ]  # fmt: skip
+    assert found[0].seconds == 0
+    assert len(list(camera(str(clip), lambda: False))) == 3
+    for none in ("97", str(tmp_path / "none")):
+        assert refusal(camera, none, bool).startswith(f"--camera {none}: no camera there that can be opened")
+
+
 def test_marked_pictures_have_a_box_and_marked_videos_all_their_frames(run: Path, tmp_path: Path) -> None:
     boxes = Fixed({1: [Face(8, 20, 16, 12, 5)], 2: [Face(8, 20, 16, 12, 5)]})
     stills = [Frame(name, 0, None, frame(0, 1).pixels) for name in ("a/x.jpg", "x.png")]
@@ -204,6 +302,55 @@ def test_the_command_predicts_files(
     assert table["prediction"].iloc[0] in CLASSES
     assert table["note"].iloc[1].startswith("not a readable picture")
     assert [path.name for path in Path("marked").iterdir()] == ["photo.png"]
+
+
+def test_the_command_follows_faces_in_a_video_and_before_a_camera(
+    run: Path, tmp_path: Path, here: Callable[..., CompletedProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clip = str(save_video(tmp_path / "clip.avi", [photograph({(100, 100): 240})] * 4))
+    Path("own.csv").write_text("file,left,top,right,bottom\nclip.avi,100,100,340,340\n")
+    columns = []
+    for words in ([clip], ["--camera", clip], [clip, "--boxes", "own.csv"]):
+        done = here("predict", *words, "--run", str(run), "--smooth", "1", "--out", "p.parquet", "--annotated", "m")
+        assert done.returncode == 0, done.stderr
+        table = pd.read_parquet("p.parquet")
+        assert table["frame"].tolist() == [0, 1, 2, 3]
+        assert table["track"].tolist() == [0] * 4
+        assert (table["seconds"].diff()[1:] > 0).all()
+        columns.append(list(table.columns))
+        smoothed, raw = (table[[f"{before}{name}" for name in CLASSES]] for before in ("smoothed ", ""))
+        np.testing.assert_allclose(smoothed.iloc[-1], raw.iloc[-1], atol=1e-3)  # of a face that does not change
+    assert columns[0] == columns[1] == columns[2]
+    assert table["left"].tolist() == [100] * 4
+    for words, told in (
+        ([], "predict: name pictures and videos, or a camera"),
+        ([clip, "--camera", "0"], "predict: name pictures and videos, or a camera"),
+        ([clip, "--cropped", "--boxes", "own.csv"], "--cropped: says where the faces are, and so does --boxes"),
+        (["--camera", "0", "--boxes", "own.csv"], "--boxes: is for files, not for a camera"),
+        (["--camera", "97"], "--camera 97: no camera there that can be opened; give its number, such as 0"),
+    ):
+        done = here("predict", *words)
+        assert (done.returncode, done.stderr[: len(told) + 7]) == (2, f"error: {told}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_camera_with_all_that_it_saw(run: Path, tmp_path: Path) -> None:
+    clip = save_video(tmp_path / "clip.avi", [photograph({(100, 100): 240})] * 400)
+    words = ["predict", "--camera", str(clip), "--run", str(run), "--out", "p.csv"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from pipelines.cli import main; main()", *words], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    table = tmp_path / "p.csv"
+    wait_for(lambda: table.exists() and table.read_text().count("\n") > 2)  # rows come while it runs
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    rows = table.read_text().splitlines()[1:]
+    assert 2 <= len(rows) < 400
+    assert out.rstrip().endswith("p.csv")
+    assert all(row.count(",") == rows[0].count(",") for row in rows)
 
 
 def test_the_champion_answers_if_no_run_is_named(tmp_path: Path) -> None:

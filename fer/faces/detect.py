@@ -34,6 +34,11 @@ class Face:
         top = round(self.top + self.height / 2 - side / 2)
         return left, top, left + side, top + side
 
+    def overlaps(self, picture: np.ndarray) -> bool:
+        """Whether it lies on the picture [H, W, ...], at least in part."""
+        height, width = picture.shape[:2]
+        return self.left < width and self.top < height and self.left + self.width > 0 and self.top + self.height > 0
+
 
 class Detector(Protocol):
     """Finds the faces of a picture."""

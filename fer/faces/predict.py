@@ -1,14 +1,17 @@
 """Expressions in files: pictures, animations and videos, row by row as they come, in bounded memory."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence
 
 from fer.data.found import printable
 from fer.errors import UserError, first_line
+from fer.faces.boxes import Boxes
 from fer.faces.detect import Detector, Face, crop
 from fer.pictures import read_picture
 from fer.predict import Predictor
@@ -28,6 +31,7 @@ class Frame:
     seconds: float | None
     pixels: np.ndarray | None  # uint8 [H, W] or [H, W, 3], upright
     note: str = ""
+    of: int = 1  # frames of its file, as far as that says
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +42,11 @@ class Found:
     number: int | None
     face: Face | None
     probabilities: np.ndarray | None  # float32 [C]
+    track: int | None = None  # the same for a face in all frames of a video, if it is followed
+    smoothed: np.ndarray | None = None  # float32 [C], the probabilities averaged over time
 
     def row(self, classes: list[str]) -> dict[str, object]:
-        """By PLACE, then `prediction` and a column for each class."""
+        """By PLACE, then `prediction` and a column for each class; then SMOOTHED, if they are averaged over time."""
         face, values = self.face, self.probabilities
         box = {key: None if face is None else round(getattr(face, key), 2) for key in PLACE[4:9]}
         about = {
@@ -51,7 +57,11 @@ class Found:
         }
         row: dict[str, object] = {**about, **box, "note": self.frame.note or ("" if values is not None else NO_FACE)}
         row["prediction"] = "" if values is None else classes[int(values.argmax())]
-        return row | {name: None if values is None else float(values[i]) for i, name in enumerate(classes)}
+        row |= {name: None if values is None else float(values[i]) for i, name in enumerate(classes)}
+        if self.smoothed is None:
+            return row
+        row |= {"track": self.track, "smoothed": classes[int(self.smoothed.argmax())]}
+        return row | {f"smoothed {name}": float(value) for name, value in zip(classes, self.smoothed)}
 
 
 def frames(path: Path) -> Iterator[Frame]:
@@ -97,34 +107,77 @@ def _video(path: Path, otherwise: str) -> Iterator[Frame]:
     except ImportError:
         yield Frame(printable(str(path)), 0, None, None, otherwise)
         return
+    name, found = printable(str(path)), False
     capture = cv2.VideoCapture(str(path)) if path.is_file() else None
+    if capture is not None:
+        rate, of = capture.get(cv2.CAP_PROP_FPS) or 25.0, max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        for number, pixels in enumerate(_read(capture)):
+            found = True
+            yield Frame(name, number, number / rate, pixels, of=of)
+    if not found:
+        yield Frame(name, 0, None, None, otherwise)
+
+
+def camera(source: str, stopped: Callable[[], bool]) -> Iterator[Frame]:
+    """The frames of a camera as they come, until `stopped()`; `source`: its number, or its device or address.
+
+    `seconds` counts from the first frame. Raises UserError if there is no such camera.
+    """
     try:
-        number = 0
-        rate = (capture.get(cv2.CAP_PROP_FPS) if capture else 0) or 25.0
-        while capture is not None:
+        import cv2
+    except ImportError:
+        raise UserError("OpenCV is not installed: pip install 'fer-pipeline[faces]'") from None
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # or it lists what it tried
+    try:
+        capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if not capture.isOpened():
+        raise UserError(f"--camera {source}: no camera there that can be opened; give its number, such as 0")
+    capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest frame, where prediction is slower than the camera
+    return _live(f"camera {source}", capture, stopped)
+
+
+def _live(name: str, capture: Any, stopped: Callable[[], bool]) -> Iterator[Frame]:
+    start: float | None = None
+    for number, pixels in enumerate(_read(capture)):
+        now = time.monotonic()
+        start = now if start is None else start
+        yield Frame(name, number, round(now - start, 3), pixels)
+        if stopped():
+            break
+
+
+def _read(capture: Any) -> Iterator[np.ndarray]:
+    """uint8 [H, W, 3] of each frame, in RGB."""
+    import cv2
+
+    try:
+        while True:
             there, pixels = capture.read()
             if not there:
-                break
-            yield Frame(printable(str(path)), number, number / rate, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-            number += 1
-        if not number:
-            yield Frame(printable(str(path)), 0, None, None, otherwise)
+                return
+            yield cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     finally:
-        if capture is not None:
-            capture.release()
+        capture.release()
 
 
 def predict(
-    predictor: Predictor, pictures: Iterable[Frame], detector: Detector | None, margin: float | None = None
+    predictor: Predictor,
+    pictures: Iterable[Frame],
+    detector: Detector | Boxes | None,
+    margin: float | None = None,
+    at_once: int = AT_ONCE,
 ) -> Iterator[Found]:
     """Each face of each frame, in order; a frame without one gives one `Found` without face.
 
     `detector`: None if every picture is a face, cropped as in the training data. `margin`: another than that of the
-    training data, if the same detector cropped them, or else the detector's.
+    training data, if the same detector cropped them, or else the detector's. `at_once`: faces of one pass through the
+    network, which are waited for: 1 for a camera.
     """
     if margin is None and detector is not None:
         margin = detector.margin
-        if predictor.cropped.get("detector") == detector.name:
+        if not isinstance(detector, Boxes) and predictor.cropped.get("detector") == detector.name:
             margin = float(predictor.cropped["margin"])
     waiting: list[Found] = []
     crops: list[np.ndarray] = []
@@ -134,23 +187,28 @@ def predict(
             waiting.append(found)
             crops += [] if face is None else [face]
         held += 0 if frame.pixels is None else frame.pixels.nbytes
-        if len(crops) >= AT_ONCE or held >= HELD:
+        if len(crops) >= at_once or held >= HELD:
             yield from _answered(predictor, waiting, crops)
             waiting, crops, held = [], [], 0
     yield from _answered(predictor, waiting, crops)
 
 
-def _faces(frame: Frame, detector: Detector | None, margin: float | None) -> Iterator[tuple[Found, np.ndarray | None]]:
+def _faces(
+    frame: Frame, detector: Detector | Boxes | None, margin: float | None
+) -> Iterator[tuple[Found, np.ndarray | None]]:
     if frame.pixels is None:
         yield Found(frame, None, None, None), None
     elif detector is None:
         yield Found(frame, 0, None, None), frame.pixels
     else:
-        faces = detector(frame.pixels)
+        faces = detector.of(frame.file, frame.number) if isinstance(detector, Boxes) else detector(frame.pixels)
         if not faces:
             yield Found(frame, None, None, None), None
         for number, face in enumerate(faces):
             assert margin is not None
+            if not face.overlaps(frame.pixels):
+                yield Found(replace(frame, note="the box lies outside the picture"), None, face, None), None
+                continue
             yield Found(frame, number, face, None), crop(frame.pixels, face, margin)
 
 
