@@ -1,12 +1,21 @@
 """The pipeline around `fer`. Importing it sets environment variables that keep the frameworks local and quiet.
 
 Variables that are already set win. From then on, Ctrl-C that nothing handles ends the process without a traceback.
+A process in whose Python the other package named fer is installed, too, ends here.
 """
 
 import os
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from types import TracebackType
+
+for _other in distributions(name="fer"):  # `pip install fer`; ours is fer-pipeline, and which one is imported is chance
+    sys.stderr.write(
+        f"error: the package fer {_other.version} is installed beside fer-pipeline and has the same import name: "
+        "pip uninstall fer, then install fer-pipeline again, as the former may have replaced files of the latter\n"
+    )
+    sys.exit(2)
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CPU, DATA, experiment, free_port, refusal
+from conftest import CPU, DATA, ROOT, experiment, free_port, refusal
 from PIL import Image
 
 from fer.data.found import look
@@ -70,6 +71,20 @@ def test_a_port_that_is_none_and_the_version(here: Here) -> None:
     )
     done = here("--version")
     assert (done.returncode, done.stdout.split(".")[0]) == (0, "fer 0")
+
+
+def test_the_other_package_named_fer_beside_ours(tmp_path: Path) -> None:
+    about = tmp_path / "fer-25.10.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fer\nVersion: 25.10.3\n")
+    (tmp_path / "fer").mkdir()
+    (tmp_path / "fer/__init__.py").touch()  # it is found first
+    done = subprocess.run(
+        [sys.executable, "-c", "from pipelines.cli import main; main()"], cwd=tmp_path, capture_output=True, text=True,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: the package fer 25.10.3 is installed beside fer-pipeline")
 
 
 def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: Here) -> None:
