@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fer.errors import UserError, first_line
 from fer.super_resolution.interpolation import resize
@@ -15,6 +15,10 @@ from fer.super_resolution.methods import METHODS
 
 Picture = str | Path | bytes | np.ndarray  # a file, the bytes of one, or uint8 [H, W], [H, W, 1] or [H, W, 3]
 LAYOUTS = "uint8 [H, W], [B, H, W], [B, H, W, 1] or [B, H, W, 3]"
+TURNS = Image.Transpose
+# by EXIF's orientation; ImageOps.exif_transpose also writes the EXIF anew, and fails where a camera filled it oddly
+UPRIGHT = {2: TURNS.FLIP_LEFT_RIGHT, 3: TURNS.ROTATE_180, 4: TURNS.FLIP_TOP_BOTTOM, 5: TURNS.TRANSPOSE,
+           6: TURNS.ROTATE_270, 7: TURNS.TRANSVERSE, 8: TURNS.ROTATE_90}  # fmt: skip
 SKEWED = 0.02  # relative difference of two sides that is still the same shape
 
 
@@ -131,19 +135,27 @@ def _single(picture: Any) -> np.ndarray:
     return found
 
 
-def read_picture(source: str | Path | bytes) -> np.ndarray:
+def read_picture(source: str | Path | bytes, formats: list[str] | None = None, pixels: int | None = None) -> np.ndarray:
     """An upright picture, uint8 [H, W] if its file is grey, else [H, W, 3]; transparency is dropped.
 
-    Raises UserError if the file is missing, damaged, or has 16 bits per pixel.
+    `formats`: the names of Pillow's formats that are read, else all; `pixels`: how many it may have.
+    Raises UserError if the file is missing, damaged, or has 16 bits per pixel, and before it decodes what is too large.
     """
     name = "picture" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise UserError(f"{name}: not a file; give the path of a picture")
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            if pixels is not None and image.width * image.height > pixels:
+                raise UserError(f"{name}: {image.width}x{image.height} pixels; at most {pixels:,} are read: shrink it")
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{name}: has more than 8 bits per pixel; convert it to 8")
-            upright = ImageOps.exif_transpose(image)
+            turned = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            upright = image if turned is None else image.transpose(turned)
             return np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{name}: not a readable picture (it is no {' or '.join(formats or ['known format'])})"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None

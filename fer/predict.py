@@ -31,7 +31,7 @@ class Predictor:
             folder = folder / BEST
         checkpoint.check_sums(folder)
         meta = checkpoint.load_meta(folder)
-        self.run = read_run(meta, folder / checkpoint.META)
+        self.run, self.run_id = read_run(meta, folder / checkpoint.META), meta["run_id"]
         self.classes: list[str] = meta["classes"]
         self.faces = Faces.of(meta["data"])
         self.cropped: dict[str, Any] = meta["data"].get("faces") or {}

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +49,8 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings to change in all of them."),
 ]
+Yunet = Annotated[Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 RUNS = Path("data/runs")
 Command = TypeVar("Command", bound=Callable[..., Any])
 STARTING = "Starting Prefect, Ray and MLflow ..."
@@ -519,13 +521,11 @@ def predict(
     ] = None,
     out: Annotated[Path, typer.Option(help="The table to write: .csv or .parquet.")] = Path("predictions.csv"),
     annotated: Annotated[Path | None, typer.Option(help="A folder for the pictures with their faces marked.")] = None,
-    yunet: Annotated[
-        Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")
-    ] = None,
+    yunet: Yunet = None,
     margin: Annotated[
         float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1, max=10)
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
     from fer.faces import annotate, detect
@@ -603,10 +603,54 @@ def _model(run: str | None) -> Path:
     if run is not None:
         known = any((Path(run) / name).exists() for name in ("checkpoint.json", "best/checkpoint.json"))
         return Path(run) if known else _find(run)
+    return _champion()()[0]
+
+
+def _champion() -> Callable[[], tuple[Path, str]]:
+    """A function that looks who is champion of the current data set: the folder of its run, and its version."""
     from pipelines.predicting import checkpoint_of
+    from pipelines.store import check_answers
 
     name, tracker = _registered(None)
-    return checkpoint_of(tracker.registry.champions(), name.removeprefix("fer-"), RUNS)
+
+    def find() -> tuple[Path, str]:
+        check_answers(tracker.uri)
+        with tracker.in_one_line():
+            champions = tracker.registry.champions()
+        return checkpoint_of(champions, name.removeprefix("fer-"), RUNS), champions[name]["version"]
+
+    return find
+
+
+@app.command()
+@_with_torch
+def serve(
+    run: Annotated[
+        str | None, typer.Option(help="A run id, or a checkpoint's folder; without, the champion, whoever that is.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8080,
+    yunet: Yunet = None,
+    device: Device = "auto",
+    batching: Annotated[
+        bool, typer.Option("--batching/--no-batching", help="Faces of several requests share a pass.")
+    ] = True,
+) -> None:
+    """Answer for pictures over HTTP, and with a page, on 127.0.0.1 until Ctrl-C."""
+    from fer.faces.detect import build_detector
+    from pipelines import serving
+    from pipelines.answering import Models
+
+    with closing(serving.listen(port)) as listener:
+        detector = build_detector(yunet)
+        folder = None if run is None else _model(run)
+        find = _champion() if folder is None else lambda: (folder, None)
+        models = Models(find, detector, device)
+        console.print(f"{models.now.names['run']} answers: http://127.0.0.1:{port}. Ctrl-C stops it.", highlight=False)
+        stop = models.follow(partial(console.print, markup=False, highlight=False)) if folder is None else None
+        serving.serve(serving.build_app(models, batching), listener)
+        if stop is not None:
+            stop()
+    console.print("Stopped.")
 
 
 @app.command()

@@ -87,6 +87,8 @@ def checkpoint_of(champions: dict[str, dict[str, str]], dataset: str, runs: Path
     if name not in champions:
         known = ", ".join(sorted(champions)) or "none yet"
         raise UserError(f"models:/{name}@champion: no such champion (champions: {known}); name a run with --run")
+    if "fer.run_id" not in champions[name]:
+        raise UserError(f"models:/{name}@champion: is no run of fer; promote one (`fer promote`) or name it with --run")
     folder = runs / champions[name]["fer.run_id"]
     if not (folder / BEST).is_dir():
         raise UserError(f"{folder}: the champion's checkpoint is not on this machine; name another run with --run")

@@ -21,9 +21,10 @@ OWNERS = {
     "jinja2": {"pipelines.check_page", "pipelines.page"},
     "typer": {"pipelines.cli"},
     "rich": {"pipelines.cli"},
+    **{key: {"pipelines.serving"} for key in ("fastapi", "prometheus_client", "starlette", "uvicorn")},
     **{key: set() for key in ("yaml", "dvc", "torchvision", "timm")},
 }
-FRAMEWORKS = {*OWNERS, "fastapi", "matplotlib"}
+FRAMEWORKS = {*OWNERS, "matplotlib"}
 # inside a function: for those who download, and for those with several processes
 LAZY = {"pipelines.stages.fetch": {"kagglehub"}, "pipelines.stages.upscale": {"pipelines.launch"}}
 # a module imports from lower layers, or from its own folder
@@ -46,8 +47,8 @@ LAYERS = [
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
-    {*("check_page", "comparison", "params", "predicting", "processes", "store", "sweeps.files", "ui")},
-    {"data_sets", "experiments", "explaining", "flow_page", "promotion"},
+    {*("answering", "check_page", "comparison", "params", "predicting", "processes", "store", "sweeps.files", "ui")},
+    {"data_sets", "experiments", "explaining", "flow_page", "promotion", "serving"},
     {"folds", "work"},
     {"launch", "sweeps.settings", "sweeps.space"},
     {"sweeps.folder"},

@@ -1,15 +1,16 @@
 """Pictures as people have them: each is prepared like the training data, or refused in one line with the remedy."""
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refusal, tells
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fer.pictures import LAYOUTS, Faces, batch_of
+from fer.pictures import LAYOUTS, Faces, batch_of, read_picture
 
 GREY = Faces((48, 48), (48, 48), "none", 1)
 COLOUR = Faces((48, 48, 3), (48, 48, 3), "none", 1)
@@ -92,6 +93,18 @@ def test_files_are_read_upright_grey_or_in_colour(tmp_path: Path) -> None:
     np.testing.assert_array_equal(prepared(COLOUR, others), [np.rot90(RGB[2], 3), RGB[3]])
 
 
+def test_every_orientation_of_exif_is_read_upright_though_another_tag_holds_nonsense() -> None:
+    for orientation in range(10):
+        entries = [struct.pack(">HHI4s", 0x100, 2, 4, b"abc\0"), struct.pack(">HHIHH", 0x112, 3, 1, orientation, 0)]
+        exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + b"".join(entries) + bytes(4)  # a width that is a text
+        turned, plain = io.BytesIO(), Image.Exif()
+        Image.fromarray(RGB[0]).save(turned, "PNG", exif=exif)
+        plain[0x112] = orientation
+        wanted = Image.fromarray(RGB[0])
+        wanted.info["exif"] = plain.tobytes()
+        np.testing.assert_array_equal(read_picture(turned.getvalue()), ImageOps.exif_transpose(wanted))
+
+
 def test_what_is_no_picture_and_a_method_of_another_version_are_named(tmp_path: Path) -> None:
     whole = io.BytesIO()
     Image.fromarray(RGB[0]).save(whole, "JPEG")
@@ -103,5 +116,10 @@ def test_what_is_no_picture_and_a_method_of_another_version_are_named(tmp_path: 
         ("none.png", "not a file; give the path of a picture"),
     ):
         tells(tmp_path, f"/{name}: {reason}", prepared, GREY, tmp_path / name)
+    kept = {"formats": ["PNG", "GIF"], "pixels": 48 * 48 - 1}
+    assert refusal(read_picture, whole.getvalue(), **kept) == "picture: not a readable picture (it is no PNG or GIF)"
+    Image.fromarray(FACES[0]).save(large := io.BytesIO(), "PNG")
+    told = "picture: 48x48 pixels; at most 2,303 are read: shrink it"
+    assert refusal(read_picture, large.getvalue()[:100], **kept) == told  # before it is decoded
     about = {"image_shape": [96, 96], "super_resolution": {"method": "magic", "scale": 2}}
     assert "super_resolution.method: 'magic' is not in this version" in refusal(Faces.of, about)

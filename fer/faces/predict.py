@@ -162,6 +162,13 @@ def _read(capture: Any) -> Iterator[np.ndarray]:
         capture.release()
 
 
+def margin_of(predictor: Predictor, detector: Detector) -> float:
+    """That of the training data, if the same detector cropped them, or else the detector's."""
+    if predictor.cropped.get("detector") == detector.name:
+        return float(predictor.cropped["margin"])
+    return detector.margin
+
+
 def predict(
     predictor: Predictor,
     pictures: Iterable[Frame],
@@ -171,14 +178,11 @@ def predict(
 ) -> Iterator[Found]:
     """Each face of each frame, in order; a frame without one gives one `Found` without face.
 
-    `detector`: None if every picture is a face, cropped as in the training data. `margin`: another than that of the
-    training data, if the same detector cropped them, or else the detector's. `at_once`: faces of one pass through the
-    network, which are waited for: 1 for a camera.
+    `detector`: None if every picture is a face, cropped as in the training data. `margin`: another than `margin_of`, or
+    than 1 around boxes. `at_once`: faces of one pass through the network, which are waited for: 1 for a camera.
     """
     if margin is None and detector is not None:
-        margin = detector.margin
-        if not isinstance(detector, Boxes) and predictor.cropped.get("detector") == detector.name:
-            margin = float(predictor.cropped["margin"])
+        margin = detector.margin if isinstance(detector, Boxes) else margin_of(predictor, detector)
     waiting: list[Found] = []
     crops: list[np.ndarray] = []
     held = 0
