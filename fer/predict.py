@@ -1,5 +1,6 @@
 """A checkpoint as a self-contained classifier: class order and preprocessing come from its checkpoint.json."""
 
+import base64
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from fer import checkpoint
 from fer.device import autocast, pick_device
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from fer.formats import read_run
 from fer.input import model_input
 from fer.models import build_model
@@ -92,7 +93,8 @@ class _Served:
     def predict(self, model_input: Any) -> pd.DataFrame:
         """What `Predictor.probabilities` takes, or a table or dict of it under `images` and perhaps `neutral`.
 
-        Nested lists, as JSON has them, are arrays. Returns a column for each class.
+        Nested lists, as JSON has them, are arrays; text that begins with `data:` is a picture in base64, as browsers
+        write it (RFC 2397), and other text a path on this machine. Returns a column for each class.
         """
         given = model_input if isinstance(model_input, dict | pd.DataFrame) else {"images": model_input}
         found = self.predictor.probabilities(**{str(name): _plain(given[name]) for name in given})
@@ -100,10 +102,23 @@ class _Served:
 
 
 def _plain(pictures: Any) -> Any:
-    """Arrays for nested lists of numbers, a list for a column."""
-    if isinstance(pictures, np.ndarray | str | Path | bytes):
+    """Arrays for nested lists of numbers, bytes for base64, a list for a column."""
+    if isinstance(pictures, str | Path | bytes):
+        return _one(pictures)
+    if isinstance(pictures, np.ndarray) and pictures.dtype.kind not in "OU":
         return pictures
-    return [np.asarray(picture) if isinstance(picture, list) else picture for picture in pictures]
+    return [_one(picture) for picture in pictures]
+
+
+def _one(picture: Any) -> Any:
+    if isinstance(picture, list):
+        return np.asarray(picture)
+    if not isinstance(picture, str) or not picture.startswith("data:"):
+        return picture
+    try:
+        return base64.b64decode(picture.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise UserError(f"images: no base64 after `data:image/...;base64,` ({first_line(error)})") from None
 
 
 def _load_pyfunc(path: str) -> _Served:

@@ -1,5 +1,6 @@
 """A checkpoint alone gives the answers that the evaluation gave, softened by its temperature."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES, CPU, NO_AUGMENT, doe, emotion_encoder, make_data, refusal, small_run
+from PIL import Image
 from safetensors.torch import load_file
 
 from fer.evaluate import evaluate, read_evaluated
@@ -66,6 +68,26 @@ def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, 
     assert np.log(found).std(0).max() * predictor.temperature > 1e-3  # they do depend on the image
     if not predictor.run.model.images_beside():
         assert refusal(predictor.probabilities, images, neutral=images).startswith("neutral: give one such face per")
+
+
+def test_json_may_hold_pictures_as_base64_and_paths_in_every_form_that_mlflow_takes(bars: Path, tmp_path: Path) -> None:
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    folder = fit("x", small_run(epochs=1), CPU, bars, tmp_path)
+    served, face = _load_pyfunc(str(folder / "best")), np.load(bars / "upscaled" / "images.npy")[0]
+    Image.fromarray(face).save(path := tmp_path / "face.png")
+    text = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    wanted = served.predict(face)
+    for one in (text, str(path)):
+        for body in (
+            {"inputs": [one]},
+            {"inputs": {"images": [one]}},
+            {"instances": [one]},
+            {"dataframe_split": {"columns": ["images"], "data": [[one]]}},
+            {"dataframe_records": [{"images": one}]},
+        ):
+            pd.testing.assert_frame_equal(served.predict(infer_and_parse_data(body)), wanted)
+    assert refusal(served.predict, ["data:image/png;base64,?"]).startswith("images: no base64 after `data:image/")
 
 
 # A neutral face beside the image
