@@ -154,8 +154,7 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
             upright = image if turned is None else image.transpose(turned)
             return np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
     except UnidentifiedImageError:
-        raise UserError(
-            f"{name}: not a readable picture (it is no {' or '.join(formats or ['known format'])})"
-        ) from None
+        known = f"none of {', '.join(formats)}" if formats else "its format is unknown"
+        raise UserError(f"{name}: not a readable picture ({known})") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None

@@ -15,13 +15,8 @@ from fer.faces.detect import Detector
 from fer.faces.predict import AT_ONCE, margin_of
 from fer.predict import Predictor
 
-REQUESTS = 64  # under way at a time
 PATIENCE = 0.005  # seconds that faces wait for those of other requests
 EVERY = 5.0  # seconds between two looks at who is champion
-
-
-class TooMany(Exception):
-    """More than REQUESTS at a time."""
 
 
 class Model:
@@ -101,9 +96,7 @@ class Batches:
 
     @contextmanager
     def one_more(self) -> Iterator[None]:
-        """Inside the block a request is under way, so its faces may be waited for. Raises TooMany."""
-        if self.under_way >= REQUESTS:
-            raise TooMany
+        """Inside the block a request is under way, so its faces may be waited for."""
         self.under_way += 1
         try:
             yield

@@ -14,25 +14,26 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client import generate_latest as written
-from starlette.exceptions import HTTPException as NoRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fer.device import share_heaps
 from fer.errors import UserError
 from fer.faces.detect import Detector, Face, crop
 from fer.pictures import read_picture
-from pipelines.answering import REQUESTS, Batches, Model, Models, TooMany
+from pipelines.answering import Batches, Model, Models
 
 PAGE = Path(__file__).with_name("serve.html")
 HOSTS = {"127.0.0.1", "localhost"}  # others are names of pages elsewhere that were made to lead here
 FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP", "image/gif": "GIF"}
 BYTES, PIXELS = 20 * 2**20, 50_000_000  # of a picture
+REQUESTS = 64  # under way at a time
 READERS = 2  # threads that decode pictures and find faces, each with one in memory
 SLOWEST = 30.0  # seconds that a request has to arrive, and those under way have to end at a stop
 # the page loads nothing but what is in it, and talks to nobody else
@@ -75,14 +76,19 @@ def build_app(models: Models, together: bool = True) -> FastAPI:
         readers.shutdown()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.is_over = lambda: False
 
     @app.middleware("http")
     async def counted(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
         status, start = 500, asyncio.get_running_loop().time()
         try:
-            known = request.url.hostname in HOSTS
-            answer = await follow(request) if known else _refused(421, "Host: send 127.0.0.1 or localhost")
+            if request.headers.get("host", "").partition(":")[0] in HOSTS:
+                answer = await follow(request)
+            else:
+                answer = await _told(request, HTTPException(421, "Host: send 127.0.0.1 or localhost"))
             status = answer.status_code
+            if app.state.is_over():
+                answer.headers["Connection"] = "close"  # else the client sends the next one into nothing
             return answer
         finally:
             path = getattr(request.scope.get("route"), "path", "other")
@@ -103,6 +109,8 @@ def build_app(models: Models, together: bool = True) -> FastAPI:
 
     @app.post("/faces")
     async def faces(request: Request, cropped: bool = False) -> dict[str, Any]:
+        if batches.under_way >= REQUESTS:
+            raise HTTPException(503, f"{REQUESTS} requests are under way; try again later", {"Retry-After": "1"})
         with batches.one_more():
             picture, model = await _body(request), models.now
             see = partial(_seen, picture, model, None if cropped else models.detector, detecting)
@@ -111,40 +119,23 @@ def build_app(models: Models, together: bool = True) -> FastAPI:
         rows = [_row(face, answer, model.predictor.classes) for face, answer in zip(found, answers)]
         return {"faces": rows, "model": model.names, "size": size}
 
-    _tell_errors(app)
+    for kind in (HTTPException, RequestValidationError, UserError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _told)
     return app
 
 
-def _tell_errors(app: FastAPI) -> None:
-    """Every refusal is a line of JSON."""
-
-    @app.exception_handler(NoRoute)
-    async def refused(_: Request, error: NoRoute) -> JSONResponse:
-        return _refused(error.status_code, str(error.detail), dict(error.headers or {}))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+async def _told(_: Request, error: Exception) -> JSONResponse:
+    """Every refusal is a line of JSON; the traceback of an error of ours is in the log."""
+    status, line, headers = 500, "the server failed; its log says why", None
+    if isinstance(error, HTTPException):
+        status, line, headers = error.status_code, str(error.detail), error.headers
+    elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return _refused(422, f"{first['loc'][-1]}: {first['msg']}")
-
-    @app.exception_handler(UserError)
-    async def unfit(_: Request, error: UserError) -> JSONResponse:
-        return _refused(422, str(error).replace("\n", "; "))
-
-    @app.exception_handler(TooMany)
-    async def busy(_: Request, error: TooMany) -> JSONResponse:
-        return _refused(503, f"{REQUESTS} requests are under way; try again later", {"Retry-After": "1"})
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return _refused(400, "the connection ended before the picture did")
-
-    @app.exception_handler(Exception)  # uvicorn logs its traceback
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return _refused(500, "the server failed; its log says why")
-
-
-def _refused(status: int, line: str, headers: dict[str, str] | None = None) -> JSONResponse:
+        status, line = 422, f"{first['loc'][-1]}: {first['msg']}"
+    elif isinstance(error, UserError):
+        status, line = 422, str(error).replace("\n", "; ")
+    elif isinstance(error, ClientDisconnect):
+        status, line = 400, "the connection ended before the picture did"
     return JSONResponse({"error": line}, status, headers)
 
 
@@ -216,9 +207,11 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=int(SLOWEST)
     )
+    server = uvicorn.Server(config)
+    app.state.is_over = lambda: server.should_exit
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     except KeyboardInterrupt:  # which uvicorn sends again at the end
         pass
     finally:

@@ -117,7 +117,7 @@ def test_what_is_no_picture_and_a_method_of_another_version_are_named(tmp_path: 
     ):
         tells(tmp_path, f"/{name}: {reason}", prepared, GREY, tmp_path / name)
     kept = {"formats": ["PNG", "GIF"], "pixels": 48 * 48 - 1}
-    assert refusal(read_picture, whole.getvalue(), **kept) == "picture: not a readable picture (it is no PNG or GIF)"
+    assert refusal(read_picture, whole.getvalue(), **kept) == "picture: not a readable picture (none of PNG, GIF)"
     Image.fromarray(FACES[0]).save(large := io.BytesIO(), "PNG")
     told = "picture: 48x48 pixels; at most 2,303 are read: shrink it"
     assert refusal(read_picture, large.getvalue()[:100], **kept) == told  # before it is decoded

@@ -120,8 +120,8 @@ SMALL = encoded(TWO[:48, :48])
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no type": ({"headers": {}}, 415, "Content-Type: send the picture itself, as image/jpeg or "),
     "a form": ({"files": {"file": SMALL}, "headers": {}}, 415, "Content-Type: send the picture itself"),
-    "JSON with an address": ({"content": b'{"url": "file:///etc/passwd"}'}, 422, "picture: not a readable picture (it"),
-    "nothing": ({"content": b""}, 422, "picture: not a readable picture (it is no JPEG or PNG or WEBP or GIF)"),
+    "JSON with an address": ({"content": b'{"url": "file:///etc/passwd"}'}, 422, "picture: not a readable picture (no"),
+    "nothing": ({"content": b""}, 422, "picture: not a readable picture (none of JPEG, PNG, WEBP, GIF)"),
     "EPS": ({"content": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, 422, "picture: not a readable picture"),
     "damaged": (
         {"content": encoded(TWO[:200, :200], "JPEG")[:1500]},
@@ -136,6 +136,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no face": ({"content": encoded(TWO[:20, :60]), "params": {"cropped": 1}}, 422, "images: 60x20 pixels, but the mo"),
     "no yes or no": ({"params": {"cropped": "perhaps"}}, 422, "cropped: Input should be a valid boolean"),
     "another page": ({"headers": JPEG | {"Host": "evil.example"}}, 421, "Host: send 127.0.0.1 or localhost"),
+    "no host": ({"headers": JPEG | {"Host": "["}}, 421, "Host: send 127.0.0.1 or localhost"),
     "another path": ({"url": "/../etc/passwd"}, 404, "Not Found"),
     "another method": ({"method": "PUT"}, 405, "Method Not Allowed"),
 }
@@ -163,7 +164,7 @@ def test_a_picture_that_does_not_arrive_is_given_up(client: TestClient, monkeypa
 def test_more_requests_than_are_taken_at_a_time_are_told_to_come_back(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "REQUESTS", 0)
+    monkeypatch.setattr(serving, "REQUESTS", 0)
     answer = client.post("/faces", content=SMALL, headers=JPEG)
     assert (answer.status_code, answer.headers["retry-after"], "try again" in answer.text) == (503, "1", True)
 
@@ -323,4 +324,5 @@ def test_the_command_follows_the_registry_and_answers_what_is_under_way_at_ctrl_
 
         answer = client.post("/faces", content=slow(), headers=JPEG)
     np.testing.assert_allclose(table(answer.json()), asked_alone(runs[1]), atol=2e-6)
+    assert answer.headers["connection"] == "close"
     assert (command.communicate()[1], command.returncode) == ("", 0)
