@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fer.data.picture_files import Box
+from fer.data.decode import Box
 from fer.errors import UserError
 from fer.files import write_json
 

@@ -1,23 +1,23 @@
 """Pictures of a data set, decoded when they are asked for: upright, cropped, of one size, all grey or all in colour."""
 
-import io
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from fer.data import decode
+from fer.data.decode import FORMATS, UNREADABLE, Box, decoded, has_exif, inside
 from fer.data.found import Entry, what_it_is
 from fer.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 SIDE = 112  # pixels, of images whose sizes differ
 CHUNK = 256  # images
+AT_ONCE = 32  # pictures whose files are in memory at once
 GREY = ("1", "L", "LA", "La")
 NAMED = 3  # faulty pictures that a message names
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright picture
 
 
 class Pictures:
@@ -54,41 +54,57 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """The images, CHUNK at a time, in order. Raises UserError at the end for all pictures that were damaged."""
-        faults = []
-        for first in range(0, len(self.entries), CHUNK):
-            entries = self.entries[first : first + CHUNK]
-            images = np.zeros((len(entries), *self.shape[1:]), np.uint8)
-            for row, entry in enumerate(entries):
-                try:
-                    images[row] = self._decoded(entry, self.boxes[first + row])
-                except UserError as error:
-                    faults.append(str(error))
-            yield images
-        _refuse(faults, len(self.entries))
+    def chunks(self, keep: Callable[[bytes], None] | None = None) -> Iterator[np.ndarray]:
+        """The images, CHUNK at a time, in order; `keep` is given the file of each, in the same order.
+
+        Raises UserError at the end for all pictures that were damaged.
+        """
+        faults: list[str] = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock while it decodes
+            for first in range(0, len(self), CHUNK):
+                images = np.zeros((min(CHUNK, len(self) - first), *self.shape[1:]), np.uint8)
+                for start in range(0, len(images), AT_ONCE):
+                    part = images[start : start + AT_ONCE]
+                    faults += self._fill(part, first + start, pool, keep)
+                yield images
+        _refuse(faults, len(self))
+
+    def _fill(
+        self, images: np.ndarray, first: int, pool: ThreadPoolExecutor, keep: Callable[[bytes], None] | None
+    ) -> list[str]:
+        """Decode the pictures from `first` on into `images`; returns what is wrong with those that are damaged."""
+        waiting, faults = [], []
+        for row in range(first, first + len(images)):
+            try:
+                content = self.entries[row].read()  # in this thread, as archives are read by one at a time
+            except UserError as error:
+                faults.append(str(error))
+                continue
+            if keep is not None:
+                keep(content)
+            waiting.append((row, pool.submit(self._image, row, content)))
+        for row, image in waiting:
+            try:
+                images[row - first] = image.result()
+            except UserError as error:
+                faults.append(str(error))
+        return faults
+
+    def _image(self, row: int, content: bytes) -> np.ndarray:
+        try:
+            return decoded(content, self.boxes[row], self.shape[1:])
+        except UNREADABLE as error:
+            raise UserError(f"{self.entries[row]}: {fault(content, error)}") from None
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.concatenate([np.zeros((0, *self.shape[1:]), np.uint8), *self.chunks()])
-
-    def _decoded(self, entry: Entry, box: Box | None) -> np.ndarray:
-        image = upright(entry, "L" if self.grey else "RGB")
-        left, top, right, bottom = _inside(box, image.size)
-        width, height = right - left, bottom - top
-        if (width, height) == (self.width, self.height):
-            return np.asarray(image.crop((left, top, right, bottom)))
-        side = min(width, height)
-        left, top = left + (width - side) // 2, top + (height - side) // 2
-        square = (left, top, left + side, top + side)
-        return np.asarray(image.resize((self.width, self.height), Image.Resampling.BICUBIC, square))
 
 
 def upright(entry: Entry, mode: str) -> Image.Image:
     """A picture, turned as EXIF says, in a mode of Pillow. Raises UserError for one that cannot be read."""
     content = entry.read()
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            return _upright(opened).convert(mode)
+        return decode.upright(content, mode)
     except UNREADABLE as error:
         raise UserError(f"{entry}: {fault(content, error)}") from None
 
@@ -115,32 +131,15 @@ def _survey(entry: Entry, box: Box | None) -> tuple[tuple[int, int], str]:
                 mode = image.mode
         except UNREADABLE as error:
             raise UserError(f"{entry}: {fault(entry.head, error)}") from None
-    left, top, right, bottom = _inside(box, size)
+    left, top, right, bottom = inside(box, size)
     if right <= left or bottom <= top:
         raise UserError(f"{entry}: is {size[0]}x{size[1]} pixels, and its box {box} lies outside: correct the box")
     return (right - left, bottom - top), mode
 
 
-def _has_exif(image: Image.Image) -> bool:
-    """Whether there may be a rotation; of a PNG it would have to be decoded to look behind the pixels."""
-    return image.format != "PNG" or "exif" in image.info
-
-
 def _turned(image: Image.Image) -> bool:
     """Whether EXIF says that the picture lies on its side."""
-    return image.format != "TIFF" and _has_exif(image) and image.getexif().get(0x0112, 1) > 4
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _has_exif(image) else image
-
-
-def _inside(box: Box | None, size: tuple[int, int]) -> Box:
-    """The part of `box` that lies in a picture of this width and height."""
-    width, height = size
-    if box is None:
-        return 0, 0, width, height
-    return max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
+    return image.format != "TIFF" and has_exif(image) and image.getexif().get(0x0112, 1) > 4
 
 
 def _refuse(faults: list[str], total: int) -> None:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from fer.data.decode import Box
 from fer.data.found import Entry, Found, printable
-from fer.data.picture_files import CHUNK, Box, Pictures
+from fer.data.picture_files import CHUNK, Pictures
 from fer.errors import UserError
 
 TEXT_COLUMNS = ("name", "usage", "subject")

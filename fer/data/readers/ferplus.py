@@ -14,9 +14,10 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from fer.data.decode import UNREADABLE
 from fer.data.found import Entry, Found, beside, one_of, printable
 from fer.data.labels import CLASSES, VOTE_COLUMNS, label_distribution
-from fer.data.picture_files import UNREADABLE, fault
+from fer.data.picture_files import fault
 from fer.data.readers.fer2013 import EMOTIONS, IMAGE_CSVS, SIDE, SPLITS, UNKNOWN, Rows, official_usage, pixel_tables
 from fer.data.readers.fer2013 import read_rows as read_pixels
 from fer.data.rows import check_columns, header, rows, table, whole

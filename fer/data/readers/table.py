@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fer.data.decode import Box
 from fer.data.found import Entry, Found, one_of, printable
 from fer.data.labels import NO_EMOTION
-from fer.data.picture_files import Box, Pictures
+from fer.data.picture_files import Pictures
 from fer.data.readers.folders import USAGES, in_order
 from fer.data.rows import header, table, whole
 from fer.data.source import Face, Source, Wanted, left_over, of_faces, subjects_of
