@@ -14,7 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from fer.data.augment import Augmenter, Mixture, draw_mixture
 from fer.data.dataset import Split
+from fer.data.encoded import Encoded
+from fer.data.images import Images, open_images
 from fer.device import autocast, index_on
+from fer.errors import UserError
 from fer.input import Change, model_input
 from fer.models.network import Network
 from fer.resources import Resources
@@ -181,16 +184,17 @@ class Pixels:
     """uint8 images by their index in the split.
 
     A GPU holds the whole split if that takes no more than `data_share` of its free memory; otherwise `readers`
-    processes prefetch from the file. A CPU reads the memory-mapped file, which the system caches.
+    processes prefetch from the file. A CPU reads the memory-mapped file, which the system caches; encoded images are
+    decoded by the readers there too.
     """
 
     def __init__(self, split: Split, device: torch.device, data_share: float, readers: int):
         self.split, self.device, self.readers = split, device, readers
         self.resident: Tensor | None = None
-        self.streams = device.type == "cuda"
-        if self.streams:
+        self.streams = device.type == "cuda" or isinstance(split.images, Encoded)
+        if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if len(split) * split.images[0].nbytes <= data_share * free:
+            if len(split) * int(np.prod(split.images.shape[1:])) <= data_share * free:
                 self.load()
 
     def load(self) -> None:
@@ -213,7 +217,7 @@ class Pixels:
         if not self.streams:
             yield from map(self, batches)
             return
-        file = _File(Path(str(self.split.images.filename)), self.split.rows)  # type: ignore[attr-defined]
+        file = _File(Path(str(self.split.images.filename)), self.split.rows)  # type: ignore[union-attr]
         loader = DataLoader(
             file,
             sampler=batches,  # type: ignore[arg-type]
@@ -223,6 +227,8 @@ class Pixels:
             pin_memory=self.device.type == "cuda",
         )
         for pixels in loader:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
             yield pixels.to(self.device, non_blocking=True)
 
 
@@ -231,9 +237,14 @@ class _File(Dataset):
 
     def __init__(self, path: Path, rows: np.ndarray):
         self.path, self.rows = path, rows
-        self.images: np.ndarray | None = None
+        self.images: Images | None = None
 
-    def __getitem__(self, index: np.ndarray) -> Tensor:
-        if self.images is None:
-            self.images = np.load(self.path, mmap_mode="r")
-        return torch.from_numpy(self.images[self.rows[index]])
+    def __getitem__(self, index: np.ndarray) -> Tensor | str:
+        """The images, or what is wrong with them: an exception would arrive with its traceback as its message."""
+        try:
+            if self.images is None:
+                self.images = open_images(self.path, "upscale")
+            images, rows = self.images, self.rows[index]
+            return torch.from_numpy(images.read(rows) if isinstance(images, Encoded) else images[rows])
+        except UserError as error:
+            return str(error)

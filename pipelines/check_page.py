@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from fer.data.images import Images
 from fer.data.split import SPLITS
 from fer.files import write_bytes, write_json
 
@@ -157,7 +158,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
-def write(found: dict[str, Any], folder: Path, images: np.ndarray | None = None) -> tuple[Path, Path]:
+def write(found: dict[str, Any], folder: Path, images: Images | None = None) -> tuple[Path, Path]:
     """Write `folder`/check.json and check.html; with `images`, [N, H, W(, 3)], the page shows the doubtful ones.
 
     To be given for drawn faces alone: a page with people's faces may not be passed on.

@@ -159,7 +159,7 @@ def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:
     alike = np.arange(len(first.labels))
     if data is not None and data.test_hash == first.summaries[0]["test_hash"]:
         test = data.split("test")
-        alike = groups(test.images[test.rows])
+        alike = groups(test.images, test.rows)
     return [_pair(one, other, alike) for one, other in combinations(sides, 2)]
 
 

@@ -37,6 +37,8 @@ class Data(Section):
     """The classes to keep, in their order, of a data set with one label an image; all of them without."""
     size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels of the stored images; without, the size that all pictures have, or 112 if their sizes differ."""
+    store: Literal["array", "encoded"] = "array"
+    """array: pixels; encoded: pictures as they came, decoded whenever they are read, for sets too large as an array."""
     subject_pattern: str | None = None
     """Regular expression whose first group is the subject in a file name (in the whole path if it has a slash)."""
     faces: str | None = None
@@ -73,6 +75,8 @@ class Data(Section):
             found.append(Fault("sample", rule))
         if self.dataset == "sample" and self.faces is not None:
             found.append(Fault("faces", "is for photographs, and the sample is of faces: delete it"))
+        if self.dataset == "sample" and self.store != "array":
+            found.append(Fault("store", "the sample is drawn as an array: delete it"))
         if self.faces_margin is not None and self.faces is None:
             found.append(Fault("faces_margin", "has no effect without faces: delete it"))
         if found:

@@ -44,6 +44,7 @@ def test_every_reader_has_a_file_and_each_file_is_read(params: Params) -> None:
         ({"data__sample": None}, "data.sample: is missing"),
         ({"data__dataset": "folders"}, "data.sample: is for the data set sample alone: delete it"),
         ({"data__faces": "haar"}, "data.faces: is for photographs, and the sample is of faces: delete it"),
+        ({"data__store": "encoded"}, "data.store: the sample is drawn as an array: delete it"),
         ({"data__faces_margin": 1.2}, "data.faces_margin: has no effect without faces: delete it"),
         ({"data__sample__test": 10**7}, "data.sample.test: should be less than or equal to 1000000, got 10000000"),
         ({"data__sample__tran": 100}, "data.sample.tran: unknown key, did you mean 'train'?"),

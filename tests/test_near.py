@@ -55,5 +55,5 @@ def test_pairs_far_apart_and_in_the_mirror() -> None:
 
 def test_groups_are_what_is_linked_by_near_duplicates() -> None:
     chain = np.stack([np.roll(PHOTOS[0], step, axis=1) for step in range(4)])  # its ends are less alike than neighbours
-    found = groups(np.concatenate([PHOTOS[1:3], chain, PHOTOS[1:2], BLANK])).tolist()
+    found = groups(np.concatenate([PHOTOS[1:3], chain, PHOTOS[1:2], BLANK]), np.arange(9)).tolist()
     assert [found.index(group) for group in found] == [0, 1, 2, 2, 2, 2, 0, 7, 8]

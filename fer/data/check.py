@@ -12,8 +12,8 @@ from pydantic import Field
 
 from fer.data.dataset import DataSet, open_data
 from fer.data.datasets import published
-from fer.data.images import open_images
-from fer.data.near import SAME, pairs, thumbnails
+from fer.data.images import Images, open_images
+from fer.data.near import SAME, pairs, parts, thumbnails
 from fer.data.split import SPLITS, count_classes, read_labels
 from fer.errors import UserError
 from fer.stored import Count, Stored, read
@@ -21,7 +21,6 @@ from fer.stored import Count, Stored, read
 NAMED = 20  # images of a kind that are named
 FAINT = 10.0  # standard deviation of the pixels, of 255, below which an image shows next to nothing
 SHOWN = 144  # pixels: smaller faces are enlarged for a detector
-AT_ONCE = 2**22  # pixels looked at at once: bounds memory
 BARS = 16  # of a histogram
 PLACES = (("test", "train"), ("test", "val"), ("val", "train"))  # of copies: which of two splits is looked in
 KINDS = ("exact", "near", "mirrored")
@@ -95,7 +94,7 @@ def _table(data: DataSet, split: str, rows: pd.DataFrame) -> pd.DataFrame:
     return table.join(beside, on="row")
 
 
-def _pixels(images: np.ndarray, rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def _pixels(images: Images, rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Brightness and contrast (mean and standard deviation of an image's pixels, 0 to 255), and what shows nothing."""
     mean, spread = (np.concatenate(part) for part in zip(*_looks(images)))
     called = rows["name"].where(rows["name"] != "", rows["row"].astype(str)).to_numpy()
@@ -130,7 +129,7 @@ def _pixels(images: np.ndarray, rows: pd.DataFrame, tables: dict[str, pd.DataFra
 
 
 def _faceless(
-    images: np.ndarray, tables: dict[str, pd.DataFrame], faces: Callable[[np.ndarray], Sequence[Any]]
+    images: Images, tables: dict[str, pd.DataFrame], faces: Callable[[np.ndarray], Sequence[Any]]
 ) -> dict[str, Any]:
     """By split, the images in which `faces` finds none. With a margin around, as detectors miss faces that fill all."""
     found = {}
@@ -152,17 +151,16 @@ def _with_margin(image: np.ndarray) -> np.ndarray:
     )
 
 
-def _looks(images: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _looks(images: Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Mean and standard deviation of the pixels of each image, over all channels."""
-    size = max(1, AT_ONCE // int(np.prod(images.shape[1:])))
-    for first in range(0, len(images), size):
-        part = images[first : first + size]
-        axes = tuple(range(1, part.ndim))
+    axes = tuple(range(1, images.ndim))
+    for rows in parts(images, np.arange(len(images))):
+        part = images[rows]
         yield part.mean(axes, dtype=np.float64), part.std(axes, dtype=np.float64)
 
 
 def _copies(
-    images: np.ndarray, tables: dict[str, pd.DataFrame], classes: list[str], threshold: float | None
+    images: Images, tables: dict[str, pd.DataFrame], classes: list[str], threshold: float | None
 ) -> dict[str, Any]:
     """Copies across splits, as the stage split has marked them, and inside each split.
 
@@ -181,13 +179,13 @@ def _copies(
     return {"threshold": threshold, "across": across, "inside": inside}
 
 
-def _inside(images: np.ndarray, table: pd.DataFrame, named: list[str], threshold: float | None) -> dict[str, Any]:
+def _inside(images: Images, table: pd.DataFrame, named: list[str], threshold: float | None) -> dict[str, Any]:
     """By kind, the images of a split that repeat an earlier one."""
     kind = np.full(len(table), "", dtype=object)
     first = table.reset_index().groupby("raw sha1")["index"].transform("min").to_numpy().copy()
     kind[first < np.arange(len(table))] = "exact"
     if threshold is not None:
-        seen = _thumbnails(images, table["row"].to_numpy())
+        seen = np.concatenate([thumbnails(images[part]) for part in parts(images, table["row"].to_numpy())])
         for name in ("near", "mirrored"):
             earlier, later = pairs(seen, threshold, name == "mirrored")[:, ::-1]  # backwards: the first one is kept
             new = kind[later] == ""
@@ -212,11 +210,6 @@ def _kinds(found: pd.DataFrame, kind: np.ndarray, named: list[str]) -> dict[str,
         shown = [[image, other, named[label], named[theirs]] for image, other, label, theirs in rows]
         result[name] = {"images": len(part), "same_label": int(same.sum()), "pairs": shown}
     return result
-
-
-def _thumbnails(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    size = max(1, AT_ONCE // int(np.prod(images.shape[1:])))
-    return np.concatenate([thumbnails(images[rows[first : first + size]]) for first in range(0, len(rows), size)])
 
 
 def _subjects(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The splits as arrays: all images are in one memory-mapped file; a split holds row numbers, labels and targets.
+"""The splits: all images are in one file, or encoded; a split holds row numbers, labels and targets.
 
 `open_data` verifies that the images are those that the splits were made from. Three short hashes identify the data: of
 what training reads, of test, and of the marks of leaked images.
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from pydantic import Field, model_validator
 
-from fer.data.images import open_images
+from fer.data.images import Images, open_images
 from fer.data.split import SPLITS
 from fer.errors import UserError, first_line
 from fer.files import sha256
@@ -67,7 +67,7 @@ class Split:
     """The n images of one split, as rows of `images`, the array of the whole data set."""
 
     name: str
-    images: np.ndarray  # uint8 [N, H, W] or [N, H, W, 3], memory-mapped
+    images: Images  # uint8 [N, H, W] or [N, H, W, 3], memory-mapped or encoded
     rows: np.ndarray  # int64 [n], indexes `images`
     names: list[str]
     subjects: list[str]  # "" where the subject is unknown
@@ -95,7 +95,7 @@ class DataSet:
     """The output of `dvc repro`, as training needs it. Each split is read once and cached."""
 
     folder: Path
-    images: np.ndarray
+    images: Images
     summary: dict[str, Any]  # of the split stage
     splits: dict[str, Split] = field(default_factory=dict, repr=False, compare=False)  # those that are made or read
 

@@ -15,12 +15,12 @@ from scipy.sparse.csgraph import connected_components
 
 from fer.data.dataset import DataSet, Split
 from fer.data.holdout import hold_out
-from fer.data.near import SAME, pairs, thumbnails
+from fer.data.images import Images
+from fer.data.near import SAME, pairs, parts, thumbnails
 from fer.errors import UserError
 
 SUBJECTS = "subjects"  # leave one subject out
 VAL_SHARE = 0.1  # of the images that a fold does not test
-AT_ONCE = 4096  # images whose thumbnails are made at once
 ONE = 2**52  # weight of a class of one image: whole numbers add to the same sums on every machine
 
 _known: dict[tuple, list[np.ndarray]] = {}  # by what they follow from: the folds that this process has made
@@ -175,17 +175,21 @@ def _divided(labels: np.ndarray, group: np.ndarray, count: int, seed: int) -> np
     return place[group]
 
 
-def copies_of(images: np.ndarray, rows: np.ndarray, subjects: np.ndarray, threshold: float | None) -> np.ndarray:
+def copies_of(images: Images, rows: np.ndarray, subjects: np.ndarray, threshold: float | None) -> np.ndarray:
     """int64 [N]: the same for images with the same pixels, and for near or mirrored copies (`near`).
 
-    `images`: the array of the whole data set. Near copies of two known subjects are left apart: people in a laboratory
+    `images`: those of the whole data set. Near copies of two known subjects are left apart: people in a laboratory
     look alike, and who they are is known.
     """
-    pixels = np.array([hashlib.sha256(images[row].tobytes()).hexdigest() for row in rows.tolist()], str)
-    links = [_firsts(pixels)]
-    if threshold is not None and (subjects == "").any():
-        parts = [rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE)]
-        found = np.concatenate([thumbnails(images[part]) for part in parts])
+    alike, pixels, seen = threshold is not None and (subjects == "").any(), [], []
+    for part in parts(images, rows):
+        some = images[part]
+        pixels += [hashlib.sha256(image.tobytes()).hexdigest() for image in some]
+        if alike:
+            seen.append(thumbnails(some))
+    links = [_firsts(np.array(pixels, str))]
+    if threshold is not None and seen:
+        found = np.concatenate(seen)
         for mirrored in (False, True):
             near = pairs(found, threshold, mirrored)
             links.append(near[:, (subjects[near] == "").any(0)])

@@ -1,4 +1,4 @@
-"""`images.npy`, the array of all images of a data set: uint8 [N, H, W] or [N, H, W, 3]."""
+"""`images.npy`, the images of a data set: uint8 [N, H, W] or [N, H, W, 3], or an index of encoded ones (`encoded`)."""
 
 import os
 import shutil
@@ -9,8 +9,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fer.data.encoded import ROW, Encoded
 from fer.errors import UserError
 
+Images = np.ndarray | Encoded  # with dtype, shape, ndim and length; given rows, an array of those images
 # what numpy raises on a file that is cut, another one or no file
 DAMAGE = (
     EOFError, ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError,
@@ -18,8 +20,8 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def open_images(path: str | Path, stage: str) -> np.memmap:
-    """The array in `path`, memory-mapped and read-only: uint8 [N, H, W] or [N, H, W, 3], N >= 1.
+def open_images(path: str | Path, stage: str) -> np.memmap | Encoded:
+    """The images in `path`, memory-mapped and read-only, or encoded: uint8 [N, H, W] or [N, H, W, 3], N >= 1.
 
     Raises UserError, which names the stage to run again, if the file is missing, damaged or has another type or shape.
     """
@@ -35,6 +37,8 @@ def open_images(path: str | Path, stage: str) -> np.memmap:
     if not isinstance(images, np.memmap):
         images.close()
         raise UserError(f"{path}: not a .npy file; {remedy}")
+    if images.dtype == ROW and images.ndim == 1:
+        return Encoded(Path(path), images, remedy)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
         found = f"{images.dtype} {list(images.shape)}"
         raise UserError(f"{path}: must be uint8 [N, H, W] or [N, H, W, 3], found {found}; {remedy}")
@@ -55,12 +59,8 @@ def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
 
     Raises UserError if there is too little free space, OSError if the disk fills up anyway; no file is left then.
     """
-    needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise UserError(
-            f"cannot write {path}: it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
-            " (DVC's cache takes as much again): free some space and run the command again"
-        )
+    needed = int(np.prod(shape, dtype=np.int64))
+    check_room(path, needed)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     try:
         with open(path, "wb") as file:
@@ -70,6 +70,16 @@ def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raise UserError if fewer than `needed` bytes are free where `path` is to be written."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(
+            f"cannot write {path}: it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+            " (DVC's cache takes as much again): free some space and run the command again"
+        )
 
 
 def write_rows(file: BinaryIO, first: int, images: np.ndarray) -> None:

@@ -5,23 +5,43 @@ Two images are compared by the cosine of their thumbnails of 24x24 pixels withou
 9 of 14.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from fer.data.images import Images
+
 SAME = 0.94  # cosine from which two images count as the same photograph
 SIDE = 24  # pixels of a thumbnail
 ROWS = 512  # compared at once with all others: bounds memory
+AT_ONCE = 2**25  # bytes of images looked at at once: bounds memory as well
+
+
+def parts(images: Images, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """`rows`, some at a time, so that few of the images are in memory at once."""
+    size = max(1, AT_ONCE // int(np.prod(images.shape[1:])))
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
+def shrunk(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W] or [N, H, W, 3] -> uint8 [N, 24, 24], grey."""
+    found = np.empty((len(images), SIDE, SIDE), np.uint8)
+    for row, image in enumerate(images):
+        found[row] = np.asarray(Image.fromarray(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+    return found
 
 
 def thumbnails(images: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """uint8 [N, H, W] or [N, H, W, 3] -> float32 [N, 576], without its mean, of length 1; blank images: zeros."""
-    found = np.empty((len(images), SIDE * SIDE), np.float32)
-    for row, image in enumerate(images):
-        small = Image.fromarray(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-        pixels = np.asarray(small, np.float32)
-        found[row] = (pixels[:, ::-1] if mirrored else pixels).ravel()
+    return centred(shrunk(images), mirrored)
+
+
+def centred(small: np.ndarray, mirrored: bool = False) -> np.ndarray:
+    """The `thumbnails` of images that are `shrunk`."""
+    found = (small[:, :, ::-1] if mirrored else small).reshape(len(small), SIDE * SIDE).astype(np.float32)
     found -= found.mean(1, keepdims=True)
     length = np.linalg.norm(found, axis=1, keepdims=True)
     return np.divide(found, length, out=np.zeros_like(found), where=length > 0)
@@ -56,8 +76,8 @@ def pairs(found: np.ndarray, threshold: float = SAME, mirrored: bool = False) ->
     return np.concatenate(links, 1)
 
 
-def groups(images: np.ndarray, threshold: float = SAME) -> np.ndarray:
-    """int64 [N]: images of a group are linked by copies or near duplicates of each other."""
-    links = pairs(thumbnails(images), threshold)
-    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(len(images), len(images)))
+def groups(images: Images, rows: np.ndarray, threshold: float = SAME) -> np.ndarray:
+    """int64 [N], for the images `rows`: those of a group are linked by copies or near duplicates of each other."""
+    links = pairs(np.concatenate([thumbnails(images[part]) for part in parts(images, rows)]), threshold)
+    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(len(rows), len(rows)))
     return connected_components(graph, directed=False)[1].astype(np.int64)

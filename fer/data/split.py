@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from fer.data.holdout import hold_out
+from fer.data.images import Images
 from fer.data.labels import DROPPED, class_prior, label_distribution
-from fer.data.near import SAME, nearest, thumbnails
+from fer.data.near import SAME, SIDE, centred, nearest, parts, shrunk
 from fer.errors import UserError
 
 SPLITS = ("train", "val", "test")
-AT_ONCE = 4096  # images whose thumbnails are made at once
 SEARCHED = {"train": ("train",), "val": ("train",), "test": ("train", "val")}  # for duplicates, in this order
 
 
@@ -85,10 +85,10 @@ def read_labels(path: str | Path, images: int, vote_columns: Sequence[str]) -> p
     return rows
 
 
-def make_splits(rows: pd.DataFrame, images: np.ndarray, kind: Kind, settings: SplitRules) -> Splits:
+def make_splits(rows: pd.DataFrame, images: Images, kind: Kind, settings: SplitRules) -> Splits:
     """Label the images, mark duplicates and compute the class prior.
 
-    `rows`: as `read_labels` returns them; `images`: the array that they describe, uint8 [N, H, W] or [N, H, W, 3].
+    `rows`: as `read_labels` returns them; `images`: those that they describe, uint8 [N, H, W] or [N, H, W, 3].
     Where the data set has no val or test, they are held out (`holdout.hold_out`).
     `label_mode` applies to the votes of train; val and test always use the majority, as in the official trainer.
     `duplicate_of` names an image with the same pixels: for test one in train, otherwise one in val; for val one in
@@ -217,11 +217,11 @@ def _share(train: pd.DataFrame, classes: int, settings: SplitRules) -> pd.DataFr
 
 
 class _Looks:
-    """Finds near duplicates; makes the thumbnail of an image when it is first asked for."""
+    """Finds near duplicates; shrinks an image when it is first asked for."""
 
-    def __init__(self, images: np.ndarray, threshold: float | None):
+    def __init__(self, images: Images, threshold: float | None):
         self.images, self.threshold = images, threshold
-        self.known: dict[bool, dict[int, np.ndarray]] = {False: {}, True: {}}
+        self.small, self.known = np.zeros((len(images), SIDE, SIDE), np.uint8), np.zeros(len(images), bool)
 
     def near(self, rows: pd.Series, others: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         """For images `rows` the position of the most similar of `others`, -1 below the threshold; and the kind."""
@@ -237,12 +237,10 @@ class _Looks:
         return position, kind
 
     def _thumbnails(self, rows: pd.Series, mirrored: bool) -> np.ndarray:
-        known = self.known[mirrored]
-        new = [row for row in rows.tolist() if row not in known]
-        for first in range(0, len(new), AT_ONCE):
-            part = new[first : first + AT_ONCE]
-            known |= dict(zip(part, thumbnails(self.images[part], mirrored)))
-        return np.stack([known[row] for row in rows.tolist()])
+        chosen = rows.to_numpy()
+        for part in parts(self.images, chosen[~self.known[chosen]]):
+            self.small[part], self.known[part] = shrunk(self.images[part]), True
+        return centred(self.small[chosen], mirrored)
 
 
 def _leaked(train: pd.DataFrame, tables: dict[str, pd.DataFrame], kinds: str, looks: _Looks) -> pd.Series:

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+KERNELS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
 
 def none(images: np.ndarray, scale: int) -> np.ndarray:
     """The images unchanged. Raises ValueError for any scale but 1."""
@@ -16,12 +18,12 @@ def none(images: np.ndarray, scale: int) -> np.ndarray:
 
 def bicubic(images: np.ndarray, scale: int) -> np.ndarray:
     """uint8 [B, H, W(, 3)] -> uint8 [B, H*scale, W*scale(, 3)] by cubic convolution, a = -0.5."""
-    return _enlarged(images, scale, Image.Resampling.BICUBIC)
+    return _enlarged(images, scale, KERNELS["bicubic"])
 
 
 def lanczos(images: np.ndarray, scale: int) -> np.ndarray:
     """uint8 [B, H, W(, 3)] -> uint8 [B, H*scale, W*scale(, 3)] by a windowed sinc of radius 3 pixels."""
-    return _enlarged(images, scale, Image.Resampling.LANCZOS)
+    return _enlarged(images, scale, KERNELS["lanczos"])
 
 
 def _enlarged(images: np.ndarray, scale: int, kernel: Image.Resampling) -> np.ndarray:
@@ -40,9 +42,14 @@ def resize(images: np.ndarray, height: int, width: int, kernel: Image.Resampling
 
     def fill(rows: range) -> None:
         for row in rows:
-            out[row] = np.asarray(Image.fromarray(images[row]).resize((width, height), kernel))
+            out[row] = resize_one(images[row], height, width, kernel)
 
     workers = max(1, min(os.cpu_count() or 1, count))
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(fill, [range(first, count, workers) for first in range(workers)]))
     return out
+
+
+def resize_one(image: np.ndarray, height: int, width: int, kernel: Image.Resampling) -> np.ndarray:
+    """uint8 [H, W(, 3)] -> uint8 [height, width(, 3)]."""
+    return np.asarray(Image.fromarray(image).resize((width, height), kernel))

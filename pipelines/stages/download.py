@@ -1,10 +1,11 @@
-"""Stage download: a publisher's files -> data/sets/NAME/raw, an array of images and a table of votes."""
+"""Stage download: a publisher's files -> data/sets/NAME/raw, the images, as array or pictures, and a table of votes."""
 
 import csv
 import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from tqdm import tqdm
 
 from fer.data.boxes import read_boxes
 from fer.data.datasets import DATASETS, counted
+from fer.data.encoded import Shards
 from fer.data.found import Found, look
-from fer.data.images import allocate_images, write_rows
+from fer.data.images import allocate_images, check_room, write_rows
+from fer.data.picture_files import Pictures
 from fer.data.readers import ferplus
 from fer.data.sample import write_sample
 from fer.data.source import TEXT_COLUMNS, Source, Wanted, cropped
@@ -47,7 +50,7 @@ def download(one: Prepared) -> None:
             unused = {reason: [n for n in names if n != data.confusion] for reason, names in source.left_out.items()}
             left_out = {reason: names for reason, names in unused.items() if names}
             source = replace(source, read=[*source.read, data.confusion], left_out=left_out)
-        _write(target, source, data.dataset, confusion)
+        _write(target, source, data.dataset, confusion, data.store == "encoded")
     _report(path, data.dataset, source)
 
 
@@ -63,7 +66,9 @@ def _wanted(data: Data) -> Wanted:
     return Wanted(data.label_source, data.subject_pattern, data.size, tuple(data.classes) if data.classes else None)
 
 
-def _write(target: Path, source: Source, dataset: str, confusion: list[list[float]] | None) -> None:
+def _write(
+    target: Path, source: Source, dataset: str, confusion: list[list[float]] | None, encoded: bool = False
+) -> None:
     """The files of raw/, chunk by chunk, so that large data sets need no memory for all of their images."""
     facts = source.facts | {
         "dataset": dataset,
@@ -80,16 +85,36 @@ def _write(target: Path, source: Source, dataset: str, confusion: list[list[floa
         "confusion": confusion,
     }
     with new_folder(target) as folder:
-        allocate_images(folder / "images.npy", source.images.shape)
-        digests: list[str] = []
-        for chunk in tqdm(source.chunks(), desc="images", unit=" chunks", disable=None):
-            with (folder / "images.npy").open("r+b") as file:
-                write_rows(file, len(digests), chunk)
-            digests += [hashlib.sha1(image.tobytes()).hexdigest() for image in chunk]
+        digests = list((_encoded if encoded else _array)(folder, source))
         table = source.table.assign(row=range(len(source.table)), sha1=digests)
         columns = ["row", *TEXT_COLUMNS, *source.vote_columns, "sha1"]
         table.to_csv(folder / "labels.csv", columns=columns, index=False, lineterminator="\n")
         (folder / "source.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def _array(folder: Path, source: Source) -> Iterator[str]:
+    """Write images.npy; the sha1 of the pixels of each image."""
+    allocate_images(folder / "images.npy", source.images.shape)
+    first = 0
+    for chunk in tqdm(source.chunks(), desc="images", unit=" chunks", disable=None):
+        with (folder / "images.npy").open("r+b") as file:
+            write_rows(file, first, chunk)
+        first += len(chunk)
+        yield from (hashlib.sha1(image.tobytes()).hexdigest() for image in chunk)
+
+
+def _encoded(folder: Path, source: Source) -> Iterator[str]:
+    """Write the pictures as they are, and an index of them as images.npy; the sha1 of the pixels of each image.
+
+    Raises UserError for a data set that is read as an array.
+    """
+    pictures = source.images
+    if not isinstance(pictures, Pictures):
+        raise UserError(f"data.store: the {source.form} of this data set are kept as an array only: set it to array")
+    check_room(folder / "images.npy", sum(entry.size for entry in pictures.entries))
+    with Shards(folder, pictures.shape, pictures.boxes) as shards:
+        for chunk in tqdm(pictures.chunks(shards.add), desc="images", unit=" chunks", disable=None):
+            yield from (hashlib.sha1(image.tobytes()).hexdigest() for image in chunk)
 
 
 def _counts(source: Source) -> dict[str, int]:

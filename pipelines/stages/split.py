@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from fer.data.charts import bar_chart, contact_sheet
-from fer.data.images import open_images
+from fer.data.images import Images, open_images
 from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits, read_labels, write_table
 from fer.errors import UserError
 from fer.files import new_folder, sha256
@@ -76,7 +75,7 @@ def _facts(path: Path, stage: str, *keys: str) -> dict:
     return facts
 
 
-def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray, digest: str) -> dict:
+def _summary(splits: Splits, kind: Kind, source: dict, images: Images, digest: str) -> dict:
     counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     return {
         "dataset": source["dataset"],
@@ -97,7 +96,7 @@ def _summary(splits: Splits, kind: Kind, source: dict, images: np.ndarray, diges
     }
 
 
-def _plots(folder: Path, splits: Splits, kind: Kind, images: np.ndarray, dataset: str) -> None:
+def _plots(folder: Path, splits: Splits, kind: Kind, images: Images, dataset: str) -> None:
     """The class balance as table and picture; a contact sheet for the drawn faces only, as real ones are private."""
     counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     lines = [(name, label, count) for name, classes in counts.items() for label, count in classes.items()]

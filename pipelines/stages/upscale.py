@@ -1,7 +1,7 @@
 """Stage upscale: raw/images.npy -> upscaled/images.npy, same order, larger by `super_resolution.scale`.
 
 The images are processed in shards, and each shard is written when it is done. A stage that was killed resumes with the
-next one.
+next one. Encoded images are not enlarged here, unless by a network: their index says how that is done in reading.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fer.data.images import allocate_images, open_images, write_rows
+from fer.data.encoded import Encoded
+from fer.data.images import Images, allocate_images, open_images, write_rows
 from fer.errors import OutOfMemory, UserError
 from fer.files import new_folder, sha256, write_json
 from fer.super_resolution.interpolation import bicubic
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = (
     "pipelines/stages/upscale.py",
     "fer/super_resolution/*.py",
+    "fer/data/decode.py",
+    "fer/data/encoded.py",
     "fer/data/images.py",
     "fer/device.py",
     "fer/weights.py",
@@ -50,6 +53,11 @@ def upscale(one: Prepared) -> None:
     config, raw = one.recipe.super_resolution, one.folder / "raw" / "images.npy"
     images = open_images(raw, "download")
     worker = Worker(config, one.machine, str(raw.resolve()))
+    if isinstance(images, Encoded) and not _is_network(config):
+        with new_folder(one.folder / "upscaled") as folder:
+            np.save(folder / "images.npy", images.enlarged(config.method, config.scale))
+            write_json(folder / "upscale.json", _facts(images, worker))
+        return
     worker.load()  # so that a mistake is reported before anything is written
     worker.stored_grey = _keeps_grey(worker, images)
     count, height, width, *channels = images.shape
@@ -110,7 +118,7 @@ class Worker:
 
         Raises UserError if another output has been begun in the folder: this process may have outlived its stage.
         """
-        larger = self.method(np.load(self.raw, mmap_mode="r")[first : first + SHARD])
+        larger = self.method(open_images(self.raw, "download")[first : first + SHARD])
         folder = Path(self.out)
         with open(folder / "images.npy", "r+b") as file:  # before the check, so that a later file is never written to
             check_same(folder, self.of)
@@ -200,7 +208,7 @@ def _is_network(config: SuperResolution) -> bool:
     return METHODS[config.method].interpolate is None
 
 
-def _keeps_grey(worker: Worker, images: np.ndarray) -> bool:
+def _keeps_grey(worker: Worker, images: Images) -> bool:
     """Whether the output is stored in grey: the input is grey, and so are 99 % of the pixels that the method makes."""
     if images.ndim == 4:
         return False
@@ -232,7 +240,7 @@ def _weights_digest(worker: Worker) -> str | None:
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest() if files else None
 
 
-def _facts(images: np.ndarray, worker: Worker) -> dict[str, Any]:
+def _facts(images: Images, worker: Worker) -> dict[str, Any]:
     """What was done, and how well the method and bicubic restore images that were shrunk by `scale`."""
     config = worker.config
     facts: dict[str, Any] = {"method": config.method, "scale": config.scale, "raw_shape": list(images.shape[1:])}
