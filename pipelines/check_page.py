@@ -64,6 +64,10 @@ def _pixels(found: dict[str, Any]) -> list[Finding]:
         text = f"{some['images']:,} {what}, {some['labelled']:,} of them in a split{named}."
         text = text if some["images"] else "None."
         lines.append(Finding("look" if some["labelled"] else "ok", f"{key} images", text))
+    if tiny := found["tiny"]:
+        named = ", ".join(tiny["first"])
+        text = f"{tiny['count']:,} have less than half the side that all are resized to, such as {named}."
+        lines.append(Finding("look", "tiny images", text))
     return [*lines, *_faceless(found), _brightness(pixels)]
 
 

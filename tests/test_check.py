@@ -124,6 +124,10 @@ def test_what_is_said(found: dict[str, Any]) -> None:
     assert said["blank images"] == ("look", "2 blank, 1 of them in a split: f.png.")
     assert said["splits"][1].startswith("6 train, 4 val, 4 test. 1 of 15 images are in no split, by")
     assert said["images"] == ("note", "7 train, 4 val, 4 test; no published numbers are known.")
+    tiny = {"count": 4, "first": ["a.png", "b.png"]}
+    said = {line.topic: line.text for line in check_page.findings(found | {"tiny": tiny})}
+    assert "tiny images" not in {line.topic for line in check_page.findings(found)}
+    assert said["tiny images"] == "4 have less than half the side that all are resized to, such as a.png, b.png."
     known = found | {"published": {"train": 7, "val": 4, "test": 5}}
     assert check_page.findings(known)[0].text == "7 train, 4 val, 4 test; published: 7 train, 4 val, 5 test."
 

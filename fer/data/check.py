@@ -26,8 +26,8 @@ PLACES = (("test", "train"), ("test", "val"), ("val", "train"))  # of copies: wh
 KINDS = ("exact", "near", "mirrored")
 
 
-class LeftOut(Stored):
-    """Files of a data set that were not read, for one reason."""
+class Some(Stored):
+    """Files of a data set of one kind: how many, and the first by name."""
 
     count: Count
     first: list[str]
@@ -42,7 +42,8 @@ class Facts(Stored):
     vote_columns: Annotated[list[str], Field(min_length=1)]
     labels: Literal["votes", "hard"]
     images: dict[str, Count]
-    left_out: dict[str, LeftOut]
+    left_out: dict[str, Some]  # reason -> files that were not read
+    tiny: Some | None = None  # pictures of less than half the side to which all are resized
 
 
 def check(folder: str | Path, faces: Callable[[np.ndarray], Sequence[Any]] | None = None) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def check(folder: str | Path, faces: Callable[[np.ndarray], Sequence[Any]] | Non
         "images": facts["images"],
         "published": published(facts["dataset"], facts["images"]),
         "left_out": facts["left_out"],
+        "tiny": facts.get("tiny"),
         "labelled": {split: len(table) for split, table in tables.items()},
         "before_labels": data.summary.get("raw_rows", {}),
         "held_out": data.summary.get("held_out", {}),

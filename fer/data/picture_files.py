@@ -45,6 +45,10 @@ class Pictures:
         side = size or (SIDE if len(set(sizes)) > 1 else None)
         self.width, self.height = (side, side) if side else (sizes[0] if sizes else (0, 0))
         self.resized = sum(found != (self.width, self.height) for found in sizes)
+        half = min(self.width, self.height) / 2
+        self.tiny = [
+            entry.name for entry, found in zip(entries, sizes) if min(found) < half
+        ]  # enlarged more than twice
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from fer.files import new_folder
 from pipelines.data_sets import Data, Prepared, Sample
 from pipelines.stages import fetch, run
 
-NAMED = 3  # of what was left out, in source.json
+NAMED = 3  # of what was left out or is tiny, in source.json
 
 
 def download(one: Prepared) -> None:
@@ -84,6 +84,8 @@ def _write(
         },
         "confusion": confusion,
     }
+    if tiny := getattr(source.images, "tiny", None):
+        facts |= {"tiny": {"count": len(tiny), "first": tiny[:NAMED]}}
     with new_folder(target) as folder:
         digests = list((_encoded if encoded else _array)(folder, source))
         table = source.table.assign(row=range(len(source.table)), sha1=digests)
