@@ -12,10 +12,13 @@ import torch
 from conftest import CPU, DATA, NO_AUGMENT, VGG, small_run
 
 from benchmarks import __main__ as bench
-from benchmarks import pipeline, reference, training
+from benchmarks import pipeline, reference, training, video
 from benchmarks.measure import HEAD, Effort
 from fer.batches import Feed
 from fer.evaluate import metrics, predict_split
+from fer.faces.detect import Face
+from fer.faces.predict import frames
+from fer.train import fit
 
 DEVICE = torch.device("cpu")
 LITTLE = Effort(seconds=0, rounds=1, large=16, small=32, epochs=3)
@@ -137,3 +140,27 @@ def test_both_ways_train_and_evaluate(code: str) -> None:
         assert pipeline.run(code, folder, pipeline.NAME, **changes) > 0
         (summary,) = (folder / "data" / "runs").glob("*/summary.json")
         assert json.loads(summary.read_text())["epochs"] == 1
+
+
+def test_the_video_shows_where_its_faces_are_and_what_was_found_is_counted(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    left, other = (video.Drawn(Face(place, 0, 100, 100, 1), 2) for place in (0, 300))
+    found = {0: [video.Seen(Face(5, 5, 95, 95, 1), 2, 1), video.Seen(Face(200, 0, 50, 50, 1), 2, 2)], 1: []}
+    said = video.quality(found, [[left, other], [left]])
+    assert said.startswith("33.3 % of 3 faces in 2 frames found, 1 boxes beside them; right of those found: 100.0 %")
+    assert said.endswith("smoothed over 0.5 s: 0.0 %")
+    run = fit("x", small_run(epochs=1), CPU, bars, tmp_path)
+    keep = tmp_path / "clip.mp4"
+    words = ["--data", str(bars), "--seconds", "1", "--compare", "1", "--rounds", "1", "--keep", str(keep)]
+    monkeypatch.setattr("sys.argv", ["video", str(run), *words])
+    video.main()
+    shown = capsys.readouterr().out.splitlines()
+    assert " faces in 25 frames found" in shown[1]
+    assert shown[-1].startswith("| video 640x480")
+    truth = video.make(keep, np.full((1, 16, 16), 250, np.uint8), np.zeros(1, int), 1)
+    for frame, there in zip(frames(keep), truth, strict=True):
+        for drawn in there:
+            box = drawn.face
+            inside = np.asarray(frame.pixels)[int(box.top) + 5 :, int(box.left) + 5 :][: int(box.height) - 10]
+            assert inside[:, : int(box.width) - 10].min() > 225
