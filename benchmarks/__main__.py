@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import pipeline, training, upscale
+from benchmarks import encoded, pipeline, training, upscale
 from benchmarks.measure import HEAD, Effort, Row, beside, machine
 from fer.device import use_cpu
 
@@ -19,6 +19,7 @@ def _upscale(device: torch.device, effort: Effort) -> Iterator[Row]:
 CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
     **training.CASES,
     **pipeline.CASES,
+    "encoded": encoded.cases,
     "upscale": _upscale,
 }
 

@@ -1,12 +1,15 @@
 """Drawn faces in two forms: the arrays of the pipeline, and PNG files in class folders."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from fer.data.encoded import Shards
 from fer.data.labels import CLASSES
 from fer.data.sample import draw_face
 from fer.files import sha256
@@ -24,10 +27,39 @@ def write_faces(folder: Path, side: int, **counts: int) -> None:
     images = np.stack([np.asarray(face.resize((side, side), Image.Resampling.BICUBIC)) for face in faces])
     (folder / "upscaled").mkdir(parents=True)
     np.save(folder / "upscaled" / "images.npy", images)
+    _write_splits(folder, labels, list(images.shape[1:]), counts)
+    first = 0
+    for split, count in counts.items():
+        _write_pngs(folder / "png" / split, np.arange(first, first + count), images, labels)
+        first += count
+
+
+def write_encoded(folder: Path, side: int, **counts: int) -> None:
+    """The same in colour, as JPEG files of about 15 KB at 224 px, kept as encoded images; without PNG files."""
+    rng, total = np.random.default_rng(0), sum(counts.values())
+    labels, shape = np.arange(total) % len(CLASSES), (total, side, side, 3)
+    (folder / "raw").mkdir(parents=True)
+    (folder / "upscaled").mkdir()
+    with Shards(folder / "raw", shape, [None] * total) as shards:
+        for label in labels:
+            face = Image.fromarray(draw_face(rng, CLASSES[label])).resize((side, side), Image.Resampling.BICUBIC)
+            grain = Image.fromarray(rng.integers(0, 256, (side // 3, side // 3, 3), np.uint8)).resize((side, side))
+            content = io.BytesIO()
+            Image.blend(face.convert("RGB"), grain, 0.15).save(content, "JPEG", quality=90)
+            shards.add(content.getvalue())
+    shutil.copy(folder / "raw" / "images.npy", folder / "upscaled")
+    _write_splits(folder, labels, list(shape[1:]), counts)
+
+
+def _write_splits(folder: Path, labels: np.ndarray, shape: list[int], counts: dict[str, int]) -> None:
     (folder / "splits").mkdir()
     first = 0
     for split, count in counts.items():
-        _write_split(folder, split, np.arange(first, first + count), images, labels)
+        rows = np.arange(first, first + count)
+        table = pd.DataFrame({"row": rows, "name": [f"{row:06}.png" for row in rows], "label": labels[rows]})
+        table[list(CLASSES)] = np.eye(len(CLASSES))[labels[rows]]
+        table[["subject", "duplicate_of", "duplicate_in", "duplicate_kind"]] = ""
+        table.to_csv(folder / "splits" / f"{split}.csv", index=False)
         first += count
     prior = 0.7 * np.eye(len(CLASSES)) + 0.3 / len(CLASSES)
     summary = {
@@ -38,21 +70,17 @@ def write_faces(folder: Path, side: int, **counts: int) -> None:
         "totals": counts,
         "counts": {split: {} for split in counts},
         "duplicates": {},
-        "images": total,
-        "image_shape": [side, side],
+        "images": len(labels),
+        "image_shape": shape,
         "images_sha256": sha256(folder / "upscaled" / "images.npy"),
     }
     (folder / "splits" / "summary.json").write_text(json.dumps(summary))
 
 
-def _write_split(folder: Path, split: str, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-    table = pd.DataFrame({"row": rows, "name": [f"{row:06}.png" for row in rows], "label": labels[rows]})
-    table[list(CLASSES)] = np.eye(len(CLASSES))[labels[rows]]
-    table[["subject", "duplicate_of", "duplicate_in", "duplicate_kind"]] = ""
-    table.to_csv(folder / "splits" / f"{split}.csv", index=False)
+def _write_pngs(folder: Path, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
     for number, name in enumerate(CLASSES):
-        (folder / "png" / split / f"{number}_{name}").mkdir(parents=True)
+        (folder / f"{number}_{name}").mkdir(parents=True)
     mode = "L" if images.shape[1] == 48 else "RGB"
-    for row, name in zip(rows, table["name"]):
+    for row in rows:
         label = labels[row]
-        Image.fromarray(images[row]).convert(mode).save(folder / "png" / split / f"{label}_{CLASSES[label]}" / name)
+        Image.fromarray(images[row]).convert(mode).save(folder / f"{label}_{CLASSES[label]}" / f"{row:06}.png")

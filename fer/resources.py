@@ -27,7 +27,7 @@ class Resources(Section):
     data_share: Fraction = 0.5
     """Share of the free GPU memory that a split's images may occupy; larger splits are streamed from disk."""
     readers: Natural = 2
-    """Processes that prefetch the images of a streamed split."""
+    """Processes that prefetch the images of a streamed split, or on a CPU threads that decode encoded ones."""
     eval_batch_size: Positive = 256
     """Images per evaluation batch of a worker."""
     restarts: Natural = 2

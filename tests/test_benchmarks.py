@@ -12,9 +12,10 @@ import torch
 from conftest import CPU, DATA, NO_AUGMENT, VGG, small_run
 
 from benchmarks import __main__ as bench
-from benchmarks import pipeline, reference, training, video
+from benchmarks import encoded, pipeline, reference, training, video
 from benchmarks.measure import HEAD, Effort
 from fer.batches import Feed
+from fer.data.dataset import open_data
 from fer.evaluate import metrics, predict_split
 from fer.faces.detect import Face
 from fer.faces.predict import frames
@@ -78,6 +79,16 @@ def test_every_case_gives_its_rows(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert all(row.rate > 0 and row.plain > 0 for row in rows)
     assert {str(row).count("|") for row in rows} == {HEAD.splitlines()[0].count("|")}
     assert set(training.CASES) == set(CASES)
+
+
+def test_encoded_images_are_read_beside_a_bare_loop(tmp_path: Path) -> None:
+    """Without processes, as another test may have run a flow in this one: then forked ones end."""
+    encoded.write_encoded(tmp_path, 24, train=32, val=8, test=8)
+    run = small_run(input={"image_size": 24, "channels": 3})
+    asked = CPU.model_copy(update={"readers": 0})
+    rows = list(encoded.rows(open_data(tmp_path), run, asked, DEVICE, LITTLE))
+    assert [row.what.split(",")[0] for row in rows] == ["reading", "steps"]
+    assert all(row.rate > 0 and row.plain > 0 for row in rows)
 
 
 def test_settings_are_those_of_the_experiment_without_files_of_weights(

@@ -276,9 +276,24 @@ def test_a_picture_that_a_reader_cannot_decode_is_one_line() -> None:
     summary["images_sha256"] = hashlib.sha256((folder / UP).read_bytes()).hexdigest()
     (folder / "splits/summary.json").write_text(json.dumps(summary))
     pixels = Pixels(open_data(folder).split("val"), torch.device("cpu"), 0.5, 1)
-    told = refusal(list, pixels.ahead([np.arange(3)]))
-    assert told.startswith(f"{folder / SHARD}: the picture of row ")
-    assert told.endswith(": install the Pillow of constraints.txt")
+    for pixels.decodes in (True, False):
+        pixels.streams = not pixels.decodes  # in a process, as for a GPU without the room
+        told = refusal(list, pixels.ahead([np.arange(3)]))
+        assert told.startswith(f"{folder / SHARD}: the picture of row ")
+        assert told.endswith(": install the Pillow of constraints.txt")
+
+
+def test_batches_come_in_their_order_from_threads_and_processes() -> None:
+    write_folders(Path("faces"))
+    array, images = (open_data(made(store)).split("train") for store in STORES)
+    plan = [np.array([3, 0, 3]), np.array([23]), np.arange(24)[::-1].copy(), *np.arange(20).reshape(10, 2)]
+    pixels = Pixels(images, torch.device("cpu"), 0.5, 2)
+    for kind in ("threads", "processes", "held"):
+        pixels.decodes, pixels.streams = kind == "threads", kind == "processes"
+        if kind == "held":
+            pixels.load()
+        for index, batch in zip(plan, pixels.ahead(plan), strict=True):
+            torch.testing.assert_close(batch, array.pixels(index), rtol=0, atol=0)
 
 
 def test_rows_of_pixels_stay_an_array() -> None:

@@ -20,7 +20,8 @@ def decoded(content: bytes, box: Box | None, shape: tuple[int, ...]) -> np.ndarr
     left, top, right, bottom = inside(box, image.size)
     width, height = right - left, bottom - top
     if (height, width) == shape[:2]:
-        return np.asarray(image.crop((left, top, right, bottom)))
+        whole = image.size == (width, height)
+        return np.asarray(image if whole else image.crop((left, top, right, bottom)))
     side = min(width, height)
     left, top = left + (width - side) // 2, top + (height - side) // 2
     square = (left, top, left + side, top + side)
@@ -29,8 +30,11 @@ def decoded(content: bytes, box: Box | None, shape: tuple[int, ...]) -> np.ndarr
 
 def upright(content: bytes, mode: str) -> Image.Image:
     """A picture, turned as EXIF says, in a mode of Pillow. Raises one of UNREADABLE."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-        return (ImageOps.exif_transpose(opened) if has_exif(opened) else opened).convert(mode)
+    image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if has_exif(image):  # known before the pixels are read
+        ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def has_exif(image: Image.Image) -> bool:

@@ -39,7 +39,7 @@ class Encoded:
 
     def __init__(self, path: Path, index: np.ndarray, remedy: str):
         """Raises UserError, with `remedy`, for an index of no images of one size, and for shards that do not fit it."""
-        self.filename, self.index = str(path), index
+        self.filename, self.index = str(path), index.view(np.ndarray)  # as a memory map each access takes longer
         made = index[["shape", "method", "scale"]]
         known = (b"none", *(name.encode() for name in KERNELS))
         if not len(index) or (made != made[0]).any() or made["method"][0] not in known:
@@ -68,22 +68,27 @@ class Encoded:
     def read(self, rows: np.ndarray, threads: int | None = 1) -> np.ndarray:
         """The images of these rows, decoded in several threads. Raises UserError for damaged ones."""
         images = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        with ExitStack() as stack:
-            needed = np.unique(self.index["shard"][rows]).tolist()
-            files = {shard: stack.enter_context(open(self.shards[shard], "rb", 0)) for shard in needed}
 
-            def fill(place: int) -> None:
-                row = int(rows[place])
-                content = os.pread(files[int(self.index["shard"][row])].fileno(), *self._place(row))
-                images[place] = self._image(row, content)
+        def fill(place: int) -> None:
+            images[place] = self._image(int(rows[place]))
 
-            if threads == 1 or len(rows) < 2:
-                for place in range(len(rows)):
-                    fill(place)
-            else:
-                with ThreadPoolExecutor(threads) as pool:  # Pillow releases the interpreter lock while it decodes
-                    list(pool.map(fill, range(len(rows))))
+        if threads == 1 or len(rows) < 2:
+            for place in range(len(rows)):
+                fill(place)
+        else:
+            with ThreadPoolExecutor(threads) as pool:  # Pillow releases the interpreter lock while it decodes
+                list(pool.map(fill, range(len(rows))))
         return images
+
+    def content(self, row: int) -> bytes:
+        """The picture of a row, as it was delivered. Raises UserError if it has changed."""
+        one = self.index[row]
+        shard = self.shards[int(one["shard"])]
+        with open(shard, "rb", 0) as file:
+            content = os.pread(file.fileno(), int(one["length"]), int(one["offset"]))
+        if hashlib.sha256(content).digest() != one["sha256"].tobytes():
+            raise UserError(f"{shard}: the picture of row {row} is damaged; {AGAIN}")
+        return content
 
     def enlarged(self, method: str, scale: int) -> np.ndarray:
         """The index of the same images, enlarged when they are read."""
@@ -91,20 +96,14 @@ class Encoded:
         index["method"], index["scale"] = method.encode(), scale
         return index
 
-    def _place(self, row: int) -> tuple[int, int]:
-        return int(self.index["length"][row]), int(self.index["offset"][row])
-
-    def _image(self, row: int, content: bytes) -> np.ndarray:
-        one = self.index[row]
-        place = f"{self.shards[int(one['shard'])]}: the picture of row {row}"
-        if hashlib.sha256(content).digest() != one["sha256"].tobytes():
-            raise UserError(f"{place} is damaged; {AGAIN}")
-        left, top, right, bottom = one["box"].tolist()
+    def _image(self, row: int) -> np.ndarray:
+        left, top, right, bottom = self.index["box"][row].tolist()
         try:
-            image = decoded(content, (left, top, right, bottom) if right else None, self.decoded)
+            image = decoded(self.content(row), (left, top, right, bottom) if right else None, self.decoded)
         except UNREADABLE as error:
-            raise UserError(f"{place} cannot be decoded ({error}): install the Pillow of constraints.txt") from None
-        if self.scale == 1 and self.method == "none":
+            shard, remedy = self.shards[int(self.index["shard"][row])], "install the Pillow of constraints.txt"
+            raise UserError(f"{shard}: the picture of row {row} cannot be decoded ({error}): {remedy}") from None
+        if self.method == "none":
             return image
         return resize_one(image, self.shape[1], self.shape[2], KERNELS[self.method])
 

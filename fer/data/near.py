@@ -44,7 +44,7 @@ def centred(small: np.ndarray, mirrored: bool = False) -> np.ndarray:
     found = (small[:, :, ::-1] if mirrored else small).reshape(len(small), SIDE * SIDE).astype(np.float32)
     found -= found.mean(1, keepdims=True)
     length = np.linalg.norm(found, axis=1, keepdims=True)
-    return np.divide(found, length, out=np.zeros_like(found), where=length > 0)
+    return np.divide(found, length, out=found, where=length > 0)
 
 
 def nearest(queries: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
