@@ -1,7 +1,8 @@
 """How many requests `fer serve` answers, how fast, in how much memory, and what becomes of them when it stops.
 
-`python -m benchmarks.serving RUN`: threads of this process send the same pictures again and again to a server of its
-own, each over one connection: photographs of 640x480 pixels with two drawn faces, and drawn faces of 48x48 pixels.
+`python -m benchmarks.serving RUN`: threads of this process send the same pictures again and again, each over one
+connection, to two servers, with and without batching: photographs of 640x480 pixels with two drawn faces, and drawn
+faces of 48x48 pixels.
 """
 
 import argparse
@@ -122,22 +123,19 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run id, or the folder of a run or a checkpoint")
-    parser.add_argument("--port", type=int, default=8099)
+    parser.add_argument("--port", type=int, default=8098, help="and the one after it")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each figure")
     parser.add_argument("--requests", type=int, default=5000, help="between the two looks at the memory")
     asked = parser.parse_args()
     sent, words = pictures(), ["--run", asked.run]
     print(f"{machine(torch.device('cpu'))}\n\n| sent | batching | clients | requests/s | p50, ms | p95, ms |")  # noqa: T201
     print(f"|{6 * '---|'}", flush=True)  # noqa: T201
-    for batching in ("--batching", "--no-batching"):
-        with server([*words, batching], asked.port):
-            for what, picture in sent.items():
-                for clients in CLIENTS:
-                    row = measured(asked.port, picture, clients, asked.seconds)
-                    print(f"| {what} | {batching == '--batching'} | {clients} | {row} |", flush=True)  # noqa: T201
-    with server(words, asked.port) as process:
-        for photograph in (sent["photograph"], sent["cropped face"]):
-            load(asked.port, photograph, 8, _after(3))
+    with server(words, asked.port) as process, server([*words, "--no-batching"], asked.port + 1):
+        for what, picture in sent.items():
+            for clients in CLIENTS:
+                for batching, port in (("on", asked.port), ("off", asked.port + 1)):
+                    row = measured(port, picture, clients, asked.seconds)
+                    print(f"| {what} | {batching} | {clients} | {row} |", flush=True)  # noqa: T201
         memory = [metric(asked.port, "process_resident_memory_bytes") / 2**20]
         until = metric(asked.port, "fer_requests_total") + asked.requests
         while metric(asked.port, "fer_requests_total") < until:

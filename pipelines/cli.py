@@ -641,6 +641,7 @@ def serve(
     from pipelines.answering import Models
 
     with closing(serving.listen(port)) as listener:
+        serving.set_up()
         detector = build_detector(yunet)
         folder = None if run is None else _model(run)
         find = _champion() if folder is None else lambda: (folder, None)
