@@ -1,10 +1,11 @@
-"""Encoded images against a bare loop that decodes the same bytes in as many processes, and does nothing else."""
+"""Encoded images against a bare loop that decodes the same bytes in as many processes, and against an array."""
 
 import io
 import multiprocessing
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,50 +22,54 @@ from fer.resources import Resources
 from fer.run import Run
 
 SIDE = 224
-LITTLE = {
-    "model.width": 0.03125, "input.image_size": 32, "batch_size": 64, "augment.rotation": 0, "augment.translation": 0,
-    "augment.scale": 0, "augment.brightness": 0, "augment.contrast": 0,
-}  # fmt: skip
+SMALL = {"model.width": 0.125, "input.image_size": 48, "batch_size": 64}
 
 
 def cases(device: torch.device, effort: Effort) -> Iterator[Row]:
-    """With one reader and with two: reading ahead alone, and the steps of a network that costs next to nothing."""
+    """With one reader and with two: reading alone, and the steps of a small network beside the same on an array."""
     with tempfile.TemporaryDirectory() as folder:
         write_encoded(Path(folder), SIDE, train=effort.small, val=8, test=8)
+        data = open_data(folder)
         for readers in (1, 2):
-            run, resources = settings("vgg13_small", device, **LITTLE, **{"resources.readers": readers})
-            yield from rows(open_data(folder), run, resources, device, effort)
+            yield from reading(data, readers, device, effort)
+            run, resources = settings("vgg13_small", device, **SMALL, **{"resources.readers": readers})
+            yield from steps(data, run, resources, device, effort)
 
 
-def rows(data: DataSet, run: Run, resources: Resources, device: torch.device, effort: Effort) -> Iterator[Row]:
-    """The same on any data set of encoded images, of which the first thousands of train are read."""
+def reading(data: DataSet, readers: int, device: torch.device, effort: Effort) -> Iterator[Row]:
+    """Batches of 64 of the first thousands of train, in random order, on any data set of encoded images."""
     split = data.split("train")
-    order = np.random.default_rng(run.seed).permutation(min(len(split), effort.small))
-    plan = np.split(order[: len(order) // run.batch_size * run.batch_size], len(order) // run.batch_size)
-    resources = resources.model_copy(update={"data_share": 0.0})
-    pixels = Pixels(split, device, resources.data_share, resources.readers)
-    stepper, whole, loss = ready(run, resources, data, device)
+    order = np.random.default_rng(0).permutation(min(len(split), effort.small))
+    pixels = Pixels(split, device, 0.0, readers)
 
-    def read() -> int:
-        return sum(len(batch) for batch in pixels.ahead(plan))
-
-    def steps() -> int:
-        seen = 0
-        for step, (parts, mixture) in enumerate(whole.epoch(0)):
-            stepper.network.train()
-            stepper(parts, loss, mixture, 1e-4, step)
-            seen += run.batch_size
-            if seen >= len(order):
-                break
-        return seen
+    def ours() -> int:
+        return sum(len(batch) for batch in pixels.ahead(np.split(order, range(64, len(order), 64))))
 
     with ExitStack() as stack:
-        count, plain = resources.readers, bare(split.images, split.rows[order], resources.readers, stack)
-        for what, work in (("reading", read), ("steps, vgg13 of 1/32 width", steps)):
-            rate, bound = beside(effort, work, plain)
-            yield Row(
-                f"{what}, encoded {split.images.shape[1]} px, {count} readers", rate, "Pillow alone, as many", bound
-            )
+        rates = beside(effort, ours, bare(split.images, split.rows[order], readers, stack))
+    yield Row(f"reading, encoded {split.images.shape[1]} px, {readers} readers", rates[0], "Pillow alone", rates[1])
+
+
+def steps(data: DataSet, run: Run, resources: Resources, device: torch.device, effort: Effort) -> Iterator[Row]:
+    """An epoch without evaluation, of images that are decoded meanwhile and of the same as an array in memory."""
+    split = data.split("train")
+    array = split.images[:]
+    beforehand = replace(data, images=array, splits={"train": replace(split, images=array)})
+
+    def way(of: DataSet) -> Work:
+        stepper, whole, loss = ready(run, resources.model_copy(update={"data_share": 0.0}), of, device)
+
+        def work() -> int:
+            for step, (parts, mixture) in enumerate(whole.epoch(0)):
+                stepper.network.train()
+                stepper(parts, loss, mixture, 1e-4, step)
+            return whole.images
+
+        return work
+
+    rates = beside(effort, way(data), way(beforehand))
+    what = f"steps at {run.input.image_size} px, encoded {split.images.shape[1]} px, {resources.readers} readers"
+    yield Row(what, rates[0], "an array in memory", rates[1])
 
 
 def bare(images: object, chosen: np.ndarray, processes: int, stack: ExitStack) -> Work:
