@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.faces import write_encoded
 from benchmarks.measure import Effort, Row, Work, beside
-from benchmarks.training import ready, settings
+from benchmarks.training import epochs, settings
 from fer.batches import Pixels
 from fer.data.dataset import DataSet, open_data
 from fer.data.encoded import Encoded
@@ -55,19 +55,8 @@ def steps(data: DataSet, run: Run, resources: Resources, device: torch.device, e
     split = data.split("train")
     array = split.images[:]
     beforehand = replace(data, images=array, splits={"train": replace(split, images=array)})
-
-    def way(of: DataSet) -> Work:
-        stepper, whole, loss = ready(run, resources.model_copy(update={"data_share": 0.0}), of, device)
-
-        def work() -> int:
-            for step, (parts, mixture) in enumerate(whole.epoch(0)):
-                stepper.network.train()
-                stepper(parts, loss, mixture, 1e-4, step)
-            return whole.images
-
-        return work
-
-    rates = beside(effort, way(data), way(beforehand))
+    streamed = resources.model_copy(update={"data_share": 0.0})
+    rates = beside(effort, *(epochs(run, streamed, of, device) for of in (data, beforehand)))
     what = f"steps at {run.input.image_size} px, encoded {split.images.shape[1]} px, {resources.readers} readers"
     yield Row(what, rates[0], "an array in memory", rates[1])
 

@@ -190,21 +190,25 @@ def recorded(
     with faces(run, train=images) as (data, _):
 
         def way(graphs: bool) -> Work:
-            asked = resources.model_copy(update={"cuda_graphs": graphs})
-            stepper, whole, loss = ready(run, asked, data, device)
-
-            def work() -> int:
-                for step, (parts, mixture) in enumerate(whole.epoch(0)):
-                    stepper.network.train()
-                    stepper(parts, loss, mixture, 1e-4, step)
-                return whole.images
-
-            return work
+            return epochs(run, resources.model_copy(update={"cuda_graphs": graphs}), data, device)
 
         _forget_peak(device)
         rates = beside(effort, way(True), way(False))
         memory = _peak_memory(device)
     yield Row(f"steps, {name}, {run.precision}", *_named("not recorded", rates), f"{memory:.1f} GiB" if memory else "")
+
+
+def epochs(run: Run, resources: Resources, data: DataSet, device: torch.device) -> Work:
+    """An epoch without evaluation, whenever it is called; returns its images."""
+    stepper, whole, loss = ready(run, resources, data, device)
+
+    def work() -> int:
+        for step, (parts, mixture) in enumerate(whole.epoch(0)):
+            stepper.network.train()
+            stepper(parts, loss, mixture, 1e-4, step)
+        return whole.images
+
+    return work
 
 
 def ready(run: Run, resources: Resources, data: DataSet, device: torch.device) -> tuple[Stepper, TrainBatches, Loss]:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial, wraps
@@ -555,12 +556,12 @@ def predict(
                 found = smoothing.smooth(found, smooth)
             if annotated is not None:
                 found = annotate.annotate(found, annotated, predictor.classes)
-            counts: dict[str, int] = {}
-            for one in predicting.write(found, predictor.classes, out, smooth is not None):
-                row = one.row(predictor.classes)
-                what = str(row["prediction"] or row["note"])
-                counts[what] = counts.get(what, 0) + 1
-    for what, count in sorted(counts.items(), key=lambda item: -item[1]):
+            rows = (
+                one.row(predictor.classes)
+                for one in predicting.write(found, predictor.classes, out, smooth is not None)
+            )
+            counts = Counter(str(row["prediction"] or row["note"]) for row in rows)
+    for what, count in counts.most_common():
         console.print(f"{count:6}  {what}", highlight=False, markup=False)
     console.print(f"[bold]{out}[/]")
 

@@ -14,7 +14,7 @@ from fer.data.doubts import confusion
 from fer.data.folds import fold_of, folds_of, titled
 from fer.data.pairs import Pairs
 from fer.data.split import SPLITS
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 from fer.evaluate import metrics, read_predictions
 from fer.files import write_bytes, write_json
 from fer.run import run_id
@@ -164,7 +164,7 @@ def added(made: list[Job]) -> dict[str, Any]:
 def predictions_for(data: DataSet) -> tuple[str, pd.DataFrame] | None:
     """The sum that is most accurate on this data set and its labels as they are: its id, its predictions.
 
-    None if there is none. A damaged one is no sum.
+    None if there is none; a sum whose summary is damaged is none. Raises UserError for damaged predictions.
     """
     splits = [data.split(name) for name in SPLITS]
     labels = {row: data.classes[label] for one in splits for row, label in zip(one.rows.tolist(), one.labels.tolist())}
@@ -174,10 +174,22 @@ def predictions_for(data: DataSet) -> tuple[str, pd.DataFrame] | None:
         if one["classes"] == data.classes and one["data"]["images_sha256"] == data.summary["images_sha256"]
     ]
     for one in sorted(fitting, key=lambda one: -one["test"]["accuracy"]):
-        table = pd.read_csv(FOLDS / one["id"] / TABLE, dtype={"name": str}, keep_default_na=False)
+        table = _read_table(FOLDS / one["id"] / TABLE, data.classes)
         if all(labels.get(row) == label for row, label in zip(table["row"].tolist(), table["label"])):
             return one["id"], table
     return None
+
+
+def _read_table(path: Path, classes: list[str]) -> pd.DataFrame:
+    kinds = {"row": np.int64, "name": str, "label": str, **dict.fromkeys(classes, np.float64)}
+    try:
+        table = pd.read_csv(path, usecols=list(kinds), dtype=kinds, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); delete its folder and run `fer train` again") from None
+    if not np.isfinite(table[classes].to_numpy()).all():
+        raise UserError(f"{path}: a probability is no number; delete its folder and run `fer train` again")
+    return table
 
 
 def _table(made: list[Job], classes: list[str]) -> pd.DataFrame:

@@ -166,6 +166,14 @@ def test_each_face_of_each_frame_has_the_probabilities_of_its_crop(run: Path) ->
     assert [row[key] for key in ("left", "width", "score", "prediction")] == [10, 16, 4, best]
 
 
+def test_a_frame_without_a_face_is_told_before_the_next_one_is_asked_for(run: Path) -> None:
+    """Before a camera nothing may wait for a face that never comes."""
+    asked: list[int] = []
+    clip = (asked.append(number) or frame(number, 0) for number in range(3))
+    told = predict(Predictor(run, "cpu"), clip, Fixed({}), at_once=1)
+    assert [(next(told).frame.number, len(asked)) for _ in range(3)] == [(0, 1), (1, 2), (2, 3)]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_the_table_reads_back_as_it_was_predicted(suffix: str, run: Path, tmp_path: Path) -> None:
     """One that does not fit, or cannot be read, is a row of its own and stops no other; nor does an odd name."""

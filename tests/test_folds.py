@@ -22,7 +22,7 @@ from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.train import fit
 from pipelines import experiments
-from pipelines.folds import jobs_of, predictions_for
+from pipelines.folds import CONFUSION, jobs_of, predictions_for
 
 
 def usages(labels: Sequence[int], subjects: Sequence[str], folds: str, seed: int = 0, copies: Any = None) -> np.ndarray:
@@ -217,3 +217,6 @@ def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
     other_votes = table["label"].where(table["label"] != "fear", "anger")  # as of another vote rule
     table.assign(label=other_votes).to_csv(folder / "predictions.csv", index=False)
     assert predictions_for(data) is None
+    for content, told in (("", "cannot be read (No columns"), ((folder / CONFUSION).read_text(), "cannot be read (")):
+        (folder / "predictions.csv").write_text(content)
+        assert refusal(lambda: predictions_for(data)).startswith(f"data/folds/{folder.name}/predictions.csv: {told}")

@@ -191,7 +191,7 @@ def predict(
             waiting.append(found)
             crops += [] if face is None else [face]
         held += 0 if frame.pixels is None else frame.pixels.nbytes
-        if len(crops) >= at_once or held >= HELD:
+        if not crops or len(crops) >= at_once or held >= HELD:  # nothing waits for a face that may never come
             yield from _answered(predictor, waiting, crops)
             waiting, crops, held = [], [], 0
     yield from _answered(predictor, waiting, crops)
