@@ -17,10 +17,12 @@ from conftest import filled, refusal
 from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
 from torch import Tensor, nn
 
+from fer.input import Input
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
 from fer.models.mobilenet_v3 import MobileNetV3, eights
 from fer.models.network import Backbone
 from fer.models.resnet50 import CaffeInput, ResNet50
+from fer.models.small_resnet import SmallResnet
 from fer.settings import Section
 from fer.weights import read_tensors
 
@@ -49,15 +51,24 @@ def build(row: dict[str, Any], size: int = 16, channels: int = 1, pretrained: bo
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_row_of_the_table_by_its_name_alone(name: str) -> None:
-    """It starts from the published weights, and computes at its own size."""
+    """It starts from the published weights, if there are any, and computes at its own size."""
     row, whole, size = BACKBONES[name], backbone({"name": name}), 260 if name == "efficientnet_lite2" else 224
-    assert (type(whole), whole.name, whole.weights) == (row.kind, name, "pretrained")
+    weights = None if name == "small_resnet" else "pretrained"
+    assert (type(whole), whole.name, whole.weights) == (row.kind, name, weights)
     assert starts_from(whole) in row.source
     with torch.device("meta"):
         network = build({"name": name, "weights": None}, size, 3)
         assert network(torch.empty(2, 3, size, size)).shape == (2, network.num_features)
     if name in PUBLISHED:
         assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(PUBLISHED[name], abs=0.005)
+
+
+def test_small_resnet_is_one_network_as_a_model_and_as_a_backbone() -> None:
+    whole = SmallResnet(width=8).build(Input(image_size=16, channels=1), 3, False)
+    part = build({"name": "small_resnet", "width": 8})
+    part.load_state_dict({key: value for key, value in whole.state_dict().items() if "classifier" not in key})
+    images = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(whole.classifier(part(images)), whole.eval()(images))
 
 
 @torch.inference_mode()
@@ -265,6 +276,8 @@ MISFITS = [
     (SWIN | {"num_heads": [1, 3]}, 16, 1, ".num_heads: 3 does not divide the width 32 of stage 2"),
     (SWIN | {"num_heads": [1]}, 16, 1, ".num_heads: has 1 stages but depths has 2"),
     *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, LITE0)),
+    ({"name": "small_resnet"}, 7, 1, ": images of 7 px are too small: at least 8"),
+    ({"name": "small_resnet", "reduction": 99}, 48, 1, ".reduction: 99 leaves no hidden unit of 48 channels"),
     (LITE0 | {"weights": "pretrained"}, 32, 1,
         ".weights: pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"),
     ({"name": "vit_base_patch16_224"}, 96, 3,

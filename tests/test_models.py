@@ -60,7 +60,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "stn, neural resizer, head": classifier(
         SWIN, 24, stn=True, resizer={"name": "neural", "size": 16, "channels": 4}, **HALF
     ),
-    "bilinear resizer": classifier(VIT, 24, resizer={"name": "bilinear", "size": 16}),
+    "bilinear resizer": classifier(
+        {"name": "small_resnet", "width": 8}, 24, resizer={"name": "bilinear", "size": 16}
+    ),
     "ViT-SE": keys("vit_se", 16, backbone=VIT | {"pool": "pooler"}),
     "ViT-SE with a sigmoid": keys("vit_se", 16, backbone=VIT, reduction=2, gate="sigmoid"),
     "DoE": doe({"name": "random_neutral", "references": 3}),

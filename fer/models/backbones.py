@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fer.errors import UserError
 from fer.models.efficientnet_lite import Lite, packaged_weights
 from fer.models.mobilenet_v3 import MobileNetV3
-from fer.models.network import RANDOM, Backbone
+from fer.models.network import RANDOM, Backbone, too_small
 from fer.models.resnet50 import ResNet50
+from fer.models.small_resnet import SmallResnetBackbone
 from fer.models.transformer import Swin, Vit
 from fer.settings import Depth, Fault, OneOf, Scale, Width
 from fer.weights import load_strictly, read_tensors
@@ -38,10 +39,6 @@ class Torchvision(nn.Module):
         load_strictly(self.network, read_tensors(source, key), f"{key}: {source}", optional=(self.classifier,))
 
 
-def _too_small(size: int) -> list[Fault]:
-    return [] if size >= 32 else [Fault("", f"images of {size} px are too small: at least 32")]
-
-
 class MobileNet(Backbone):
     """MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244)."""
 
@@ -52,7 +49,7 @@ class MobileNet(Backbone):
         return Torchvision(MobileNetV3(width=self.width, channels=channels, num_labels=None), "classifier.")
 
     def faults(self, size: int) -> list[Fault]:
-        return _too_small(size)
+        return too_small(size, 32)
 
 
 class ResNet(Backbone):
@@ -79,7 +76,7 @@ class ResNet(Backbone):
         return Torchvision(network, "fc.")
 
     def faults(self, size: int) -> list[Fault]:
-        return _too_small(size)
+        return too_small(size, 32)
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Row:
     """A named network: its settings, and its published weights."""
 
     kind: type[Backbone]
-    source: str  # of the published weights: a hub id, a URL, or a package
+    source: str  # of the published weights: a hub id, a URL, or a package; RANDOM: there are none
     published_size: int | None = None  # image side that these weights need; None: any
 
 
@@ -156,6 +153,7 @@ BACKBONES: dict[str, Row] = dict(
         ),
         _lite("lite0"),
         _lite("lite2"),
+        ("small_resnet", Row(SmallResnetBackbone, RANDOM)),
     ]
 )
 BACKBONE = OneOf({name: row.kind for name, row in BACKBONES.items()})  # for a field that holds any row of the table

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fer.errors import UserError
-from fer.models.network import Backbone
+from fer.models.network import Backbone, too_small
 from fer.settings import Fault, Fraction
 from fer.weights import load_strictly, read_tensors
 
@@ -33,7 +33,7 @@ class Lite(Backbone):
         return EfficientNetLite(self.variant, self.drop_connect_rate, self.bn_momentum, size, channels)
 
     def faults(self, size: int) -> list[Fault]:
-        return [] if size >= 32 else [Fault("", f"images of {size} px are too small: at least 32")]
+        return too_small(size, 32)
 
 
 class EfficientNetLite(nn.Module):

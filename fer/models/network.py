@@ -96,6 +96,11 @@ class Backbone(Section):
         return self.model_copy(update={"weights": None}) == other.model_copy(update={"weights": None})
 
 
+def too_small(size: int, least: int) -> list[Fault]:
+    """The fault of images of side `size` if a network needs `least`."""
+    return [Fault("", f"images of {size} px are too small: at least {least}")] if size < least else []
+
+
 class ModelKind(Section):
     """A row of MODELS: the options of a model, and how it is built."""
 

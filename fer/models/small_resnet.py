@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fer.input import Input
-from fer.models.network import ModelKind, Network
+from fer.models.network import Backbone, ModelKind, Network, too_small
 from fer.settings import Depth, Fault, Fraction, Natural, Width
 
 
@@ -28,42 +28,73 @@ class SmallResnet(ModelKind):
     """Before the last layer."""
 
     def build(self, settings: Input, num_labels: int, pretrained: bool) -> "SmallResnetNetwork":
-        return SmallResnetNetwork(self, settings, num_labels)
+        form = self.width, self.blocks, self.reduction
+        return SmallResnetNetwork(*form, settings.channels, num_labels, self.dropout)
 
     def faults(self, settings: Input) -> list[Fault]:
-        halvings = len(self.blocks)
-        if settings.image_size < 2**halvings:
-            small = f"{settings.image_size} is too small: {halvings} stages halve it, so {2**halvings} at least"
-            return [Fault("input.image_size", small)]
-        if self.reduction > self.width:
-            return [Fault("model.reduction", f"{self.reduction} leaves no hidden unit of {self.width} channels")]
-        return []
+        return [
+            *(fault.under("input.image_size") for fault in too_small(settings.image_size, 2 ** len(self.blocks))),
+            *_no_gate(self.width, self.reduction, "model.reduction"),
+        ]
+
+
+class SmallResnetBackbone(Backbone):
+    """The same network without its last layer, for models in parts; it has no published weights."""
+
+    name: Literal["small_resnet"] = "small_resnet"
+    weights: None = None
+    """Always null: random weights."""
+    width: Width = 48
+    """Channels of the stem and of the first stage; multiples of 16 are fastest."""
+    blocks: Annotated[list[Depth], Field(min_length=1)] = [1, 2, 2]
+    """Residual blocks of each stage."""
+    reduction: Natural = 4
+    """Channels of a block for each hidden unit of its squeeze-and-excitation; 0: without it."""
+
+    def build(self, size: int, channels: int) -> "SmallResnetNetwork":
+        return SmallResnetNetwork(self.width, self.blocks, self.reduction, channels, None)
+
+    def faults(self, size: int) -> list[Fault]:
+        return [*too_small(size, 2 ** len(self.blocks)), *_no_gate(self.width, self.reduction, "reduction")]
+
+
+def _no_gate(width: int, reduction: int, key: str) -> list[Fault]:
+    return [Fault(key, f"{reduction} leaves no hidden unit of {width} channels")] if reduction > width else []
 
 
 class SmallResnetNetwork(Network):
-    """[B, channels, image_size, image_size] -> logits [B, num_labels].
+    """[B, channels, S, S] -> logits [B, num_labels], or embeddings [B, num_features] without `num_labels`.
 
     With the default settings, grey 48x48 input and 8 classes: 1.57 million parameters, 0.22 GFLOP per image.
     """
 
-    def __init__(self, model: SmallResnet, settings: Input, num_labels: int):
+    def __init__(
+        self,
+        width: int,
+        blocks: list[int],
+        reduction: int,
+        channels: int,
+        num_labels: int | None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        channels = model.width
-        layers: list[nn.Module] = [_conv(settings.channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()]
-        for stage, blocks in enumerate(model.blocks):
-            out = model.width * 2**stage
-            for block in range(blocks):
-                layers.append(_Block(channels, out, stride=1 if block else 2, reduction=model.reduction))
-                channels = out
+        layers: list[nn.Module] = [_conv(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        before = width
+        for stage, count in enumerate(blocks):
+            after = width * 2**stage
+            for block in range(count):
+                layers.append(_Block(before, after, stride=1 if block else 2, reduction=reduction))
+                before = after
+        self.num_features = before
         self.features = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(model.dropout)
-        self.classifier = nn.Linear(channels, num_labels)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier: nn.Module = nn.Identity() if num_labels is None else nn.Linear(before, num_labels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, channels, image_size, image_size] -> logits [B, num_labels]."""
+        """[B, channels, S, S] -> logits [B, num_labels] or embeddings [B, num_features]."""
         return self.classifier(self.dropout(self.features(pixel_values).mean((2, 3))))
 
 
