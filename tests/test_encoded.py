@@ -25,6 +25,7 @@ from fer.data.images import open_images
 from fer.evaluate import evaluate
 from fer.run_folder import read_rows
 from fer.signals import Stopped
+from fer.super_resolution import networks
 from fer.train import fit
 from pipelines.data_sets import Prepared
 from pipelines.stages.download import download
@@ -151,13 +152,19 @@ def test_rows_are_chosen_as_of_an_array() -> None:
         images[len(array)]
 
 
-@pytest.mark.parametrize("method", ["bicubic", "lanczos"])
-def test_they_are_enlarged_when_they_are_read(method: str) -> None:
+@pytest.mark.parametrize("method", ["bicubic", "lanczos", "swin2sr"])
+def test_they_are_enlarged_when_they_are_read_or_by_a_network_before(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folders(Path("faces"))
-    array, images = (made(store, super_resolution={"method": method, "scale": 3}) for store in STORES)
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").write_bytes(b"one")
+    monkeypatch.setitem(networks.LOADERS, "swin2sr", lambda *_: torch.nn.Upsample(scale_factor=2))
+    keys: dict[str, Any] = {"super_resolution": {"method": method, "scale": 2}, "machine": {"weights": "weights"}}
+    array, images = (made(store, **keys) for store in STORES)
     np.testing.assert_array_equal(open_data(images).images[:], np.load(array / UP))
     assert (array / "upscaled/upscale.json").read_bytes() == (images / "upscaled/upscale.json").read_bytes()
-    assert (images / UP).stat().st_size < 10_000
+    assert ((images / UP).stat().st_size < 10_000) == (method != "swin2sr")
     plain = made("encoded")
     assert open_data(plain).images.shape[1:] == (16, 16, 3)
 
