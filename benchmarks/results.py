@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
 from benchmarks.measure import ROOT
 from fer.evaluate import metrics
 from fer.run_folder import PREDICTIONS, read_rows, read_summary
-from fer.statistics import share
+from fer.statistics import LEVEL, share
 
 FOLDER = ROOT / "docs" / "results"
 INDEX = "index.csv"
 FIRST = 3  # of the classes among a file's columns: name, label, leaked, then a probability for each class
 KEPT = {"test": ["", "near", "train", "val"], "test_exact_unleaked": ["", "near"], "test_near_unleaked": [""]}
 COLUMNS = ["row", "kind", "seed", "run", "command", "minutes", "val", *KEPT, "uar"]
+COMPARED = ("test", "test_near_unleaked", "uar")
 KINDS = ("scratch", "imagenet", "ensemble", "ablation")
 HEAD = ["| model | runs | val | test | exact | unleaked | UAR | minutes | command |", f"|{9 * '---|'}"]
 
@@ -94,6 +96,44 @@ def recalls(row: str, folder: Path = FOLDER) -> list[str]:
     return found
 
 
+def against(control: str, folder: Path = FOLDER) -> list[str]:
+    """A line for each row of the control's group, the text before ":": how far its runs are from those of the control.
+
+    Differences of the means over seeds in points, with the simultaneous 95 % intervals and p of Dunnett's test (1955),
+    which takes one variance from all rows of the group. Every row needs two runs or more.
+    """
+    table = index(folder)
+    group = table[table["row"].str.partition(":")[0] == control.partition(":")[0]]
+    rows = [row for row in dict.fromkeys(group["row"]) if row != control]
+    found = [f"| {control} against | " + " | ".join(f"{name} | 95 % | p" for name in COMPARED) + " |"]
+    found += [f"|{(1 + 3 * len(COMPARED)) * '---|'}"]
+    cells: dict[str, list[str]] = {row: [] for row in rows}
+    for name in COMPARED:
+        values = {row: part[name].to_numpy() for row, part in group.groupby("row")}
+        test = stats.dunnett(*(values[row] for row in rows), control=values[control], random_state=0)
+        bounds = test.confidence_interval(LEVEL)
+        for row, low, high, p in zip(rows, bounds.low, bounds.high, test.pvalue):
+            difference = values[row].mean() - values[control].mean()
+            cells[row] += [f"{difference:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.3f}"]
+    return [*found, *(f"| {row} | {' | '.join(cells[row])} |" for row in rows)]
+
+
+def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
+    """A line for each test image that every run of a row gets wrong, the surest mistakes first; names, no pictures."""
+    table = index(folder)
+    runs = table.loc[table["row"] == row, "run"]
+    whole = [pd.read_csv(folder / f"{run}.csv", keep_default_na=False) for run in runs]
+    classes = whole[0].columns[FIRST:]
+    mean = np.mean([one[classes].to_numpy() for one in whole], 0)
+    labels = whole[0]["label"].to_numpy()
+    wrong = np.all([classes[one[classes].to_numpy().argmax(1)] != labels for one in whole], 0)
+    found = ["| image | label | taken for | probability |", "|---|---|---|---|"]
+    for place in sorted(np.flatnonzero(wrong), key=lambda place: -mean[place].max()):
+        taken = classes[mean[place].argmax()]
+        found.append(f"| {whole[0]['name'][place]} | {labels[place]} | {taken} | {mean[place].max():.2f} |")
+    return found
+
+
 def _mean(values: pd.Series) -> str:
     spread = f" ± {values.std():.2f}" if len(values) > 1 and values.name != "minutes" else ""
     return f"{values.mean():.2f}{spread}" if values.name != "minutes" else f"{values.mean():.1f}"
@@ -107,12 +147,18 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, help="with --add")
     parser.add_argument("--command", help="with --add: the command that trains it, without the seed")
     parser.add_argument("--recalls", metavar="ROW", help="class by class")
+    parser.add_argument("--mistaken", metavar="ROW", help="the test images that all of its runs get wrong")
+    parser.add_argument("--against", metavar="ROW", help="the other rows of its group, the text before the colon")
     asked = parser.parse_args()
     if asked.add is not None:
         if None in (asked.row, asked.kind, asked.command):
             parser.error("--add needs --row, --kind and --command")
         add(asked.add, asked.row, asked.kind, asked.command)
-    print("\n".join(recalls(asked.recalls) if asked.recalls else lines()))  # noqa: T201
+    for table in (recalls, mistaken, against):
+        if row := getattr(asked, table.__name__):
+            print("\n".join(table(row)))  # noqa: T201
+            return
+    print("\n".join(lines()))  # noqa: T201
 
 
 if __name__ == "__main__":
