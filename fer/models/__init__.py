@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fer.input import Input
-from fer.models.backbones import starts_from
+from fer.models.backbones import BACKBONES, starts_from
 from fer.models.classifier import Classifier
 from fer.models.efficientnet_lite import Lite
 from fer.models.embedding_difference import DifferenceOfEmbeddings, EmotionEncoder
@@ -40,11 +40,12 @@ def packages(model: ModelKind) -> list[str]:
 
 
 def random_backbones(model: ModelKind, init_from: str | None) -> list[str]:
-    """Names of the backbones that start from random weights."""
+    """Names of the backbones that start from random weights although there are published ones."""
     found = model.backbones()
     if init_from is not None:
         found.pop("backbone")
-    return [backbone.name for backbone in found.values() if backbone.weights is None]
+    published = {key for key, row in BACKBONES.items() if row.source != RANDOM}
+    return [one.name for one in found.values() if one.weights is None and one.name in published]
 
 
 def origin(model: ModelKind, init_from: str | None) -> list[str]:
