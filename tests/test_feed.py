@@ -1,6 +1,7 @@
 """What a network is fed: batches drawn from seed and epoch, embeddings kept where nothing augments, neutral faces."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,15 @@ def test_data_that_lack_what_is_compared_with(bars: Path, tmp_path: Path) -> Non
     for name in ("train", "val"):
         message = refusal(feed_of, network(run), run, nameless.split(name))
         assert message.startswith("model.pairing: same_subject needs data that name subjects; ")
+
+
+def test_a_probe_sees_the_embedding_alone(bars: Path) -> None:
+    run, split = small_run(**doe("none")), open_data(bars).split("train")
+    split = replace(split, labels=split.labels.clamp(min=1))  # without a neutral face
+    model = network(run)
+    feed = feed_of(model, run, split)
+    feed.begin()
+    feed.start_epoch(0)
+    inputs = fed(feed, INDEX)
+    close(inputs["embedding"], embedded(model.backbone, split, INDEX))
+    torch.testing.assert_close(model(**inputs), model.head(inputs["embedding"]))

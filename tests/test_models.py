@@ -68,6 +68,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DoE": doe({"name": "random_neutral", "references": 3}),
     "DoE, prototype": doe({"name": "prototype"}),
     "DoE, same subject": doe({"name": "same_subject"}),
+    "DoE, no pairing": doe({"name": "none"}),
     "emotion encoder": keys(
         "emotion_encoder", 32, backbone=MOBILENET, identity=RESNET | {"caffe": True}, hidden=[16]
     ) | {"input": COLOUR},

@@ -101,7 +101,13 @@ class Prototype(Section):
     name: Literal["prototype"] = "prototype"
 
 
-PAIRINGS = by_name(SameSubject, RandomNeutral, Prototype)
+class NoPairing(Section):
+    """No neutral face, only the face's own embedding: with `hidden: []` a linear probe, to compare DoE with."""
+
+    name: Literal["none"] = "none"
+
+
+PAIRINGS = by_name(SameSubject, RandomNeutral, Prototype, NoPairing)
 
 
 class DifferenceOfEmbeddings(ModelKind):
@@ -122,7 +128,7 @@ class DifferenceOfEmbeddings(ModelKind):
         return backbone_faults(self.backbone, settings.image_size, settings.channels, "model.backbone")
 
     def images_beside(self) -> Mapping[str, bool]:
-        return {"neutral": isinstance(self.pairing, SameSubject)}
+        return {} if isinstance(self.pairing, NoPairing) else {"neutral": isinstance(self.pairing, SameSubject)}
 
 
 class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
@@ -141,7 +147,7 @@ class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
         self.backbone = build_backbone(model.backbone, *shape, "model.backbone", pretrained)
         self.freeze(self.backbone)
         width = self.backbone.num_features
-        self.head = mlp(2 * width, model.hidden, num_labels)
+        self.head = mlp(width if isinstance(model.pairing, NoPairing) else 2 * width, model.hidden, num_labels)
         count = model.pairing.references if isinstance(model.pairing, RandomNeutral) else 0
         self.references: Tensor
         self.register_buffer("references", torch.zeros(1 if isinstance(model.pairing, Prototype) else count, width))
@@ -157,6 +163,8 @@ class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
         if embedding is None:
             assert pixel_values is not None
             embedding = self.embed(pixel_values)
+        if isinstance(self.pairing, NoPairing):
+            return self.head(embedding)
         if neutral is not None:
             return self.head(torch.cat([embedding - neutral, embedding], 1))
         if not len(self.references):
@@ -167,11 +175,13 @@ class DifferenceOfEmbeddingsNetwork(FrozenEncoder):
     def beside(
         self, split: Split, classes: list[str], seed: int, embedded: Callable[[np.ndarray], Tensor]
     ) -> "NeutralFaces | None":
-        if split.name == "train" or isinstance(self.pairing, SameSubject):
-            return NeutralFaces(self, split, classes, seed, embedded)
-        return None
+        if isinstance(self.pairing, NoPairing) or (split.name != "train" and not isinstance(self.pairing, SameSubject)):
+            return None
+        return NeutralFaces(self, split, classes, seed, embedded)
 
     def example(self, settings: Input) -> dict[str, Tensor]:
+        if isinstance(self.pairing, NoPairing):
+            return super().example(settings)
         neutral = torch.empty(1, self.backbone.num_features)  # as embedded before
         return {**super().example(settings), "neutral": neutral}
 
