@@ -30,6 +30,7 @@ class Side:
 
     @property
     def classes(self) -> list[str]:
+        """Names of the classes, in the order of the probabilities."""
         return self.summaries[0]["classes"]
 
     @cached_property
@@ -61,6 +62,7 @@ class Side:
 
     @cached_property
     def accuracies(self) -> list[float]:
+        """Test accuracy of each run, 0 to 1."""
         return [summary["test"]["accuracy"] for summary in self.summaries]
 
     def scores(self) -> dict[str, float]:

@@ -122,6 +122,7 @@ class State:
 
     @property
     def champion(self) -> str | None:
+        """Version of the present champion; None before the first."""
         return self.champions[-1] if self.champions else None
 
     def previous(self, existing: Collection[str]) -> str | None:
