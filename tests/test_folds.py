@@ -133,7 +133,7 @@ def test_copies_are_found_where_subjects_are_unknown() -> None:
     ("folds", "subjects", "changes", "message"),
     [
         *((word, PERSONS, {}, f"folds {word}: should be 2 or more, or `subjects`") for word in ("1", "-1", "x", "")),
-        (SUBJECTS, ["", *PERSONS[1:]], {}, "folds subjects: 1 of 160 images name no subject; set data."),
+        (SUBJECTS, ["", *PERSONS[1:]], {}, "folds subjects: 1 of 160 images name no subject; set data.subject_pattern"),
         (SUBJECTS, ["a", "b"] * 80, {}, "folds subjects: there are 2 subjects; train, val and test need one each"),
         ("10", PERSONS, {}, "folds 10: there are 5 subjects; choose 5 or fewer"),
         ("40", [""] * 160, {}, "folds 40: too few images of a class: neutral has 20, happiness has 20"),

@@ -142,7 +142,7 @@ def test_class_prior_by_hand() -> None:
     votes[[5, 7]] = 1
     assert refusal(class_prior, votes, np.array(names), 5, CLASSES) == (
         "class prior: no training image is won by disgust, contempt with 5 votes or more: "
-        "lower split.prior_min_votes in params.yaml or use more training data"
+        "lower split.prior_min_votes in the data set's file in datasets/ or use more training data"
     )
 
 

@@ -124,7 +124,7 @@ def _by_subject(subjects: np.ndarray, group: np.ndarray, folds: str) -> np.ndarr
     if unknown:
         raise UserError(
             f"folds {folds}: {unknown} of {len(subjects)} images name no subject; set data.subject_pattern in "
-            "params.yaml, or choose a number of folds"
+            "the data set's file in datasets/, or choose a number of folds"
         )
     names, place = np.unique(subjects, return_inverse=True)
     if len(names) < 3:

@@ -110,7 +110,7 @@ def class_prior(votes: np.ndarray, names: np.ndarray, min_votes: int, classes: S
     if empty:
         raise UserError(
             f"class prior: no training image is won by {', '.join(empty)} with {min_votes} votes or more: "
-            "lower split.prior_min_votes in params.yaml or use more training data"
+            "lower split.prior_min_votes in the data set's file in datasets/ or use more training data"
         )
     shares = emotions / emotions.sum(axis=1, keepdims=True)
     return np.stack([shares[winner == index].mean(axis=0) for index in range(len(classes))])

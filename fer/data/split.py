@@ -35,7 +35,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class SplitRules:
-    """The settings of `make_splits`, as in params.yaml."""
+    """The settings of `make_splits`, as under `split` in datasets/NAME.yaml."""
 
     label_mode: str = "majority"
     drop_leaked_train: Literal["none", "exact", "near"] = "none"
