@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fer.data.datasets import DATASETS, counted
-from fer.data.found import look
+from fer.data.found import PICTURES, look
 from fer.data.source import Source, Wanted
 from fer.errors import UserError
 
@@ -156,7 +156,7 @@ def test_no_reader_reads_less_than_is_there_without_a_word(dataset: str, data: s
             there = sum(bool(line.strip(", ")) for line in (root / source.read[0]).read_text().split("\n")) - 1
         else:
             left_out = {name for names in source.left_out.values() for name in names}
-            pictures = [file for file in root.rglob("*") if file.suffix.lower() in (".png", ".jpg")]
+            pictures = [file for file in root.rglob("*") if file.suffix.lower() in PICTURES]
             there = sum(str(file.relative_to(root)) not in left_out for file in pictures)
         assert len(source.table) == there
         assert labels.items() <= before.items()

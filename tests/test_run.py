@@ -137,6 +137,8 @@ def test_run_id_changes_with_all_that_decides_the_numbers() -> None:
     runs += [small_run(**doe(pairing)) for pairing in PAIRINGS]
     ids = [run_id("x", run, "d") for run in runs]
     ids += [run_id("x", runs[0], data, start) for data, start in (("e", None), ("d", "y-s1-0"), ("d", "y-s1-1"))]
+    twice = [run.model_dump(exclude_defaults=True) for run, id_ in zip(runs, ids) if ids.count(id_) > 1]
+    assert twice == [], "these have one id, or are written twice"
     assert len(set(ids)) == len(runs) + 3
     assert all(id_.startswith(f"x-s{run.seed}-") for id_, run in zip(ids, runs))
     assert run_id("y", runs[0], "d") == "y" + ids[0][1:]
