@@ -51,6 +51,9 @@ Words = Annotated[
     typer.Argument(metavar="[NAME|FILE]... [KEY=VALUE]...", help="Experiments, and settings to change in all of them."),
 ]
 Yunet = Annotated[Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")]
+MinFace = Annotated[
+    int, typer.Option(metavar="PIXELS", help="Side of the smallest face to find; larger is faster.", min=0, max=100_000)
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 RUNS = Path("data/runs")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -523,6 +526,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="The table to write: .csv or .parquet.")] = Path("predictions.csv"),
     annotated: Annotated[Path | None, typer.Option(help="A folder for the pictures with their faces marked.")] = None,
     yunet: Yunet = None,
+    min_face: MinFace = 0,
     margin: Annotated[
         float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1, max=10)
     ] = None,
@@ -537,14 +541,15 @@ def predict(
     from pipelines import predicting
 
     _check_target("--out", out, (".csv", ".parquet"))
-    predicting.check(paths, camera, {"--cropped": cropped, "--boxes": boxes, "--yunet": yunet})
+    finders = {"--cropped": cropped, "--boxes": boxes, "--yunet": yunet}
+    predicting.check(paths, camera, finders, {"--min-face": min_face, "--margin": margin})
     if annotated is not None:
         annotated.mkdir(parents=True, exist_ok=True)
     with predicting.until_ctrl_c(camera is not None) as stopped:
         files = _files(paths or [])
         live = None if camera is None else faces_in.camera(camera, stopped)
         own = None if boxes is None else Boxes(boxes, files)
-        detector = own or (None if cropped else detect.build_detector(yunet))
+        detector = own or (None if cropped else detect.build_detector(yunet, min_face))
         predictor = Predictor(_model(run), device)
         if live is not None and not console.is_terminal:
             console.print(f"Reading camera {camera} until Ctrl-C", style="dim", highlight=False)
@@ -631,6 +636,7 @@ def serve(
     ] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8080,
     yunet: Yunet = None,
+    min_face: MinFace = 0,
     device: Device = "auto",
     batching: Annotated[
         bool, typer.Option("--batching/--no-batching", help="Faces of several requests share a pass.")
@@ -643,7 +649,7 @@ def serve(
 
     with closing(serving.listen(port)) as listener:
         serving.set_up()
-        detector = build_detector(yunet)
+        detector = build_detector(yunet, min_face)
         folder = None if run is None else _model(run)
         find = _champion() if folder is None else lambda: (folder, None)
         models = Models(find, detector, device)

@@ -17,15 +17,22 @@ from fer.run_folder import BEST
 
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 ROWS = 1_000  # of a parquet file, written at once
+NO_EFFECT = (("--min-face", "--cropped"), ("--min-face", "--boxes"), ("--margin", "--cropped"))
 
 
-def check(paths: list[Path] | None, camera: str | None, finders: dict[str, Any]) -> None:
-    """Raises UserError unless there are either files or a camera, and at most one option that says where faces are."""
+def check(paths: list[Path] | None, camera: str | None, finders: dict[str, Any], others: dict[str, Any]) -> None:
+    """Raises UserError unless there are either files or a camera, and at most one option that says where faces are.
+
+    `finders` are these options, `others` those that have no effect with some of them.
+    """
     if bool(paths) == (camera is not None):
         raise UserError("predict: name pictures and videos, or a camera with --camera, and not both")
     given = [name for name, value in finders.items() if value not in (None, False)]
     if len(given) > 1:
         raise UserError(f"{given[0]}: says where the faces are, and so does {given[1]}; leave one out")
+    for name, finder in NO_EFFECT:
+        if others[name] and finder in given:
+            raise UserError(f"{name}: has no effect with {finder}; leave it out")
     if camera is not None and finders["--boxes"] is not None:
         raise UserError("--boxes: is for files, not for a camera; leave it out")
 

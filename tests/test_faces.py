@@ -47,6 +47,9 @@ def test_faces_are_found_where_they_are_the_largest_first(zoom: int) -> None:
     assert 0.7 * 240 < found[0].width / zoom < 1.1 * 240
     assert build_detector()(picture[:, :, 0])[0].left == pytest.approx(found[0].left / zoom, abs=10)
     assert build_detector()(np.full((100, 100, 3), 9, np.uint8)) == []
+    for least, faces in ((found[1].width - 1, 2), (found[1].width * 1.2, 1), (found[0].width * 1.2, 0)):
+        larger = build_detector(min_face=least)(picture.repeat(zoom, 0).repeat(zoom, 1))
+        assert [face.left for face in larger] == pytest.approx([face.left for face in found[:faces]], abs=10 * zoom)
 
 
 def test_a_crop_is_a_square_around_the_box_that_repeats_the_edge() -> None:
@@ -334,6 +337,8 @@ def test_the_command_follows_faces_in_a_video_and_before_a_camera(
     for words, told in (
         ([], "predict: name pictures and videos, or a camera"),
         ([clip, "--camera", "0"], "predict: name pictures and videos, or a camera"),
+        ([clip, "--cropped", "--min-face", "50"], "--min-face: has no effect with --cropped; leave it out"),
+        ([clip, "--cropped", "--margin", "1.2"], "--margin: has no effect with --cropped; leave it out"),
         ([clip, "--cropped", "--boxes", "own.csv"], "--cropped: says where the faces are, and so does --boxes"),
         (["--camera", "0", "--boxes", "own.csv"], "--boxes: is for files, not for a camera"),
         (["--camera", "97"], "--camera 97: no camera there that can be opened; give its number, such as 0"),
