@@ -152,6 +152,8 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
                 raise UserError(f"{name}: has more than 8 bits per pixel; convert it to 8")
             turned = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             upright = image if turned is None else image.transpose(turned)
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")  # else Pillow warns
             return np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
     except UnidentifiedImageError:
         known = f"none of {', '.join(formats)}" if formats else "its format is unknown"

@@ -86,6 +86,9 @@ def test_files_are_read_upright_grey_or_in_colour(tmp_path: Path) -> None:
     ]  # fmt: skip
     for name, pixels, options in saved:
         Image.fromarray(pixels).save(tmp_path / name, **options)
+    few = Image.fromarray(RGB[4]).convert("P")
+    few.save(tmp_path / "e.png", transparency=bytes([0, 99]))  # of its first colours
+    np.testing.assert_array_equal(prepared(COLOUR, tmp_path / "e.png"), np.asarray(few.convert("RGB"))[None])
     grey, colour, *others = (tmp_path / name for name, *_ in saved)
     np.testing.assert_array_equal(prepared(GREY, grey), FACES[:1])
     found = prepared(GREY, [grey, str(colour), colour.read_bytes()])
