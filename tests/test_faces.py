@@ -292,9 +292,11 @@ def test_a_camera_gives_frames_until_it_is_stopped(tmp_path: Path) -> None:
 def test_marked_pictures_have_a_box_and_marked_videos_all_their_frames(run: Path, tmp_path: Path) -> None:
     boxes = Fixed({1: [Face(8, 20, 16, 12, 5)], 2: [Face(8, 20, 16, 12, 5)]})
     stills = [Frame(name, 0, None, frame(0, 1).pixels) for name in ("a/x.jpg", "x.png")]
-    found = predict(Predictor(run, "cpu"), [stills[0], *(frame(n, 2) for n in range(3)), stills[1]], boxes)
-    assert len(list(annotate(found, tmp_path / "out", CLASSES))) == 5
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "x-2.png", "x.png"]
+    stills += [Frame(name, 0, None, frame(0, 1).pixels) for name in ("x.1.jpg", "x.2.jpg")]
+    found = predict(Predictor(run, "cpu"), [stills[0], *(frame(n, 2) for n in range(3)), *stills[1:]], boxes)
+    assert len(list(annotate(found, tmp_path / "out", CLASSES))) == 7
+    names = ["clip.mp4", "x-2.png", "x.1.png", "x.2.png", "x.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     marked = np.asarray(Image.open(tmp_path / "out/x.png"))
     assert (marked[20, 8:25] == (0, 255, 0)).all()
     assert len(list(frames(tmp_path / "out/clip.mp4"))) == 3

@@ -51,13 +51,13 @@ def annotate(found: Iterable[Found], folder: Path, classes: list[str]) -> Iterat
                 if first is None:
                     first = picture
                 else:
-                    writer = writer or _video(target.with_suffix(".mp4"), first, frame)
+                    writer = writer or _video(target.with_name(f"{target.name}.mp4"), first, frame)
                     writer.write(picture[:, :, ::-1].copy())
             yield from faces
         if writer is not None:
             writer.release()
         elif first is not None:
-            Image.fromarray(first).save(target.with_suffix(".png"))
+            Image.fromarray(first).save(target.with_name(f"{target.name}.png"))
 
 
 def _free(stem: str, taken: set[str]) -> str:
