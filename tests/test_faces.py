@@ -115,7 +115,34 @@ def test_frames_of_a_picture_an_animation_a_video_and_of_none_of_these(tmp_path:
     assert seen[-1].note.startswith("damaged from here on (")
 
 
-def test_folders_are_searched_and_what_is_no_picture_is_counted(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_no_video_and_a_photograph_with_a_preview_no_animation(tmp_path: Path) -> None:
+    noise, turned = RNG.integers(0, 256, (64, 48, 3), np.uint8), Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:2000])
+    Image.fromarray(noise[..., 0].astype(np.uint16)).save(tmp_path / "b.png")
+    for name, told in (("a.jpg", "not a readable picture (image file is trunc"), ("b.png", "has more than 8 bits")):
+        (none,) = frames(tmp_path / name)
+        assert (none.pixels, none.note[: len(told)]) == (None, told)
+    preview = [Image.fromarray(noise[:8, :8])]
+    Image.fromarray(noise).save(tmp_path / "c.jpg", "MPO", save_all=True, append_images=preview, exif=turned)
+    (photo,) = frames(tmp_path / "c.jpg")
+    assert (photo.seconds, np.shape(photo.pixels)) == (None, (48, 64, 3))
+
+
+def test_a_video_that_ends_before_its_time_says_so(tmp_path: Path) -> None:
+    clip = save_video(tmp_path / "a.avi", [RNG.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(30)])
+    whole = list(frames(clip))
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    *seen, last = frames(clip)
+    assert (len(whole), {frame.note for frame in (*whole, *seen)}) == (30, {""})
+    assert (last.number, last.pixels, last.note) == (len(seen), None, "ends here, but should have 30 frames: damaged")
+    assert 5 < len(seen) < 25
+
+
+def test_folders_are_searched_and_what_is_no_picture_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("b/2.JPG", "b/1.png", "b/notes.txt", ".hidden/3.png", "__MACOSX/4.png", "a.mp4"):
         change(tmp_path, name, str)
     assert files([tmp_path]) == ([tmp_path / "a.mp4", tmp_path / "b/1.png", tmp_path / "b/2.JPG"], 1)

@@ -1,5 +1,6 @@
 """Expressions in files: pictures, animations and videos, row by row as they come, in bounded memory."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from fer.data.found import printable
 from fer.errors import UserError, first_line
@@ -19,6 +20,8 @@ from fer.predict import Predictor
 AT_ONCE = 64  # faces in one pass through the network
 HELD = 2**28  # bytes of pictures that wait for it at most, and one picture more
 NO_FACE = "no face"
+ANIMATED = ("GIF", "PNG", "WEBP")  # what has several pictures in another format is no animation
+ENOUGH = 0.9  # of the frames that a video says to have, which some only estimate
 PLACE = ("file", "frame", "seconds", "face", "left", "top", "width", "height", "score", "note")
 
 
@@ -65,28 +68,37 @@ class Found:
 
 
 def frames(path: Path) -> Iterator[Frame]:
-    """The pictures in a file. One that cannot be read is one frame without pixels, which says why."""
-    name = printable(str(path))
-    try:
-        animated = _animation(path)
-        if animated is None:
-            yield Frame(name, 0, None, read_picture(path))
-            return
-    except UserError as error:
-        yield from _video(path, str(error).removeprefix(f"{path}: "))
-        return
-    yield from animated
+    """The pictures in a file. One that cannot be read is one frame without pixels, which says why.
+
+    Of a photograph that comes with a preview, or a TIFF of several pages, it is the first picture.
+    """
+    match _kind(path):
+        case "animation":
+            yield from _animated(path)
+        case "picture":
+            yield _still(path)
+        case _:
+            yield from _video(path)
 
 
-def _animation(path: Path) -> Iterator[Frame] | None:
-    """The frames of an animated GIF, PNG or WebP; None for any other file."""
+def _kind(path: Path) -> str:
+    """By its content: animation, picture (if only a damaged one), or, if it is none of these, perhaps a video."""
     try:
         with Image.open(path) as image:
-            if not getattr(image, "is_animated", False):
-                return None
+            if image.format == "MPEG":  # Pillow knows these videos, but does not read them
+                return "video"
+            return "animation" if image.format in ANIMATED and getattr(image, "is_animated", False) else "picture"
+    except UnidentifiedImageError:
+        return "video"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # `read_picture` says why
-    return _animated(path)
+        return "picture"  # `read_picture` says what is wrong
+
+
+def _still(path: Path) -> Frame:
+    try:
+        return Frame(printable(str(path)), 0, None, read_picture(path))
+    except UserError as error:
+        return Frame(printable(str(path)), 0, None, None, str(error).removeprefix(f"{path}: "))
 
 
 def _animated(path: Path) -> Iterator[Frame]:
@@ -100,22 +112,25 @@ def _animated(path: Path) -> Iterator[Frame]:
         yield Frame(name, number, seconds, None, f"damaged from here on ({first_line(error)})")
 
 
-def _video(path: Path, otherwise: str) -> Iterator[Frame]:
-    """The frames of a video; one without pixels if it is none."""
+def _video(path: Path) -> Iterator[Frame]:
+    """The frames of a video; one without pixels if it is none, or at the end of one that has not all its frames."""
+    name = printable(str(path))
     try:
         import cv2
     except ImportError:
-        yield Frame(printable(str(path)), 0, None, None, otherwise)
+        yield Frame(
+            name, 0, None, None, "not a readable picture; videos need OpenCV (pip install 'fer-pipeline[faces]')"
+        )
         return
-    name, found = printable(str(path)), False
-    capture = cv2.VideoCapture(str(path)) if path.is_file() else None
-    if capture is not None:
-        rate, of = capture.get(cv2.CAP_PROP_FPS) or 25.0, max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        for number, pixels in enumerate(_read(capture)):
-            found = True
-            yield Frame(name, number, number / rate, pixels, of=of)
-    if not found:
-        yield Frame(name, 0, None, None, otherwise)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # nothing on stderr: the rows say what is damaged
+    capture, number = cv2.VideoCapture(str(path)), -1
+    rate, of = capture.get(cv2.CAP_PROP_FPS) or 25.0, max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    for number, pixels in enumerate(_read(capture)):
+        yield Frame(name, number, number / rate, pixels, of=of)
+    if number < 0:
+        yield Frame(name, 0, None, None, "not a readable picture or video")
+    elif number + 1 < ENOUGH * of:
+        yield Frame(name, number + 1, (number + 1) / rate, None, f"ends here, but should have {of} frames: damaged", of)
 
 
 def camera(source: str, stopped: Callable[[], bool]) -> Iterator[Frame]:
