@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -533,6 +534,8 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
+    from PIL import Image
+
     from fer.faces import annotate, detect
     from fer.faces import predict as faces_in
     from fer.faces import smooth as smoothing
@@ -543,14 +546,16 @@ def predict(
     _check_target("--out", out, (".csv", ".parquet"))
     finders = {"--cropped": cropped, "--boxes": boxes, "--yunet": yunet}
     predicting.check(paths, camera, finders, {"--min-face": min_face, "--margin": margin})
-    if annotated is not None:
-        annotated.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is read all the same
     with predicting.until_ctrl_c(camera is not None) as stopped:
         files = _files(paths or [])
+        predicting.check_written(files, annotated, boxes, out)
         live = None if camera is None else faces_in.camera(camera, stopped)
         own = None if boxes is None else Boxes(boxes, files)
         detector = own or (None if cropped else detect.build_detector(yunet, min_face))
         predictor = Predictor(_model(run), device)
+        if annotated is not None:
+            annotated.mkdir(parents=True, exist_ok=True)
         if live is not None and not console.is_terminal:
             console.print(f"Reading camera {camera} until Ctrl-C", style="dim", highlight=False)
         with Progress(*_SO_FAR, console=console, transient=True) as bar:

@@ -1,6 +1,7 @@
 """`fer predict`: which model, which files, and the table that is written row by row."""
 
 import csv
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,14 @@ def check(paths: list[Path] | None, camera: str | None, finders: dict[str, Any],
         raise UserError("--boxes: is for files, not for a camera; leave it out")
 
 
+def check_written(files: list[Path], annotated: Path | None, boxes: Path | None, out: Path) -> None:
+    """Raises UserError if what is written would replace what is read."""
+    if annotated is not None and annotated.resolve() in {file.resolve().parent for file in files}:
+        raise UserError(f"--annotated {annotated}: holds the pictures themselves; name another folder")
+    if boxes is not None and boxes.resolve() == out.resolve():
+        raise UserError(f"--out {out}: is the table of --boxes; name another file")
+
+
 @contextmanager
 def until_ctrl_c(wanted: bool) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed, in which case what has begun is finished first; a second one ends at once.
@@ -62,7 +71,8 @@ def until_ctrl_c(wanted: bool) -> Iterator[Callable[[], bool]]:
 def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """The pictures and videos that `paths` name or contain, and how many other files their folders hold.
 
-    Hidden files are left out. Raises UserError for a path that does not exist, and if there is nothing to predict.
+    Hidden files are left out. Raises UserError for a path that does not exist, a folder that cannot be read, and if
+    there is nothing to predict.
     """
     known = set(Image.registered_extensions()) | VIDEOS
     found: list[Path] = []
@@ -75,13 +85,20 @@ def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = [one for one in sorted(path.rglob("*")) if one.is_file() and not _hidden(one.relative_to(path))]
+        inside = [one for one in sorted(_every(path)) if one.is_file() and not _hidden(one.relative_to(path))]
         chosen = [one for one in inside if one.suffix.lower() in known]
         found += chosen
         others += len(inside) - len(chosen)
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no picture or video there")
     return found, others
+
+
+def _every(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:  # else `walk` goes on without that folder
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    return (Path(inside, name) for inside, _, names in os.walk(folder, onerror=refuse) for name in names)
 
 
 def _hidden(path: Path) -> bool:

@@ -150,6 +150,11 @@ def test_folders_are_searched_and_what_is_no_picture_is_counted(
     change(tmp_path, "b/[12].*", None)
     for name, told in (("c", "/c: not found"), ("b", "/b: ")):
         tells(tmp_path, told, files, [tmp_path / name])
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        Path("x" * 250).mkdir()
+        monkeypatch.chdir("x" * 250)
+    assert refusal(files, [tmp_path]).endswith(": cannot be read (File name too long)")
 
 
 # Predictions
@@ -370,6 +375,8 @@ def test_the_command_follows_faces_in_a_video_and_before_a_camera(
         ([clip, "--cropped", "--margin", "1.2"], "--margin: has no effect with --cropped; leave it out"),
         ([clip, "--cropped", "--boxes", "own.csv"], "--cropped: says where the faces are, and so does --boxes"),
         (["--camera", "0", "--boxes", "own.csv"], "--boxes: is for files, not for a camera"),
+        ([clip, "--annotated", "."], "--annotated .: holds the pictures themselves; name another folder"),
+        ([clip, "--boxes", "own.csv", "--out", "own.csv"], "--out own.csv: is the table of --boxes; name another file"),
         (["--camera", "97"], "--camera 97: no camera there that can be opened; give its number, such as 0"),
     ):
         done = here("predict", *words)
