@@ -10,6 +10,7 @@ from conftest import ROOT
 
 PATHS = sorted([*ROOT.glob("fer/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
+COMMANDS = {name for name in MODULES if name.startswith("pipelines.commands.")}
 # framework -> the modules that import it, at whatever place
 OWNERS = {
     "prefect": {"pipelines.flow", "pipelines.flow_page"},
@@ -19,8 +20,7 @@ OWNERS = {
     "ruamel": {"pipelines.params"},
     "kagglehub": {"pipelines.stages.fetch"},
     "jinja2": {"pipelines.check_page", "pipelines.page"},
-    "typer": {"pipelines.cli"},
-    "rich": {"pipelines.cli"},
+    **{key: {"pipelines.cli", *COMMANDS} for key in ("rich", "typer")},
     **{key: {"pipelines.serving"} for key in ("fastapi", "prometheus_client", "starlette", "uvicorn")},
     **{key: set() for key in ("yaml", "dvc", "torchvision", "timm")},
 }
@@ -58,6 +58,10 @@ FLOORS = [
     {"tracking"},
     {"guard"},
     {"flow"},
+    {"commands.terminal"},
+    {"commands.champion", "commands.data", "commands.results"},
+    {"commands.training", "commands.using"},
+    {"commands.sweeping"},
     {"cli"},
 ]
 BESIDE = {"pipelines.sweeps.settings": {"pipelines.sweeps.space"}}  # on the same floor
@@ -128,7 +132,8 @@ def test_fer_imports_run_one_way() -> None:
 
 PIPELINES = [
     name for name in MODULES
-    if name.startswith("pipelines.") and not name.startswith("pipelines.stages") and name != "pipelines.sweeps"
+    if name.startswith("pipelines.") and not name.startswith("pipelines.stages")
+    and name not in ("pipelines.commands", "pipelines.sweeps")
 ]  # fmt: skip
 
 

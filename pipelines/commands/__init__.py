@@ -1,0 +1,1 @@
+"""The commands of `fer`, in groups; `pipelines.cli` puts them together."""

@@ -1,0 +1,286 @@
+"""`fer evaluate`, `fer ensemble` and `fer compare`; the tables of runs that other commands print, too."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Column, Table
+
+from fer.errors import UserError
+from fer.files import held, write_bytes
+from fer.run_folder import data_name, read_summary
+from pipelines.commands.terminal import (
+    RUNS,
+    check_target,
+    console,
+    data_of,
+    doing,
+    find_run,
+    find_runs,
+    percents,
+    table_of,
+    with_torch,
+)
+
+
+@with_torch
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run id, or its first characters.")],
+    on: Annotated[
+        str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set, here or prepared by another project.")
+    ] = None,
+) -> None:
+    """Show a finished run's results on val and test, class by class; with --on, on the test split of other data."""
+    if on is None:
+        _evaluate(run)
+    else:
+        _evaluate_on(run, on)
+
+
+def _evaluate(run: str) -> None:
+    from fer.data.dataset import open_data
+    from fer.evaluate import evaluate as evaluate_run
+    from fer.evaluate import outdated
+    from pipelines.params import load
+
+    folder = find_run(run)
+    before, data = read_summary(folder), data_of(folder)
+    if before is not None and (again := outdated(before, open_data(data))):
+        console.print(f"{folder.name}: {again}", style="yellow")
+    with doing(f"Evaluating {folder.name}"):
+        summary = evaluate_run(folder, data, load().resources)
+    print_table([summary])
+    table = Table("class", "test images", "recall %", "most often mistaken for", title="Test, class by class")
+    confusion = summary["test"]["confusion"]
+    for index, name in enumerate(summary["classes"]):
+        line, recall = confusion[index], summary["test"]["recall"][index]
+        wrong = max((count, other) for other, count in enumerate(line) if other != index)
+        taken = f"{summary['classes'][wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
+        table.add_row(name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken)
+    console.print(table)
+    console.print(f"Predictions, confusion matrix, checkpoint: [bold]{folder}[/]")
+
+
+def _evaluate_on(run: str, on: str) -> None:
+    from fer.across import evaluate_across, result_of
+    from pipelines import data_sets, report
+    from pipelines.params import load
+
+    folder, params = find_run(run), load()
+    other = Path(on) if Path(on).is_dir() else data_sets.folder_of(params, on, "--on")
+    with held(folder):
+        with doing(f"Evaluating {folder.name} on {on}"):
+            result = evaluate_across(folder, other, params.resources.device)
+        rows = report.across_rows(result)
+        table = table_of(f"{folder.name} on {result['dataset']}", *list(rows[0])[1:])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table)
+        console.print(report.across_note(result), highlight=False, markup=False)
+        path = result_of(folder, result["dataset"], result["hash"])
+        console.print(f"Predictions, confusion matrices: [bold]{path.with_suffix('.*')}[/]")
+        with doing("Recording it in MLflow"):
+            from pipelines.tracking import Tracker
+
+            tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+            tracker.record_across(folder, result, [path, path.with_suffix(".csv")])
+
+
+@with_torch
+def ensemble(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run ids, or the start of several ids.")],
+    mirror: Annotated[bool, typer.Option("--mirror", help="Each network also sees the mirrored face.")] = False,
+) -> None:
+    """Average finished runs into one, which is evaluated, recorded and registered like any other.
+
+    Its shares of the networks are fitted on val.
+    """
+    from fer.ensemble import combine
+    from pipelines.params import load
+
+    chosen = [folder for word in runs for folder in find_runs(word)]
+    if twice := {folder.name for folder in chosen if chosen.count(folder) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))}: named twice; give more of the other ids")
+    params = load()
+    with doing(f"Averaging {', '.join(folder.name for folder in chosen)} ..."):
+        folder = combine(chosen, data_of(chosen[0]), params.resources, mirror)
+    _record_made(folder, params)
+    found = [summary for one in (*chosen, folder) if (summary := read_summary(one)) is not None]
+    print_table(found)
+
+
+def _record_made(folder: Path, params: Any) -> None:
+    """Record a run in MLflow that was made in one go, not trained."""
+    from fer.data.dataset import open_data
+    from fer.formats import read_run
+    from fer.run_folder import CONFIG, read_config
+    from pipelines.experiments import Job
+
+    with doing("Recording and registering it"):
+        from pipelines.tracking import Tracker
+
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
+        if tracker.recorded(folder):
+            return
+        content, data = read_config(folder), open_data(data_of(folder))
+        run = read_run(content, folder / CONFIG)
+        job = Job(content["name"], run, params.resources, data.folder, folder, content["start"])
+        with tracker.record(job, {**data.summary, "hash": data.hash}):
+            pass
+
+
+@with_torch
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Run ids, or the start of several ids that differ in their seed alone; all if none.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write all of it, with charts, as one page of HTML.")
+    ] = None,
+) -> None:
+    """Compare finished runs on the same test images, with intervals and tests; without names, list all of them."""
+    if runs:
+        _compare_pairs(runs, report)
+    elif report:
+        raise UserError(f"--report {report}: name the runs to compare, `fer compare RUN RUN --report {report}`")
+    else:
+        _compare_all()
+
+
+def _compare_pairs(words: list[str], report: Path | None) -> None:
+    from fer.data.dataset import open_data
+    from pipelines import comparison
+
+    if report is not None:
+        check_target("--report", report, (".html", ".htm"))
+    sides = [comparison.side(word, RUNS) for word in words]
+    print_table([summary for side in sides for summary in side.summaries])
+    try:
+        data = open_data(data_of(sides[0].folders[0]))
+    except UserError as error:
+        data = None
+        console.print(f"Copies of a photograph count as images of their own: {error}", style="yellow")
+    with console.status("Comparing"):
+        found = [side.scores() for side in sides]
+    scores = table_of("mean over seeds", *found[0])
+    for side, values in zip(sides, found):
+        scores.add_row(side.name, *(f"{value:.4f}" for value in values.values()))
+    console.print(scores)
+    recalls = table_of("recall %, 95 %", *(side.name for side in sides))
+    for name, row in zip(sides[0].classes, zip(*(side.recalls() for side in sides))):
+        recalls.add_row(name, *(percents(recall) for recall in row))
+    console.print(recalls)
+    with console.status("Comparing"):
+        pairs = comparison.pairs(sides, data)
+    if pairs:
+        _print_pairs(pairs)
+    if report is not None:
+        from pipelines.page import compared
+
+        write_bytes(report, compared(sides, pairs).encode())
+        console.print(f"[bold]{report}[/]", soft_wrap=True)
+        _attach(report, [folder for side in sides for folder in side.folders])
+
+
+def _attach(page: Path, folders: list[Path]) -> None:
+    """Log a page to the runs that it compares, in MLflow."""
+    from pipelines.params import load
+    from pipelines.store import is_missing, tracking_uri
+
+    tracking = load().tracking
+    if is_missing(tracking_uri(tracking.uri)):
+        return
+    with doing("Logging it to the runs in MLflow"):
+        from pipelines.tracking import Tracker
+
+        known = Tracker(tracking.uri, tracking.experiment).attach(page, folders)
+    console.print(
+        f"MLflow: artifact compare/{page.name} of {known} of {len(folders)} runs", style="dim", highlight=False
+    )
+
+
+def _print_pairs(pairs: list[Any]) -> None:
+    from pipelines.comparison import verdicts
+
+    table = table_of("difference, 95 %", "accuracy", "UAR", "differ on", "p")
+    for pair in pairs:
+        p = "-" if pair.p is None else f"{pair.p:.2g} ({pair.test})"
+        gaps = (percents(gap, sign="+") for gap in (pair.accuracy, pair.balanced_accuracy))
+        table.add_row(f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p)
+    console.print(table)
+    for line in verdicts(pairs):
+        console.print(line, highlight=False)
+
+
+def _compare_all() -> None:
+    from fer.data.datasets import DATASETS
+    from fer.formats import format_of
+    from fer.run import FORMAT
+    from pipelines import folds, report
+
+    damaged: list[str] = []
+    summaries = report.summaries(RUNS.glob("*"), damaged)
+    summaries = [summary for summary in summaries if "fold" not in summary["data"]]
+    sums = folds.sums(damaged)
+    print_folds(sums)
+    if not summaries and not damaged and not sums:
+        raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
+    by_data: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        by_data.setdefault(summary["data_hash"], []).append(summary)
+    for data_hash, group in by_data.items():
+        data = group[0]["data"]
+        title = f"{data_name(data)}, {data.get('label_mode', '')} labels, data {data_hash}"
+        print_table(group, title=title + ("" if format_of(group[0]) == FORMAT else f", format {format_of(group[0])}"))
+        row = DATASETS.get(data["dataset"])
+        if row is not None and row.published:
+            title = f"Published on this data set ({row.protocol})"
+            table = Table("published", "test accuracy", "starts from", title=title)
+            for name, accuracy, start in row.published:
+                table.add_row(name, f"{accuracy:.2f}", start)
+            console.print(table)
+    if damaged:
+        raise UserError(*damaged)
+
+
+def print_table(summaries: list[dict[str, Any]], title: str | None = None) -> None:
+    """A row for each finished run."""
+    from pipelines import report
+
+    first, *others = report.COLUMNS
+    columns = [Column(first, no_wrap=True), *(Column(other, justify="right", no_wrap=True) for other in others)]
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for summary in summaries:
+        table.add_row(*report.row(summary).values())
+    console.print(table)
+    console.print(report.LEGEND, style="dim")
+
+
+def print_folds(sums: list[dict[str, Any]]) -> None:
+    """A row for each cross-validation."""
+    from pipelines import report
+
+    rows = [report.folds_row(one) for one in sums]
+    if rows:
+        table = table_of(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table)
+        console.print(report.FOLDS_LEGEND, style="dim")
+
+
+def print_champions(tracker: Any, runs: list[str]) -> None:
+    """The champions, and why which of the `runs` did not become one."""
+    with tracker.in_one_line():
+        for name, tags in tracker.registry.champions().items():
+            accuracy = 100 * float(tags.get("val_accuracy", "nan"))
+            run = tags.get("fer.run_id", "of another origin")
+            console.print(f"models:/{name}@champion: version {tags['version']}, {run}, val {accuracy:.2f} %")
+            for record in tracker.registry.history(name):
+                if record.run in runs and record.champion != record.version:
+                    console.print(f"{record.run}: version {record.version}, {record.reason}", style="dim")
