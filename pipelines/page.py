@@ -38,7 +38,7 @@ class Axis:
         unit = 10.0 ** np.floor(np.log10(raw))
         step = unit * next(each for each in (1, 2, 5, 10) if each * unit >= raw * 0.999)
         values = np.arange(np.ceil(self.low / step), np.floor(self.high / step + 1e-9) + 1) * step
-        return [(self(value), f"{value:g}") for value in np.round(values, 9)]
+        return [(self(value), f"{value:g}") for value in np.round(values, 9) + 0.0]  # no -0
 
 
 def compared(sides: Sequence[Side], pairs: Sequence[Pair]) -> str:
@@ -88,7 +88,7 @@ def _whiskers(rows: Sequence[tuple[str, Sequence[tuple[Interval, str, str]]]], z
             )
         y += height
     lines = [_line(x, top, x, y) + _text(x, y + 15, shown) for x, shown in axis.ticks()]
-    lines += [_line(axis(0), top, axis(0), y, "#333")] if zero else []
+    lines += [_line(axis(0), top, axis(0), y, "currentColor")] if zero else []
     return _svg([*lines, *parts], y + 22)
 
 
@@ -97,7 +97,7 @@ def _gaps(pairs: Sequence[Pair]) -> list[tuple[str, Markup]]:
     found = []
     for pair in pairs:
         what = {"accuracy": pair.accuracy, "UAR": pair.balanced_accuracy}
-        rows = [(f"{name} {100 * gap.value:+.2f}", [(gap, "#222", name)]) for name, gap in what.items()]
+        rows = [(f"{name} {100 * gap.value:+.2f}", [(gap, "currentColor", name)]) for name, gap in what.items()]
         found.append((f"{pair.one.name} minus {pair.other.name}", _whiskers(rows, zero=True)))
     return found
 
@@ -166,7 +166,7 @@ def _confusion(side: Side) -> Markup:
         total = max(1, line.sum())
         for predicted, count in enumerate(line):
             share, x, y = count / total, left + cell * predicted, top + cell * label
-            dark = "#fff" if share > 0.5 else "#222"
+            dark = "#fff" if share > 0.5 else "currentColor"
             parts.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{cell - 1:.1f}" fill="#0072b2" '
                 f'fill-opacity="{0.05 + 0.95 * share:.2f}"><title>{_safe(side.classes[label])} as '
@@ -187,7 +187,10 @@ def _reliability(side: Side, colour: str) -> Markup:
     axis, up = Axis(0, 100, 44, WIDTH - 28), Axis(0, 100, 316, 26)
     parts = [_line(44, at, WIDTH - 28, at) + _text(38, at + 4, shown, "end") for at, shown in up.ticks()]
     parts += [_line(at, 26, at, 316) + _text(at, 332, shown) for at, shown in axis.ticks()]
-    parts += [_line(axis(0), up(0), axis(100), up(100), "#333"), _text((44 + WIDTH) / 2, 348, "confidence in %")]
+    parts += [
+        _line(axis(0), up(0), axis(100), up(100), "currentColor"),
+        _text((44 + WIDTH) / 2, 348, "confidence in %"),
+    ]
     points = []
     for place in np.unique(bins):
         rows = bins == place
@@ -232,11 +235,11 @@ def _svg(parts: Sequence[str], height: float) -> Markup:
     return Markup(f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img">' + "".join(parts) + "</svg>")
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", fill: str = "#222", size: int = 12) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "middle", fill: str = "currentColor", size: int = 12) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" font-size="{size}">{_safe(text)}</text>'
 
 
-def _line(x: float, y: float, to_x: float, to_y: float, colour: str = "#ddd") -> str:
+def _line(x: float, y: float, to_x: float, to_y: float, colour: str = "var(--line)") -> str:
     return f'<path d="M{x} {y}L{to_x} {to_y}" stroke="{colour}"/>'
 
 
@@ -246,15 +249,19 @@ TEMPLATE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
+<meta name="color-scheme" content="light dark">
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1320px; margin: 0 auto; padding: 12px 16px }
+:root { --ink: #222; --soft: #555; --line: #ddd; --back: #fff }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adbb; --line: #39414d; --back: #14181e } }
+body { color: var(--ink); background: var(--back); font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 1320px; margin: 0 auto; padding: 12px 16px }
 h1 { font-size: 1.35rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 h3 { font-size: .95rem; margin: .4rem 0; overflow-wrap: anywhere } p { margin: .3rem 0 }
-.note { color: #555; font-size: .87rem; max-width: 75ch } .verdict { font-size: 1.05rem; font-weight: 600 }
+.note { color: var(--soft); font-size: .87rem; max-width: 75ch } .verdict { font-size: 1.05rem; font-weight: 600 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 8px 32px }
 .wide { overflow-x: auto } svg { width: 100%; max-width: 560px; height: auto; display: block; font-size: 12px }
 table { border-collapse: collapse; font-size: .87rem; white-space: nowrap }
-th, td { padding: 2px 12px 2px 0; text-align: right; border-bottom: 1px solid #e5e5e5 }
+th, td { padding: 2px 12px 2px 0; text-align: right; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child, .words td, .words th { text-align: left }
 i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .35em }
 .key span { display: inline-block; margin-right: 1.4em; overflow-wrap: anywhere }

@@ -65,6 +65,8 @@ def test_a_page_needs_nothing_beside_it_and_tells_what_the_predictions_tell(runs
     assert {"script", "img", "link", "iframe"}.isdisjoint(page.tags)
     assert {"src", "href", "onload"}.isdisjoint(page.attributes)
     assert "url(" not in html
+    assert "0" in page.texts
+    assert "-0" not in page.texts  # of an axis from less than 0
     assert "<script>x.png" in page.texts  # as a text, not as an element
     alone = [(ONE & ~OTHER).sum(), (OTHER & ~ONE).sum()]
     both = f"Both are right on {(ONE & OTHER).sum()} images and both wrong on {(~ONE & ~OTHER).sum()}."
