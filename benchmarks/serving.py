@@ -119,13 +119,23 @@ def metric(port: int, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
+def memory(port: int, picture: tuple[str, bytes], requests: int) -> list[float]:
+    """MiB that the server holds at first, and after each fifth of so many more requests from 8 clients."""
+    first, held = metric(port, "fer_requests_total"), [metric(port, "process_resident_memory_bytes") / 2**20]
+    for fifth in range(1, 6):
+        while metric(port, "fer_requests_total") < first + fifth * requests / 5:
+            load(port, picture, 8, _after(3))
+        held.append(metric(port, "process_resident_memory_bytes") / 2**20)
+    return held
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run id, or the folder of a run or a checkpoint")
     parser.add_argument("--port", type=int, default=8098, help="and the one after it")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each figure")
-    parser.add_argument("--requests", type=int, default=5000, help="between the two looks at the memory")
+    parser.add_argument("--requests", type=int, default=5000, help="of cropped faces, while the memory is looked at")
     asked = parser.parse_args()
     sent, words = pictures(), ["--run", asked.run]
     print(f"{machine(torch.device('cpu'))}\n\n| sent | batching | clients | requests/s | p50, ms | p95, ms |")  # noqa: T201
@@ -136,13 +146,9 @@ def main() -> None:
                 for batching, port in (("on", asked.port), ("off", asked.port + 1)):
                     row = measured(port, picture, clients, asked.seconds)
                     print(f"| {what} | {batching} | {clients} | {row} |", flush=True)  # noqa: T201
-        memory = [metric(asked.port, "process_resident_memory_bytes") / 2**20]
-        until = metric(asked.port, "fer_requests_total") + asked.requests
-        while metric(asked.port, "fer_requests_total") < until:
-            for picture in sent.values():
-                load(asked.port, picture, 8, _after(3))
-            memory.append(metric(asked.port, "process_resident_memory_bytes") / 2**20)
-        print(f"memory: {memory[0]:.0f} MiB, after {asked.requests} more requests {memory[-1]:.0f}")  # noqa: T201
+        start, held = time.perf_counter(), memory(asked.port, sent["cropped face"], asked.requests)
+        over = f"{asked.requests:,} requests in {(time.perf_counter() - start) / 60:.0f} min"
+        print(f"memory over {over}: {', '.join(f'{one:.0f}' for one in held)} MiB", flush=True)  # noqa: T201
         threading.Timer(2, process.send_signal, (signal.SIGTERM,)).start()
         seconds, others = load(asked.port, sent["photograph"], 32, threading.Event())
     counts = {what: others.count(what) for what in sorted(set(others))}
