@@ -73,7 +73,7 @@ class Faces:
         if abs(height * wanted_width / (width * wanted_height) - 1) > SKEWED:
             raise UserError(
                 f"images: {width}x{height} pixels, but the model was trained on faces of {shown}: "
-                f"crop them to that shape; wanted: {LAYOUTS}"
+                "crop them to that shape"
             )
         interpolate = METHODS[self.method].interpolate
         if interpolate is None:
@@ -154,7 +154,8 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
             upright = image if turned is None else image.transpose(turned)
             if upright.mode == "P" and "transparency" in upright.info:
                 upright = upright.convert("RGBA")  # else Pillow warns
-            return np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
+            mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
+            return np.asarray(upright if upright.mode == mode else upright.convert(mode))  # `convert` copies
     except UnidentifiedImageError:
         known = f"none of {', '.join(formats)}" if formats else "its format is unknown"
         raise UserError(f"{name}: not a readable picture ({known})") from None

@@ -133,7 +133,7 @@ def unfinished(folder: Path, to: Path) -> Path:
         (lambda _, to: made(to, classes=list("12345678")),
          "DATA: holds no test image of a class of the run: classes 1, 2, 3, 4, 5, 6, 7, 8; of the run: neutral,"),
         (lambda _, to: made(to, lambda images: images[:, :, :12]),
-         "DATA: images: 12x16 pixels, but the model was trained on faces of 16x16 pixels: crop them to that shape;"),
+         "DATA: images: 12x16 pixels, but the model was trained on faces of 16x16 pixels: crop them to that shape"),
         (unfinished, "RUN: is not finished; run `fer evaluate x-"),
         (damaged, "RUN/on/other-HASH.json: run_id: missing; delete it and run the command again"),
     ],

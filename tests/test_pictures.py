@@ -68,7 +68,11 @@ BY_DIC = (
             f"shape [5, 3, 48, 48]; {WANTED}: move the channels last with images.trans",
         ),
         (COLOUR, np.zeros((48, 48, 4), np.uint8), f"shape [1, 48, 48, 4]; {WANTED}"),
-        (GREY, FACES.reshape(5, 2304), "2304x5 pixels, but the model was trained on faces of 48x48 pixels: crop them"),
+        (
+            GREY,
+            FACES.reshape(5, 2304),
+            "2304x5 pixels, but the model was trained on faces of 48x48 pixels: crop them to that shape",
+        ),
         (GREY, [FACES], "one item of the list has shape [5, 48, 48]; wanted: [H, W] or [H, W, 3]"),
         (Faces((48, 48), (384, 384), "dic", 8), FACES, BY_DIC),
     ],
