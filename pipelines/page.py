@@ -161,7 +161,7 @@ def _confusion(side: Side) -> Markup:
         middle = left + cell * (place + 0.5)
         parts.append(_text(left - 6, top + cell * (place + 0.5) + 4, name, "end"))
         turned = f'transform="rotate(-45 {middle:.1f} {top - 6})"'
-        parts.append(f'<text x="{middle:.1f}" y="{top - 6}" {turned}>{_safe(name)}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{top - 6}" fill="currentColor" {turned}>{_safe(name)}</text>')
     for label, line in enumerate(counts):
         total = max(1, line.sum())
         for predicted, count in enumerate(line):
