@@ -247,6 +247,7 @@ def test_the_champion_is_followed_and_one_that_does_not_load_leaves_the_old_one(
             (broken, "3", "", runs[1]),  # told once
             (runs[1], "2", f"{runs[1].name} answers", runs[1]),
             (runs[0], "4", f"{runs[0].name} answers", runs[0]),
+            (runs[0], "5", f"{runs[0].name} answers", runs[0]),  # registered anew
         ):
             champion.append((folder, version))
             told = models.look()
