@@ -184,5 +184,6 @@ def load(params: Params, name: str | None = None) -> Prepared:
         raise UserError(f"{path}: not found; copy one that is read in the same way to there, of {known}")
     recipe, faults = check(Recipe, read_yaml(path, f"restore it with `git checkout {path}`"))
     if recipe is None:
-        raise UserError(*(f"{path}: {fault}" for fault in faults))
+        remedy = {"missing": f"; copy it from another file in {FOLDER}"}
+        raise UserError(*(f"{path}: {fault}{remedy.get(fault.message, '')}" for fault in faults))
     return Prepared(name, Path(params.data[name]), recipe, params.super_resolution)

@@ -53,6 +53,7 @@ def test_every_reader_has_a_file_and_each_file_is_read(params: Params) -> None:
         ({"super_resolution__scale": 2}, "super_resolution.scale: must be 1, as method none keeps the size, got 2"),
         ({"super_resolution": {"method": "swin2sr", "scale": 3, "hub_id": None, "precision": "fp32"}},
          "super_resolution.scale: must be 2 or 4, as method swin2sr makes images larger by 2 or 4, got 3"),
+        ({"split": ...}, "split: missing; copy it from another file in datasets"),
         ({"path": "x"}, "path: unknown key; known: data, split, super_resolution"),
     ],
 )  # fmt: skip
@@ -65,6 +66,8 @@ def test_a_mistake_is_reported_once_where_it_stands(changes: dict[str, Any], mes
         for part in parents:
             table = table[part]
         table[last] = value
+        if value is ...:
+            del table[last]
     path.write_text(yaml_of(tree))
     assert refusal(load, load_params()) == f"{path}: {message}"
 
