@@ -72,10 +72,13 @@ def add(run: Path, row: str, kind: str, command: str, folder: Path = FOLDER) -> 
     pd.DataFrame([*others, entry], columns=COLUMNS).sort_values(["row", "seed"]).to_csv(path, index=False)
 
 
-def lines(folder: Path = FOLDER) -> list[str]:
-    """A table with a line for each row of the index: the mean over its seeds and their standard deviation."""
-    found = list(HEAD)
-    for row, part in index(folder).groupby("row", sort=False):
+def lines(folder: Path = FOLDER, group: str = "") -> list[str]:
+    """A table with a line for each row of the index: the mean over its seeds and their standard deviation.
+
+    Of a `group`, the text before ":" in its rows, or of all rows without one.
+    """
+    found, table = list(HEAD), index(folder)
+    for row, part in table[table["row"].map(_group) == group].groupby("row", sort=False):
         shown = " | ".join(_mean(part[name]) for name in ("val", *KEPT, "uar", "minutes"))
         found.append(f"| {row} | {len(part)} | {shown} | `{part['command'].iloc[0]}` |")
     return found
@@ -103,7 +106,7 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
     which takes one variance from all rows of the group. Every row needs two runs or more.
     """
     table = index(folder)
-    group = table[table["row"].str.partition(":")[0] == control.partition(":")[0]]
+    group = table[table["row"].map(_group) == _group(control)]
     rows = [row for row in dict.fromkeys(group["row"]) if row != control]
     found = [f"| {control} against | " + " | ".join(f"{name} | 95 % | p" for name in COMPARED) + " |"]
     found += [f"|{(1 + 3 * len(COMPARED)) * '---|'}"]
@@ -134,6 +137,10 @@ def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
     return found
 
 
+def _group(row: str) -> str:
+    return row.rpartition(":")[0]
+
+
 def _mean(values: pd.Series) -> str:
     spread = f" ± {values.std():.2f}" if len(values) > 1 and values.name != "minutes" else ""
     return f"{values.mean():.2f}{spread}" if values.name != "minutes" else f"{values.mean():.1f}"
@@ -158,7 +165,8 @@ def main() -> None:
         if row := getattr(asked, table.__name__):
             print("\n".join(table(row)))  # noqa: T201
             return
-    print("\n".join(lines()))  # noqa: T201
+    for group in dict.fromkeys(index()["row"].map(_group)):
+        print("\n".join([*lines(group=group), ""]))  # noqa: T201
 
 
 if __name__ == "__main__":
