@@ -19,7 +19,7 @@ INDEX = "index.csv"
 FIRST = 3  # of the classes among a file's columns: name, label, leaked, then a probability for each class
 KEPT = {"test": ["", "near", "train", "val"], "test_exact_unleaked": ["", "near"], "test_near_unleaked": [""]}
 COLUMNS = ["row", "kind", "seed", "run", "command", "minutes", "val", *KEPT, "uar"]
-COMPARED = ("test", "test_near_unleaked", "uar")
+COMPARED = {"test": "test", "test_near_unleaked": "unleaked", "uar": "UAR"}
 KINDS = ("scratch", "imagenet", "ensemble", "ablation")
 HEAD = ["| model | runs | val | test | exact | unleaked | UAR | minutes | command |", f"|{9 * '---|'}"]
 
@@ -108,7 +108,7 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
     table = index(folder)
     group = table[table["row"].map(_group) == _group(control)]
     rows = [row for row in dict.fromkeys(group["row"]) if row != control]
-    found = [f"| {control} against | " + " | ".join(f"{name} | 95 % | p" for name in COMPARED) + " |"]
+    found = [f"| {control} against | " + " | ".join(f"{name} | 95 % | p" for name in COMPARED.values()) + " |"]
     found += [f"|{(1 + 3 * len(COMPARED)) * '---|'}"]
     cells: dict[str, list[str]] = {row: [] for row in rows}
     for name in COMPARED:
