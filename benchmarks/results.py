@@ -75,7 +75,7 @@ def add(run: Path, row: str, kind: str, command: str, folder: Path = FOLDER) -> 
 def lines(folder: Path = FOLDER, group: str = "") -> list[str]:
     """A table with a line for each row of the index: the mean over its seeds and their standard deviation.
 
-    Of a `group`, the text before ":" in its rows, or of all rows without one.
+    Of a `group`, the text before ":" in its rows, or of the rows without one.
     """
     found, table = list(HEAD), index(folder)
     for row, part in table[table["row"].map(_group) == group].groupby("row", sort=False):
