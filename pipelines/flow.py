@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.futures import wait
 from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
@@ -161,8 +162,8 @@ def _starting() -> AbstractContextManager[None]:
 
 @contextmanager
 def _prefect_starting(wanted: bool) -> Iterator[None]:
-    """Let Prefect start its temporary server, which takes seconds, in parallel with the block."""
-    if not wanted:
+    """Let Prefect start its temporary server, which takes seconds, in parallel with the block; not if one is named."""
+    if not wanted or get_current_settings().api.url:
         yield
         return
     # in this thread: of two that import at the same time, one may see a half-initialized module

@@ -103,6 +103,12 @@ def repro(project: Path, *options: str) -> list[str]:
     return [stage.removesuffix("@sample") for stage in ran]
 
 
+def status(project: Path) -> dict[str, dict]:
+    """What `dvc status` finds changed of what each stage of the sample reads."""
+    found = json.loads(call(project, "dvc", "status", "--json"))
+    return {name.removesuffix("@sample"): changes[0]["changed deps"] for name, changes in found.items()}
+
+
 def commit(project: Path) -> None:
     call(project, "git", "add", "--all")
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -195,27 +201,27 @@ def test_two_fresh_runs_write_the_same_bytes(fresh: Path, built: Path, tmp_path:
 @slow
 @needs_dvc
 def test_a_change_reruns_what_it_concerns(project: Path) -> None:
-    before = outputs(project)
-    for file, expected in (
-        ("fer/data/labels.py", ["faces", "download", "split"]),
-        ("fer/super_resolution/new.py", ["upscale"]),
-        ("data/weights/super_resolution/DIC_HELEN.pth", ["upscale"]),
-        ("data/weights/super_resolution/README.md", []),
-        ("data/external/new.csv", []),  # of another data set
-        ("fer/data/sample.py", ["faces", "download"]),
-    ):
-        with open(project / file, "a") as changed:
-            changed.write("\n# a remark that changes no output, so later stages have nothing to do\n")
-        assert repro(project) == expected, file
-    assert outputs(project) == before
+    def remark(*files: str) -> None:
+        for file in files:
+            with open(project / file, "a") as changed:
+                changed.write("\n# a remark that changes no output, so later stages have nothing to do\n")
+
+    before, weights = outputs(project), "data/weights/super_resolution"
+    remark("fer/data/labels.py")
+    assert repro(project) == ["faces", "download", "split"]
+    remark("fer/super_resolution/new.py", f"{weights}/DIC_HELEN.pth", "fer/data/sample.py")
+    remark(f"{weights}/README.md", "data/external/new.csv")  # of no data set here
     set_params(project, "super_resolution.workers=2", "super_resolution.device=cpu", "tracking.experiment=other")
-    assert repro(project) == []
-    set_sample(project, "super_resolution.method=bicubic", "super_resolution.scale=2")
-    assert repro(project) == ["upscale", "split"]
+    own = {name: {"fer/data/sample.py": "modified"} for name in ("faces", "download")}
+    assert status(project) == {**own, "upscale": {"fer/super_resolution": "modified", weights: "modified"}}
+    assert repro(project) == ["faces", "download", "upscale"]
+    assert outputs(project) == before
+    sections = {"faces": "data", "download": "data", "upscale": "super_resolution", "split": "split"}
+    set_sample(project, "super_resolution.method=bicubic", "super_resolution.scale=2", "data.sample.seed=7")
     set_sample(project, "split.drop_leaked_train=exact")
-    assert repro(project) == ["split"]
-    set_sample(project, "data.sample.seed=7")
+    assert status(project) == {name: {"datasets/sample.yaml": {key: "modified"}} for name, key in sections.items()}
     assert repro(project) == STAGES
+    assert not before.items() & outputs(project).items()
 
 
 @slow

@@ -167,13 +167,13 @@ def test_no_fold_starts_from_another_run(recipes: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
-    recipes: Path, tmp_path: Path, ray_here: None, here: Callable
+    recipes: Path, tmp_path: Path, prefect_server: str, ray_here: None, here: Callable
 ) -> None:
     """Its sum is made once, recorded above the folds, and again where it is lost; no fold becomes a model."""
     data = pooled(recipes / DATA, PERSONS)
     run = experiment(recipes, "small", epochs=12, batch_size=4)
     words = "train", "small", "--folds", "3"
-    killed = start_fer(recipes, *words)
+    killed = start_fer(recipes, *words, PREFECT_API_URL=prefect_server)
     wait_for(lambda: len(found := epochs_done(recipes)) == 3 and all(found.values()))
     killed.kill()
     killed.communicate()
