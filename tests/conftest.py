@@ -54,15 +54,19 @@ def _own_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="session")
-def ferplus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The official FER+ folder layout, unpacked from FERPLUS_DIR once a session."""
+def unpacked(target: Path, *options: str) -> Path:
+    """The official FER+ folder layout in `target`, from FERPLUS_DIR."""
     source = os.environ.get("FERPLUS_DIR")
     if not source:
         pytest.skip("FERPLUS_DIR is not set: it names the folder with the real FER+ parquet files and unpack.py")
-    target = tmp_path_factory.mktemp("ferplus")
-    subprocess.run([sys.executable, Path(source) / "unpack.py", target], check=True, capture_output=True)
+    subprocess.run([sys.executable, Path(source) / "unpack.py", target, *options], check=True, capture_output=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def ferplus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it, unpacked once a session."""
+    return unpacked(tmp_path_factory.mktemp("ferplus"))
 
 
 @pytest.fixture(scope="session")
