@@ -136,6 +136,11 @@ def last_flow_run() -> tuple[str, set[str]]:
     return run.state.type.value, set(run.tags)
 
 
+def the_guard(command: subprocess.Popen) -> psutil.Process:
+    (found,) = (c for c in psutil.Process(command.pid).children() if "pipelines.guard" in c.cmdline())
+    return found
+
+
 @pytest.mark.timeout(900)  # four commands
 def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
     project: Path, tmp_path: Path, prefect_server: str, ray_here: None, here: Here
@@ -144,12 +149,13 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
 
     SIGTERM goes to all, as from Slurm and systemd: to Ray's processes, the guard, and Prefect's server of the command.
     """
-    last, at = 40, (0, 0)
+    last, at = 30, (0, 0)
     run = experiment(project, "small", epochs=last, batch_size=2)  # many short steps
     for number, everywhere in ((signal.SIGINT, False), (signal.SIGTERM, True)):
         running = start_fer(project, "train", "small", **({} if everywhere else {"PREFECT_API_URL": prefect_server}))
         folder = wait_for(lambda: next((project / "data/runs").glob("small-*"), None))
         wait_for(lambda at=at: reached(folder) > at)  # noqa: B023
+        guard = the_guard(running)
         for child in psutil.Process(running.pid).children(recursive=True) if everywhere else ():
             child.send_signal(number)
         running.send_signal(number)
@@ -164,6 +170,10 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
         assert at >= (before if everywhere else reached(folder))
         wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "KILLED")
         if not everywhere:
+            kept = (project / "mlflow.db").rename(project / "kept.db")  # a guard that looked at the runs would make one
+            psutil.wait_procs([guard])
+            assert not (project / "mlflow.db").exists()
+            kept.rename(project / "mlflow.db")
             wait_for(lambda: last_flow_run() == ("CANCELLED", {"small"}))
             assert not {"stop", "training"} & {path.name for path in folder.iterdir()}
 
@@ -355,7 +365,7 @@ def test_models_and_experiments_are_listed_with_what_they_are(project: Path, her
             "vit_se model.backbone.weights=a/b.safetensors",
             False,
             {},
-            "model.backbone.weights: cannot load 'a/b.safetensors': ",
+            "model.backbone.weights: cannot load 'a/b.safetensors': it names a file. Give a hub id ",
         ),
         ("doe", False, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "tracking.uri: no server answers at http:"),
         ("doe", True, {"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS: no cluster answers at 127.0.0.1:9 ("),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, epochs_done, experiment, free_port, recorded, start_fer, wait_for
+from conftest import ROOT, experiment, free_port, recorded, start_fer, wait_for
 
 from pipelines.processes import MARK, process_id
 
@@ -111,16 +111,3 @@ def test_three_commands_at_once_in_a_new_project(project: Path) -> None:
         _, errors = command.communicate()
         assert command.returncode == 0, errors
     assert recorded(project) == dict.fromkeys(names, ("FINISHED", [1, 2]))
-
-
-def test_after_ctrl_c_the_guard_leaves_without_a_look_at_the_runs_which_are_closed(project: Path) -> None:
-    experiment(project, "small", epochs=400)
-    command = start_fer(project, "train", "small")
-    wait_for(lambda: command.poll() is not None or epochs_done(project))
-    (guard,) = (child for child in psutil.Process(command.pid).children() if "pipelines.guard" in child.cmdline())
-    command.send_signal(signal.SIGINT)
-    command.communicate()
-    assert recorded(project)["small"][0] == "KILLED"
-    (project / "mlflow.db").rename(project / "kept.db")  # a guard that looked would make another
-    wait_for(lambda: not guard.is_running() or guard.status() == "zombie")
-    assert not (project / "mlflow.db").exists()

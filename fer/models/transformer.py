@@ -1,5 +1,6 @@
 """Backbones from transformers: ViT and DeiT, Swin, in named or custom sizes."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -133,6 +134,9 @@ class Transformer(nn.Module):
         pooler = {} if self.pool == "pooler" or not hasattr(self.network, "pooler") else {"add_pooling_layer": False}
         if self.network.config.model_type == "swin":
             pooler = {}  # its pooler is used, and has no weights
+        remedy = "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null"
+        if Path(source).suffix in (".safetensors", ".bin", ".pt", ".pth") and not Path(source).is_dir():
+            raise UserError(f"{key}: cannot load '{source}': it names a file. {remedy}")  # the hub is not worth asking
         try:
             theirs = AutoConfig.from_pretrained(source)
             _refuse_another(self.network.config, theirs, source, key)
@@ -147,10 +151,7 @@ class Transformer(nn.Module):
             )
         except HUB_ERRORS as error:
             reason = str(error).splitlines()[0].rstrip(".:")
-            raise UserError(
-                f"{key}: cannot load '{source}': {reason}. "
-                "Give a hub id that can be reached, a local folder with config.json and model.safetensors, or null"
-            ) from None
+            raise UserError(f"{key}: cannot load '{source}': {reason}. {remedy}") from None
         if wrong := misfit(report):
             raise UserError(
                 f"{key}: '{source}' does not fit: {wrong}; "
