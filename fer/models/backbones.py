@@ -96,7 +96,7 @@ def _named(family: type[Backbone], name: str, **settings: Any) -> type[Backbone]
         fields[key] = (hints[key], Field(value, description=family.model_fields[key].description))
     kind = create_model(
         f"{family.__name__}_{name}", __base__=family, __doc__=family.__doc__, __module__=__name__,
-        # it has no source, which pydantic would look for through every loaded module, 0.2 s for each network
+        # it has no source, which pydantic would look for through every loaded module
         __cls_kwargs__={"use_attribute_docstrings": False}, **fields,
     )  # fmt: skip
     globals()[kind.__name__] = kind  # where pickle looks for it
