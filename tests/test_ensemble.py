@@ -141,7 +141,8 @@ def test_colour_images_stay_colour(tmp_path: Path) -> None:
     np.save(path, np.stack([images, images // 2, 255 - images], -1))
     made = {"images_sha256": sha256(path), "image_shape": [16, 16, 3]}
     change(data, "splits/summary.json", lambda text: json.dumps({**json.loads(text), **made}))
-    folder = finished(data, tmp_path / "runs", **{**OTHER, "input": {"image_size": 16, "channels": 3}, "precision": "fp32"})
+    keys = {**OTHER, "input": {"image_size": 16, "channels": 3}, "precision": "fp32"}
+    folder = finished(data, tmp_path / "runs", **keys)
     whole, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
     alone = raw(folder, faces, Predictor(whole).run.model.members[0].temperature)
     np.testing.assert_allclose(Predictor(whole).probabilities(faces), alone, atol=2e-6)
