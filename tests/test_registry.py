@@ -20,7 +20,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models.model import ModelInfo
 
+from pipelines.commands.results import print_champions
 from pipelines.registry import Registry
+from pipelines.tracking import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -235,6 +237,18 @@ def test_the_commands(project: Path, empty_store: Path, here: Callable[..., subp
     missing = here("rollback", "--dataset", "rafdb")
     told = "error: models:/fer-rafdb: no such model; known: fer-sample; `fer train` records one\n"
     assert (missing.returncode, missing.stderr) == (2, told)
+
+
+def test_after_training_the_champions_of_that_data_are_shown(
+    sqlite: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    made, tracker = prepare(sqlite, tmp_path), Tracker(sqlite, "fer")
+    for name, run, accuracy in (("fer-x", "a-s1", 0.6), ("fer-y", "b-s1", 0.7), ("fer-x", "c-s1", 0.5)):
+        record(tracker.registry, name, *made, accuracy, run)
+    print_champions(tracker, ["c-s1"])
+    champion, other = capsys.readouterr().out.splitlines()
+    assert champion == "models:/fer-x@champion: version 1, a-s1, val 60.00 %"
+    assert other.startswith("c-s1: version 2, 10.00 points below version 1")
 
 
 @pytest.mark.soak

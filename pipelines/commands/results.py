@@ -275,12 +275,15 @@ def print_folds(sums: list[dict[str, Any]]) -> None:
 
 
 def print_champions(tracker: Any, runs: list[str]) -> None:
-    """The champions, and why which of the `runs` did not become one."""
+    """The champions of the data that the `runs` were trained on, and why which of them did not become one."""
     with tracker.in_one_line():
         for name, tags in tracker.registry.champions().items():
+            decided = [record for record in tracker.registry.history(name) if record.run in runs]
+            if not decided:
+                continue
             accuracy = 100 * float(tags.get("val_accuracy", "nan"))
             run = tags.get("fer.run_id", "of another origin")
             console.print(f"models:/{name}@champion: version {tags['version']}, {run}, val {accuracy:.2f} %")
-            for record in tracker.registry.history(name):
-                if record.run in runs and record.champion != record.version:
+            for record in decided:
+                if record.champion != record.version:
                     console.print(f"{record.run}: version {record.version}, {record.reason}", style="dim")
