@@ -19,7 +19,10 @@ INDEX = "index.csv"
 FIRST = 3  # of the classes among a file's columns: name, label, leaked, then a probability for each class
 KEPT = {"test": ["", "near", "train", "val"], "test_exact_unleaked": ["", "near"], "test_near_unleaked": [""]}
 COLUMNS = ["row", "kind", "seed", "run", "command", "minutes", "val", *KEPT, "uar"]
-COMPARED = {"test": "test", "test_near_unleaked": "unleaked", "uar": "UAR"}
+COMPARED = {
+    "test": "test", "test_near_unleaked": "unleaked", "test_leaked": "leaked alone",
+    "uar": "UAR", "uar_near_unleaked": "UAR, unleaked",
+}  # fmt: skip
 KINDS = ("scratch", "imagenet", "ensemble", "ablation")
 HEAD = ["| model | runs | val | test | exact | unleaked | UAR | minutes | command |", f"|{9 * '---|'}"]
 
@@ -100,25 +103,36 @@ def recalls(row: str, folder: Path = FOLDER) -> list[str]:
 
 
 def against(control: str, folder: Path = FOLDER) -> list[str]:
-    """A line for each row of the control's group, the text before ":": how far its runs are from those of the control.
+    """How far the other rows of the control's group, the text before ":", are from it, on all of test and parts of it.
 
     Differences of the means over seeds in points, with the simultaneous 95 % intervals and p of Dunnett's test (1955),
     which takes one variance from all rows of the group. Every row needs two runs or more.
     """
     table = index(folder)
     group = table[table["row"].map(_group) == _group(control)]
+    group = group.join(pd.DataFrame([_by_leak(run, folder) for run in group["run"]], group.index))
     rows = [row for row in dict.fromkeys(group["row"]) if row != control]
-    found = [f"| {control} against | " + " | ".join(f"{name} | 95 % | p" for name in COMPARED.values()) + " |"]
-    found += [f"|{(1 + 3 * len(COMPARED)) * '---|'}"]
-    cells: dict[str, list[str]] = {row: [] for row in rows}
-    for name in COMPARED:
+    found = [f"| {control} against | on | its mean | the other's | difference | 95 % | p |", f"|{7 * '---|'}"]
+    for name, shown in COMPARED.items():
         values = {row: part[name].to_numpy() for row, part in group.groupby("row")}
+        if np.isnan(values[control]).any():  # no image is leaked
+            continue
         test = stats.dunnett(*(values[row] for row in rows), control=values[control], random_state=0)
-        bounds = test.confidence_interval(LEVEL)
+        bounds, own = test.confidence_interval(LEVEL), values[control].mean()
         for row, low, high, p in zip(rows, bounds.low, bounds.high, test.pvalue):
-            difference = values[row].mean() - values[control].mean()
-            cells[row] += [f"{difference:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.3f}"]
-    return [*found, *(f"| {row} | {' | '.join(cells[row])} |" for row in rows)]
+            mean = values[row].mean()
+            cells = f"{own:.2f} | {mean:.2f} | {mean - own:+.2f} | {low:+.2f} to {high:+.2f} | {p:.3f}"
+            found.append(f"| {row} | {shown} | {cells} |")
+    return found
+
+
+def _by_leak(run: str, folder: Path) -> dict[str, float]:
+    """UAR without leaked images, and accuracy on these alone, in %; nan if there are none."""
+    probabilities, labels, leaked = predictions(run, folder)
+    copies = torch.from_numpy(leaked != "")
+    uar = metrics(probabilities[~copies], labels[~copies])["balanced_accuracy"]
+    on_copies = metrics(probabilities[copies], labels[copies])["accuracy"] if copies.any() else np.nan
+    return {"uar_near_unleaked": 100 * uar, "test_leaked": 100 * on_copies}
 
 
 def mistaken(row: str, folder: Path = FOLDER) -> list[str]:

@@ -44,27 +44,43 @@ def test_a_run_is_added_with_the_numbers_of_its_summary(tmp_path: Path) -> None:
     assert len(results.recalls("x", tmp_path / "results")) == 2 + 8
 
 
-def test_rows_against_one_of_them_and_what_all_runs_mistake(tmp_path: Path) -> None:
-    """Of one row against another, Dunnett's interval is Student's: here t(.975, 2 degrees) = 4.3027, by hand."""
-    right = {"x: a": ("0011", "0111"), "x: b": ("0000", "0001")}  # of four images, the first labelled b, the others a
+def written(folder: Path, leaked: str | list[str]) -> Path:
+    """Two rows of two runs on four images, the first labelled b, the others a, and their index."""
+    right = {"x: a": ("0011", "0111"), "x: b": ("0000", "0001")}
     entries = []
+    folder.mkdir()
     for row, runs in right.items():
         for seed, hits in enumerate(runs):
             is_b = [(hit == "1") == (place == 0) for place, hit in enumerate(hits)]
             sure = [0.9, 0.6, 0.7, 0.8]
             b = [value if found else 1 - value for value, found in zip(sure, is_b)]
-            table = {"name": list("wxyz"), "label": list("baaa"), "leaked": "", "a": [1 - value for value in b], "b": b}
-            pd.DataFrame(table).to_csv(tmp_path / f"{row[-1]}{seed}.csv", index=False)
+            table = {"name": list("wxyz"), "label": list("baaa"), "leaked": leaked, "a": [1 - value for value in b]}
+            pd.DataFrame({**table, "b": b}).to_csv(folder / f"{row[-1]}{seed}.csv", index=False)
             known = {"row": row, "kind": "ablation", "seed": seed, "run": f"{row[-1]}{seed}", "command": "c"}
-            entries.append(known | {"minutes": 1.0, "val": 50.0} | results.numbers(f"{row[-1]}{seed}", tmp_path))
-    pd.DataFrame(entries, columns=results.COLUMNS).round(2).to_csv(tmp_path / results.INDEX, index=False)
+            entries.append(known | {"minutes": 1.0, "val": 50.0} | results.numbers(f"{row[-1]}{seed}", folder))
+    pd.DataFrame(entries, columns=results.COLUMNS).round(2).to_csv(folder / results.INDEX, index=False)
+    return folder
 
+
+def compared(folder: Path) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in results.against("x: b", folder)[2:]]
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # runs that score the same
+def test_rows_against_one_of_them_and_what_all_runs_mistake(tmp_path: Path) -> None:
+    """Of one row against another, Dunnett's interval is Student's: here t(.975, 2 degrees) = 4.3027, by hand."""
+    folder = written(tmp_path / "clean", "")
     # test: 50 and 75 against 0 and 25; the standard error is 12.5 * sqrt(2), so half of the interval is 76.06
-    row, *cells = results.against("x: b", tmp_path)[2].strip("| ").split(" | ")
-    assert (row, cells[0]) == ("x: a", "+50.00")
-    found = [float(word) for cell in cells[1:3] for word in cell.split(" to ")]  # integrated by random numbers
+    rows = compared(folder)
+    assert [row[:2] for row in rows] == [["x: a", part] for part in ("test", "unleaked", "UAR", "UAR, unleaked")]
+    assert rows[0][2:5] == ["12.50", "62.50", "+50.00"]
+    found = [float(word) for cell in rows[0][5:] for word in cell.split(" to ")]  # integrated by random numbers
     assert found == pytest.approx([-26.06, 126.06, 0.1056], rel=0.02)
-    assert results.mistaken("x: b", tmp_path)[2:] == [
+    assert results.mistaken("x: b", folder)[2:] == [
         "| w | b | a | 0.90 |", "| y | a | b | 0.70 |", "| x | a | b | 0.60 |"
     ]  # fmt: skip
-    assert results.mistaken("x: a", tmp_path)[2:] == ["| w | b | a | 0.90 |"]
+    assert results.mistaken("x: a", folder)[2:] == ["| w | b | a | 0.90 |"]
+    rows = compared(written(tmp_path / "leaky", ["", "", "near", "train"]))
+    assert [row[1:4] for row in rows if "leaked alone" in row] == [["leaked alone", "25.00", "100.00"]]
+    # without them a's runs have the second image or none, b's none; nobody has the first: UAR 0 and 50 against 0
+    assert [row[2:5] for row in rows if row[1] == "UAR, unleaked"] == [["0.00", "25.00", "+25.00"]]
