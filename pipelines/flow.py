@@ -1,4 +1,4 @@
-"""The only module that imports prefect: flows that train runs, one task each, and that carry out a sweep."""
+"""Prefect's flows: they train runs, one task each, and carry out a sweep. Only flow_page.py imports prefect as well."""
 
 import importlib
 import os

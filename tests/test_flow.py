@@ -171,7 +171,7 @@ def test_stopped_and_killed_the_same_command_ends_it_as_if_never_cut(
         wait_for(lambda: not workers(project) and recorded(project)["small"][0] == "KILLED")
         if not everywhere:
             kept = (project / "mlflow.db").rename(project / "kept.db")  # a guard that looked at the runs would make one
-            psutil.wait_procs([guard])
+            wait_for(lambda guard=guard: not guard.is_running() or guard.status() == "zombie")
             assert not (project / "mlflow.db").exists()
             kept.rename(project / "mlflow.db")
             wait_for(lambda: last_flow_run() == ("CANCELLED", {"small"}))
