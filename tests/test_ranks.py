@@ -82,8 +82,10 @@ def on_two_ranks(data: Path, told: Path, *jobs: Job) -> list[tuple[Path, str]]:
     ranks = [start.Process(target=_rank, args=(rank, port, data, list(jobs), told)) for rank in range(2)]
     for process in ranks:
         process.start()
-    while not any(process.exitcode for process in ranks) and any(process.is_alive() for process in ranks):
-        multiprocessing.connection.wait([process.sentinel for process in ranks if process.is_alive()])
+    alive = ranks
+    while alive and not any(process.exitcode for process in ranks):
+        multiprocessing.connection.wait([process.sentinel for process in alive])  # of none, it never returns
+        alive = [process for process in alive if process.is_alive()]
     for process in ranks:
         process.join(3)
         process.kill()  # what is left waits for the other rank
