@@ -69,7 +69,7 @@ class Run(Section):
             found.append(Fault("sam_rho", "needs precision fp32 or bf16, as fp16 scales its gradients"))
         warmup = self.schedule.warmup_epochs
         if isinstance(self.schedule, Cosine | Linear) and warmup >= self.epochs:
-            nothing = f"{warmup:g} leaves nothing of epochs {self.epochs}; set it lower"
+            nothing = f"{warmup:g} leaves nothing of epochs {self.epochs}; set it lower, such as to 0"
             found.append(Fault("schedule.warmup_epochs", nothing))
         if self.init_from is not None:
             backbone = self.model.backbones().get("backbone")

@@ -184,7 +184,9 @@ HOW = "write it as key=value, for example optimizer.lr=3e-4"
 ODD = "experiments/odd.yaml: batch_size: 15 does not divide by resources.workers 2"
 WHERE: dict[str, list[str]] = {  # a default is blamed on the experiment's own file
     "odd resources.workers=2": [ODD],
-    "odd epochs=1": ["experiments/odd.yaml: schedule.warmup_epochs: 1 leaves nothing of epochs 1; set it lower"],
+    "odd epochs=1": [
+        "experiments/odd.yaml: schedule.warmup_epochs: 1 leaves nothing of epochs 1; set it lower, such as to 0"
+    ],
     "upper unknown ema_decay=1": [
         "experiments/lower.yaml: epochs: should be greater than 0, got 0",
         "experiments/upper.yaml: schedule.step_factors: missing",

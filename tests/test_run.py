@@ -165,7 +165,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"schedule": {"name": "cosine", "warmup_epochs": 2.5}, "sam_rho": 0.05, "precision": "bf16"}, []),
     ({"schedule": {"name": "cosine", "warmup_epochs": 3}, "sam_rho": 0.05, "precision": "fp16", "init_from": "a"},
      ["sam_rho: needs precision fp32 or bf16, as fp16 scales its gradients",
-      "schedule.warmup_epochs: 3 leaves nothing of epochs 3; set it lower",
+      "schedule.warmup_epochs: 3 leaves nothing of epochs 3; set it lower, such as to 0",
       "init_from: model vgg13 has no backbone; set it to null"]),
     ({**model(), "init_from": "a"}, []),
     ({**model(backbone={"name": "resnet50"}), "init_from": "a"},
