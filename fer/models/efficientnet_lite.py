@@ -57,6 +57,10 @@ class EfficientNetLite(nn.Module):
         )
         self.num_features: int = self.network._fc.in_features
         self.network._fc = nn.Identity()
+        for layer in self.network.modules():
+            sides = set(getattr(getattr(layer, "static_padding", None), "padding", ()))
+            if len(sides) == 1:  # the convolution can pad by itself, which saves a copy of its input
+                layer.padding, layer.static_padding = (sides.pop(),) * 2, nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(self.network.extract_features(images), 1).flatten(1)
