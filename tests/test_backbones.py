@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 from conftest import filled, refusal
+from efficientnet_lite_pytorch import EfficientNet
 from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
 from torch import Tensor, nn
 
@@ -224,8 +225,7 @@ def test_packaged_weights_are_those_of_imagenet(name: str) -> None:
 
 @pytest.mark.parametrize("size", [49, 64, 96])
 def test_lite_is_the_network_of_its_package(size: int) -> None:
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    theirs = package.EfficientNet.from_name("efficientnet-lite0", in_channels=3, image_size=size)
+    theirs = EfficientNet.from_name("efficientnet-lite0", in_channels=3, image_size=size)
     ours = build({"name": "efficientnet_lite0", "weights": None}, size, 3)
     theirs.load_state_dict(ours.network.state_dict(), strict=False)
     images = torch.randn(2, 3, size, size)
