@@ -15,10 +15,11 @@ import pytest
 import torch
 from conftest import filled, refusal
 from efficientnet_lite_pytorch import EfficientNet
+from sklearn.datasets import load_sample_images
 from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
 from torch import Tensor, nn
 
-from fer.input import Input
+from fer.input import Input, model_input
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
 from fer.models.mobilenet_v3 import MobileNetV3, eights
 from fer.models.network import Backbone
@@ -221,6 +222,17 @@ def test_packaged_weights_are_those_of_imagenet(name: str) -> None:
     own = network.network.state_dict()
     assert file.keys() - own.keys() == {"_fc.weight", "_fc.bias"}
     assert all(torch.equal(own[key], file[key]) for key in own)
+
+
+def test_lites_batch_norm_recorded_the_images_that_the_table_names() -> None:
+    """The variance of its first convolution's outputs on photographs is the recorded one, with the table's pixels."""
+    network = build({"name": "efficientnet_lite0"}, 224, 3).network
+    mean, std = BACKBONES["efficientnet_lite0"].pixels or ([], [])
+    photographs = torch.stack([torch.tensor(one[:224, :224]) for one in load_sample_images().images])
+    images = model_input(photographs, Input(image_size=224, mean=mean, std=std))
+    with torch.no_grad():
+        ratio = network._conv_stem(images).var((0, 2, 3)) / network._bn0.running_var
+    assert ratio.median().item() == pytest.approx(1, rel=0.5)  # 4 if the images had twice the contrast
 
 
 @pytest.mark.parametrize("size", [49, 64, 96])

@@ -10,7 +10,8 @@ from conftest import ROOT, small_run
 from torch import Tensor, nn
 
 from fer import checkpoint
-from fer.models import MODELS, build_model, origin, random_backbones
+from fer.input import Input
+from fer.models import MODELS, build_model, mistaken_pixels, origin, random_backbones
 from fer.models.backbones import BACKBONES
 from fer.models.cost import cost
 from fer.models.embedding_difference import DifferenceOfEmbeddingsNetwork, SameSubject
@@ -228,6 +229,17 @@ def test_where_weights_come_from() -> None:
     assert random_backbones(encoder, "another") == ["resnet50"]
     for name in ("doe", "vgg13", "small_resnet_nr"):
         assert random_backbones(run_of(name).model, None) == []
+
+
+def test_images_that_are_not_those_of_the_published_weights() -> None:
+    for name, run in SHIPPED.items():
+        assert mistaken_pixels(run.model, run.input) == [], name
+    classifier = SHIPPED["efficientnet_lite0"].model
+    assert mistaken_pixels(classifier, Input(mean=[0.5], std=[0.25])) == [
+        "efficientnet_lite0: the published weights expect input.mean [0.5] and input.std [0.5], not [0.5] and [0.25]"
+    ]
+    assert len(mistaken_pixels(SHIPPED["emotion_encoder"].model, Input())) == 1  # VGGFace2's network converts its own
+    assert mistaken_pixels(SHIPPED["vit_se_tiny"].model, Input()) == []  # random weights
 
 
 def test_vgg13_is_the_published_one() -> None:

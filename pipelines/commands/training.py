@@ -62,7 +62,7 @@ def _train(words: list[str], folds: str | None) -> None:
     ):
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
-        warn_of_random_weights({name: job.run for name, job in jobs.items()})
+        warn_of_weights({name: job.run for name, job in jobs.items()})
         with _Bars(folders), flow.flow_page.server_needed():
             state = flow.train(words, folds, return_state=True)
         failed = failures(state)
@@ -146,9 +146,9 @@ class _Bars:
             self.progress.update(task, completed=round(done, 1), total=now["epochs"], news=news)
 
 
-def warn_of_random_weights(runs: dict[str, Any]) -> None:
-    """A line for each backbone without its published weights."""
-    from fer.models import random_backbones
+def warn_of_weights(runs: dict[str, Any]) -> None:
+    """A line for each backbone without its published weights, or with them and images normalised otherwise."""
+    from fer.models import mistaken_pixels, random_backbones
 
     for name, run in runs.items():
         for backbone in random_backbones(run.model, run.init_from):
@@ -157,6 +157,8 @@ def warn_of_random_weights(runs: dict[str, Any]) -> None:
                 "start from pretrained weights",
                 style="yellow",
             )
+        for line in mistaken_pixels(run.model, run.input):
+            console.print(f"{name}: {line}", style="yellow", highlight=False)
 
 
 def failures(state: Any) -> dict[str, BaseException]:
