@@ -109,8 +109,7 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
     which takes one variance from all rows of the group. Every row needs two runs or more.
     """
     table = index(folder)
-    group = table[table["row"].map(_group) == _group(control)]
-    group = group.join(pd.DataFrame([_by_leak(run, folder) for run in group["run"]], group.index))
+    group = _with_leaked(table[table["row"].map(_group) == _group(control)], folder)
     rows = [row for row in dict.fromkeys(group["row"]) if row != control]
     found = [f"| {control} against | on | its mean | the other's | difference | 95 % | p |", f"|{7 * '---|'}"]
     for name, shown in COMPARED.items():
@@ -124,6 +123,34 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
             cells = f"{own:.2f} | {mean:.2f} | {mean - own:+.2f} | {low:+.2f} to {high:+.2f} | {p:.3f}"
             found.append(f"| {row} | {shown} | {cells} |")
     return found
+
+
+def minus(rows: list[str], others: list[str], folder: Path = FOLDER) -> list[str]:
+    """How far the runs of `rows` together are from those of `others` together, on all of test and parts of it.
+
+    Differences of the means over runs in points, with the 95 % interval and p of Welch's t test (1947).
+    """
+    table = index(folder)
+    sides = []
+    for names in (rows, others):
+        if unknown := set(names) - set(table["row"]):
+            raise SystemExit(f"{folder / INDEX}: has no row {', '.join(sorted(unknown))}")
+        sides.append(_with_leaked(table[table["row"].isin(names)], folder))
+    found = ["| on | runs | mean | the others' | difference | 95 % | p |", f"|{7 * '---|'}"]
+    for name, shown in COMPARED.items():
+        ours, theirs = (side[name].to_numpy() for side in sides)
+        if np.isnan(theirs).any():  # no image is leaked
+            continue
+        test = stats.ttest_ind(ours, theirs, equal_var=False)
+        low, high = test.confidence_interval(LEVEL)
+        means = f"{ours.mean():.2f} | {theirs.mean():.2f} | {ours.mean() - theirs.mean():+.2f}"
+        cells = f"{means} | {low:+.2f} to {high:+.2f} | {test.pvalue:.3f}"
+        found.append(f"| {shown} | {len(ours)} and {len(theirs)} | {cells} |")
+    return found
+
+
+def _with_leaked(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    return runs.join(pd.DataFrame([_by_leak(run, folder) for run in runs["run"]], runs.index))
 
 
 def _by_leak(run: str, folder: Path) -> dict[str, float]:
@@ -170,7 +197,14 @@ def main() -> None:
     parser.add_argument("--recalls", metavar="ROW", help="class by class")
     parser.add_argument("--mistaken", metavar="ROW", help="the test images that all of its runs get wrong")
     parser.add_argument("--against", metavar="ROW", help="the other rows of its group, the text before the colon")
+    parser.add_argument("--mean-of", nargs="+", metavar="ROW", help="with --minus: two sets of rows, pooled")
+    parser.add_argument("--minus", nargs="+", metavar="ROW")
     asked = parser.parse_args()
+    if (asked.mean_of is None) != (asked.minus is None):
+        parser.error("give both --mean-of and --minus, or neither")
+    if asked.minus is not None:
+        print("\n".join(minus(asked.mean_of, asked.minus)))  # noqa: T201
+        return
     if asked.add is not None:
         if None in (asked.row, asked.kind, asked.command):
             parser.error("--add needs --row, --kind and --command")
