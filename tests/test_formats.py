@@ -12,8 +12,10 @@ from conftest import ROOT, refusal, small_run
 from fer.data.augment import Augment
 from fer.formats import read_run
 from fer.input import Input
+from fer.losses import CrossEntropy
 from fer.predict import Predictor
 from fer.run import FORMAT, Run
+from fer.schedule import Cosine
 from pipelines import experiments
 
 FORMAT_1 = ROOT / "tests" / "golden" / "format1"
@@ -94,6 +96,12 @@ BEFORE: dict[str, dict[str, Any]] = {
     "vgg13_ferplus": {
         "input": Input(image_size=64, channels=1).model_dump(),
         "augment.scale": 0.05, "augment.stretch": 0.0, "augment.skew": 0.0,
+    },
+    **{key: {"input.std": [0.25]} for key in ("doe_tiny", "disentangled_doe_tiny", "emotion_encoder_tiny")},
+    "efficientnet_lite0": {
+        "epochs": 10, "batch_size": 64, "input.std": [0.25], "loss": CrossEntropy().model_dump(),
+        "optimizer.lr": 0.001, "schedule": Cosine().model_dump(), "clip_grad_norm": 1.0, "ema_decay": None,
+        "augment": Augment().model_dump(), "unmixed_epochs": 0,
     },
 }  # fmt: skip
 # what a run of format 1 kept and did not use
