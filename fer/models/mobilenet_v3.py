@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fer.models.depthwise import DepthwiseConv2d
+
 # kernel, expanded and output channels, squeeze-and-excitation, hard-swish (else ReLU), stride
 BLOCKS = (
     (3, 16, 16, False, False, 1),
@@ -34,13 +36,13 @@ class MobileNetV3(nn.Module):
     def __init__(self, width: float, channels: int, num_labels: int | None):
         super().__init__()
         before = eights(16 * width)
-        layers: list[nn.Module] = [_convolution(channels, before, 3, 2, nn.Hardswish)]
+        layers: list[nn.Module] = [_normalised(nn.Conv2d(channels, before, 3, 2, 1, bias=False), nn.Hardswish)]
         for kernel, expanded, after, squeeze, swish, stride in BLOCKS:
             wide, narrow = eights(expanded * width), eights(after * width)
             layers.append(_InvertedResidual(before, wide, narrow, kernel, stride, squeeze, swish))
             before = narrow
         self.num_features = 6 * before
-        layers.append(_convolution(before, self.num_features, 1, 1, nn.Hardswish))
+        layers.append(_normalised(nn.Conv2d(before, self.num_features, 1, bias=False), nn.Hardswish))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier: nn.Module = nn.Identity()
@@ -68,12 +70,9 @@ def eights(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def _convolution(
-    before: int, after: int, kernel: int, stride: int, activation: type[nn.Module] | None, groups: int = 1
-) -> nn.Sequential:
-    """Convolution (size-preserving at stride 1), batch norm, activation."""
-    convolution = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-    layers: list[nn.Module] = [convolution, nn.BatchNorm2d(after, eps=1e-3, momentum=0.01)]
+def _normalised(convolution: nn.Conv2d, activation: type[nn.Module] | None) -> nn.Sequential:
+    """Convolution, batch norm, activation."""
+    layers: list[nn.Module] = [convolution, nn.BatchNorm2d(convolution.out_channels, eps=1e-3, momentum=0.01)]
     if activation is not None:
         layers.append(activation())
     return nn.Sequential(*layers)
@@ -85,11 +84,13 @@ class _InvertedResidual(nn.Module):
     def __init__(self, before: int, wide: int, after: int, kernel: int, stride: int, squeeze: bool, swish: bool):
         super().__init__()
         activation = nn.Hardswish if swish else nn.ReLU
-        layers: list[nn.Module] = [_convolution(before, wide, 1, 1, activation)] if wide != before else []
-        layers.append(_convolution(wide, wide, kernel, stride, activation, groups=wide))
+        layers: list[nn.Module] = []
+        if wide != before:
+            layers.append(_normalised(nn.Conv2d(before, wide, 1, bias=False), activation))
+        layers.append(_normalised(DepthwiseConv2d(wide, kernel, stride, kernel // 2), activation))
         if squeeze:
             layers.append(_SqueezeExcitation(wide))
-        layers.append(_convolution(wide, after, 1, 1, None))
+        layers.append(_normalised(nn.Conv2d(wide, after, 1, bias=False), None))
         self.block = nn.Sequential(*layers)
         self.shortcut = stride == 1 and before == after
 
