@@ -34,6 +34,8 @@ def main() -> None:
         parser.error("--device cuda: this machine has no usable GPU; leave it out or give cpu")
     if asked.only in ("published", "recorded") and asked.device == "cpu":
         parser.error(f"--only {asked.only}: is measured on a GPU only")
+    if asked.only == "depthwise" and asked.device == "cuda":
+        parser.error("--only depthwise: is measured on a CPU only; give --device cpu")
     device = torch.device(asked.device)
     if device.type == "cpu":
         use_cpu(torch.get_num_threads())  # as in a run; the reference benefits too

@@ -23,6 +23,7 @@ from fer.evaluate import predict_split
 from fer.input import Change, model_input
 from fer.losses import Loss, build_loss
 from fer.models import build_model
+from fer.models.depthwise import DepthwiseConv2d
 from fer.models.network import Network
 from fer.resources import Resources
 from fer.run import Run
@@ -183,6 +184,27 @@ def train_step(run: Run, resources: Resources, device: torch.device, effort: Eff
     yield Row(f"train step, {name}, {run.precision}", *_named("fp32, .item()", beside(effort, ours, theirs)))
 
 
+def depthwise(run: Run, resources: Resources, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
+    """The engine's step in bf16 against the same with all depthwise convolutions in bf16, and against fp32."""
+    with faces(run, train=run.batch_size) as (data, _):
+        batch = next(batches(run, resources, data, device, augmented=False))
+        ours, slow = (Steps(run.model_copy(update={"precision": "bf16"}), data, device) for _ in range(2))
+        fp32 = Steps(run.model_copy(update={"precision": "fp32"}), data, device)
+    for module in slow.model.modules():
+        if isinstance(module, DepthwiseConv2d):
+            module.slow = False
+
+    def way(steps: Steps) -> Work:
+        def work() -> int:
+            steps.step(*batch)
+            return run.batch_size
+
+        return work
+
+    for other, steps in (("depthwise in bf16", slow), ("fp32", fp32)):
+        yield Row(f"train step, {name}, bf16", *_named(other, beside(effort, way(ours), way(steps))))
+
+
 def recorded(
     run: Run, resources: Resources, device: torch.device, effort: Effort, name: str, images: int
 ) -> Iterator[Row]:
@@ -333,6 +355,12 @@ def _train_step(device: torch.device, effort: Effort) -> Iterator[Row]:
         yield from train_step(*settings(name, device), device, effort, name)
 
 
+def _depthwise(device: torch.device, effort: Effort) -> Iterator[Row]:
+    """On a CPU only: a GPU computes them all in bf16."""
+    if device.type == "cpu":
+        yield from depthwise(*settings("efficientnet_lite0", device), device, effort, "efficientnet_lite0")
+
+
 def _evaluation(device: torch.device, effort: Effort) -> Iterator[Row]:
     for name in SMALL:
         yield from evaluation(*settings(name, device), device, effort, name, effort.small)
@@ -364,6 +392,7 @@ CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
     "input": _input,
     "augmentation": _augmentation,
     "step": _train_step,
+    "depthwise": _depthwise,
     "recorded": _recorded,
     "evaluation": _evaluation,
     "epoch": _epoch,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fer.input import Input, model_input
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
+from fer.models.depthwise import DepthwiseConv2d
 from fer.models.mobilenet_v3 import MobileNetV3, eights
 from fer.models.network import Backbone
 from fer.models.resnet50 import CaffeInput, ResNet50
@@ -208,6 +209,35 @@ def test_a_folder_of_another_network_or_of_none(folders: dict[str, str], tmp_pat
         assert message.endswith(
             "hub id that can be reached, a local folder with config.json and model.safetensors, or null"
         )
+
+
+# Depthwise convolutions
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "efficientnet_lite0", "efficientnet_lite2"])
+def test_all_convolutions_map_by_map_are_the_fast_ones(name: str) -> None:
+    network = build({"name": name, "weights": None}, 64)
+    depthwise = [one for one in network.modules() if isinstance(one, nn.Conv2d) and one.groups == one.in_channels > 1]
+    assert len(depthwise) >= 15
+    assert all(isinstance(one, DepthwiseConv2d) for one in depthwise)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "exact"), [(5, 1, True), (3, 2, True), (3, 1, False)])
+def test_slow_bf16_gradients_are_those_of_fp32(kernel: int, stride: int, exact: bool) -> None:
+    layer, images = DepthwiseConv2d(8, kernel, stride, kernel // 2), torch.randn(4, 8, 9, 9).bfloat16()
+
+    def gradients(autocast: bool) -> tuple[Tensor, Tensor]:
+        given = (images if autocast else images.float()).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            maps = layer(given)
+        assert maps.dtype == given.dtype
+        of_pixels, of_weights = torch.autograd.grad(maps, [given, layer.weight], torch.ones_like(maps))
+        return of_pixels, of_weights
+
+    (of_pixels, of_weights), (pixels_fp32, weights_fp32) = gradients(True), gradients(False)
+    assert torch.equal(of_weights, weights_fp32) == exact
+    assert torch.equal(of_pixels, pixels_fp32.bfloat16()) or not exact
+    torch.testing.assert_close(of_weights, weights_fp32, rtol=2**-7, atol=0.1)
 
 
 # Weights in packages and in files

@@ -60,10 +60,15 @@ def test_both_sides_take_the_same_step_and_find_the_same_accuracy(loss: str) -> 
     assert (found, 0 < found < 1) == (pytest.approx(expected), True)
 
 
+MOBILE: dict[str, Any] = {
+    "model": {"name": "classifier", "backbone": {"name": "mobilenet_v3_large", "weights": None, "width": 0.25}},
+    "input": {"image_size": 32},
+}
 CASES: dict[str, Callable[[], object]] = {
     "input": lambda: training.input_path(small_run(), CPU, DEVICE, LITTLE, 16),
     "augmentation": lambda: training.augmentation(small_run(), DEVICE, LITTLE, 16),
     "step": lambda: training.train_step(small_run(), CPU, DEVICE, LITTLE, "x"),
+    "depthwise": lambda: training.depthwise(small_run(**MOBILE), CPU, DEVICE, LITTLE, "x"),
     "recorded": lambda: training.recorded(small_run(batch_size=8), CPU, DEVICE, LITTLE, "x", 16),
     "evaluation": lambda: training.evaluation(small_run(), CPU, DEVICE, LITTLE, "x", 16),
     "epoch": lambda: training.epoch(small_run(epochs=2), CPU, DEVICE, LITTLE, "x", 16),
@@ -75,7 +80,7 @@ CASES: dict[str, Callable[[], object]] = {
 def test_every_case_gives_its_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "ways", lambda way: [way(0)])  # no processes
     rows = list(CASES[name]())
-    assert len(rows) == (3 if name == "input" else 1)
+    assert len(rows) == {"input": 3, "depthwise": 2}.get(name, 1)
     assert all(row.rate > 0 and row.plain > 0 for row in rows)
     assert {str(row).count("|") for row in rows} == {HEAD.splitlines()[0].count("|")}
     assert set(training.CASES) == set(CASES)

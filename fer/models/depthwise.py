@@ -9,7 +9,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     While gradients are recorded under CPU autocast, kernels larger than 3x3 and strides above 1 run in fp32. oneDNN
     has no fast gradients for them in bf16: those of the weights of a 5x5 kernel take 4 to 5 times as long as in fp32,
-    those of the input at stride 2 take 3 to 40 times as long (benchmarks/RESULTS.md).
+    those of the input at stride 2 take 10 to 200 times as long (benchmarks/RESULTS.md).
     """
 
     def __init__(self, channels: int, kernel: int, stride: int, padding: int):
