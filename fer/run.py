@@ -112,6 +112,16 @@ def chain_faults(run: Run, start: Run) -> list[Fault]:
     return []
 
 
+def chain_pixels(run: Run, start: Run) -> str | None:
+    """How `run` prepares images otherwise than `start`, the run that its `init_from` names, if it does."""
+    ours, theirs = dict(run.input), dict(start.input)
+    other = [key for key in ours if key != "image_size" and ours[key] != theirs[key]]
+    if not other:
+        return None
+    trained = ", ".join(f"input.{key} {theirs[key]}" for key in other)
+    return f"{run.init_from} was trained with {trained}, not with {', '.join(str(ours[key]) for key in other)}"
+
+
 def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str:
     """`<name>-s<seed>-<8 hex>`: the same for the same settings and data, on any machine and number of workers.
 

@@ -12,9 +12,10 @@ from fer.data.augment import Augment
 from fer.losses import LOSSES
 from fer.models.embedding_difference import PAIRINGS
 from fer.resources import Resources
-from fer.run import FORMAT, Run, resource_faults, run_id
+from fer.run import FORMAT, Run, chain_pixels, resource_faults, run_id
 from fer.settings import Section, check, differing, section_at, table_of
 from pipelines import experiments
+from pipelines.commands.training import warn_of_weights
 
 DEFAULTS = ROOT / "tests" / "golden" / f"defaults-{FORMAT}.json"
 
@@ -187,6 +188,17 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
 def test_what_does_not_fit_together(keys: dict[str, Any], messages: list[str]) -> None:
     """What a section refuses on its own is in test_settings.py."""
     assert [str(fault) for fault in check(Run, {**SMALL, **keys})[1]] == messages
+
+
+def test_a_run_that_continues_one_of_other_pixels_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another size is no matter: convolutions take it, and what cannot is refused."""
+    others = ({}, {"image_size": 48}, {"std": [0.5], "equalize": True})
+    first = small_run(**model(backbone={**RESNET, "weights": "a.pth"}))
+    later = [small_run(**model() | {"input": model()["input"] | other}, init_from="first") for other in others]
+    assert [chain_pixels(run, first) for run in later[:2]] == [None, None]
+    warn_of_weights({"first": first, **{f"run{number}": run for number, run in enumerate(later)}})
+    told = "first was trained with input.equalize False, input.std [0.25], not with True, [0.5]"
+    assert capsys.readouterr().out.replace("\n", " ").split() == ["run2:", *told.split()]
 
 
 def test_patience_ends_a_run_that_gets_no_better() -> None:

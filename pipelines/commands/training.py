@@ -147,8 +147,9 @@ class _Bars:
 
 
 def warn_of_weights(runs: dict[str, Any]) -> None:
-    """A line for each backbone without its published weights, or with them and images normalised otherwise."""
+    """A line for each backbone without its published weights, or with other images than its weights were trained on."""
     from fer.models import mistaken_pixels, random_backbones
+    from fer.run import chain_pixels
 
     for name, run in runs.items():
         for backbone in random_backbones(run.model, run.init_from):
@@ -157,7 +158,8 @@ def warn_of_weights(runs: dict[str, Any]) -> None:
                 "start from pretrained weights",
                 style="yellow",
             )
-        for line in mistaken_pixels(run.model, run.input):
+        start = chain_pixels(run, runs[run.init_from]) if run.init_from in runs else None
+        for line in [*mistaken_pixels(run.model, run.input), *([start] if start else [])]:
             console.print(f"{name}: {line}", style="yellow", highlight=False)
 
 
