@@ -23,9 +23,8 @@ class Counts:
         """Add a batch: probabilities float32 [B, C], labels [B], and its mean loss."""
         confidence, predicted = probabilities.max(1)
         classes = len(self.confusion)
-        self.confusion.view(-1).index_add_(
-            0, labels * classes + predicted, torch.ones_like(labels)
-        )  # without a GPU sync
+        cells = labels * classes + predicted
+        self.confusion.view(-1).index_add_(0, cells, torch.ones_like(labels))  # does not wait for the GPU
         index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
         self.bins.index_add_(1, index, rows.double())

@@ -134,9 +134,8 @@ class Stepper:
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    values[key] = torch.empty_like(parameter).copy_(
-                        value
-                    )  # in its memory layout, which fused optimizers need
+                    # in its memory layout, which fused optimizers need
+                    values[key] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
             self.ema.load_state(saved["ema"])

@@ -162,10 +162,8 @@ class Trainer:
         """Train, evaluate and save an epoch; returns its row of metrics.jsonl. Raises NonFiniteLoss and Stopped."""
         trained = self._train()
         if self.world > 1:
-            for (
-                buffer
-            ) in self.stepper.evaluated.buffers():  # batch-norm statistics differ by rank; rank 0 saves its own
-                dist.broadcast(buffer, 0)
+            for buffer in self.stepper.evaluated.buffers():
+                dist.broadcast(buffer, 0)  # batch norm's statistics differ by rank, and rank 0 saves its own
         found = predict_split(self.stepper.evaluated, self.val_feed, self.val_loss, self.rank, self.world)[1]
         seconds = self._seconds()
         row = {

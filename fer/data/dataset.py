@@ -302,9 +302,7 @@ def _sha256_once(path: Path, memory: Path) -> str:
         if (known["size"], known["mtime_ns"]) == (state.st_size, state.st_mtime_ns):
             return str(known["sha256"])
     entry["sha256"] = sha256(path)
-    partial = memory.with_name(
-        f"{memory.name}.{uuid.uuid4().hex}.partial"
-    )  # unique: several processes may do this at once
+    partial = memory.with_name(f"{memory.name}.{uuid.uuid4().hex}.partial")  # unique: several processes may do this
     with suppress(OSError):
         partial.write_text(json.dumps(entry) + "\n")
         os.replace(partial, memory)
