@@ -177,8 +177,9 @@ class Feed:
         self.model.eval()
         found, size = [], self.batch_size
         for pixels in self.pixels.ahead([positions[first : first + size] for first in range(0, len(positions), size)]):
+            images = model_input(pixels, self.run.input)
             with autocast(self.run.precision, self.device):
-                found.append(self.model.embed(model_input(pixels, self.run.input)).float())
+                found.append(self.model.embed(images).float())
         return torch.cat(found)
 
 

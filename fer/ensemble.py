@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import optimize
 
 from fer import checkpoint
 from fer.batches import Feed
@@ -28,6 +27,7 @@ from fer.schedule import Constant
 from fer.statistics import softened, temperature
 
 NAME = "ensemble"
+ROUNDS, CONVERGED = 20_000, 1e-7  # of the shares' fit: at most, and the change of a share at its end
 
 
 def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mirror: bool = False) -> Path:
@@ -59,22 +59,19 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
 
 
 def fitted(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
-    """The shares [M] that minimise the cross-entropy of the mean of probabilities [M, n, C]; labels [n]."""
-    right = np.stack([found[np.arange(len(labels)), labels] for found in probabilities])  # [M, n]
+    """The shares [M] that minimise the cross-entropy of the mean of probabilities [M, n, C]; labels [n].
 
-    def loss(free: np.ndarray) -> float:
-        return float(-np.log((_shares(free) @ right).clip(1e-12)).mean())
-
-    found = optimize.minimize(loss, np.zeros(len(right) - 1), method="Nelder-Mead", options={"xatol": 1e-4}).x
-    shares = _shares(found).round(4)
+    Expectation-maximisation of a mixture of fixed members (Dempster et al. 1977), from equal shares.
+    """
+    right = probabilities[:, np.arange(len(labels)), labels].clip(1e-12)  # [M, n]
+    shares, before = np.full(len(right), 1 / len(right)), np.zeros(len(right))
+    for _ in range(ROUNDS):
+        if abs(shares - before).max() < CONVERGED:
+            break
+        before, shares = shares, shares * (right / (shares @ right)).mean(1)
+    shares = shares.round(4)
     shares[shares.argmax()] += 1 - shares.sum()
     return [round(float(share), 4) for share in shares]
-
-
-def _shares(free: np.ndarray) -> np.ndarray:
-    """Any numbers [M - 1] -> shares [M], equal for zeros."""
-    raised = np.exp(np.append(free, 0.0))
-    return raised / raised.sum()
 
 
 def _finished(folder: Path, data: DataSet) -> dict[str, Any]:

@@ -158,8 +158,9 @@ def predict_split(
     mine, size = np.arange(rank, len(split), world), feed.batch_size
     found = [torch.empty(0, split.targets.shape[1], device=device)]
     for index, pixels in feed.batches([mine[first : first + size] for first in range(0, len(mine), size)]):
+        inputs = feed(index, pixels)  # as in training, in fp32
         with autocast(feed.run.precision, device):
-            logits = model(**feed(index, pixels)).float()
+            logits = model(**inputs).float()
         labels, targets = feed.truth(index)
         counts.update(logits, labels, loss(logits, labels, targets) if loss else None)
         found.append(logits)

@@ -19,6 +19,7 @@ from fer.device import seed_all
 from fer.errors import UserError
 from fer.input import model_input
 from fer.models import build_model
+from fer.models.embedding_difference import DifferenceOfEmbeddingsNetwork
 from fer.models.ensemble import EnsembleNetwork
 from fer.models.transformer import Transformer
 from fer.predict import Predictor
@@ -163,8 +164,8 @@ def no_grad_cam(predictor: Predictor) -> str:
         return "an ensemble has no map of its own; explain one of its members"
     if any(isinstance(module, Transformer) for module in network.modules()):
         return "its backbone is no convolutional network"
-    if predictor.run.model.images_beside():
-        return "it compares embeddings, not maps"
+    if isinstance(network, DifferenceOfEmbeddingsNetwork):
+        return "its head sees frozen embeddings, not maps"
     if _last_map(network, predictor) is None:
         return "no feature map of more than one pixel"
     return ""

@@ -31,7 +31,7 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     try:
         os.replace(partial, path)
     except OSError:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         raise
     if durable:
         _sync(path.parent)

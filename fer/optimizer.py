@@ -19,8 +19,11 @@ class Optimizer(Section):
     lr: Rate
     weight_decay: NonNegative
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        """The optimizer of torch; `groups`: parameter groups, each with `params` and `weight_decay`."""
+    def build(self, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+        """The optimizer of torch; `groups`: parameter groups, each with `params` and `weight_decay`.
+
+        `fused`: as in `build_optimizer`; without, it is one that a gradient scaler may leave out a step of.
+        """
         raise NotImplementedError
 
 
@@ -33,8 +36,8 @@ class AdamW(Optimizer):
     weight_decay: NonNegative = 0.05
     """Decoupled weight decay: each step shrinks the weights by this times the learning rate."""
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=self.lr, fused=True)
+    def build(self, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, fused=fused)
 
 
 class Adam(Optimizer):
@@ -46,8 +49,8 @@ class Adam(Optimizer):
     weight_decay: NonNegative = 0.0
     """L2 penalty: this times the weights is added to their gradient."""
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(groups, lr=self.lr, fused=True)
+    def build(self, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups, lr=self.lr, fused=fused)
 
 
 class Sgd(Optimizer):
@@ -69,18 +72,19 @@ class Sgd(Optimizer):
             raise Unfit([Fault("nesterov", "needs momentum above 0")])
         return self
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+    def build(self, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
 
 
 OPTIMIZERS = by_name(AdamW, Adam, Sgd)
 
 
-def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(settings: Optimizer, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer of `model`, with weight decay only on the weights of linear and convolution layers.
 
     Biases, norms, class tokens, position embeddings and relative position tables do not decay, whatever their shape.
-    Frozen parameters are left out.
+    Frozen parameters are left out. `fused`: one kernel for all parameters, but not beside a gradient scaler: torch's
+    fused SGD takes its momentum from uninitialised memory if the first step overflows.
     """
     decaying = {id(module.weight) for module in model.modules() if isinstance(module, DECAYS)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -88,5 +92,6 @@ def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimi
         [
             {"params": [p for p in trainable if id(p) in decaying], "weight_decay": settings.weight_decay},
             {"params": [p for p in trainable if id(p) not in decaying], "weight_decay": 0.0},
-        ]
+        ],
+        fused,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from fer.data.decode import UNREADABLE
 from fer.errors import UserError, first_line
 from fer.super_resolution.interpolation import resize
 from fer.super_resolution.methods import METHODS
@@ -51,22 +52,23 @@ class Faces:
             tuple(made.get("raw_shape", prepared)), prepared, made.get("method", "none"), int(made.get("scale", 1))
         )
 
-    def prepare(self, pictures: np.ndarray | Sequence[Picture]) -> np.ndarray:
+    def prepare(self, pictures: np.ndarray | Sequence[Picture], photographed: bool = False) -> np.ndarray:
         """A batch of `batch_of` -> uint8 [B, H, W] or [B, H, W, 3] of the shape `prepared`.
 
-        Faces of that shape are taken as prepared already. All others are resized to the shape `raw` and then upscaled
-        with the method that made the training data. Raises UserError for a file that is no picture, a shape that is
-        not that of the training data, and faces that only a super-resolution network could prepare.
+        Faces of that shape are taken as prepared already, unless they are `photographed`. All others are resized to the
+        shape `raw` and then upscaled with the method that made the training data. Raises UserError for a file that is
+        no picture, a shape that is not that of the training data, and faces that only a super-resolution network could
+        prepare.
         """
         if isinstance(pictures, np.ndarray):
-            return self._prepared(pictures)
+            return self._prepared(pictures, photographed)
         if not pictures:
             return np.empty((0, *self.prepared), np.uint8)
-        return np.concatenate([self._prepared(_single(picture)) for picture in pictures])
+        return np.concatenate([self._prepared(_single(picture), photographed) for picture in pictures])
 
-    def _prepared(self, images: np.ndarray) -> np.ndarray:
+    def _prepared(self, images: np.ndarray, photographed: bool) -> np.ndarray:
         images = self._coloured(images)
-        if images.shape[1:] == self.prepared:
+        if images.shape[1:] == self.prepared and (self.method == "none" or not photographed):
             return images
         (height, width), (wanted_height, wanted_width) = images.shape[1:3], self.raw[:2]
         shown = f"{wanted_width}x{wanted_height} pixels"
@@ -150,7 +152,8 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
                 raise UserError(f"{name}: {image.width}x{image.height} pixels; at most {pixels:,} are read: shrink it")
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{name}: has more than 8 bits per pixel; convert it to 8")
-            turned = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+            turned = UPRIGHT.get(orientation)  # a TIFF is turned when it is decoded
             upright = image if turned is None else image.transpose(turned)
             if upright.mode == "P" and "transparency" in upright.info:
                 upright = upright.convert("RGBA")  # else Pillow warns
@@ -159,5 +162,5 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
     except UnidentifiedImageError:
         known = f"none of {', '.join(formats)}" if formats else "its format is unknown"
         raise UserError(f"{name}: not a readable picture ({known})") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (*UNREADABLE, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None

@@ -44,12 +44,16 @@ class Predictor:
         checkpoint.load_weights(folder, self.model)
 
     @torch.inference_mode()
-    def probabilities(self, images: Picture | Iterable[Picture], **beside: Picture | Iterable[Picture]) -> np.ndarray:
+    def probabilities(
+        self, images: Picture | Iterable[Picture], photographed: bool = False, **beside: Picture | Iterable[Picture]
+    ) -> np.ndarray:
         """Faces -> float32 [B, C], a row for each, in the order of `classes`, softened by the checkpoint's temperature.
 
         `images`: uint8 [H, W], [B, H, W], [B, H, W, 1] or [B, H, W, 3], the path of a picture, or a list of paths or
         arrays. Faces of another size than the training data are resized, upscaled and made grey as those were. An array
         [3, H, W] is three grey faces.
+
+        `photographed`: the images were cut out of pictures, so that none is upscaled as the training data were.
 
         `beside`: further images that the model takes. A model that compares faces takes `neutral`, a neutral face of
         the person in each image. It is required if the model was trained with pairing same_subject, and otherwise
@@ -63,9 +67,10 @@ class Predictor:
         found = []
         for first in range(0, len(faces), self.batch_size):
             part = slice(first, first + self.batch_size)
+            inputs = {"pixel_values": self._pixels(faces[part], photographed)}
+            seen = {name: self._pixels(given[part]) for name, given in others.items()}
             with autocast(self.run.precision, self.device):
-                inputs = {"pixel_values": self._pixels(faces[part])}
-                inputs |= {name: self.model.embed(self._pixels(given[part])).float() for name, given in others.items()}
+                inputs |= {name: self.model.embed(pixels).float() for name, pixels in seen.items()}
                 logits = self.model(**inputs).float()
             found.append(torch.softmax(logits / self.temperature, 1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
@@ -79,9 +84,9 @@ class Predictor:
         if missing:
             raise UserError(f"{missing[0]}: this model needs such a face of the same person with every image")
 
-    def _pixels(self, pictures: np.ndarray | list[Picture]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(self.faces.prepare(pictures))).to(self.device)
-        return model_input(pixels, self.run.input)
+    def _pixels(self, pictures: np.ndarray | list[Picture], photographed: bool = False) -> torch.Tensor:
+        prepared = np.ascontiguousarray(self.faces.prepare(pictures, photographed))
+        return model_input(torch.from_numpy(prepared).to(self.device), self.run.input)
 
 
 class _Served:

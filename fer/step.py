@@ -39,7 +39,7 @@ class Stepper:
         self.run, self.model, self.device = run, model, device
         self.graphs = graphs and device.type == "cuda" and world == 1 and not run.sam_rho
         self.recorded: Callable[..., Tensor] | None = None
-        self.optimizer = build_optimizer(run.optimizer, model)
+        self.optimizer = build_optimizer(run.optimizer, model, fused=run.precision != "fp16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         self.ema = Average(model, run.ema_decay) if run.ema_decay else None
         self.network: Any = model

@@ -54,9 +54,10 @@ if not os.environ.get("RAY_ADDRESS"):  # Ray is of this process alone
     }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
-for _name in ("no_proxy", "NO_PROXY"):  # servers on this machine are never behind a proxy
-    _known = [_host for _host in os.environ.get(_name, "").split(",") if _host]
-    os.environ[_name] = ",".join(dict.fromkeys([*_known, "127.0.0.1", "localhost"]))
+# servers on this machine are never behind a proxy; programs read one of the two names or the other
+_known = [_host.strip() for _name in ("no_proxy", "NO_PROXY") for _host in os.environ.get(_name, "").split(",")]
+_direct = "*" if "*" in _known else ",".join(dict.fromkeys([*filter(None, _known), "127.0.0.1", "localhost"]))
+os.environ |= {"no_proxy": _direct, "NO_PROXY": _direct}
 
 _show = sys.excepthook
 

@@ -13,7 +13,8 @@ import pandas as pd
 
 from fer import statistics
 from fer.data.dataset import DataSet
-from fer.data.near import groups
+from fer.data.folds import copies_of
+from fer.data.near import SAME
 from fer.errors import UserError
 from fer.evaluate import read_evaluated
 from fer.run_folder import PREDICTIONS, SUMMARY, named, read_config, read_summary
@@ -118,7 +119,8 @@ class Pair:
             return f"{better.name} is better than {worse.name} by {abs(gap):.2f} points"
         differ = f"they differ on {100 * self.differing:.1f} % of {images:,} images"
         if apart:
-            return f"not told apart over seeds: {abs(gap):.2f} points, p {self.p:.2g}; {differ}"
+            by = "over seeds" if self.test == "Welch" else f"by {self.test}'s test"
+            return f"not told apart {by}: {abs(gap):.2f} points, p {self.p:.2g}; {differ}"
         return f"not told apart: {differ}, where {100 * self.detectable:.1f} points would stand out"
 
 
@@ -130,7 +132,7 @@ def verdicts(pairs: Sequence[Pair]) -> list[str]:
 def side(word: str, runs: Path) -> Side:
     """The finished runs that `word` names: a run id, or the start of several that differ in their seed alone.
 
-    Raises UserError if there are none, or they are of several recipes.
+    Raises UserError if there are none, or they are of several recipes, of one seed, or of several test splits.
     """
     found = [(folder, summary) for folder in named(runs, word) if (summary := read_summary(folder)) is not None]
     if not found:
@@ -139,6 +141,14 @@ def side(word: str, runs: Path) -> Side:
     recipes = {_recipe(folder): folder.name for folder, _ in found}
     if len(recipes) > 1:
         raise UserError(f"{word}: names runs of several recipes, give more of the id: {', '.join(recipes.values())}")
+    seeds = {_seed(folder): folder.name for folder, _ in found}
+    if len(seeds) < len(found):  # as what they start from differs, or how they are called
+        names = ", ".join(folder.name for folder, _ in found)
+        raise UserError(f"{word}: names several runs of one seed, give more of the id: {names}")
+    splits = {summary["test_hash"]: folder.name for folder, summary in found}
+    if len(splits) > 1:
+        names = " and ".join(splits.values())
+        raise UserError(f"{word}: {names} were not evaluated on the same test images; run `fer evaluate` on each")
     name = found[0][0].name if len(found) == 1 else f"{found[0][1]['name']} ({len(found)} seeds)"
     return Side(name, tuple(folder for folder, _ in found), tuple(summary for _, summary in found))
 
@@ -147,6 +157,10 @@ def _recipe(folder: Path) -> str:
     content = read_config(folder)
     config = {key: value for key, value in content["config"].items() if key != "seed"}
     return json.dumps([config, content["data_hash"]], sort_keys=True)
+
+
+def _seed(folder: Path) -> int:
+    return read_config(folder)["config"]["seed"]
 
 
 def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:
@@ -161,7 +175,8 @@ def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:
     alike = np.arange(len(first.labels))
     if data is not None and data.test_hash == first.summaries[0]["test_hash"]:
         test = data.split("test")
-        alike = groups(test.images, test.rows)
+        threshold = data.summary.get("near_duplicates", SAME)
+        alike = copies_of(test.images, test.rows, np.full(len(test.rows), ""), threshold)
     return [_pair(one, other, alike) for one, other in combinations(sides, 2)]
 
 

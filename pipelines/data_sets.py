@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fer.errors import UserError
-from fer.settings import Fault, Positive, Section, Seed, Unfit, check, nearest
+from fer.settings import Fault, Positive, Section, Seed, Unfit, check, differing, nearest
 from pipelines.params import Params, Upscaling, read_yaml
 
 FOLDER = Path("datasets")
@@ -73,11 +73,11 @@ class Data(Section):
         if (self.dataset == "sample") != (self.sample is not None):
             rule = "is missing" if self.sample is None else "is for the data set sample alone: delete it"
             found.append(Fault("sample", rule))
-        if self.dataset == "sample" and self.faces is not None:
-            found.append(Fault("faces", "is for photographs, and the sample is of faces: delete it"))
-        if self.dataset == "sample" and self.store != "array":
-            found.append(Fault("store", "the sample is drawn as an array: delete it"))
-        if self.faces_margin is not None and self.faces is None:
+        if self.dataset == "sample":
+            own = {"dataset", "sample"}
+            given = [key for key in differing(self) if key not in own]
+            found += [Fault(key, "is not for the sample, which is drawn: delete it") for key in given]
+        elif self.faces_margin is not None and self.faces is None:
             found.append(Fault("faces_margin", "has no effect without faces: delete it"))
         if found:
             raise Unfit(found)

@@ -207,9 +207,10 @@ def _values(section: Section, prefix: str, origins: Mapping[str, str]) -> Iterat
             yield path, value, origins.get(path, DEFAULT), meaning
 
 
-def write(name: str, base: str, tree: dict[str, Any], comment: str) -> Path:
+def write(name: str, base: str, tree: dict[str, Any], comment: str, data: str | None) -> Path:
     """Write experiments/`name`.yaml with what differs between the run `tree` (plain values) and the experiment `base`.
 
+    `data`: the data set that it was trained on, if it names one.
     Raises UserError if the name is taken or not valid.
     """
     path = FOLDER / f"{name}.yaml"
@@ -217,7 +218,9 @@ def write(name: str, base: str, tree: dict[str, Any], comment: str) -> Path:
         raise UserError(f"--as {name}: an experiment's name is made of up to 100 letters, digits, _ and -")
     if os.path.lexists(path):
         raise UserError(f"{path}: exists already; choose another name with --as")
-    own = _difference(Run.model_validate(tree), read(path_of(base), [], {}).run)
+    before = read(path_of(base), [], {})
+    own = {} if data in (None, before.data) else {"data": data}
+    own |= _difference(Run.model_validate(tree), before.run)
     partial = path.with_name(f"{path.name}.partial")
     text = f"# {comment}\n# fer train {name}\n" + yaml_of({"base": base, **own})
     partial.write_text(text)

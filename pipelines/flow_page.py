@@ -110,8 +110,10 @@ class Progress:
         self.context = copy_context()  # rows come in another thread, which knows nothing of Prefect's server
         self.logger = get_run_logger()
         key = re.sub("[^a-z0-9]+", "-", run_id.lower())
-        create_link_artifact(link, link_text=f"{run_id} in MLflow", key=f"mlflow-{key}")
-        self.bar: Any = create_progress_artifact(0.0, key=f"progress-{key}", description=run_id)
+        self.bar: Any = None
+        with self._shown():
+            create_link_artifact(link, link_text=f"{run_id} in MLflow", key=f"mlflow-{key}")
+            self.bar = create_progress_artifact(0.0, key=f"progress-{key}", description=run_id)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
         """Show new rows of metrics.jsonl."""
@@ -123,7 +125,14 @@ class Progress:
                 "%s: epoch %d of %d: train loss %.4f, val loss %.4f, val accuracy %.2f %%",
                 self.run_id, row["epoch"], self.epochs, row["train_loss"], row["val_loss"], 100 * row["val_accuracy"],
             )  # fmt: skip
+        if self.bar is not None:
+            with self._shown():
+                update_progress_artifact(self.bar, 100 * rows[-1]["epoch"] / self.epochs)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """The page is not worth a run."""
         try:
-            update_progress_artifact(self.bar, 100 * rows[-1]["epoch"] / self.epochs)
-        except (httpx.HTTPError, PrefectException) as error:  # the page is not worth a run
+            yield
+        except (httpx.HTTPError, PrefectException) as error:
             self.logger.warning("%s: no progress bar: %s", self.run_id, error)

@@ -61,11 +61,14 @@ class Registry:
 
     def champions(self) -> dict[str, dict[str, str]]:
         """Registered model -> tags of its champion version, and `version`, its number."""
-        found = {}
-        for model in self.client.search_registered_models():
-            if "champion" in model.aliases:
-                champion = self.client.get_model_version_by_alias(model.name, "champion")
-                found[model.name] = {**champion.tags, "version": str(champion.version)}
+        found, token = {}, None
+        while token != "":
+            models = self.client.search_registered_models("name LIKE 'fer-%'", page_token=token)
+            for model in models:
+                if "champion" in model.aliases:
+                    champion = self.client.get_model_version_by_alias(model.name, "champion")
+                    found[model.name] = {**champion.tags, "version": str(champion.version)}
+            token = models.token or ""
         return found
 
     def register(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
@@ -298,7 +301,8 @@ class Registry:
         table = None
         with tempfile.TemporaryDirectory() as folder, suppress(MlflowException, OSError, ValueError):
             # without, as they were deleted or are on another machine, there is no test, which the verdict tells
-            table = pd.read_csv(self.client.download_artifacts(one.run_id or "", path, folder), usecols=columns)
+            file = self.client.download_artifacts(one.run_id or "", path, folder)
+            table = pd.read_csv(file, usecols=columns, keep_default_na=False)  # a class may be called None
         return _facts(one, table)
 
     def _add(self, name: str, run_id: str, model: ModelInfo, tags: dict[str, str], text: str) -> ModelVersion:

@@ -175,7 +175,7 @@ def _seen(
         with detecting:  # a detector is for one thread; it uses several itself
             found = detector(picture)
         crops = [crop(picture, face, model.margin) for face in found]
-    return {"width": width, "height": height}, found, model.predictor.faces.prepare(crops)
+    return {"width": width, "height": height}, found, model.predictor.faces.prepare(crops, detector is not None)
 
 
 def _row(face: Face, answer: np.ndarray, classes: list[str]) -> dict[str, Any]:

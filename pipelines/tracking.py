@@ -8,6 +8,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import warnings
@@ -253,7 +254,8 @@ class Tracker:
 
         Raises UserError if this experiment does not have the run, or the server does not answer.
         """
-        ours = f"{folder.name}/on/{result['dataset']}-{result['hash']}"
+        other = re.sub(r"[^\w.-]", "_", result["dataset"])  # MLflow's filters know no apostrophe
+        ours = f"{folder.name}/on/{other}-{result['hash']}"
         with self.in_one_line():
             parent, found = self._find(folder.name), self._find(ours)
             if parent is None:
@@ -582,8 +584,7 @@ def across_metrics(result: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {"on/coverage": result["coverage"], "on/images": result["images"]}
     for prefix, found in (("on", result["all_classes"]), ("on_shared", result["shared_classes"])):
         values |= {f"{prefix}/{key}": found[key] for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece")}
-        recalls = zip(found["classes"], found["recall"])
-        values |= {f"{prefix}/recall_{name}": recall for name, recall in recalls if recall is not None}
+        values |= _recalls(f"{prefix}/recall_", found["classes"], found["recall"])
     return values
 
 
@@ -595,10 +596,13 @@ def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
             if key in summary.get(split, {}):
                 values[f"final/{split}_{key}"] = summary[split][key]
-    for name, recall in zip(summary["classes"], summary["test"]["recall"]):
-        if recall is not None:
-            values[f"final/test_recall_{name}"] = recall
-    return values
+    return values | _recalls("final/test_recall_", summary["classes"], summary["test"]["recall"])
+
+
+def _recalls(prefix: str, classes: Sequence[str], recalls: Sequence[float | None]) -> dict[str, float]:
+    """The metric of each class; what MLflow allows in no name, as the apostrophe of don't know, becomes _."""
+    named = zip(classes, recalls)
+    return {prefix + re.sub(r"[^\w.\- /]", "_", name): recall for name, recall in named if recall is not None}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipelines.experiments import Job
 ROOT = Path(fer.__file__).parents[1]
 PATIENCE = 20.0  # seconds; the process of the previous attempt may still be ending
 # what torch says where a tensor does not fit into the memory of a machine
+ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's batch norm
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
 
@@ -120,6 +121,8 @@ def _of_error(error: Exception, folder: Path) -> Ended:
     reason = _first_line(error)
     if any(sign in reason for sign in NO_MEMORY):
         return Ended("mistake", f"{reason}; lower batch_size, input.image_size or the sizes of the model")
+    if reason.startswith(ONE_VALUE):
+        return Ended("mistake", f"batch_size: batch norm needs two images in a part of a batch: raise it ({reason})")
     if isinstance(error, torch.OutOfMemoryError):
         reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
     return Ended("fault", f"{type(error).__name__}: {reason} ({_where(error)}; full log: {folder / LOG})")
@@ -161,6 +164,11 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def _copy(read: int, path: Path) -> None:
-    with open(read, errors="replace") as lines, open(path, "a", buffering=1) as log:
-        for line in lines:
-            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")
+    """What is logged is not worth a run: where `path` cannot be written, the lines are read all the same."""
+    with open(read, errors="replace") as lines:
+        with suppress(OSError), open(path, "a", buffering=1) as log:
+            for line in lines:
+                with suppress(OSError):  # a full disk may have room again for the next one
+                    log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")
+        for _ in lines:
+            pass

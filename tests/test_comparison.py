@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ def test_one_run_against_another(tmp_path: Path) -> None:
     alike = write_run(tmp_path, "alike", 1, right(0.9, 1) ^ (np.arange(400) < 4))
     clear, close, other = pairs([side(word, tmp_path) for word in (good, bad, alike)], None)
     assert verdicts([clear]) == [clear.verdict()]
+    unclear = replace(clear, p=0.07)
+    assert unclear.verdict().startswith(f"not told apart by McNemar's test: {100 * clear.accuracy.value:.2f} points")
     assert verdicts([clear, other])[1] == f"{bad} and {alike}: {other.verdict()}"
     gap = right(0.9, 1).mean() - right(0.7, 2).mean()
     assert clear.accuracy.value == pytest.approx(gap)
@@ -82,6 +85,18 @@ def test_what_is_not_to_be_compared_is_named(tmp_path: Path) -> None:
     second = write_run(tmp_path, "one", 2, right(0.9, 1), lr=0.2)
     several = f"one: names runs of several recipes, give more of the id: {first}, {second}"
     assert refusal(side, "one", tmp_path) == several
+    for name, hashed in (("again", ["t", "t"]), ("moved", ["t", "u"])):
+        for seed, test_hash in enumerate(hashed):
+            summary = tmp_path / write_run(tmp_path, name, seed, right(0.9, 1)) / "summary.json"
+            summary.write_text(summary.read_text().replace('"test_hash": "t"', f'"test_hash": "{test_hash}"'))
+    once, twice = sorted(path.name for path in tmp_path.glob("again-*"))
+    config = tmp_path / twice / "config.json"
+    config.write_text(config.read_text().replace('"seed": 1', '"seed": 0'))
+    message = f"again: names several runs of one seed, give more of the id: {once}, {twice}"
+    assert refusal(side, "again", tmp_path) == message
+    once, twice = sorted(path.name for path in tmp_path.glob("moved-*"))
+    message = f"moved: {once} and {twice} were not evaluated on the same test images; run `fer evaluate` on each"
+    assert refusal(side, "moved", tmp_path) == message
     other = write_run(tmp_path, "other", 1, right(0.9, 1), labels=LABELS[::-1])
     message = refusal(pairs, [side(first, tmp_path), side(other, tmp_path)], None)
     assert message.startswith(f"{other} and {first}: not evaluated on the same test images")

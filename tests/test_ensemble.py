@@ -101,6 +101,9 @@ def test_shares_minimise_the_cross_entropy_of_val() -> None:
 
     by_grid = min(np.linspace(0, 1, 1001), key=loss)
     assert fitted(np.stack([noise, mixed]), labels)[0] == pytest.approx(by_grid, abs=0.002)
+    many = np.stack([np.where(rng.random((400, 1)) < share, good, noise) for share in np.linspace(0.1, 0.9, 9)])
+    shares = fitted(many, labels)  # whatever their order
+    assert fitted(many[::-1], labels)[::-1] == pytest.approx(shares, abs=2e-4)
 
 
 def test_what_cannot_be_a_member_or_be_trained(members: list[Path], bars: Path, tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ def test_models_without_a_map_of_their_own(run: Path, large: Path, bars: Path, t
     vit = {"name": "vit_tiny_patch16_224", "weights": None, "patch_size": 8, "hidden_size": 24, "depth": 1}
     models: dict[str, dict[str, Any]] = {
         "its backbone is no": {"model": {"name": "classifier", "backbone": {**vit, "num_heads": 2, "mlp_ratio": 1}}},
-        "it compares embeddings": doe(),
+        "its head sees frozen embeddings": doe(),
+        "its head sees": doe("none"),
     }
     for why, keys in models.items():
         predictor = Predictor(fit("y", small_run(**keys, epochs=1), CPU, bars, tmp_path), "cpu")

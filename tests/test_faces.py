@@ -113,6 +113,10 @@ def test_frames_of_a_picture_an_animation_a_video_and_of_none_of_these(tmp_path:
     seen = list(frames(cut))
     assert [one.number for one in seen] == list(range(len(seen)))
     assert seen[-1].note.startswith("damaged from here on (")
+    whole = save_gif(cut, [RNG.integers(0, 255, (16, 16), dtype=np.uint8) for _ in range(2)]).read_bytes()
+    for end in range(len(whole) - 1):  # Pillow has several words for it
+        cut.write_bytes(whole[:end])
+        assert all(one.note for one in frames(cut) if one.pixels is None)
 
 
 def test_a_picture_that_cannot_be_read_is_no_video_and_a_photograph_with_a_preview_no_animation(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Every model of the table, and every one of experiments/: it computes, learns, and comes back from its file."""
 
+import re
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, small_run
+from conftest import ROOT, refusal, small_run
 from torch import Tensor, nn
 
 from fer import checkpoint
@@ -240,6 +241,11 @@ def test_images_that_are_not_those_of_the_published_weights() -> None:
     ]
     assert len(mistaken_pixels(SHIPPED["emotion_encoder"].model, Input())) == 1  # VGGFace2's network converts its own
     assert mistaken_pixels(SHIPPED["vit_se_tiny"].model, Input()) == []  # random weights
+
+
+def test_a_gate_without_hidden_units_is_refused() -> None:
+    run = small_run(**keys("vit_se", 16, backbone=VIT, reduction=1000))
+    assert re.fullmatch(r"model.reduction: 1000 leaves no hidden unit of \d+ features", refusal(build, run))
 
 
 def test_vgg13_is_the_published_one() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fer.data.near import SIDE, groups, nearest, pairs, thumbnails
+from fer.data.near import SIDE, nearest, pairs, thumbnails
 
 RNG = np.random.default_rng(1)
 # smooth noise: as different from each other as photographs of different people
@@ -51,9 +51,3 @@ def test_pairs_far_apart_and_in_the_mirror() -> None:
     noise[[590, 1080]], noise[1099] = noise[3], noise[1098, :, ::-1]
     assert pairs(thumbnails(noise)).T.tolist() == [[3, 590], [3, 1080], [590, 1080]]
     assert pairs(thumbnails(noise), mirrored=True).T.tolist() == [[1098, 1099]]
-
-
-def test_groups_are_what_is_linked_by_near_duplicates() -> None:
-    chain = np.stack([np.roll(PHOTOS[0], step, axis=1) for step in range(4)])  # its ends are less alike than neighbours
-    found = groups(np.concatenate([PHOTOS[1:3], chain, PHOTOS[1:2], BLANK]), np.arange(9)).tolist()
-    assert [found.index(group) for group in found] == [0, 1, 2, 2, 2, 2, 0, 7, 8]

@@ -47,6 +47,8 @@ def test_faces_of_another_size_are_resized_and_upscaled_as_the_training_data_wer
     np.testing.assert_array_equal(prepared(GREY, face), np.asarray(raw)[None])
     wanted = np.asarray(raw.resize((96, 96), Image.Resampling.LANCZOS)) if side != 96 else face  # prepared already
     np.testing.assert_array_equal(prepared(UPSCALED, face), wanted[None])
+    cut_out = np.asarray(raw.resize((96, 96), Image.Resampling.LANCZOS))  # of a photograph, whatever its size
+    np.testing.assert_array_equal(UPSCALED.prepare(batch_of(face), photographed=True), cut_out[None])
 
 
 WANTED = f"wanted: {LAYOUTS}"
@@ -110,6 +112,9 @@ def test_every_orientation_of_exif_is_read_upright_though_another_tag_holds_nons
         wanted = Image.fromarray(RGB[0])
         wanted.info["exif"] = plain.tobytes()
         np.testing.assert_array_equal(read_picture(turned.getvalue()), ImageOps.exif_transpose(wanted))
+        tiff = io.BytesIO()
+        Image.fromarray(RGB[0]).save(tiff, "TIFF", exif=plain)
+        np.testing.assert_array_equal(read_picture(tiff.getvalue()), ImageOps.exif_transpose(wanted))
 
 
 def test_what_is_no_picture_and_a_method_of_another_version_are_named(tmp_path: Path) -> None:

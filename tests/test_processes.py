@@ -65,3 +65,20 @@ def test_a_process_in_a_container_has_not_ended_because_it_is_not_seen() -> None
             assert (inside.startswith("1:"), ended(inside), alive(inside)) == (True, False, False)
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("known", "direct"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "mlflow.intern, .corp"}, "mlflow.intern,.corp,127.0.0.1,localhost"),
+        ({"NO_PROXY": "a", "no_proxy": "b,a"}, "b,a,127.0.0.1,localhost"),
+        ({"NO_PROXY": "*"}, "*"),
+    ],
+)
+def test_what_is_reached_directly_stays_so(known: dict[str, str], direct: str) -> None:
+    """Programs read one of the two names or the other, and the small one first."""
+    bare = {key: value for key, value in os.environ.items() if key.lower() != "no_proxy"}
+    code = "import os, pipelines; print(os.environ['no_proxy'], os.environ['NO_PROXY'], sep='|')"
+    done = subprocess.run([sys.executable, "-c", code], env=bare | known, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{direct}|{direct}\n"

@@ -1,6 +1,8 @@
 """Stage faces: photographs become cropped faces alike in training and prediction; those without are named."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ from conftest import CPU, prepared, refusal, small_run
 from PIL import Image
 from test_faces import photograph
 
+from fer.data.found import Entry, look
 from fer.faces.detect import Haar, build_detector, crop
 from fer.faces.predict import Frame, predict
 from fer.predict import Predictor
 from fer.train import fit
 from pipelines.data_sets import Prepared
 from pipelines.stages.download import download
-from pipelines.stages.faces import faces
+from pipelines.stages.faces import faces, looked_at
 from pipelines.stages.split import split
 from pipelines.stages.upscale import upscale
 
@@ -72,9 +75,27 @@ def test_the_largest_face_is_cut_out_and_a_picture_without_is_named(
     run = fit("x", small_run(input={"image_size": SIDE, "channels": 3}, epochs=1, batch_size=4), CPU, SET, "runs")
     predictor, seen = Predictor(run), list[np.ndarray]()
     assert predictor.cropped == about
-    monkeypatch.setattr(predictor, "probabilities", lambda faces: seen.extend(faces) or np.zeros((len(faces), 2)))
+    monkeypatch.setattr(predictor, "probabilities", lambda faces, _: seen.extend(faces) or np.zeros((len(faces), 2)))
     list(predict(predictor, [Frame("x", 0, None, pictures["a/0.png"])], detect))
     np.testing.assert_array_equal(seen[0], crop(pictures["a/0.png"], detect(pictures["a/0.png"])[0], wide))
+
+
+def test_an_archive_is_read_by_one_thread_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files in a tar share one position in it."""
+    contents = [np.random.default_rng(seed).bytes(20_000) for seed in range(100)]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, content in enumerate(contents):
+            member = tarfile.TarInfo(f"{number:03}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+
+    class Same:
+        def __call__(self, entry: Entry, content: bytes) -> bool:
+            return content == contents[int(entry.base[:3])]
+
+    with look(tmp_path / "a.tar") as found:
+        assert list(looked_at(list(found.entries), Same())) == 100 * [True]  # type: ignore[arg-type]
 
 
 def test_a_box_that_the_data_give_is_kept() -> None:

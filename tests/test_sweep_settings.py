@@ -155,7 +155,7 @@ def test_the_command_line_is_laid_over_the_file() -> None:
 @pytest.mark.parametrize(
     ("words", "point"),
     [
-        (["tiny", "changes.epochs=9", "changes.optimizer=sgd"], {"loss.gamma": 0.0, "model.resizer.blocks": 3}),
+        (["tiny", "changes.epochs=9", "changes.optimizer=sgd", "changes.data=other"], {"loss.gamma": 0.0, "model.resizer.blocks": 3}),
         (["fpdls"], {"loss": "label_smoothing", "loss.label_smoothing.alpha": 0.6, "augment": 0.5,
                      "model.resizer": '{"size": 256, "scale": null}', "model.stn": False}),
         (["sample", "space={model.batch_norm: {choice: [true, false]}, clip_grad_norm: {choice: [1.0, null]}}"],
@@ -168,10 +168,15 @@ def test_apply_writes_an_experiment_that_is_the_best_run(words: list[str], point
     run, best = plan.run({**plan.published, **point}), f"{words[0]}_best"
     assert "fer train better" in here("sweep", "apply", words[0], "--as", "better").stdout
     found = experiments.load(["better"], {})["better"]
-    assert found.run == run
+    assert (found.run, found.data) == (run, plan.base.data)
     assert found.head == f"sweep {plan.folder.name}, trial 2: val 50.00 %, not confirmed\nfer train better"
     tree = read_yaml(found.path, "")
-    assert set(tree) <= {key.partition(".")[0] for key in point} | {"base", "epochs", "optimizer"}  # the rest is there
+    assert set(tree) <= {key.partition(".")[0] for key in point} | {
+        "base",
+        "data",
+        "epochs",
+        "optimizer",
+    }  # the rest is there
     path = experiments.path_of(tree["base"])
     path.write_text(path.read_text().replace("\nepochs: ", "\nepochs: 1") + "ema_decay: 0.5\n")
     assert here("sweep", "apply", words[0]).returncode == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, small_run, wait_for
+from conftest import CPU, NO_AUGMENT, small_run, wait_for
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
@@ -117,6 +117,19 @@ def test_what_is_written_below_python_and_by_children_is_logged_with_the_time(tm
     with logged(tmp_path / LOG):  # a second start adds to it
         os.write(1, b"again\n")
     assert (tmp_path / LOG).read_text().splitlines()[: len(lines)] == lines
+    for full in (Path("/dev/full"), tmp_path):  # no room, or no file: a run goes on without
+        with logged(full):
+            for _ in range(3):
+                sys.stdout.write(9999 * "x" + "\n")
+
+
+def test_batch_norm_of_one_image_is_the_users_to_mend(data: Path) -> None:
+    model = {"name": "classifier", "backbone": {"name": "mobilenet_v3_large", "weights": None, "width": 0.25}}
+    model["head"] = [8]
+    made = job(data, model=model, input={"image_size": 32}, batch_size=1, augment=NO_AUGMENT)
+    ended = work(made)
+    told = "batch_size: batch norm needs two images in a part of a batch: raise it ("
+    assert (ended.kind, ended.message[: len(told)]) == ("mistake", told)
 
 
 def test_a_limit_on_the_size_of_files_is_the_users_to_raise(data: Path, tmp_path: Path) -> None:

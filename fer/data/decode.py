@@ -1,12 +1,17 @@
 """A picture's bytes as an image of a data set: upright, cropped, of one size, grey or in colour."""
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+# what Pillow raises on damaged files
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, NotImplementedError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright picture
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from fer.data.images import Images
 
@@ -74,10 +72,3 @@ def pairs(found: np.ndarray, threshold: float = SAME, mirrored: bool = False) ->
         here, there = np.nonzero(found[first : first + ROWS] @ others[first:].T >= threshold)
         links.append(np.stack([here, there])[:, here < there] + first)
     return np.concatenate(links, 1)
-
-
-def groups(images: Images, rows: np.ndarray, threshold: float = SAME) -> np.ndarray:
-    """int64 [N], for the images `rows`: those of a group are linked by copies or near duplicates of each other."""
-    links = pairs(np.concatenate([thumbnails(images[part]) for part in parts(images, rows)]), threshold)
-    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(len(rows), len(rows)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -104,9 +104,11 @@ class Pictures:
         return np.concatenate([np.zeros((0, *self.shape[1:]), np.uint8), *self.chunks()])
 
 
-def upright(entry: Entry, mode: str) -> Image.Image:
-    """A picture, turned as EXIF says, in a mode of Pillow. Raises UserError for one that cannot be read."""
-    content = entry.read()
+def upright(entry: Entry, content: bytes, mode: str) -> Image.Image:
+    """The picture in `entry`, whose file is `content`, turned as EXIF says, in a mode of Pillow.
+
+    Raises UserError for one that cannot be read.
+    """
     try:
         return decode.upright(content, mode)
     except UNREADABLE as error:

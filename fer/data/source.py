@@ -16,7 +16,7 @@ from fer.errors import UserError
 TEXT_COLUMNS = ("name", "usage", "subject")
 # of the tables that are made, in which a class has a column of its own
 TAKEN = {*TEXT_COLUMNS, "row", "sha1", "label", "class", "prediction", "prediction_shared", "leaked"}
-TAKEN |= {"duplicate_of", "duplicate_in", "duplicate_kind"}
+TAKEN |= {"duplicate_of", "duplicate_in", "duplicate_kind", "fold", "right"}
 FACELESS = "no face found (data.faces)"
 UNUSED = "no part of the data set"
 UNWANTED = "of a class that data.classes leaves out"

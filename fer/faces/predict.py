@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from fer.data.decode import UNREADABLE
 from fer.data.found import printable
 from fer.errors import UserError, first_line
 from fer.faces.boxes import Boxes
@@ -90,7 +91,7 @@ def _kind(path: Path) -> str:
             return "animation" if image.format in ANIMATED and getattr(image, "is_animated", False) else "picture"
     except UnidentifiedImageError:
         return "video"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         return "picture"  # `read_picture` says what is wrong
 
 
@@ -108,7 +109,7 @@ def _animated(path: Path) -> Iterator[Frame]:
             for number, frame in enumerate(ImageSequence.Iterator(image)):
                 yield Frame(name, number, seconds, np.asarray(frame.convert("RGB")))
                 seconds += frame.info.get("duration", 100) / 1000
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         yield Frame(name, number, seconds, None, f"damaged from here on ({first_line(error)})")
 
 
@@ -207,9 +208,9 @@ def predict(
             crops += [] if face is None else [face]
         held += 0 if frame.pixels is None else frame.pixels.nbytes
         if not crops or len(crops) >= at_once or held >= HELD:  # nothing waits for a face that may never come
-            yield from _answered(predictor, waiting, crops)
+            yield from _answered(predictor, waiting, crops, detector is not None)
             waiting, crops, held = [], [], 0
-    yield from _answered(predictor, waiting, crops)
+    yield from _answered(predictor, waiting, crops, detector is not None)
 
 
 def _faces(
@@ -231,9 +232,11 @@ def _faces(
             yield Found(frame, number, face, None), crop(frame.pixels, face, margin)
 
 
-def _answered(predictor: Predictor, waiting: list[Found], crops: list[np.ndarray]) -> Iterator[Found]:
+def _answered(
+    predictor: Predictor, waiting: list[Found], crops: list[np.ndarray], photographed: bool
+) -> Iterator[Found]:
     """`waiting` with the probabilities of the `crops` for those that have a number."""
-    answers = _probabilities(predictor, crops)
+    answers = _probabilities(predictor, crops, photographed)
     for found in waiting:
         if found.number is None:
             yield found
@@ -245,13 +248,13 @@ def _answered(predictor: Predictor, waiting: list[Found], crops: list[np.ndarray
             yield replace(found, probabilities=answer)
 
 
-def _probabilities(predictor: Predictor, crops: list[np.ndarray]) -> Iterator[np.ndarray | str]:
+def _probabilities(predictor: Predictor, crops: list[np.ndarray], photographed: bool) -> Iterator[np.ndarray | str]:
     """Of each crop, or why there are none: one that does not fit the training data does not stop the others."""
     try:
-        yield from predictor.probabilities(crops)
+        yield from predictor.probabilities(crops, photographed)
     except UserError:
         for one in crops:
             try:
-                yield predictor.probabilities([one])[0]
+                yield predictor.probabilities([one], photographed)[0]
             except UserError as error:
                 yield str(error)

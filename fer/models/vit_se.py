@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from fer.errors import UserError
 from fer.input import Input
 from fer.models.backbones import BACKBONE, backbone_faults, build_backbone
 from fer.models.network import Backbone, ModelKind, Network
@@ -30,13 +31,15 @@ class VitSe(ModelKind):
 
 
 class VitSeNetwork(Network):
-    """[B, channels, image_size, image_size] -> logits [B, num_labels]."""
+    """[B, channels, image_size, image_size] -> logits [B, num_labels]. Raises UserError if the SE block has no unit."""
 
     def __init__(self, model: VitSe, settings: Input, num_labels: int, pretrained: bool):
         super().__init__()
         shape = settings.image_size, settings.channels
         self.backbone = build_backbone(model.backbone, *shape, "model.backbone", pretrained)
         width = self.backbone.num_features
+        if model.reduction > width:
+            raise UserError(f"model.reduction: {model.reduction} leaves no hidden unit of {width} features")
         self.squeeze = nn.Linear(width, width // model.reduction)
         self.excite = nn.Linear(width // model.reduction, width)
         self.gate = torch.relu if model.gate == "relu" else torch.sigmoid

@@ -48,7 +48,7 @@ def _evaluate(run: str) -> None:
     before, data = read_summary(folder), data_of(folder)
     if before is not None and (again := outdated(before, open_data(data))):
         console.print(f"{folder.name}: {again}", style="yellow")
-    with doing(f"Evaluating {folder.name}"):
+    with held(folder), doing(f"Evaluating {folder.name}"):
         summary = evaluate_run(folder, data, load().resources)
     print_table([summary])
     table = Table("class", "test images", "recall %", "most often mistaken for", title="Test, class by class")

@@ -3,7 +3,7 @@
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -95,7 +95,7 @@ def sweep_apply(
         raise UserError(f"sweep {name}: no finished sweep of that name; run `fer sweep {name}`")
     folder, result = found[0]
     best = sweep_folder.best_run(folder, result).model_dump()
-    path = write(new_name or result["best_name"], result["base"], best, report.sweep_line(result))
+    path = write(new_name or result["best_name"], result["base"], best, report.sweep_line(result), result["data"])
     console.print(f"{path}, from {folder.name}; train it with [bold]fer train {path.stem}[/]")
 
 
@@ -132,13 +132,13 @@ def _trials_table(folder: Path) -> Table:
     """Trials, the best first; the caption says how far the sweep is."""
     from pipelines import report
     from pipelines.sweeps import folder as sweep_folder
-    from pipelines.sweeps.files import read_about, read_result
+    from pipelines.sweeps.files import read_about
 
     found, about = sweep_folder.read_trials(folder), read_about(folder)
     rows = report.trial_rows(found, about["epochs"])
     columns = [Column(key, justify="right", no_wrap=key in list(rows[0])[:5]) for key in rows[0]] if rows else []
     running = is_held(folder)
-    over = read_result(folder) is not None and not running
+    over = _result(folder) is not None and not running
     caption = None if over else report.progress(found, about, running)
     table = Table(
         *columns, title=folder.name, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
@@ -148,11 +148,18 @@ def _trials_table(folder: Path) -> Table:
     return table
 
 
+def _result(folder: Path) -> dict[str, Any] | None:
+    """result.json, if it is of the budget that the sweep has now."""
+    from pipelines.sweeps.files import read_about, read_result
+
+    result, budget = read_result(folder), read_about(folder).get("budget")
+    return result if result is None or budget in (None, result["budget"]) else None
+
+
 def _print_result(folder: Path) -> None:
     from pipelines import report
-    from pipelines.sweeps.files import read_result
 
-    found = read_result(folder)
+    found = _result(folder)
     if found is not None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]

@@ -83,6 +83,7 @@ class Result(Stored):
 
     sweep: str
     base: str
+    data: str | None = None  # the data set that the base names; not there before November 2026
     best_name: str
     budget: dict[str, Any]
     trials: Positive

@@ -304,6 +304,7 @@ def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str
         "format": FORMAT,
         "sweep": plan.folder.name,
         "base": plan.base.name,
+        "data": plan.base.data,
         "best_name": best_name(plan),
         "budget": _budget(plan),
         "trials": len(trials),
