@@ -155,7 +155,8 @@ def test_the_command_line_is_laid_over_the_file() -> None:
 @pytest.mark.parametrize(
     ("words", "point"),
     [
-        (["tiny", "changes.epochs=9", "changes.optimizer=sgd", "changes.data=other"], {"loss.gamma": 0.0, "model.resizer.blocks": 3}),
+        (["tiny", "changes.epochs=9", "changes.optimizer=sgd", "changes.data=other"],
+         {"loss.gamma": 0.0, "model.resizer.blocks": 3}),
         (["fpdls"], {"loss": "label_smoothing", "loss.label_smoothing.alpha": 0.6, "augment": 0.5,
                      "model.resizer": '{"size": 256, "scale": null}', "model.stn": False}),
         (["sample", "space={model.batch_norm: {choice: [true, false]}, clip_grad_norm: {choice: [1.0, null]}}"],
