@@ -207,7 +207,7 @@ def _values(section: Section, prefix: str, origins: Mapping[str, str]) -> Iterat
             yield path, value, origins.get(path, DEFAULT), meaning
 
 
-def write(name: str, base: str, tree: dict[str, Any], comment: str, data: str | None) -> Path:
+def write(name: str, base: str, tree: dict[str, Any], comment: str, data: str | None = None) -> Path:
     """Write experiments/`name`.yaml with what differs between the run `tree` (plain values) and the experiment `base`.
 
     `data`: the data set that it was trained on, if it names one.
