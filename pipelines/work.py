@@ -26,8 +26,8 @@ from pipelines.experiments import Job
 
 ROOT = Path(fer.__file__).parents[1]
 PATIENCE = 20.0  # seconds; the process of the previous attempt may still be ending
+ONE_VALUE = "Expected more than 1 value per channel when training"  # what torch's batch norm says
 # what torch says where a tensor does not fit into the memory of a machine
-ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's batch norm
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import CPU, DATA, change, doe, epochs_done, experiment, make_data, refusal, start_fer, wait_for, workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from fer.data.dataset import DataSet, open_data
@@ -127,6 +128,10 @@ def test_copies_are_found_where_subjects_are_unknown() -> None:
         ([*"abcdef"], 0.94, [0, 0, 1, 2, 3, 4]),
     ):  # fmt: skip
         assert copies_of(images, np.arange(6), np.array(subjects, str), threshold).tolist() == found
+    smooth = np.asarray(Image.fromarray(images[5, :6, :6]).resize((48, 48), Image.Resampling.BICUBIC))
+    chain = np.stack([np.roll(smooth, step, axis=1) for step in range(4)])  # its ends are less alike than neighbours
+    assert copies_of(chain, np.arange(4), np.full(4, ""), 0.94).tolist() == [0, 0, 0, 0]
+    assert copies_of(chain[::3], np.arange(2), np.full(2, ""), 0.94).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -172,12 +172,8 @@ def test_apply_writes_an_experiment_that_is_the_best_run(words: list[str], point
     assert (found.run, found.data) == (run, plan.base.data)
     assert found.head == f"sweep {plan.folder.name}, trial 2: val 50.00 %, not confirmed\nfer train better"
     tree = read_yaml(found.path, "")
-    assert set(tree) <= {key.partition(".")[0] for key in point} | {
-        "base",
-        "data",
-        "epochs",
-        "optimizer",
-    }  # the rest is there
+    named = {key.partition(".")[0] for key in point}
+    assert set(tree) <= named | {"base", "data", "epochs", "optimizer"}  # the rest is there
     path = experiments.path_of(tree["base"])
     path.write_text(path.read_text().replace("\nepochs: ", "\nepochs: 1") + "ema_decay: 0.5\n")
     assert here("sweep", "apply", words[0]).returncode == 0
