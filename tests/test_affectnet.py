@@ -41,7 +41,7 @@ def test_tables_with_boxes(tmp_path: Path) -> None:
         f"{IMAGES}/{n}/{name[:2]}{n}.jpg": (usage, "", label, 11 * number + n)
         for number, (name, usage) in enumerate(SETS.items()) for n, label in enumerate(MEANT)
     }  # fmt: skip
-    assert source.images.shape == (16, 5, 6)  # the box, as it lies in the picture
+    assert source.images.shape == (16, 6, 6)  # the square around the box
     assert (source.classes, source.read, len(source.left_out[LEFT_OUT])) == (affectnet.CLASSES, [*SETS], 6)
 
 

@@ -239,7 +239,10 @@ def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     change(tmp_path, "b/own.csv", lambda _: "\xef\xbb\xbffile,left,top,right,bottom,frame\nx.png,2,4,18,20,\n")
     table = tmp_path / "b/own.csv"
-    table.write_text(table.read_text() + "b/c.png,0,0,10,10,3\nb/c.png,0,0,8,10,\nd.png,,,,,\nother.png,1,1,2,2,\n")
+    table.write_text(
+        table.read_text() + "b/c.png,0,0,10,10,3\nb/c.png,0,0,8,10,\nd.png,,,,,\nother.png,1,1,2,2,\n"
+        "x.png,0,0,999,9,7\n"
+    )
     boxes = Boxes(table, [Path("b/x.png"), Path("b/c.png"), Path("d.png")])
     assert boxes.of("b/x.png", 0) == [Face(2, 4, 16, 16, 1)]
     assert [face.width for face in boxes.of("b/c.png", 3)] == [8, 10]
@@ -250,7 +253,10 @@ def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatc
     found = list(predict(predictor, pictures, boxes))
     np.testing.assert_allclose(found[0].probabilities, predictor.probabilities(pixels[4:20, 2:18])[0], atol=1e-6)
     (outside,) = predict(predictor, [Frame("b/x.png", 0, None, pixels[:3])], boxes)
-    assert [one.row(CLASSES)["note"] for one in (found[1], outside)] == ["no face", "the box lies outside the picture"]
+    _, huge = predict(predictor, [Frame("b/x.png", 7, None, pixels)], boxes)
+    assert [one.row(CLASSES)["note"] for one in (found[1], outside, huge)] == [
+        "no face", "the box lies outside the picture", "the box is more than 4 times as large as the picture"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from PIL import Image
 from fer.data.found import look
 from fer.data.picture_files import Box, Pictures
 from fer.errors import UserError
+from fer.faces.detect import Face, crop
+from fer.pictures import Faces
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 KINDS: dict[str, dict] = {
@@ -75,17 +77,31 @@ def test_sizes_that_differ_become_one_and_the_same_size_is_kept(tmp_path: Path) 
     images, resized = read(tmp_path, files, size=24)
     assert (images.shape, resized) == ((3, 24, 24), 3)
     middle = np.asarray(picture("L").crop((5, 0, 25, 20)).resize((24, 24), Image.Resampling.BICUBIC))
-    inner = np.s_[3:-3, 3:-3]  # the edge is interpolated with its neighbours outside
-    np.testing.assert_array_equal(images[0][inner], middle[inner])  # the largest square in the middle
+    np.testing.assert_array_equal(images[0], middle)  # the largest square in the middle
     assert read(tmp_path, files[:1] * 2)[0].shape == (2, 20, 30)
 
 
-def test_boxes_are_cut_out_and_end_at_the_edge(tmp_path: Path) -> None:
-    files, whole = [encoded(picture("L"))] * 2, np.asarray(picture("L"))
-    images, _ = read(tmp_path, files, boxes=[(3, 4, 13, 14), (20, 10, 40, 40)])
-    np.testing.assert_array_equal(images, [whole[4:14, 3:13], whole[10:20, 20:30]])
-    told = "/1.png: is 30x20 pixels, and its box (30, 0, 35, 5) lies outside: correct the box"
-    tells(tmp_path, told, read, tmp_path, files, boxes=[None, (30, 0, 35, 5)])
+def test_the_square_around_a_box_is_cut_out_and_repeats_the_edge(tmp_path: Path) -> None:
+    files, whole = [encoded(picture("L"))] * 3, np.asarray(picture("L"))
+    images, resized = read(tmp_path, files, boxes=[(3, 4, 13, 14), (3, 6, 13, 12), (25, -4, 31, 6)])
+    corner = np.pad(whole[:6, 23:], ((4, 0), (0, 3)), "edge")
+    np.testing.assert_array_equal(images, [whole[4:14, 3:13], whole[4:14, 3:13], corner])
+    assert resized == 0
+    for box, wrong in (((30, 0, 35, 5), "lies outside"), ((0, 0, 9, 121), "is more than 4 times as large as")):
+        told = f"/1.png: is 30x20 pixels, and its box {box} {wrong} the picture: correct the box"
+        tells(tmp_path, told, read, tmp_path, files[:2], boxes=[None, box])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_face_is_cut_alike_for_training_and_in_prediction(mode: str, tmp_path: Path) -> None:
+    boxes = [(3, 4, 13, 14), (2, 1, 6, 14), (25, -4, 31, 6), (-3, 2, 12, 30), (0, 0, 30, 20)]
+    pixels = np.asarray(picture(mode))
+    trained, _ = read(tmp_path, [encoded(picture(mode))] * len(boxes), size=16, boxes=boxes)
+    faces = [Face(left, top, right - left, bottom - top, 1) for left, top, right, bottom in boxes]
+    predicted = Faces(trained.shape[1:], trained.shape[1:], "none", 1).prepare(
+        [crop(pixels, face, margin=1) for face in faces], photographed=True
+    )
+    np.testing.assert_array_equal(trained, predicted)
 
 
 JPEG = encoded(picture("RGB", (300, 200)), "JPEG")

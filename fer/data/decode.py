@@ -14,23 +14,60 @@ UNREADABLE = (
 )  # fmt: skip
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright picture
+LARGEST = 4  # times the longer side of a picture: a larger box is a mistake
 
 
 def decoded(content: bytes, box: Box | None, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 of `shape`, [H, W] or [H, W, 3]: the part `box` of a picture, None for all of it.
+    """uint8 of `shape`, [H, W] or [H, W, 3]: the square around `box`, or all of a picture that has this size.
 
-    Of a part of another size the largest square in the middle is resized. Raises one of UNREADABLE.
+    Of one of another size the largest square in the middle is resized. Raises one of UNREADABLE.
     """
     image = upright(content, "L" if len(shape) == 2 else "RGB")
-    left, top, right, bottom = inside(box, image.size)
-    width, height = right - left, bottom - top
-    if (height, width) == shape[:2]:
-        whole = image.size == (width, height)
-        return np.asarray(image if whole else image.crop((left, top, right, bottom)))
+    size = shape[1], shape[0]
+    if box is None and image.size == size:
+        return np.asarray(image)
+    square = middle(image.size) if box is None else around(box)
+    part = image.crop(square) if within(square, image.size) else Image.fromarray(cut(np.asarray(image), square))
+    return np.asarray(part if part.size == size else part.resize(size, Image.Resampling.BICUBIC))
+
+
+def middle(size: tuple[int, int]) -> Box:
+    """The largest square in the middle of a picture of this width and height."""
+    width, height = size
     side = min(width, height)
-    left, top = left + (width - side) // 2, top + (height - side) // 2
-    square = (left, top, left + side, top + side)
-    return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC, square))
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def around(box: tuple[float, float, float, float], margin: float = 1) -> Box:
+    """The square around the middle of a box: its side is `margin` times the longer one of the box."""
+    left, top, right, bottom = box
+    side = max(1, round(max(right - left, bottom - top) * margin))
+    left, top = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    return left, top, left + side, top + side
+
+
+def cut(picture: np.ndarray, box: Box) -> np.ndarray:
+    """The part `box` of uint8 [H, W] or [H, W, 3]; what lies outside the picture repeats its edge."""
+    (left, top, right, bottom), (height, width) = box, picture.shape[:2]
+    rows = np.arange(top, bottom).clip(0, height - 1)
+    columns = np.arange(left, right).clip(0, width - 1)
+    return picture[rows[:, None], columns]
+
+
+def within(box: Box, size: tuple[int, int]) -> bool:
+    """Whether a picture of this width and height holds the whole box."""
+    return box[0] >= 0 and box[1] >= 0 and box[2] <= size[0] and box[3] <= size[1]
+
+
+def misplaced(box: tuple[float, float, float, float], size: tuple[int, int]) -> str:
+    """What is wrong with a box on a picture of this width and height; empty if nothing is."""
+    (left, top, right, bottom), (width, height) = box, size
+    if min(right, width) <= max(left, 0) or min(bottom, height) <= max(top, 0):
+        return "lies outside the picture"
+    if max(right - left, bottom - top) > LARGEST * max(size):
+        return f"is more than {LARGEST} times as large as the picture"
+    return ""
 
 
 def upright(content: bytes, mode: str) -> Image.Image:
@@ -45,11 +82,3 @@ def upright(content: bytes, mode: str) -> Image.Image:
 def has_exif(image: Image.Image) -> bool:
     """Whether there may be a rotation; of a PNG it would have to be decoded to look behind the pixels."""
     return image.format != "PNG" or "exif" in image.info
-
-
-def inside(box: Box | None, size: tuple[int, int]) -> Box:
-    """The part of `box` that lies in a picture of this width and height."""
-    width, height = size
-    if box is None:
-        return 0, 0, width, height
-    return max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)

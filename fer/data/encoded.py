@@ -22,7 +22,7 @@ from fer.super_resolution.interpolation import KERNELS, resize_one
 SHARD = 2**30  # bytes of a shard at most, if it holds more than one picture
 ROW = np.dtype([
     ("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("sha256", "u1", (32,)),  # the bytes
-    ("box", "<i4", (4,)),  # left, top, right, bottom of the part that counts; zeros: all of it
+    ("box", "<i4", (4,)),  # left, top, right, bottom; zeros: none
     ("shape", "<u2", (3,)),  # height, width, and 3 in colour or 0 in grey, to which the part is decoded
     ("method", "S8"), ("scale", "u1"),  # by which it is then enlarged: none, or one of KERNELS
 ])  # fmt: skip
@@ -111,7 +111,7 @@ class Encoded:
 class Shards:
     """The shards and the index of a data set, which a `with` block fills; the index is written when it ends.
 
-    `shape`: that of the array of all images; `boxes`: the part of each picture that counts.
+    `shape`: that of the array of all images; `boxes`: of the face in each picture, if it has one.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], boxes: Sequence[Box | None]):

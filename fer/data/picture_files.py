@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fer.data import decode
-from fer.data.decode import FORMATS, UNREADABLE, Box, decoded, has_exif, inside
+from fer.data.decode import FORMATS, UNREADABLE, Box, around, decoded, has_exif, misplaced
 from fer.data.found import Entry, what_it_is
 from fer.errors import UserError
 
@@ -24,7 +24,8 @@ class Pictures:
     """uint8 [N, H, W], or [N, H, W, 3] if any picture has colour; `shape` is known before any is decoded.
 
     Pictures of one size keep it. If their sizes differ, or `size` is given, the largest square in the middle of each is
-    resized to `size` pixels (SIDE without). `boxes`: the part of each picture that counts, None for all of it.
+    resized to `size` pixels (SIDE without). `boxes`: of those that have one the square around it counts instead, as it
+    does in prediction.
     Raises UserError, which names them, for pictures that cannot be opened.
     """
 
@@ -137,10 +138,12 @@ def _survey(entry: Entry, box: Box | None) -> tuple[tuple[int, int], str]:
                 mode = image.mode
         except UNREADABLE as error:
             raise UserError(f"{entry}: {fault(entry.head, error)}") from None
-    left, top, right, bottom = inside(box, size)
-    if right <= left or bottom <= top:
-        raise UserError(f"{entry}: is {size[0]}x{size[1]} pixels, and its box {box} lies outside: correct the box")
-    return (right - left, bottom - top), mode
+    if box is None:
+        return size, mode
+    if wrong := misplaced(box, size):
+        raise UserError(f"{entry}: is {size[0]}x{size[1]} pixels, and its box {box} {wrong}: correct the box")
+    left, _, right, _ = around(box)
+    return (right - left, right - left), mode
 
 
 def _turned(image: Image.Image) -> bool:

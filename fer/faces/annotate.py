@@ -24,8 +24,7 @@ def drawn(frame: Frame, faces: list[Found], classes: list[str]) -> np.ndarray:
             continue
         values = found.probabilities if found.smoothed is None else found.smoothed
         face, best = found.face, int(values.argmax())
-        box = (face.left, face.top, face.left + face.width, face.top + face.height)
-        pen.rectangle(box, outline=(0, 255, 0), width=max(1, size // 8))
+        pen.rectangle(face.box, outline=(0, 255, 0), width=max(1, size // 8))
         text = f"{classes[best]} {100 * values[best]:.0f} %"
         place = (face.left, max(0, face.top - size - 2))
         pen.text(place, text, (0, 255, 0), ImageFont.load_default(size), stroke_width=1, stroke_fill=(0, 0, 0))

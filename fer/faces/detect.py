@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fer.data.decode import around, cut
 from fer.errors import UserError
 
 LONGEST = 640  # pixels: larger pictures are shrunk first, as detectors miss faces that fill them
@@ -29,17 +30,10 @@ class Face:
     height: float
     score: float
 
-    def square(self, margin: float) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the square around it, `margin` times the longer side of the box."""
-        side = max(1, round(max(self.width, self.height) * margin))
-        left = round(self.left + self.width / 2 - side / 2)
-        top = round(self.top + self.height / 2 - side / 2)
-        return left, top, left + side, top + side
-
-    def overlaps(self, picture: np.ndarray) -> bool:
-        """Whether it lies on the picture [H, W, ...], at least in part."""
-        height, width = picture.shape[:2]
-        return self.left < width and self.top < height and self.left + self.width > 0 and self.top + self.height > 0
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
 
 
 class Detector(Protocol):
@@ -147,8 +141,4 @@ def crop(picture: np.ndarray, face: Face, margin: float) -> np.ndarray:
 
     What lies outside the picture repeats its edge.
     """
-    left, top, right, bottom = face.square(margin)
-    height, width = picture.shape[:2]
-    rows = np.arange(top, bottom).clip(0, height - 1)
-    columns = np.arange(left, right).clip(0, width - 1)
-    return picture[rows[:, None], columns]
+    return cut(picture, around(face.box, margin))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from fer.data.decode import UNREADABLE
+from fer.data.decode import UNREADABLE, misplaced
 from fer.data.found import printable
 from fer.errors import UserError, first_line
 from fer.faces.boxes import Boxes
@@ -226,8 +226,9 @@ def _faces(
             yield Found(frame, None, None, None), None
         for number, face in enumerate(faces):
             assert margin is not None
-            if not face.overlaps(frame.pixels):
-                yield Found(replace(frame, note="the box lies outside the picture"), None, face, None), None
+            height, width = frame.pixels.shape[:2]
+            if wrong := misplaced(face.box, (width, height)):
+                yield Found(replace(frame, note=f"the box {wrong}"), None, face, None), None
                 continue
             yield Found(frame, number, face, None), crop(frame.pixels, face, margin)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fer.data.boxes import Seen, write_boxes
 from fer.data.datasets import DATASETS
+from fer.data.decode import around
 from fer.data.found import Entry, look
 from fer.data.picture_files import AT_ONCE, Pictures, upright
 from fer.data.source import Wanted
@@ -73,7 +74,7 @@ class Finder:
         found = self.own.detector(np.asarray(upright(entry, content, "RGB")))
         if not found:
             return Seen(entry.name)
-        left, top, right, bottom = found[0].square(self.margin)
+        left, top, right, bottom = around(found[0].box, self.margin)
         return Seen(entry.name, left, top, right, bottom, round(found[0].score, 3), len(found))
 
 
