@@ -108,8 +108,6 @@ def _add(
 ) -> None:  # fmt: skip
     """Read one experiment, and before it those it starts from; `after`: those that start from it, on `data`."""
     if name in found:
-        if after and data != found[name].data and "data" not in found[name].origins:
-            faults.append(f"{after[-1]}: init_from: {name} is to be trained on other data as well; train them in turn")
         return
     if name in after:
         faults.append(f"{name}: init_from: {' -> '.join([*after, name])} is a circle; set one of them to null")
@@ -124,11 +122,14 @@ def _add(
         waits = f"{after[-1]}: init_from: " if name not in files else ""
         faults += [waits + line for line in error.lines]
         return
-    experiment = replace(experiment, data=experiment.data or data)
+    if name not in files:  # what is named has its own data, in whatever order the words are
+        experiment = replace(experiment, data=experiment.data or data)
     first = experiment.run.init_from
     if first is not None:
         _add(found, faults, first, files, changes, machine, (*after, name), experiment.data)
         if first in found:
+            if found[first].data != experiment.data and "data" not in found[first].origins:
+                faults.append(f"{name}: init_from: {first} is to be trained on other data as well; train them in turn")
             wrong = chain_faults(experiment.run, found[first].run)
             faults += [placed(fault, experiment.origins, experiment.path) for fault in wrong]
     found[name] = experiment

@@ -291,8 +291,10 @@ def test_a_run_starts_from_one_on_the_same_data_unless_its_file_says_otherwise()
     assert {name: found.data for name, found in load(["second"], {}).items()} == {"first": None, "second": None}
     assert {name: found.data for name, found in load(["second", "data=x"], {}).items()} == {"first": "x", "second": "x"}
     experiment("third", base="vit_se_tiny", init_from="first", data="y")
-    line = "third: init_from: first is to be trained on other data as well; train them in turn"
-    assert mistakes("second", "third") == mistakes("first", "third") == [line]
+    for words, late in (("second third", "third"), ("third second", "second"), ("first third", "third"),
+                        ("third first", "third")):  # fmt: skip
+        line = f"{late}: init_from: first is to be trained on other data as well; train them in turn"
+        assert mistakes(*words.split()) == [line]
     experiment("first", base="vit_se_tiny", data="z")
     assert [found.data for found in load(["third", "second"], {}).values()] == ["z", "y", None]
 
