@@ -38,16 +38,22 @@ OPEN = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 
 
 def check_server() -> None:
-    """Raises UserError where PREFECT_API_URL names a server that does not answer."""
+    """Raises UserError where PREFECT_API_URL names a server that does not answer, or refuses the credentials."""
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         return
     try:
         answer = httpx.get(f"{address.rstrip('/')}/health", timeout=10)
-        # credentials are Prefect's matter
         if answer.status_code == 404 or (answer.status_code == 200 and answer.text.strip() != "true"):
             raise ValueError("what answers is something else; the address ends in /api")
+        with get_client(sync_client=True) as client:
+            client.hello()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+            raise UserError(
+                f"PREFECT_API_URL: the Prefect server at {without_password(address)} refuses the credentials; set "
+                "PREFECT_API_AUTH_STRING (user:password), or PREFECT_API_KEY of Prefect Cloud"
+            ) from None
         raise UserError(
             f"PREFECT_API_URL: no Prefect server answers at {without_password(address)} ({first_line(error)}); "
             "start it (`fer ui`, `prefect server start`), or unset the variable"

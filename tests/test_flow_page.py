@@ -1,27 +1,32 @@
 """What a command says of a Prefect server before anything starts."""
 
+import base64
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from conftest import free_port, refusal
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from pipelines import flow_page
 
-STATUS = {"/api/health": 401, "/health": 404}  # it wants credentials; it is another one
+CREDENTIALS = "anna:secret"
 
 
 class Server(BaseHTTPRequestHandler):
+    """Prefect's answers below /api: anyone may ask for its health, all else wants credentials."""
+
     def do_GET(self) -> None:
-        self.send_error(STATUS[self.path])
+        given = self.headers.get("Authorization") == f"Basic {base64.b64encode(CREDENTIALS.encode()).decode()}"
+        self.send_response({"/api/health": 200, "/api/hello": 200 if given else 401}.get(self.path, 404))
+        self.end_headers()
+        self.wfile.write(b"true")
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
-def test_a_server_that_is_not_there_is_one_line_and_one_that_wants_credentials_is_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_server_that_is_not_there_or_refuses_the_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     flow_page.check_server()
     with HTTPServer(("127.0.0.1", 0), Server) as server:
@@ -33,5 +38,10 @@ def test_a_server_that_is_not_there_is_one_line_and_one_that_wants_credentials_i
             assert line.startswith(f"PREFECT_API_URL: no Prefect server answers at {address} (")
         assert "the address ends in /api" in line
         monkeypatch.setenv("PREFECT_API_URL", f"{other}/api")
-        flow_page.check_server()
+        for given in (None, "anna:wrong"):
+            with temporary_settings({PREFECT_API_URL: f"{other}/api", PREFECT_API_AUTH_STRING: given}):
+                line = refusal(flow_page.check_server)
+            assert line.startswith(f"PREFECT_API_URL: the Prefect server at {other}/api refuses the credentials; set ")
+        with temporary_settings({PREFECT_API_URL: f"{other}/api", PREFECT_API_AUTH_STRING: CREDENTIALS}):
+            flow_page.check_server()
         server.shutdown()
