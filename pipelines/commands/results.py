@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Column, Table
 
 from fer.errors import UserError
 from fer.files import held, write_bytes
@@ -19,7 +17,7 @@ from pipelines.commands.terminal import (
     find_run,
     find_runs,
     percents,
-    table_of,
+    print_rows,
     with_torch,
 )
 
@@ -51,14 +49,13 @@ def _evaluate(run: str) -> None:
     with held(folder), doing(f"Evaluating {folder.name}"):
         summary = evaluate_run(folder, data, load().resources)
     print_table([summary])
-    table = Table("class", "test images", "recall %", "most often mistaken for", title="Test, class by class")
-    confusion = summary["test"]["confusion"]
+    rows, confusion = [], summary["test"]["confusion"]
     for index, name in enumerate(summary["classes"]):
         line, recall = confusion[index], summary["test"]["recall"][index]
         wrong = max((count, other) for other, count in enumerate(line) if other != index)
         taken = f"{summary['classes'][wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
-        table.add_row(name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken)
-    console.print(table)
+        rows.append((name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken))
+    print_rows(("class", "test images", "recall %", "most often mistaken for"), rows, "Test, class by class")
     console.print(f"Predictions, confusion matrix, checkpoint: [bold]{folder}[/]")
 
 
@@ -73,10 +70,8 @@ def _evaluate_on(run: str, on: str) -> None:
         with doing(f"Evaluating {folder.name} on {on}"):
             result = evaluate_across(folder, other, params.resources.device)
         rows = report.across_rows(result)
-        table = table_of(f"{folder.name} on {result['dataset']}", *list(rows[0])[1:])
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
+        head = f"{folder.name} on {result['dataset']}", *list(rows[0])[1:]
+        print_rows(head, (row.values() for row in rows))
         console.print(report.across_note(result), highlight=False, markup=False)
         path = result_of(folder, result["dataset"], result["hash"])
         console.print(f"Predictions, confusion matrices: [bold]{path.with_suffix('.*')}[/]")
@@ -167,14 +162,10 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
         console.print(f"Copies of a photograph count as images of their own: {error}", style="yellow")
     with console.status("Comparing"):
         found = [side.scores() for side in sides]
-    scores = table_of("mean over seeds", *found[0])
-    for side, values in zip(sides, found):
-        scores.add_row(side.name, *(f"{value:.4f}" for value in values.values()))
-    console.print(scores)
-    recalls = table_of("recall %, 95 %", *(side.name for side in sides))
-    for name, row in zip(sides[0].classes, zip(*(side.recalls() for side in sides))):
-        recalls.add_row(name, *(percents(recall) for recall in row))
-    console.print(recalls)
+    scores = ((side.name, *(f"{value:.4f}" for value in values.values())) for side, values in zip(sides, found))
+    print_rows(("mean over seeds", *found[0]), scores)
+    recalls = zip(sides[0].classes, *(map(percents, side.recalls()) for side in sides))
+    print_rows(("recall %, 95 %", *(side.name for side in sides)), recalls)
     with console.status("Comparing"):
         pairs = comparison.pairs(sides, data)
     if pairs:
@@ -207,12 +198,12 @@ def _attach(page: Path, folders: list[Path]) -> None:
 def _print_pairs(pairs: list[Any]) -> None:
     from pipelines.comparison import verdicts
 
-    table = table_of("difference, 95 %", "accuracy", "UAR", "differ on", "p")
+    rows = []
     for pair in pairs:
         p = "-" if pair.p is None else f"{pair.p:.2g} ({pair.test})"
         gaps = (percents(gap, sign="+") for gap in (pair.accuracy, pair.balanced_accuracy))
-        table.add_row(f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p)
-    console.print(table)
+        rows.append((f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p))
+    print_rows(("difference, 95 %", "accuracy", "UAR", "differ on", "p"), rows)
     for line in verdicts(pairs):
         console.print(line, highlight=False)
 
@@ -240,10 +231,8 @@ def _compare_all() -> None:
         row = DATASETS.get(data["dataset"])
         if row is not None and row.published:
             title = f"Published on this data set ({row.protocol})"
-            table = Table("published", "test accuracy", "starts from", title=title)
-            for name, accuracy, start in row.published:
-                table.add_row(name, f"{accuracy:.2f}", start)
-            console.print(table)
+            published = ((name, f"{accuracy:.2f}", start) for name, accuracy, start in row.published)
+            print_rows(("published", "test accuracy", "starts from"), published, title)
     if damaged:
         raise UserError(*damaged)
 
@@ -252,12 +241,7 @@ def print_table(summaries: list[dict[str, Any]], title: str | None = None) -> No
     """A row for each finished run."""
     from pipelines import report
 
-    first, *others = report.COLUMNS
-    columns = [Column(first, no_wrap=True), *(Column(other, justify="right", no_wrap=True) for other in others)]
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for summary in summaries:
-        table.add_row(*report.row(summary).values())
-    console.print(table)
+    print_rows(report.COLUMNS, (report.row(summary).values() for summary in summaries), title)
     console.print(report.LEGEND, style="dim")
 
 
@@ -267,10 +251,7 @@ def print_folds(sums: list[dict[str, Any]]) -> None:
 
     rows = [report.folds_row(one) for one in sums]
     if rows:
-        table = table_of(*rows[0])
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
+        print_rows(rows[0], (row.values() for row in rows))
         console.print(report.FOLDS_LEGEND, style="dim")
 
 

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -18,6 +19,7 @@ from fer.errors import UserError
 from fer.run_folder import named
 
 RUNS = Path("data/runs")
+NARROWEST = 18  # characters of a column of names that does not fit
 
 
 class _Console(Console):
@@ -58,10 +60,24 @@ def with_torch(command: Command) -> Command:
     return cast("Command", imported)
 
 
-def table_of(first: str, *others: str) -> Table:
-    """A table of these columns, numbers to the right."""
-    columns = [Column(first, overflow="fold"), *(Column(other, justify="right") for other in others)]
-    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+def print_rows(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
+    """Print a table, numbers to the right. Where it is too wide names are folded and words wrapped, numbers never."""
+    cells = [tuple(row) for row in rows]
+    first, *others = columns
+    values = [Column(name, justify="right", no_wrap=not any(" " in row[place] for row in cells))
+              for place, name in enumerate(others, start=1)]  # fmt: skip
+    names = Column(first, overflow="fold")
+    table = Table(names, *values, title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.collapse_padding = True
+    for row in cells:
+        table.add_row(*row)
+    wide = console.options.update(width=10_000)
+    natural = console.measure(table, options=wide).maximum
+    if console.is_terminal and natural > console.width:
+        longest = max(map(cell_len, (first, *(row[0] for row in cells))))
+        names.width = max(min(longest, NARROWEST), longest - (natural - console.width))
+        natural = console.measure(table, options=wide).minimum
+    _Console(width=max(natural, console.width)).print(table)
 
 
 def percents(found: Any, sign: str = "") -> str:

@@ -14,7 +14,7 @@ from rich.progress import Progress, TextColumn
 
 from fer.errors import UserError
 from pipelines.commands.champion import registered
-from pipelines.commands.terminal import RUNS, check_target, console, data_of, doing, find_run, table_of, with_torch
+from pipelines.commands.terminal import RUNS, check_target, console, data_of, doing, find_run, print_rows, with_torch
 
 Yunet = Annotated[Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")]
 MinFace = Annotated[
@@ -187,10 +187,8 @@ def explain(
         found = explaining.explain(predictor, chosen.pixels, seed)
         shown = bar.track(found, total=len(chosen.names), description="faces")
         verdicts = writing.write(partial, chosen, shown, predictor.classes)
-    table = table_of(f"mean of {len(chosen.names)}", *writing.CHECKS)
-    for verdict in verdicts:
-        table.add_row(verdict.method, *map(writing.shown, writing.checks(verdict).values()))
-    console.print(table)
+    rows = ((verdict.method, *map(writing.shown, writing.checks(verdict).values())) for verdict in verdicts)
+    print_rows((f"mean of {len(chosen.names)}", *writing.CHECKS), rows)
     console.print(writing.LEGEND, style="dim", highlight=False)
     for verdict in verdicts:
         console.print(f"{verdict.method}: {verdict.words}", highlight=False)
