@@ -80,6 +80,7 @@ def test_ferplus_to_the_byte(project: Path, capfd: pytest.CaptureFixture) -> Non
     assert capfd.readouterr().out == (
         "ferplus: 2 train, 2 val, 2 test (published: 28,558 train, 3,579 val, 3,573 test); "
         "read FER2013Train, FER2013Valid, FER2013Test in faces\n"
+        "classes: neutral, happiness, surprise, sadness, anger, disgust, fear, contempt\n"
         "left out: hidden, half downloaded, or left by the operating system: 5 (._0, ...); "
         "no part of the data set: 1 (notes.txt)\n"
     )
@@ -154,7 +155,7 @@ def test_class_folders_become_arrays_of_one_size_with_subjects(project: Path, ca
     class_folders(project / "faces")
     download(asked(**HAPPY))
     assert capfd.readouterr().out == (
-        "folders: 20 images; read faces\nresized to 16x16 pixels: 20 of 20 images (data.size)\n"
+        "folders: 20 images; read faces\nclasses: happy, sad\nresized to 16x16 pixels: 20 of 20 images (data.size)\n"
     )
     images = np.load(RAW / "images.npy")
     assert (images.shape, images.dtype) == ((20, 16, 16, 3), np.uint8)

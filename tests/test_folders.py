@@ -1,6 +1,8 @@
 """Class folders in every layout people have them, and FER2013 and CK+48 as their mirrors ship them."""
 
 import io
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def rows(source: Source) -> dict[str, tuple[str, str, str, int]]:
         ("set/{Usage}/{Label}/{n}.JPG", ["train", "test"]),
         ("{label}/{usage}/{n}.png", ["train", "test"]),
         ("{Usage}ing/{label}/{n}.png", ["train", "test"]),
+        ("{usage}set/{label}/{n}.png", ["train", "test"]),
     ],
 )
 def test_splits_above_below_or_none(layout: str, usages: list[str], tmp_path: Path) -> None:
@@ -105,12 +108,65 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*BOTH, "test/Happy/1.png"], ": test has a folder Happy and train has none, but happy, sad: give them the same"),
     (["row/1.png", "sad/1.png"], ": a class cannot be called row, as a column is: rename it"),
     ([f"{a}/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: give the "),
+    ([f"{a}/train/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: give"),
+    ([f"train/{a}/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: give"),
+    (
+        [*(f"{a}/{b}/1.png" for a in ("happy", "sad") for b in ("train", "test")), "sad/x.png"],
+        "/sad/x.png: lies beside the folders of the splits, not in them: move or delete it",
+    ),
+    (["happy/1.png", "Happy/2.png", "sad/1.png"], ": a class is called both Happy and happy: write one of them every"),
 ]
 
 
 @pytest.mark.parametrize(("names", "message"), MISTAKES)
 def test_mistakes(names: list[str], message: str, tmp_path: Path) -> None:
     tells(tmp_path, message, read, put(tmp_path, names))
+
+
+def packed(path: Path, folder: Path, prefix: str = "") -> None:
+    """A zip of all files in `folder`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, prefix + file.relative_to(folder).as_posix())
+
+
+def test_an_archive_beside_the_folder_that_was_corrected_is_another_copy(tmp_path: Path) -> None:
+    put(tmp_path / "d", [f"{label}/{n}.png" for label in CLASSES for n in range(2)])
+    packed(tmp_path / "d.zip", tmp_path / "d")
+    assert len(rows(read(tmp_path))) == 6
+    (tmp_path / "d/sad/1.png").unlink()
+    told = "/d/angry/0.png: d.zip/angry/0.png is another copy of it: keep the folder or the archive"
+    tells(tmp_path, told, read, tmp_path)
+
+
+@pytest.mark.parametrize("top", ["", "images/"])
+def test_archives_that_are_called_like_splits_are_the_splits(top: str, tmp_path: Path) -> None:
+    for n, usage in enumerate(("train", "Test")):
+        put(tmp_path / usage, [f"{label}/{n}.png" for label in CLASSES])
+        packed(tmp_path / f"{usage}.zip", tmp_path / usage, top)
+        shutil.rmtree(tmp_path / usage)
+    found = {(usage, label) for usage, _, label, _ in rows(read(tmp_path)).values()}
+    assert found == {(usage, label) for usage in ("train", "test") for label in CLASSES}
+
+
+def test_archives_of_a_class_each_even_of_one_picture(tmp_path: Path) -> None:
+    for n, label in enumerate(CLASSES, start=1):
+        put(tmp_path / label, [f"{number}.png" for number in range(n)])
+        packed(tmp_path / f"{label}.zip", tmp_path / label)
+        shutil.rmtree(tmp_path / label)
+    assert [label for _, _, label, _ in rows(read(tmp_path)).values()] == ["angry", *["happy"] * 2, *["sad"] * 3]
+
+
+def test_a_document_is_no_archive_of_pictures(tmp_path: Path) -> None:
+    put(tmp_path, ["happy/1.png", "sad/1.png", "x/word/media/1.png"])
+    packed(tmp_path / "happy" / "notes.docx", tmp_path / "x")
+    with zipfile.ZipFile(tmp_path / "happy" / "notes.docx", "a") as document:
+        document.writestr("[Content_Types].xml", "")
+    shutil.rmtree(tmp_path / "x")
+    source = read(tmp_path)
+    assert (list(rows(source)), source.left_out) == (
+        ["happy/1.png", "sad/1.png"], {"no part of the data set": ["happy/notes.docx"]}
+    )  # fmt: skip
 
 
 FER2013_FOLDERS = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]

@@ -74,6 +74,17 @@ def test_an_archive_is_known_by_its_bytes_and_read_like_a_folder(name: str, tmp_
     assert os.listdir(tmp_path) == [name]
 
 
+def test_a_name_in_utf8_without_the_mark_of_it_and_one_with_a_line_break(tmp_path: Path) -> None:
+    content = zipped({"w\u00fctend/1.csv": b"", "2.csv": b""})
+    for start in (b"PK\x03\x04\x14\x00", b"PK\x01\x02\x14\x03\x14\x00"):
+        assert start + b"\x00\x08" in content
+        content = content.replace(start + b"\x00\x08", start + b"\x00\x00")
+    put(tmp_path, {"mac.zip": content})
+    assert sorted(there(tmp_path)[0]) == ["mac.zip/2.csv", "mac.zip/w\u00fctend/1.csv"]
+    put(tmp_path, {"a\nb.png": b""})
+    tells(tmp_path, "/a\\nb.png: has a line break in its name: rename it", there, tmp_path)
+
+
 def test_a_single_file_compressed_zipped_or_misnamed(tmp_path: Path) -> None:
     put(tmp_path, {"1.csv.gz": gzip.compress(b"a,b\n"), "2.csv.zip": zipped({"2.csv": b"a,b\n"}), "3.tar.gz": b"a,b\n"})
     with look(tmp_path) as found:

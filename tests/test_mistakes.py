@@ -184,12 +184,12 @@ def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:
 
 
 def test_no_message_has_two_lines(tmp_path: Path) -> None:
-    for place in ("train/\x1b[2Jhap\npy\u2028", "train/sadness"):
+    for place in ("train/\x1b[2Jhappy\u2028", "train/sadness"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("L", (48, 48)).save(tmp_path / place / "1.png")
     (tmp_path / "test").mkdir()
     with look(tmp_path) as found:
         line = refusal(read_named, found, Wanted(), ["happiness", "sadness"])
-    assert r"folder '\x1b[2Jhap\npy\u2028' is none of happiness, sadness" in line
+    assert r"folder '\x1b[2Jhappy\u2028' is none of happiness, sadness" in line
     error = pickle.loads(pickle.dumps(UserError("a\nb", "c")))
     assert (error.lines, str(error)) == ((r"a\nb", "c"), "a\\nb\nc")

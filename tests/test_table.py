@@ -68,10 +68,25 @@ def test_votes_a_column_for_each_class(tmp_path: Path) -> None:
     assert (source.labels, [row[2] for row in rows(source).values()]) == ("hard", ["glad"] * 2 + ["sad"] * 4)
 
 
+@pytest.mark.parametrize("index", ["", "Unnamed: 0", "__index_level_0__"])
+def test_the_index_that_pandas_writes_is_no_class(index: str, tmp_path: Path) -> None:
+    text = [f"{n},{name},{n},{9 - n}" for n, name in enumerate(NAMES)]
+    source = read(write(tmp_path, f"{index},path,happy,sad", *text), table.read)
+    assert (source.classes, source.vote_columns) == (("happy", "sad"), ("happy", "sad"))
+
+
+def test_paths_of_another_system(tmp_path: Path) -> None:
+    """Accents in two parts, as macOS has them on disk, and names that differ by their case alone."""
+    put(tmp_path, ["fro\u0308h/1.png", "a.png", "A.png"])
+    (tmp_path / "labels.csv").write_text("path,label\nfr\u00f6h/1.png,x\na.png,x\nA.png,y\n")
+    assert [row[2:] for row in rows(read(tmp_path, table.read)).values()] == [("x", 0), ("x", 1), ("y", 2)]
+
+
 def test_several_faces_in_a_picture_and_a_row_twice(tmp_path: Path) -> None:
     text = ["faces/0.png,a,0 0 4 4", '"faces/0.png",b,"(4, 4, 4, 4)"', "faces/1.png,a,0 0 4 4", "faces/1.png,a,0 0 4 4"]
     source = read(write(tmp_path, "path,label,box", *text), table.read)
     assert source.images.shape == (3, 4, 4)
+    assert source.table["name"].tolist() == ["faces/0.png#0_0_4_4", "faces/0.png#4_4_4_4", "faces/1.png"]
     left_out = {"a row that stands twice": ["labels.csv line 5"], "no part of the data set": NAMES[2:]}
     assert source.left_out == left_out
 
@@ -88,6 +103,10 @@ MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,train\nfaces/1.png,a,val\n",
      "/labels.csv line 2: the table has train and val and no test: write test for val"),
     (TABLE, lambda text: "path,split\nfaces/0.png,train\n", "/labels.csv: has neither a column label nor two or more"),
+    (TABLE, swap("1.png,b", "1.png,B"), ": a class is called both B and b: write one of them everywhere"),
+    (TABLE, swap("1.png,b", "1.png,w\xfctend"), "/labels.csv line 3: is not UTF-8: save it as CSV in UTF-8"),
+    (TABLE, lambda text: "path,happy,row\nfaces/0.png,3,4\n", ": a class cannot be called row, as a column is: renam"),
+    (TABLE, lambda text: "path,label,box\nfaces/0.png,a,0 0 -4 4\n", "/labels.csv line 2: the box is '0 0 -4 4': must"),
 ]  # fmt: skip
 
 

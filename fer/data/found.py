@@ -15,12 +15,13 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from fer.data.labels import USAGES
 from fer.errors import UserError, disk_error
 
 HEAD = 4096  # bytes that tell what a file is
@@ -44,6 +45,7 @@ _MARKS = {  # first bytes -> what the file is, and the remedy
     b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
 }  # fmt: skip
+DOCUMENT = {"[Content_Types].xml", "mimetype"}  # files that make a zip a document of Office, an e-book ...
 Member = tuple[str, int, Callable[[], IO[bytes]]]  # of an archive: name, size, how it is opened
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
@@ -137,6 +139,8 @@ def look(path: Path) -> Iterator[Found]:
         packed = []
         for name in files:
             entry = _plain(found, name)
+            if "\n" in name or "\r" in name:
+                raise UserError(f"{entry}: has a line break in its name: rename it")
             if name != printable(name):
                 if entry.is_picture or name.lower().endswith((".csv", ".parquet", *_ARCHIVES)):
                     raise UserError(f"{entry}: its name is not UTF-8: rename it")
@@ -287,11 +291,26 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
         if inner and all(plain.get(base + name) == size for name, size in inner.items()):
             found.left_out["an archive that is unpacked beside it"].append(printable(archive.name))
             return []
-    tops = {name.partition("/")[0] for name in inner}
-    base = above if len(tops) == 1 else f"{above}{stem}/"
+    if not DOCUMENT.isdisjoint(inner):
+        return [archive]
+    places = _places(list(inner), above, stem)
     return [
-        Entry(archive.root, f"{archive.name}/{name}", base + name, size, source) for name, size, source in members
+        Entry(archive.root, f"{archive.name}/{name}", places[name], size, source) for name, size, source in members
     ]  # fmt: skip
+
+
+def _places(names: list[str], above: str, stem: str) -> dict[str, str]:
+    """Where the files of an archive called `stem` lie, were it unpacked: in its only folder, or in one called `stem`.
+
+    The archive's name tells the split of train.zip and test.zip, which may hold a folder of the same name each.
+    """
+    tops = {name.partition("/")[0] for name in names}
+    if len(tops) > 1 or any("/" not in name and name.lower().endswith(PICTURES) for name in names):
+        return {name: f"{above}{stem}/{name}" for name in names}
+    top = "".join(tops)
+    if stem.lower() in USAGES and top.lower() not in USAGES and all(name.count("/") > 1 for name in names):
+        return {name: f"{above}{stem}/{name.partition('/')[2]}" for name in names}
+    return {name: above + name for name in names}
 
 
 def _members(found: Found, archive: Entry) -> list[Member]:
@@ -319,8 +338,12 @@ def _members(found: Found, archive: Entry) -> list[Member]:
 def _zip_members(found: Found, path: str) -> Iterator[Member]:
     archive = found.open_files.enter_context(zipfile.ZipFile(path))
     for info in archive.infolist():
-        if not info.filename.endswith(("/", "\\")):
-            yield info.filename, info.file_size, lambda info=info: archive.open(info)  # type: ignore[misc]
+        name = info.filename
+        if not info.flag_bits & 0x800:  # the mark of UTF-8, which macOS leaves out
+            with suppress(UnicodeError):
+                name = name.encode("cp437").decode()
+        if not name.endswith(("/", "\\")):
+            yield name, info.file_size, lambda info=info: archive.open(info)  # type: ignore[misc]
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[Member]:

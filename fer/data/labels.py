@@ -13,6 +13,12 @@ ALIASES = {  # other names of the classes, in lower case
     "happy": "happiness", "joy": "happiness", "surprised": "surprise", "sad": "sadness", "angry": "anger",
     "disgusted": "disgust", "afraid": "fear", "fearful": "fear", "contemptuous": "contempt",
 }  # fmt: skip
+USAGES = {  # names of a split, in lower case
+    "train": "train", "training": "train", "train_set": "train", "trainset": "train", "train_class": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "val_set": "val", "valset": "val",
+    "val_class": "val", "publictest": "val", "test": "test", "testing": "test", "test_set": "test", "testset": "test",
+    "test_class": "test", "privatetest": "test",
+}  # fmt: skip
 LABEL_MODES = ("majority", "probability", "cross_entropy", "multi_target")
 
 DROPPED = -1  # label of an image that the rule drops

@@ -58,7 +58,7 @@ def rows(entry: Entry, stream: IO[bytes]) -> Iterator[tuple[str, list[str]]]:
 
     The delimiter is that of the first row. Raises UserError for what is no csv.
     """
-    lines = (line.decode("utf-8", "replace").removeprefix("\ufeff") for line in stream)
+    lines = (_decoded(entry, number, line) for number, line in enumerate(stream, start=1))
     start = [""]  # up to the first row
     while not start[-1].strip() and (line := next(lines, None)) is not None:
         start.append(line)
@@ -70,6 +70,13 @@ def rows(entry: Entry, stream: IO[bytes]) -> Iterator[tuple[str, list[str]]]:
                 yield f"{entry} line {reader.line_num}", fields
     except csv.Error as error:
         raise UserError(f"{entry} line {reader.line_num}: is not valid CSV ({error}): download it again") from None
+
+
+def _decoded(entry: Entry, number: int, line: bytes) -> str:
+    try:
+        return line.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise UserError(f"{entry} line {number}: is not UTF-8: save it as CSV in UTF-8") from None
 
 
 def check_columns(own: int, expected: int, where: str) -> None:

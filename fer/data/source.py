@@ -1,6 +1,7 @@
 """What a reader is asked for, and what it returns."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -76,9 +77,7 @@ def of_faces(
 
     Raises UserError for no picture at all, and where `data.subject_pattern` finds no subject.
     """
-    for label in classes:
-        if label in TAKEN:
-            raise UserError(f"{found.path}: a class cannot be called {label}, as a column is: rename it")
+    check_names(found, classes)
     reasons = dict(left_out or {})
     if wanted.classes is not None:
         check_classes(wanted.classes, classes)
@@ -90,10 +89,33 @@ def of_faces(
     subjects = [face.subject for face in faces]
     if wanted.subject_pattern is not None:
         subjects = subjects_of([face.entry for face in faces], wanted.subject_pattern)
-    names = [printable(face.entry.place) for face in faces]
+    names = names_of([face.entry for face in faces], [face.box for face in faces])
     table = hard_table(names, [face.usage for face in faces], subjects, [face.label for face in faces], classes)
     rest = left_over(found, [*(face.entry for face in faces), *used], reasons)
     return Source(images, table, tuple(classes), "hard", form, read, rest)
+
+
+def check_names(found: Found, classes: Sequence[str]) -> None:
+    """Raise UserError for a class whose name a column has, or that is spelled in two ways."""
+    spelled: dict[str, str] = {}
+    for label in classes:
+        if label in TAKEN:
+            raise UserError(f"{found.path}: a class cannot be called {label}, as a column is: rename it")
+        if (other := spelled.setdefault(label.casefold(), label)) != label:
+            raise UserError(f"{found.path}: a class is called both {other} and {label}: write one of them everywhere")
+
+
+def names_of(entries: Sequence[Entry], boxes: Sequence[Box | None]) -> list[str]:
+    """A name for each face: its picture's, with x, y, width and height of its box if the picture shows several."""
+    faces = Counter(entry.place for entry in entries)
+    names = []
+    for entry, box in zip(entries, boxes):
+        name = printable(entry.place)
+        if box is not None and faces[entry.place] > 1:
+            left, top, right, bottom = box
+            name += f"#{left}_{top}_{right - left}_{bottom - top}"
+        names.append(name)
+    return names
 
 
 def cropped(source: Source, boxes: Mapping[str, Box]) -> Source:

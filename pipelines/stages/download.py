@@ -1,6 +1,5 @@
 """Stage download: a publisher's files -> data/sets/NAME/raw, the images, as array or pictures, and a table of votes."""
 
-import csv
 import hashlib
 import json
 import sys
@@ -19,6 +18,7 @@ from fer.data.found import Found, look
 from fer.data.images import allocate_images, check_room, write_rows
 from fer.data.picture_files import Pictures
 from fer.data.readers import ferplus
+from fer.data.rows import rows
 from fer.data.sample import write_sample
 from fer.data.source import TEXT_COLUMNS, Source, Wanted, cropped
 from fer.errors import UserError
@@ -133,13 +133,14 @@ def _confusion(found: Found, name: str, source: Source) -> list[list[float]]:
     entry = next((entry for entry in found.entries if entry.name == name), None)
     if entry is None:
         raise UserError(f"data.confusion: {found.root / name} not found: give its path within the data set's folder")
-    lines = [row for row in csv.reader(entry.read().decode("utf-8-sig", "replace").splitlines()) if any(row)]
-    header = [text.strip() for text in lines[0][1:]] if lines else []
-    rows = {line[0].strip(): line[1:] for line in lines[1:]}
-    if sorted(header) != sorted(classes) or sorted(rows) != sorted(classes):
+    with entry.opened() as stream:
+        lines = [fields for _, fields in rows(entry, stream)]
+    header = lines[0][1:] if lines else []
+    table = {line[0]: line[1:] for line in lines[1:]}
+    if sorted(header) != sorted(classes) or sorted(table) != sorted(classes):
         raise UserError(f"data.confusion: {entry} must have a row and a column for each of {', '.join(classes)}")
     try:
-        shares = np.array([[float(rows[label][header.index(other)]) for other in classes] for label in classes])
+        shares = np.array([[float(table[label][header.index(other)]) for other in classes] for label in classes])
     except (ValueError, IndexError):
         raise UserError(f"data.confusion: {entry} must hold a number in every cell") from None
     if not np.isfinite(shares).all() or (shares < 0).any() or not (shares.sum(axis=1) > 0).all():
@@ -156,6 +157,7 @@ def _report(path: Path, dataset: str, source: Source) -> None:
     )
     place = f"{', '.join(source.read)} in {path}" if source.read != ["."] else path
     lines = [f"{dataset}: {images}{counted(dataset, counts)}; read {place}{agrees}"]
+    lines.append(f"classes: {', '.join(source.classes)}")
     if resized := getattr(source.images, "resized", 0):
         side = f"{source.images.shape[2]}x{source.images.shape[1]}"
         lines.append(f"resized to {side} pixels: {resized:,} of {len(source.images):,} images (data.size)")

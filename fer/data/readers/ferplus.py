@@ -217,7 +217,8 @@ def _by_name(
             raise UserError(
                 f"{file_of[usage]}: {name} is no {usage} image in {votes_file}: use files that belong together"
             )
-    extra = [key for key in row_of if key[1] and key not in set(wanted)]
+    named = set(wanted)
+    extra = [key for key in row_of if key[1] and key not in named]
     if extra:
         usage, name = extra[0]
         raise UserError(

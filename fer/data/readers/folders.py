@@ -4,15 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fer.data.found import Entry, Found, printable
-from fer.data.labels import emotion
+from fer.data.labels import USAGES, emotion
 from fer.data.source import Face, Source, Wanted, of_faces
 from fer.errors import UserError
-
-USAGES = {  # names of the folders of a split, in lower case
-    "train": "train", "training": "train", "train_set": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val", "val_set": "val",
-    "publictest": "val", "test": "test", "testing": "test", "test_set": "test", "privatetest": "test",
-}  # fmt: skip
 
 
 def read(found: Found, wanted: Wanted) -> Source:
@@ -56,6 +50,10 @@ def class_folders(found: Found) -> tuple[list[Face], list[str]]:
         raise found.nothing(
             "holds no pictures: put class folders there, as train/happiness/1.png, or correct the path in params.yaml"
         )
+    places: dict[str, Entry] = {}
+    for entry in pictures:
+        if (other := places.setdefault(entry.place, entry)) is not entry:
+            raise UserError(f"{entry}: {printable(other.name)} is another copy of it: keep the folder or the archive")
     parts = [entry.folder.split("/") if entry.folder else [] for entry in pictures]
     above = _common(parts)
     inside = [folders[above:] for folders in parts]
@@ -65,11 +63,15 @@ def class_folders(found: Found) -> tuple[list[Face], list[str]]:
     firsts, seconds = ({folders[level] for folders in inside if len(folders) > level} for level in (0, 1))
     if any(name.lower() in USAGES for name in firsts):
         faces = _below_splits(found, pictures, inside)
-    elif seconds and all(name.lower() in USAGES for name in seconds) and all(len(folders) > 1 for folders in inside):
+    elif any(name.lower() in USAGES for name in seconds):
+        for entry, names in zip(pictures, inside):
+            if len(names) < 2 or names[1].lower() not in USAGES:
+                raise UserError(f"{entry}: lies beside the folders of the splits, not in them: move or delete it")
         faces = [Face(e, USAGES[names[1].lower()], names[0]) for e, names in zip(pictures, inside)]
     else:
-        _refuse_copies(found, firsts, seconds)
         faces = [Face(entry, "", names[0]) for entry, names in zip(pictures, inside)]
+    below = 2 if faces[0].usage else 1
+    _refuse_copies(found, {face.label for face in faces}, {names[below] for names in inside if len(names) > below})
     if len({face.label for face in faces}) < 2:
         raise UserError(
             f"{found.path}: holds pictures of one class only, {printable(faces[0].label)}: "
@@ -118,10 +120,11 @@ def _below_splits(found: Found, pictures: Sequence[Entry], inside: Sequence[Sequ
     return faces
 
 
-def _refuse_copies(found: Found, firsts: set[str], seconds: set[str]) -> None:
-    if len(seconds) > 1 and all(emotion(name) for name in seconds) and not any(emotion(name) for name in firsts):
+def _refuse_copies(found: Found, labels: set[str], below: set[str]) -> None:
+    """Raise UserError where the classes are not the folders of `labels`, but those `below` them."""
+    if len(below) > 1 and all(emotion(name) for name in below) and not any(emotion(name) for name in labels):
         raise UserError(
-            f"{found.path}: holds several folders with class folders: {', '.join(map(printable, sorted(firsts)))}: "
+            f"{found.path}: holds several folders with class folders: {', '.join(map(printable, sorted(labels)))}: "
             "give the path of the one to read in params.yaml"
         )
 
@@ -153,6 +156,6 @@ def _root(entry: Entry, depth: int) -> str:
     return printable("/".join(entry.name.split("/")[: -1 - depth])) or "."
 
 
-def in_order(name: str) -> tuple[bool, int, str]:
+def in_order(name: str) -> tuple[bool, int, str, str]:
     """The order of class names: numbers, then words."""
-    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name.lower()
+    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name.lower(), name

@@ -2,6 +2,8 @@
 
 import io
 import posixpath
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +12,11 @@ import pandas as pd
 
 from fer.data.decode import Box
 from fer.data.found import Entry, Found, one_of, printable
-from fer.data.labels import NO_EMOTION
+from fer.data.labels import NO_EMOTION, USAGES
 from fer.data.picture_files import Pictures
-from fer.data.readers.folders import USAGES, in_order
+from fer.data.readers.folders import in_order
 from fer.data.rows import header, table, whole
-from fer.data.source import Face, Source, Wanted, left_over, of_faces, subjects_of
+from fer.data.source import Face, Source, Wanted, check_names, left_over, names_of, of_faces, subjects_of
 from fer.errors import UserError
 
 COLUMNS = {  # what a column is -> its possible names
@@ -24,6 +26,7 @@ COLUMNS = {  # what a column is -> its possible names
     "subject": ("subject", "subject_id", "person"),
     "box": ("box", "bbox"),
 }
+INDEX = re.compile(r"|unnamed: \d+|__index_level_\d+__", re.IGNORECASE)  # names that pandas gives to the rows' numbers
 REMEDY = "; one table has a row for every picture, with a column split"
 
 
@@ -56,7 +59,7 @@ def read(found: Found, wanted: Wanted) -> Source:
     boxes = [_box(row[columns["box"]], where) if columns["box"] else None for where, row in rows]
     reasons: dict[str, list[str]] = {}
     if columns["label"] is None:
-        names = [name for name in rows[0][1] if name not in columns.values()]
+        names = [name for name in rows[0][1] if name not in columns.values() and not INDEX.fullmatch(name)]
         votes = _votes(names, rows)
         kept = _first_of_each(entries, boxes, votes.tolist(), rows, reasons)
         return _voted(found, entry, wanted, names, votes, entries, usages, subjects, boxes, kept, reasons)
@@ -93,6 +96,11 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(
             f"{entry}: is no parquet that can be read ({str(error).splitlines()[0]}): write it again"
         ) from None
+    for name in frame.columns:
+        if len(frame) and isinstance(frame[name].iloc[0], bytes | dict):
+            raise UserError(
+                f"{entry}: column {name} holds the pictures themselves: write them to files, and their paths"
+            )
     names = [str(name).lower() if str(name).lower() in known() else str(name) for name in frame.columns]
     for number, values in enumerate(frame.itertuples(index=False), start=1):
         yield f"{entry} row {number}", dict(zip(names, map(_text, values)))
@@ -110,7 +118,8 @@ def _text(value: Any) -> str:
 
 
 def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> list[Entry]:
-    by_place = {entry.place.lower(): entry for entry in found.entries}
+    exact = {entry.place: entry for entry in found.entries}
+    folded = {_folded(entry.place): entry for entry in found.entries}
     entries, missing = [], []
     for where, path in paths:
         clean = path.replace("\\", "/")
@@ -118,8 +127,9 @@ def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> 
             raise UserError(f"{where}: has no path: add it or delete the row")
         if posixpath.isabs(clean):
             clean = posixpath.relpath(clean, found.root.absolute().as_posix())
-        places = (posixpath.normpath(posixpath.join(folder, clean)).lower() for folder in (listed.folder, ""))
-        entry = next((by_place[place] for place in places if place in by_place), None)
+        places = [posixpath.normpath(posixpath.join(folder, clean)) for folder in (listed.folder, "")]
+        close = (folded.get(_folded(place)) for place in places)
+        entry = next(filter(None, (*map(exact.get, places), *close)), None)
         if entry is None:
             missing.append(f"{where}: {path}")
         else:
@@ -128,6 +138,11 @@ def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> 
         more = f" ({len(missing)} of {len(paths)} pictures are missing)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]} is not there{more}: restore it, or give its path relative to the table")
     return entries
+
+
+def _folded(place: str) -> str:
+    """A path without case, and with letters and accents joined as some systems do and others do not."""
+    return unicodedata.normalize("NFC", place).casefold()
 
 
 def _usages(values: Sequence[tuple[str, str]]) -> list[str]:
@@ -145,10 +160,11 @@ def _usages(values: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _box(text: str, where: str) -> Box:
-    numbers = [whole(part) for part in text.strip("()[] ").replace(",", " ").split()]
-    if len(numbers) != 4 or None in numbers:
+    parts = text.strip("()[] ").replace(",", " ").split()
+    numbers = [whole(part.removeprefix("-")) for part in parts]
+    if len(numbers) != 4 or None in numbers or any(part.startswith("-") for part in parts[2:]):
         raise UserError(f"{where}: the box is '{text}': must be x, y, width and height in pixels")
-    left, top, width, height = (number or 0 for number in numbers)
+    left, top, width, height = (-(n or 0) if part.startswith("-") else n or 0 for n, part in zip(numbers, parts))
     return left, top, left + width, top + height
 
 
@@ -187,6 +203,7 @@ def _voted(
 ) -> Source:  # fmt: skip
     """The data set with votes; with a single vote an image, it is one of hard labels."""
     classes = [name for name in names if name not in NO_EMOTION]
+    check_names(found, classes)
     columns = [*classes, *(name for name in NO_EMOTION if name in names)]
     votes = votes[np.ix_(kept, [names.index(name) for name in columns])]
     chosen = [entries[i] for i in kept]
@@ -202,7 +219,7 @@ def _voted(
         subjects = subjects_of(entries, wanted.subject_pattern)
     images = Pictures(chosen, wanted.size, [boxes[i] for i in kept])
     described = pd.DataFrame({
-        "name": [printable(entry.place) for entry in chosen],
+        "name": names_of(chosen, [boxes[i] for i in kept]),
         "usage": [usages[i] for i in kept],
         "subject": [subjects[i] for i in kept],
     })  # fmt: skip
