@@ -45,7 +45,7 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
     shares = fitted(np.stack([softened(np.log(one), heat) for one, heat in zip(found, heats)]), labels)
     run = Run(
         model=Ensemble(members=members, weights=shares, mirror=mirror),
-        input=Input(image_size=data.images.shape[1], channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),
+        input=Input(image_size=_side(members, data), channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),
         seed=metas[0]["config"]["seed"],
         epochs=1,
         schedule=Constant(warmup_epochs=0),
@@ -72,6 +72,20 @@ def fitted(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
     shares = shares.round(4)
     shares[shares.argmax()] += 1 - shares.sum()
     return [round(float(share), 4) for share in shares]
+
+
+def _side(members: list[Member], data: DataSet) -> int:
+    """The side from which the members resize: that of the images, or of oblong ones that of all members."""
+    height, width = data.images.shape[1:3]
+    sides = sorted({member.input.image_size for member in members})
+    if height == width:
+        return int(height)
+    if len(sides) > 1:
+        raise UserError(
+            f"ensemble: images of {width}x{height} pixels need runs of one input.image_size, not {sides[0]} and "
+            f"{sides[-1]}; set data.size, which makes the images square, and train them again"
+        )
+    return sides[0]
 
 
 def _finished(folder: Path, data: DataSet) -> dict[str, Any]:

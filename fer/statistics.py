@@ -47,12 +47,13 @@ def mcnemar(right: np.ndarray, other: np.ndarray) -> float:
     return float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
-def detectable(images: int, differing: float) -> float:
-    """The smallest difference in accuracy that stands out from chance between models that differ on a share of images.
+def detectable(images: int, square: float) -> float:
+    """The smallest difference in accuracy that stands out from chance.
 
-    The normal approximation of McNemar's test: z * sqrt(differing / images).
+    `square`: the mean of the squared difference in hits on an image; of two runs the share on which one alone is right.
+    The normal approximation of McNemar's test: z * sqrt(square / images).
     """
-    return float(stats.norm.ppf(0.5 + LEVEL / 2) * np.sqrt(differing / images))
+    return float(stats.norm.ppf(0.5 + LEVEL / 2) * np.sqrt(square / images))
 
 
 def difference(
@@ -65,27 +66,34 @@ def difference(
     """
     gains = right.astype(float) - other.astype(float)
     classes = labels if balanced else np.zeros_like(labels)
-    shape = (len(np.unique(groups)), int(classes.max()) + 1)
     members = np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.zeros(shape), np.zeros(shape)
+    n, width = int(members.max()) + 1, int(classes.max()) + 1
+    sums, counts = np.zeros((n, width)), np.zeros((n, width))
     np.add.at(sums, (members, classes), gains)
     np.add.at(counts, (members, classes), 1)
+    # groups that are alike are interchangeable, so only how often each kind is drawn matters
+    kinds, times = np.unique(np.hstack([sums.round(9), counts]), axis=0, return_counts=True)
 
-    def mean_gain(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Of groups int [..., G], as SciPy draws them; `axis` is always the last one."""
-        gained, images = sums[rows].sum(-2), counts[rows].sum(-2)  # [..., classes]
+    def mean_gain(drawn: np.ndarray) -> np.ndarray:
+        """Of how often each kind is there, [..., kinds]."""
+        gained, images = drawn @ kinds[:, :width], drawn @ kinds[:, width:]
         there = images > 0
         return np.where(there, gained / np.where(there, images, 1), 0).sum(-1) / there.sum(-1)
 
-    every = np.arange(shape[0])
-    value = float(mean_gain(every))
-    if not sums.any() or shape[0] < 2:
+    value = float(mean_gain(times))
+    if n < 2:
         return Interval(value, value, value)
-    found = stats.bootstrap(
-        (every,), mean_gain, n_resamples=RESAMPLES, batch=200, vectorized=True, confidence_level=LEVEL, method="BCa",
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return Interval(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    without = mean_gain(times - np.eye(len(times)))  # one group of each kind
+    off = times @ without / n - without
+    if np.allclose(off, 0):  # all gain alike
+        return Interval(value, value, value)
+    resampled = mean_gain(np.random.default_rng(seed).multinomial(n, times / n, RESAMPLES))
+    below = ((resampled < value).mean() + (resampled <= value).mean()) / 2
+    bias = stats.norm.ppf(np.clip(below, 0.5 / RESAMPLES, 1 - 0.5 / RESAMPLES))
+    acceleration = (times @ off**3) / (6 * (times @ off**2) ** 1.5)
+    z = bias + stats.norm.ppf([0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    low, high = np.quantile(resampled, stats.norm.cdf(bias + z / (1 - acceleration * z)))
+    return Interval(value, float(low), float(high))
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -108,11 +116,14 @@ def divergence(targets: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The T that minimises the log loss of softmax(log p / T) (Guo et al. 2017, 1706.04599); float [n, C], int [n]."""
+    """The T that minimises the log loss of softmax(log p / T) (Guo et al. 2017, 1706.04599); float [n, C], int [n].
+
+    A prior around T = 1 weighs as much as one image: without it T goes to 0 where a few images are all right.
+    """
     logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
 
     def loss(log_t: float) -> float:
-        return negative_log_likelihood(softened(logits, np.exp(log_t)), labels)
+        return negative_log_likelihood(softened(logits, np.exp(log_t)), labels) + log_t**2 / len(labels)
 
     found = optimize.minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
     return float(np.exp(found.x))
@@ -132,8 +143,9 @@ def between_seeds(values: list[float], others: list[float]) -> tuple[Interval, f
     """
     if min(len(values), len(others)) < 2:
         raise ValueError("two runs or more on each side")
+    gap = float(np.mean(values) - np.mean(others))
+    if len(set(values)) == len(set(others)) == 1:  # nothing varies
+        return Interval(gap, gap, gap), float(gap == 0)
     found = stats.ttest_ind(values, others, equal_var=False)
     bounds = found.confidence_interval(LEVEL)
-    return Interval(float(np.mean(values) - np.mean(others)), float(bounds.low), float(bounds.high)), float(
-        found.pvalue
-    )
+    return Interval(gap, float(bounds.low), float(bounds.high)), float(found.pvalue)

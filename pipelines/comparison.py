@@ -100,8 +100,8 @@ class Pair:
     other: Side
     accuracy: Interval
     balanced_accuracy: Interval
-    differing: float  # share of the images on which one of them alone is right
-    detectable: float  # difference in accuracy that would stand out from chance, given `differing`
+    differing: float  # share of the images on which one of them alone is right; over seeds, of two of their runs
+    detectable: float  # difference in accuracy that would stand out from chance
     p: float | None  # exact McNemar for two runs, Welch over seeds; None with one run on one side alone
     test: str
 
@@ -117,7 +117,8 @@ class Pair:
         if apart and (self.p is None or self.p < 1 - statistics.LEVEL):
             better, worse = (self.one, self.other) if gap > 0 else (self.other, self.one)
             return f"{better.name} is better than {worse.name} by {abs(gap):.2f} points"
-        differ = f"they differ on {100 * self.differing:.1f} % of {images:,} images"
+        who = "they" if len(self.one.folders) == len(self.other.folders) == 1 else "two of their runs"
+        differ = f"{who} differ on {100 * self.differing:.1f} % of {images:,} images"
         if apart:
             by = "over seeds" if self.test == "Welch" else f"by {self.test}'s test"
             return f"not told apart {by}: {abs(gap):.2f} points, p {self.p:.2g}; {differ}"
@@ -183,7 +184,7 @@ def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:
 def _pair(one: Side, other: Side, alike: np.ndarray) -> Pair:
     alone = len(one.folders) == len(other.folders) == 1
     seeds = min(len(one.folders), len(other.folders))
-    differing = float(np.abs(one.right - other.right).mean())
+    differing = float((one.right * (1 - other.right) + other.right * (1 - one.right)).mean())
     p, test = None, ""
     if alone:
         p, test = statistics.mcnemar(one.right > 0.5, other.right > 0.5), "McNemar"
@@ -192,5 +193,5 @@ def _pair(one: Side, other: Side, alike: np.ndarray) -> Pair:
     accuracy, balanced = (
         statistics.difference(one.right, other.right, one.labels, alike, balanced) for balanced in (False, True)
     )
-    detectable = statistics.detectable(len(one.labels), differing)
+    detectable = statistics.detectable(len(one.labels), float(np.square(one.right - other.right).mean()))
     return Pair(one, other, accuracy, balanced, differing, detectable, p, test)

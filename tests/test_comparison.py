@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import refusal
 
-from pipelines.comparison import pairs, side, verdicts
+from pipelines.comparison import Side, pairs, side, verdicts
 
 CLASSES = ["calm", "glad", "sad"]
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
@@ -64,6 +64,11 @@ def test_one_run_against_another(tmp_path: Path) -> None:
     assert side(good, tmp_path).recalls()[0].value == pytest.approx(right(0.9, 1)[LABELS == 0].mean())
 
 
+def right_of(found: Side) -> np.ndarray:
+    """bool [runs, n]."""
+    return found.probabilities.argmax(2) == found.labels
+
+
 def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
     """Images may tell two sides apart that seeds do not: the best of lucky seeds is no better recipe."""
     for seed, ours, theirs in ((1, 0.95, 0.7), (2, 0.72, 0.71), (3, 0.74, 0.69)):
@@ -76,6 +81,9 @@ def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
     assert pair.accuracy.low > 0
     assert pair.test == "Welch"
     assert pair.verdict().startswith("not told apart over seeds: ")
+    assert pair.detectable == pytest.approx((pair.accuracy.high - pair.accuracy.low) / 2, rel=0.1)
+    runs = [(one, other) for one in right_of(ours) for other in right_of(theirs)]
+    assert pair.differing == pytest.approx(np.mean([(one != other).mean() for one, other in runs]))
     (mixed,) = pairs([ours, side(theirs.folders[0].name, tmp_path)], None)
     assert mixed.p is None
 

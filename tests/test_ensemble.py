@@ -138,6 +138,21 @@ def test_predictions_of_other_images_than_val_are_refused(members: list[Path], b
         assert refusal(combine, [member, members[1]], bars, CPU) == told
 
 
+def test_oblong_images_are_resized_once_as_for_a_member_alone(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    images = np.load(path := data / "upscaled" / "images.npy")
+    np.save(path, np.concatenate([images, 255 - images, images[:, :, :8]], 2))  # 16x40
+    made = {"images_sha256": sha256(path), "image_shape": [16, 40]}
+    change(data, "splits/summary.json", lambda text: json.dumps({**json.loads(text), **made}))
+    folder = finished(data, tmp_path / "runs", input={"image_size": 24}, seed=2)
+    whole, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
+    alone = raw(folder, faces, Predictor(whole).run.model.members[0].temperature)
+    np.testing.assert_allclose(raw(whole, faces), alone, atol=2e-6)
+    other = finished(data, tmp_path / "runs", input={"image_size": 16}, seed=2)
+    told = "ensemble: images of 40x16 pixels need runs of one input.image_size, not 16 and 24; set data.size, which"
+    assert refusal(combine, [folder, other], data, CPU).startswith(told)
+
+
 def test_colour_images_stay_colour(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     images = np.load(path := data / "upscaled" / "images.npy")
@@ -148,4 +163,4 @@ def test_colour_images_stay_colour(tmp_path: Path) -> None:
     folder = finished(data, tmp_path / "runs", **keys)
     whole, faces = combine([folder], data, CPU), open_data(data).split("test").pixels(np.arange(8)).numpy()
     alone = raw(folder, faces, Predictor(whole).run.model.members[0].temperature)
-    np.testing.assert_allclose(Predictor(whole).probabilities(faces), alone, atol=2e-6)
+    np.testing.assert_allclose(raw(whole, faces), alone, atol=2e-6)

@@ -73,6 +73,35 @@ def test_difference_of_mean_recall_weighs_classes_alike() -> None:
     assert difference(right, right, labels, np.arange(100), balanced=True) == Interval(0, 0, 0)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_interval_is_that_of_scipy(balanced: bool) -> None:
+    """Its limits over seeds of the resampling, against SciPy's BCa with 20,000 resamples of a statistic as written."""
+    n, labels = 300, RNG.choice(4, 300, p=[0.6, 0.2, 0.15, 0.05])
+    right, other = RNG.random(n) < 0.85, RNG.random(n) < 0.75
+    gains = right.astype(float) - other
+
+    def gain(rows: np.ndarray) -> float:
+        if not balanced:
+            return float(gains[rows].mean())
+        return float(np.mean([gains[rows][labels[rows] == label].mean() for label in np.unique(labels[rows])]))
+
+    wanted = stats.bootstrap((np.arange(n),), gain, n_resamples=20_000, vectorized=False, method="BCa", rng=RNG)
+    found = [difference(right, other, labels, np.arange(n), balanced, seed) for seed in range(5)]
+    for limit in ("low", "high"):
+        mean_limit = np.mean([getattr(one, limit) for one in found])
+        assert mean_limit == pytest.approx(
+            getattr(wanted.confidence_interval, limit), abs=0.02 * wanted.standard_error * 3
+        )
+    assert found[0].value == pytest.approx(gain(np.arange(n)))
+
+
+def test_the_same_gain_everywhere_has_no_width() -> None:
+    ones, zeros, nobody = np.ones(40, bool), np.zeros(40, bool), np.zeros(40, int)
+    assert difference(ones, zeros, nobody, np.arange(40), balanced=True) == Interval(1, 1, 1)
+    assert between_seeds([0.9, 0.9], [0.9, 0.9]) == (Interval(0, 0, 0), 1.0)
+    assert between_seeds([1.0, 1.0], [0.5, 0.5]) == (Interval(0.5, 0.5, 0.5), 0.0)
+
+
 def test_copies_of_a_photograph_count_as_one() -> None:
     values = RNG.random(300) < 0.8, RNG.random(300) < 0.7, np.zeros(300, int), np.arange(300)
     fourfold = [np.tile(one, 4) for one in values]
@@ -113,6 +142,14 @@ def test_temperature_is_found_again(true: float) -> None:
     calibrated = softened(logits, true)
     labels = (calibrated.cumsum(1) > RNG.random((20_000, 1))).argmax(1)
     assert temperature(softened(logits, 1.0), labels) == pytest.approx(true, rel=0.05)
+
+
+@pytest.mark.parametrize("images", [8, 40])
+def test_the_temperature_of_a_few_images_that_are_all_right_is_moderate(images: int) -> None:
+    """The log loss alone falls for ever as T goes to 0."""
+    labels = np.arange(images) % 4
+    found = temperature(np.where(np.eye(4)[labels] > 0, 0.64, 0.12), labels)
+    assert 0.2 < found < 1
 
 
 def test_welch_between_seeds_by_the_formula() -> None:

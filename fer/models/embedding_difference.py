@@ -203,26 +203,29 @@ class NeutralFaces:
     ):
         self.network, self.seed = network, seed
         self.pairs = Pairs(split, classes, isinstance(network.pairing, SameSubject))
-        found = embedded(self.pairs.neutral)
-        self.candidates = found.new_zeros(len(split), found.shape[1])  # [n, F]; zero except for neutral images
-        self.candidates[self.pairs.neutral] = found
-        self.partner: Tensor | None = None  # [n, F]: the neutral face for each image
+        self.faces = embedded(self.pairs.neutral)  # [neutral images, F]
+        self.place = np.zeros(len(split), np.int64)  # of a neutral image among them
+        self.place[self.pairs.neutral] = np.arange(len(self.faces))
+        self.partner: Tensor | None = None  # int64 [n]: the neutral face for each image
         if split.name != "train":
-            self.partner = self.candidates[self.pairs.fixed()]
+            self.partner = self._places(self.pairs.fixed())
 
     def begin(self) -> None:
         """Choose the references of evaluation: some neutral training faces, or the mean of all."""
         if isinstance(self.network.pairing, RandomNeutral):
             chosen = self.pairs.references(self.network.pairing.references, self.seed)
-            self.network.references.copy_(self.candidates[chosen])
+            self.network.references.copy_(self.faces[self._places(chosen)])
         elif isinstance(self.network.pairing, Prototype):
-            self.network.references.copy_(self.candidates[self.pairs.neutral].mean(0, keepdim=True))
+            self.network.references.copy_(self.faces.mean(0, keepdim=True))
 
     def start_epoch(self, epoch: int) -> None:
         """Draw the neutral faces of this training epoch; a prototype, the same for all, needs none."""
         if not isinstance(self.network.pairing, Prototype):
-            self.partner = self.candidates[self.pairs.drawn(self.seed, epoch)]
+            self.partner = self._places(self.pairs.drawn(self.seed, epoch))
 
     def inputs(self, index: Tensor) -> dict[str, Tensor]:
         """`neutral` [B, F] for the images at `index` [B]; nothing if the references are used."""
-        return {} if self.partner is None else {"neutral": self.partner[index]}
+        return {} if self.partner is None else {"neutral": self.faces[self.partner[index]]}
+
+    def _places(self, images: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.place[images]).to(self.faces.device)
