@@ -209,6 +209,11 @@ def _run_name() -> str:
     return ", ".join([*flow_run.parameters["words"], *([f"--folds {folds}"] if folds else [])])
 
 
+def _check_words(words: list[str]) -> None:
+    if isinstance(words, str):
+        raise UserError(f'words: should be a list, as ["vgg13_small", "epochs=20"], got {words!r}')
+
+
 def _form(**known: list[str]) -> Callable[[Callable], Callable]:
     """Fill the names that exist into a flow's docstring, from which Prefect takes the help of its run form."""
 
@@ -234,6 +239,8 @@ def train(
             epochs=20. Experiments: {experiments}.
         folds: Cross-validation: a number of folds, or subjects to leave one subject out at a time.
     """
+    _check_words(words)
+    folds = None if folds is None else str(folds)  # a number, where it comes from a form or a file
     if not experiments.split(words)[0]:
         raise UserError(f"words: name an experiment, of {', '.join(experiments.known())}")
     flow_page.introduce()
@@ -368,6 +375,8 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
             search.check(plan)
             if plan.sweep.confirm_seeds:
                 launch.check_resources([Job(plan.base.name, plan.base.run, plan.base.resources, plan.data, RUNS)])
+    if is_held(plan.folder):
+        raise UserError(f"{plan.folder}: another process is working on it; wait for it or stop it")
     sweeps.begin(plan)
     return plan, tracker
 
@@ -389,6 +398,7 @@ def sweep(words: Annotated[list[str], Field(examples=[["tiny", "trials=20"]])], 
             {sweeps}.
         new: Begin another sweep if the settings differ from those of the one begun.
     """
+    _check_words(words)
     flow_page.introduce()
     with guarded():
         return _sweep(*prepare_sweep(words, new), words)

@@ -78,6 +78,9 @@ class Registry:
             found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
             if found:
                 number = str(found[0].version)
+                self.client.update_model_version(name, number, note(summary))  # it may have been evaluated again
+                for key, value in _tags(summary).items():
+                    self.client.set_model_version_tag(name, number, key, value)
             else:
                 number = self.add(name, run_id, _log_model(run_id, folder, summary), _tags(summary), note(summary))
             self.decide(name, number)
@@ -226,6 +229,7 @@ class Registry:
         """
         known = self.client.get_registered_model(name).tags.get(HISTORY)
         if known:
+            self._restore(known)
             return known
         runs = (one.run_id for one in self._versions(name).values())
         first = next(run for run in runs if run and self.client.get_run(run).info.lifecycle_stage == "active")
@@ -235,6 +239,13 @@ class Registry:
             self.client.delete_run(made)
         until_done(partial(self.client.set_registered_model_tag, name, HISTORY, agreed))
         return agreed
+
+    def _restore(self, run_id: str) -> None:
+        """Bring back the run of a history, or its experiment, that was deleted in MLflow."""
+        info = self.client.get_run(run_id).info
+        if info.lifecycle_stage != "active":
+            self._experiment()
+            self.client.restore_run(run_id)
 
     def _new_history(self, name: str) -> str:
         made = self.client.create_run(self._experiment(), run_name=name).info.run_id
@@ -250,6 +261,8 @@ class Registry:
                 found = self.client.get_experiment_by_name(EXPERIMENT)
                 if found is None:
                     raise
+        if found.lifecycle_stage != "active":
+            self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
     def _put(self, run_id: str, key: str, value: str) -> str:

@@ -354,6 +354,8 @@ class Tracker:
 
     def _opened(self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str]) -> str:
         found = self._find(ours)
+        if found and found.info.status == "RUNNING":
+            _refuse_other(ours, found.data.tags)
         tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
             run_id = self._runs[ours] = found.info.run_id
@@ -618,3 +620,11 @@ def _git_commit() -> dict[str, str]:
     if commit == UNKNOWN:
         return {}
     return {"mlflow.source.git.commit": commit + (" (with changes)" if changed is True else "")}
+
+
+def _refuse_other(ours: str, tags: Mapping[str, str]) -> None:
+    """Raise UserError if another live process of this host has opened the run, which may be waiting for its turn."""
+    process = tags.get(PROCESS, "")
+    if tags.get(HOST) == socket.gethostname() and process != process_id(os.getpid()) and not ended(process):
+        pid = process.partition(":")[0]
+        raise UserError(f"{ours}: another process ({pid}) is training it; wait for it or stop it")

@@ -230,6 +230,7 @@ def test_the_command_writes_maps_tables_and_what_they_mean(project: Path, here: 
         (["one", "--out", "maps"], "--out maps: exists already"),
         (["one", "--out", "x", "--names", "0.png"], "--names 0.png: not a test image of data/sets/sample"),
         (["one", "own.png", "--out", "x", "--names", "0.png"], "--names: is for test images"),
+        (["one", "own.png", "--out", "x", "--faces", "3"], "--faces: draws test images; leave it out, or name none"),
         (["one", "wide.png", "--out", "x"], "wide.png: 90x20 pixels, but the model was trained on faces of"),
         (["one", "none.png", "--out", "x"], "none.png: not a file"),
         ([str(folder / "best"), "--out", "x"], f"{folder / 'best'}: is no run's folder"),

@@ -332,6 +332,7 @@ def test_a_camera_gives_frames_until_it_is_stopped(tmp_path: Path) -> None:
     assert len(list(camera(str(clip), lambda: False))) == 3
     for none in ("97", str(tmp_path / "none")):
         assert refusal(camera, none, bool).startswith(f"--camera {none}: no camera there that can be opened")
+    assert "S3cret" not in refusal(camera, "rtsp://me:S3cret@127.0.0.1:9/x", bool)
 
 
 def test_marked_pictures_have_a_box_and_marked_videos_all_their_frames(run: Path, tmp_path: Path) -> None:

@@ -274,6 +274,10 @@ def test_a_deployment_trains_the_runs_of_the_command_each_after_the_one_it_start
     assert given == {"train": {"words": []}, "sweep": {"words": []}}
     with pytest.raises(UserError, match="^words: name an experiment, of .*vgg13_small"):
         flows["train"](words=[])
+    with pytest.raises(UserError, match="^words: should be a list, as .*, got 'bars'"):
+        flows["train"](words="bars")
+    with pytest.raises(UserError, match="^--folds 1: "):  # a number, as a form gives it
+        flows["train"](words=["vgg13_small"], folds=1)
     chain(project)
     experiment(project, "other")
     words = ["second", "other", "seed=2", "epochs=1"]  # `first` gets the seed alone
@@ -346,6 +350,10 @@ def test_models_and_experiments_are_listed_with_what_they_are(project: Path, her
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
     assert listed > {path.stem for path in (project / "experiments").iterdir()}
     assert "VGG13 of Barsoum et al. 2016" in done.stdout
+    (project / "experiments/mine.yaml").write_text("# My crops [/data/crops], second try [ours]\nbase: vgg13_small\n")
+    assert "My crops [/data/crops], second try [ours]" in here("train").stdout
+    done = here("train", "--folds", "5")
+    assert (done.returncode, done.stderr) == (2, "error: --folds: name the experiment it is for, or --all\n")
     assert not (project / "data/runs").exists()
 
 

@@ -150,6 +150,22 @@ def test_by_hand_back_and_forth(shop: Shop) -> None:
     assert what == ["run", "run", "run", "by hand", "run", "run", *["rollback"] * 4, "by hand"]
 
 
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_a_history_that_was_deleted_in_mlflow_is_brought_back(what: str, shop: Shop) -> None:
+    registry, *made = shop
+    record(registry, "fer-x", *made, 0.5, "x-s1")
+    client = registry.client
+    history = client.get_run(client.get_registered_model("fer-x").tags["fer.history"])
+    if what == "run":
+        client.delete_run(history.info.run_id)
+    else:
+        client.delete_experiment(history.info.experiment_id)
+    record(registry, "fer-x", *made, 0.6, "x-s2")
+    assert [one.run for one in registry.history("fer-x")] == ["x-s1", "x-s2"]
+    record(registry, "fer-y", *made, 0.6)
+    assert registry.aliases("fer-x")["champion"] == "2"
+
+
 def test_other_data_displace_no_champion_and_versions_of_others_are_none_of_ours(shop: Shop) -> None:
     registry, *made = shop
     found = []

@@ -17,10 +17,11 @@ from conftest import DATA, refusal, spoil_optimizer, start_fer, wait_for, worker
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
-from fer.files import is_held
+from fer.files import held, is_held
 from fer.signals import Stopped
 from fer.train import fit
 from pipelines import experiments
+from pipelines.flow import prepare_sweep
 from pipelines.params import load, machine
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import search
@@ -279,6 +280,15 @@ def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     for gpus, at_once, count in ((0, "null", 8), (0.5, "null", 4), (0.1, "null", 8), (0.5, 3, 3)):
         assert search.trials_at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == count
+
+
+def test_a_second_command_leaves_the_budget_of_a_sweep_that_runs(project: Path, ray_here, empty_store: Path):
+    first, _ = prepare_sweep(["sample", *SMALL], new=False)
+    before = (first.folder / "sweep.json").read_bytes()
+    with held(first.folder):
+        told = f"{first.folder}: another process is working on it; wait for it or stop it"
+        assert refusal(prepare_sweep, ["sample", *SMALL, "trials=9"], False) == told
+    assert (first.folder / "sweep.json").read_bytes() == before
 
 
 def test_what_needs_a_sweep_says_so(project: Path, here):

@@ -30,6 +30,13 @@ def test_a_file_gets_whole_lines_however_long(capsys: pytest.CaptureFixture[str]
     assert [line.split() for line in told[-3:-1]] == [" ".join(row).split() for row in rows]
 
 
+def test_brackets_of_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.console.print(terminal.bold("a[b]/[/c].csv"))
+    with terminal.doing("Writing a[b]/[/c].csv"):
+        pass
+    assert capsys.readouterr().out == "a[b]/[/c].csv\nWriting a[b]/[/c].csv\n"
+
+
 def test_words_are_wrapped_where_they_do_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from fer.signals import Stopped
 from fer.train import fit
 from pipelines import tracking
 from pipelines.experiments import Job
+from pipelines.processes import process_id
 from pipelines.store import tracking_uri
 from pipelines.tracking import Tracker, final_metrics
 
@@ -223,6 +224,32 @@ def test_runs_of_dead_processes_are_closed_and_those_of_live_ones_left(folder: P
 
     with ThreadPoolExecutor(1) as other:  # as a flow's tasks
         record(tracker, live, lambda: other.submit(record, tracker, dead, inside).result())
+
+
+def test_a_run_that_waits_in_another_command_is_not_taken_over(folder: Path, tracker: Tracker):
+    """It has no lock yet; the process that runs this one stands for the other command."""
+    other = process_id(os.getppid())
+
+    def inside() -> None:
+        tracker.client.set_tag(only_run(tracker).info.run_id, "fer.process", other)
+        told = f"{folder.name}: another process ({os.getppid()}) is training it; wait for it or stop it"
+        assert refusal(record, tracker, folder) == told
+        assert statuses(tracker) == {folder.name: "RUNNING"}
+        assert "fer.error" not in only_run(tracker).data.tags
+
+    record(tracker, folder, inside)
+    assert statuses(tracker) == {folder.name: "FINISHED"}
+
+
+def test_an_evaluation_anew_reaches_the_version(folder: Path, tracker: Tracker):
+    record(tracker, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["test"]["accuracy"] = 0.125
+    (folder / "summary.json").write_text(json.dumps(summary))
+    record(tracker, folder)
+    (version,) = tracker.client.search_model_versions("name = 'fer-data'")
+    assert version.tags["test_accuracy"] == "0.125000"
+    assert "**12.50 %**" in version.description
 
 
 def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(

@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from fer.data.decode import UNREADABLE, misplaced
 from fer.data.found import printable
-from fer.errors import UserError, first_line
+from fer.errors import UserError, first_line, without_password
 from fer.faces.boxes import Boxes
 from fer.faces.detect import Detector, Face, crop
 from fer.pictures import read_picture
@@ -148,10 +148,11 @@ def camera(source: str, stopped: Callable[[], bool]) -> Iterator[Frame]:
         capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
     finally:
         cv2.utils.logging.setLogLevel(level)
+    shown = without_password(source)
     if not capture.isOpened():
-        raise UserError(f"--camera {source}: no camera there that can be opened; give its number, such as 0")
+        raise UserError(f"--camera {shown}: no camera there that can be opened; give its number, such as 0")
     capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest frame, where prediction is slower than the camera
-    return _live(f"camera {source}", capture, stopped)
+    return _live(f"camera {shown}", capture, stopped)
 
 
 def _live(name: str, capture: Any, stopped: Callable[[], bool]) -> Iterator[Frame]:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fer.errors import UserError
-from pipelines.commands.terminal import console, doing, with_torch
+from pipelines.commands.terminal import bold, console, doing, with_torch
 
 Prepared = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A data set; the first in params.yaml if none.")]
 
@@ -46,7 +46,7 @@ def data_check(
         style = {"ok": "green", "look": "yellow", "note": "dim"}[line.mark]
         table.add_row(f"[{style}]{line.mark}[/]", line.topic, escape(line.text))
     console.print(table, highlight=False)
-    console.print(f"[bold]{page}[/] (open it in a browser), [bold]{numbers}[/]")
+    console.print(f"{bold(page)} (open it in a browser), {bold(numbers)}")
 
 
 def upscale_gallery(
@@ -79,6 +79,6 @@ def upscale_gallery(
             left_out.append(f"{key} left out: {error}")
     path = one.folder / "upscale_gallery.png"
     contact_sheet(rows, side=4 * images.shape[1]).save(path)
-    console.print(f"[bold]{path}[/]: {', '.join(rows)}")
+    console.print(f"{bold(path)}: {', '.join(rows)}")
     for line in left_out:
         console.print(line, style="yellow")

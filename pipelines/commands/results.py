@@ -10,6 +10,7 @@ from fer.files import held, write_bytes
 from fer.run_folder import data_name, read_summary
 from pipelines.commands.terminal import (
     RUNS,
+    bold,
     check_target,
     console,
     data_of,
@@ -56,7 +57,7 @@ def _evaluate(run: str) -> None:
         taken = f"{summary['classes'][wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
         rows.append((name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken))
     print_rows(("class", "test images", "recall %", "most often mistaken for"), rows, "Test, class by class")
-    console.print(f"Predictions, confusion matrix, checkpoint: [bold]{folder}[/]")
+    console.print(f"Predictions, confusion matrix, checkpoint: {bold(folder)}")
 
 
 def _evaluate_on(run: str, on: str) -> None:
@@ -74,7 +75,7 @@ def _evaluate_on(run: str, on: str) -> None:
         print_rows(head, (row.values() for row in rows))
         console.print(report.across_note(result), highlight=False, markup=False)
         path = result_of(folder, result["dataset"], result["hash"])
-        console.print(f"Predictions, confusion matrices: [bold]{path.with_suffix('.*')}[/]")
+        console.print(f"Predictions, confusion matrices: {bold(path.with_suffix('.*'))}")
         with doing("Recording it in MLflow"):
             from pipelines.tracking import Tracker
 
@@ -174,7 +175,7 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
         from pipelines.page import compared
 
         write_bytes(report, compared(sides, pairs).encode())
-        console.print(f"[bold]{report}[/]", soft_wrap=True)
+        console.print(bold(report), soft_wrap=True)
         _attach(report, [folder for side in sides for folder in side.folders])
 
 

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from fer.errors import UserError
 from fer.files import is_held
-from pipelines.commands.terminal import console, doing, with_torch
+from pipelines.commands.terminal import bold, console, doing, with_torch
 from pipelines.commands.training import STARTING, failures, first_failure, start_frameworks, warn_of_weights
 
 
@@ -96,7 +96,7 @@ def sweep_apply(
     folder, result = found[0]
     best = sweep_folder.best_run(folder, result).model_dump()
     path = write(new_name or result["best_name"], result["base"], best, report.sweep_line(result), result["data"])
-    console.print(f"{path}, from {folder.name}; train it with [bold]fer train {path.stem}[/]")
+    console.print(f"{bold(path)}, from {folder.name}; train it with [bold]fer train {path.stem}[/]")
 
 
 class _Board:
@@ -163,6 +163,4 @@ def _print_result(folder: Path) -> None:
     if found is not None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]
-        console.print(
-            f"Plots and trials.csv: [bold]{folder}[/]. Keep the best: [bold]fer sweep apply {name} --as NAME[/]"
-        )
+        console.print(f"Plots and trials.csv: {bold(folder)}. Keep the best: [bold]fer sweep apply {name} --as NAME[/]")

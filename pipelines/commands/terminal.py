@@ -13,6 +13,7 @@ import typer
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from fer.errors import UserError
@@ -41,10 +42,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def doing(what: str) -> Iterator[None]:
     """Say what takes seconds: in a moving line on a terminal, elsewhere in one line at the start."""
     if console.is_terminal:
-        with console.status(what):
+        with console.status(escape(what)):
             yield
     else:
-        console.print(what, style="dim", highlight=False)
+        console.print(what, style="dim", highlight=False, markup=False)
         yield
 
 
@@ -78,6 +79,11 @@ def print_rows(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str
         names.width = max(min(longest, NARROWEST), longest - (natural - console.width))
         natural = console.measure(table, options=wide).minimum
     _Console(width=max(natural, console.width)).print(table)
+
+
+def bold(what: object) -> str:
+    """Markup of a path or the like, whose own brackets are none."""
+    return f"[bold]{escape(str(what))}[/]"
 
 
 def percents(found: Any, sign: str = "") -> str:

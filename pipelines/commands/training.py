@@ -35,6 +35,8 @@ def train(
 
     Without a name, list the experiments.
     """
+    if folds is not None and not words and not every:
+        raise UserError("--folds: name the experiment it is for, or --all")
     words = _named(words, every)
     if not words:
         return
@@ -212,7 +214,7 @@ def _print_experiments() -> None:
     table.add_column("experiment", no_wrap=True)
     table.add_column("what it is")
     for name in experiments.known():
-        table.add_row(name, experiments.head(experiments.path_of(name)).partition("\n")[0])
+        table.add_row(name, escape(experiments.head(experiments.path_of(name)).partition("\n")[0]))
     console.print(table)
     console.print("Train: [bold]fer train NAME... [KEY=VALUE]...[/]; all settings: [bold]fer config NAME[/].")
 
@@ -273,7 +275,7 @@ def models(words: Words = None) -> None:
             missing += [f"{name}: {line}" for line in error.lines]
             numbers = "-", "-", "-"
         size = f"{run.input.image_size}x{run.input.image_size}x{run.input.channels}"
-        table.add_row(name, *numbers, size, "\n".join(f"{network}: {source}" for network, source in sources))
+        table.add_row(name, *numbers, size, escape("\n".join(f"{network}: {source}" for network, source in sources)))
     console.print(table)
     console.print(
         "trainable: parameters that training changes. GFLOP: forward pass of one image, a multiply-add counts as two; "

@@ -12,15 +12,26 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import Progress, TextColumn
 
-from fer.errors import UserError
+from fer.errors import UserError, without_password
 from pipelines.commands.champion import registered
-from pipelines.commands.terminal import RUNS, check_target, console, data_of, doing, find_run, print_rows, with_torch
+from pipelines.commands.terminal import (
+    RUNS,
+    bold,
+    check_target,
+    console,
+    data_of,
+    doing,
+    find_run,
+    print_rows,
+    with_torch,
+)
 
 Yunet = Annotated[Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")]
 MinFace = Annotated[
     int, typer.Option(metavar="PIXELS", help="Side of the smallest face to find; larger is faster.", min=0, max=100_000)
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
+FACES = 8  # that are explained
 _SO_FAR = (*Progress.get_default_columns(), TextColumn("{task.fields[news]}"))
 
 
@@ -74,8 +85,8 @@ def predict(
         predictor = Predictor(_model(run), device)
         if annotated is not None:
             annotated.mkdir(parents=True, exist_ok=True)
-        if live is not None and not console.is_terminal:
-            console.print(f"Reading camera {camera} until Ctrl-C", style="dim", highlight=False)
+        if camera is not None and not console.is_terminal:
+            console.print(f"Reading camera {without_password(camera)} until Ctrl-C", style="dim", highlight=False)
         with Progress(*_SO_FAR, console=console, transient=True) as bar:
             pictures = _frames(files, bar) if live is None else _counted(live, bar)
             at_once = faces_in.AT_ONCE if live is None else 1
@@ -91,7 +102,7 @@ def predict(
             counts = Counter(str(row["prediction"] or row["note"]) for row in rows)
     for what, count in counts.most_common():
         console.print(f"{count:6}  {what}", highlight=False, markup=False)
-    console.print(f"[bold]{out}[/]")
+    console.print(bold(out))
 
 
 def _files(paths: list[Path]) -> list[Path]:
@@ -163,7 +174,9 @@ def explain(
         list[Path] | None, typer.Argument(help="Pictures of faces, cropped like the data; else test images.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write, which shows the faces.")] = ...,  # type: ignore[assignment]
-    faces: Annotated[int, typer.Option(help="How many test images, drawn by --seed.", min=1)] = 8,
+    faces: Annotated[
+        int | None, typer.Option(help="How many test images, drawn by --seed; 8 by default.", min=1)
+    ] = None,
     names: Annotated[str | None, typer.Option(help="Names of test images instead, with commas between them.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw, the random weights and the random orders.", min=0)] = 0,
     device: Device = "auto",
@@ -178,9 +191,11 @@ def explain(
         raise UserError(f"--out {out}: exists already; name another folder")
     if paths and names is not None:
         raise UserError("--names: is for test images; leave it out, or the pictures")
+    if faces is not None and (paths or names is not None):
+        raise UserError("--faces: draws test images; leave it out, or name none")
     folder = _model(None if run == "champion" else run)
     predictor = Predictor(folder, device)
-    chosen = writing.read(paths, predictor) if paths else _test_faces(folder, faces, names, seed)
+    chosen = writing.read(paths, predictor) if paths else _test_faces(folder, faces or FACES, names, seed)
     if why := explaining.no_grad_cam(predictor):
         console.print(f"{explaining.OCCLUSION} alone, without {explaining.GRAD_CAM}: {why}", style="yellow")
     with new_folder(out) as partial, Progress(console=console, transient=True) as bar:
@@ -192,7 +207,7 @@ def explain(
     console.print(writing.LEGEND, style="dim", highlight=False)
     for verdict in verdicts:
         console.print(f"{verdict.method}: {verdict.words}", highlight=False)
-    console.print(f"[bold]{out}[/] shows faces: mind where you copy it")
+    console.print(f"{bold(out)} shows faces: mind where you copy it")
 
 
 def _test_faces(folder: Path, count: int, names: str | None, seed: int) -> Any:
@@ -224,7 +239,7 @@ def export(
             worst = exporting.write_onnx(folder, target)
     if to == "onnx":
         console.print(f"Probabilities as torch's for batches of 1, 3 and 7 faces: to {worst:.1g}", highlight=False)
-    console.print(f"[bold]{target}[/]")
+    console.print(bold(target))
 
 
 def _model(run: str | None) -> Path:
