@@ -276,7 +276,7 @@ def test_a_deployment_trains_the_runs_of_the_command_each_after_the_one_it_start
         flows["train"](words=[])
     with pytest.raises(UserError, match="^words: should be a list, as .*, got 'bars'"):
         flows["train"](words="bars")
-    with pytest.raises(UserError, match="^--folds 1: "):  # a number, as a form gives it
+    with pytest.raises(UserError, match="^folds 1: should be 2 or more"):  # a number, as a form gives it
         flows["train"](words=["vgg13_small"], folds=1)
     chain(project)
     experiment(project, "other")
