@@ -39,6 +39,7 @@ from fer.formats import read_run
 from fer.run import run_id
 from fer.run_folder import read_progress
 from fer.train import fit
+from pipelines.commands.training import start_frameworks
 from pipelines.params import read_yaml, yaml_of
 from pipelines.work import held
 
@@ -264,6 +265,7 @@ def test_a_deployment_trains_the_runs_of_the_command_each_after_the_one_it_start
     project: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ):
     """As Prefect's worker calls the flow. The command then does what is left: nothing, or to record or evaluate."""
+    start_frameworks()  # as the command does, before Prefect is imported and sets up its log
     from mlflow import MlflowClient
     from prefect.client.orchestration import get_client
     from prefect.flows import load_flow_from_entrypoint
