@@ -1,9 +1,11 @@
 """What a command says of a Prefect server before anything starts."""
 
 import base64
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
 from conftest import free_port, refusal
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -24,6 +26,22 @@ class Server(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def test_a_page_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def gone(*words: object, **named: object) -> None:
+        raise httpx.ConnectError("gone")
+
+    monkeypatch.setattr(flow_page, "get_run_logger", lambda: logging.getLogger("run"))
+    for name in ("create_link_artifact", "create_progress_artifact"):
+        monkeypatch.setattr(flow_page, name, gone)
+    caplog.set_level(logging.INFO)
+    rows = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_accuracy": 0.5}]
+    flow_page.Progress("x-s1", 2, "http://127.0.0.1/")(rows)
+    assert [record.getMessage() for record in caplog.records] == [
+        "x-s1: no progress bar: gone",
+        "x-s1: epoch 1 of 2: train loss 1.0000, val loss 1.0000, val accuracy 50.00 %",
+    ]
 
 
 def test_a_server_that_is_not_there_or_refuses_the_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

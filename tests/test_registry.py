@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,28 @@ def test_a_history_that_was_deleted_in_mlflow_is_brought_back(what: str, shop: S
     assert [one.run for one in registry.history("fer-x")] == ["x-s1", "x-s2"]
     record(registry, "fer-y", *made, 0.6)
     assert registry.aliases("fer-x")["champion"] == "2"
+
+
+def test_champions_are_found_on_every_page_of_the_registry(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, *made = shop
+    for name in ("fer-x", "fer-y", "fer-z"):
+        record(registry, name, *made, 0.5)
+    page = partial(registry.client.search_registered_models, max_results=1)
+    monkeypatch.setattr(registry.client, "search_registered_models", page)
+    assert set(registry.champions()) == {"fer-x", "fer-y", "fer-z"}
+
+
+def test_a_class_called_none_is_one_like_others(shop: Shop, tmp_path: Path) -> None:
+    """Both are right on 30 images, the second one alone on 10 more: McNemar's p is 2 / 2^10."""
+    registry, first, model = shop
+    second = registry.client.create_run(registry.client.get_run(first).info.experiment_id).info.run_id
+    for run_id, right in ((first, 30), (second, 40)):
+        said = ["None"] * right + ["sad"] * (40 - right)
+        rows = "".join(f"{row},None,{label}\n" for row, label in enumerate(said))
+        (tmp_path / "predictions_val.csv").write_text(f"row,label,prediction\n{rows}")
+        registry.client.log_artifact(run_id, str(tmp_path / "predictions_val.csv"))
+        record(registry, "fer-x", run_id, model, right / 40, val_images="40")
+    assert registry.history("fer-x")[-1].evidence["p"] == pytest.approx(2 / 2**10)
 
 
 def test_other_data_displace_no_champion_and_versions_of_others_are_none_of_ours(shop: Shop) -> None:

@@ -299,6 +299,8 @@ def test_final_metrics():
     accuracies = {"final/val_accuracy": 0.5, "final/test_accuracy": 0.5, "final/test_unleaked_accuracy": 0.25}
     own = {"best_val_accuracy": 0.5, "final/best_epoch": 3, "final/parameters": 10, "final/test_recall_x": 0.5}
     assert final_metrics(summary) == accuracies | own
+    named = final_metrics(summary | {"classes": ["don't know: 1\u20442", "y"]})
+    assert "final/test_recall_don_t know_ 1_2" in named  # a name that MLflow takes
 
 
 def test_once_the_process_leaves_no_run_begins_and_one_that_was_just_beginning_is_told(
