@@ -25,6 +25,7 @@ from PIL import Image
 from benchmarks.measure import machine
 from fer.data.labels import CLASSES
 from fer.data.sample import draw_face
+from pipelines.serving import listen
 
 CLIENTS = (1, 8, 32)
 HEADERS = {"Content-Type": "image/jpeg"}
@@ -47,7 +48,8 @@ def _jpeg(image: Image.Image) -> bytes:
 
 @contextmanager
 def server(words: list[str], port: int) -> Iterator[subprocess.Popen]:
-    """`fer serve` on that port, ready."""
+    """`fer serve` on that port, ready. Raises UserError if something else listens there, which would be measured."""
+    listen(port).close()
     command = [str(Path(sys.executable).with_name("fer")), "serve", "--port", str(port), *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

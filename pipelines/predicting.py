@@ -40,7 +40,8 @@ def check(paths: list[Path] | None, camera: str | None, finders: dict[str, Any],
 
 def check_written(files: list[Path], annotated: Path | None, boxes: Path | None, out: Path) -> None:
     """Raises UserError if what is written would replace what is read."""
-    if annotated is not None and annotated.resolve() in {file.resolve().parent for file in files}:
+    read = {place for file in files for place in (file.resolve().parent, file.parent.resolve())}  # of links as well
+    if annotated is not None and annotated.resolve() in read:
         raise UserError(f"--annotated {annotated}: holds the pictures themselves; name another folder")
     if boxes is not None and boxes.resolve() == out.resolve():
         raise UserError(f"--out {out}: is the table of --boxes; name another file")
@@ -98,7 +99,13 @@ def _every(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:  # else `walk` goes on without that folder
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
-    return (Path(inside, name) for inside, _, names in os.walk(folder, onerror=refuse) for name in names)
+    seen = set()  # of links to folders above them
+    for inside, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(inside)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(inside, name) for name in names)
 
 
 def _hidden(path: Path) -> bool:
@@ -148,10 +155,12 @@ def _write_parquet(found: Iterable[Found], classes: list[str], columns: list[str
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in columns])
     rows: list[dict[str, Any]] = []
     with pq.ParquetWriter(path, schema) as writer:
-        for one in found:
-            rows.append(one.row(classes))
-            if len(rows) == ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                rows = []
-            yield one
-        writer.write_table(pa.Table.from_pylist(rows, schema))
+        try:
+            for one in found:
+                rows.append(one.row(classes))
+                if len(rows) == ROWS:
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    rows = []
+                yield one
+        finally:  # also if it is stopped
+            writer.write_table(pa.Table.from_pylist(rows, schema))

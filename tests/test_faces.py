@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -24,7 +24,7 @@ from fer.faces.predict import Found, Frame, camera, frames, predict
 from fer.faces.smooth import matched, overlap, smooth
 from fer.predict import Predictor
 from fer.train import fit
-from pipelines.predicting import checkpoint_of, files, write
+from pipelines.predicting import check_written, checkpoint_of, files, write
 
 RNG = np.random.default_rng(3)
 
@@ -213,6 +213,49 @@ def test_a_frame_without_a_face_is_told_before_the_next_one_is_asked_for(run: Pa
     assert [(next(told).frame.number, len(asked)) for _ in range(3)] == [(0, 1), (1, 2), (2, 3)]
 
 
+def test_a_table_that_is_stopped_keeps_what_it_has(run: Path, tmp_path: Path) -> None:
+    found = list(predict(Predictor(run, "cpu"), [frame(0, 1)], None))
+
+    def stopped() -> Iterator[Found]:
+        yield from found
+        raise KeyboardInterrupt
+
+    for suffix, read in ((".csv", pd.read_csv), (".parquet", pd.read_parquet)):
+        with pytest.raises(KeyboardInterrupt):
+            list(write(stopped(), CLASSES, tmp_path / f"table{suffix}"))
+        assert len(read(tmp_path / f"table{suffix}")) == 1
+
+
+def test_pictures_behind_links_are_read_and_never_written(tmp_path: Path) -> None:
+    """A link to a folder is one of it; a link to a picture is no picture to draw a box into."""
+    (tmp_path / "far").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "far/a.png")
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/a.png").symlink_to(tmp_path / "far/a.png")
+    for link, to in (("album/2024", "far"), ("far/round", "far")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    found, others = files([tmp_path / "album"])
+    assert ([path.relative_to(tmp_path / "album").as_posix() for path in found], others) == (["2024/a.png", "a.png"], 0)
+    told = refusal(check_written, [tmp_path / "album/a.png"], tmp_path / "album", None, tmp_path / "out.csv")
+    assert told.endswith("album: holds the pictures themselves; name another folder")
+    before = (tmp_path / "far/a.png").read_bytes()
+    one = Found(Frame("a.png", 0, None, np.zeros((9, 9), np.uint8)), None, None, None)
+    list(annotate([one], tmp_path / "album", CLASSES))
+    assert (tmp_path / "far/a.png").read_bytes() == before
+
+
+def test_what_a_decoder_raises_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's AVIF decoder raises RuntimeError."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to decode frame 0")
+
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+    (one,) = frames(tmp_path / "a.png")
+    assert (one.pixels, "Failed to decode frame 0" in one.note) == (None, True)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_the_table_reads_back_as_it_was_predicted(suffix: str, run: Path, tmp_path: Path) -> None:
     """One that does not fit, or cannot be read, is a row of its own and stops no other; nor does an odd name."""
@@ -240,7 +283,7 @@ def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatc
     change(tmp_path, "b/own.csv", lambda _: "\xef\xbb\xbffile,left,top,right,bottom,frame\nx.png,2,4,18,20,\n")
     table = tmp_path / "b/own.csv"
     table.write_text(
-        table.read_text() + "b/c.png,0,0,10,10,3\nb/c.png,0,0,8,10,\nd.png,,,,,\nother.png,1,1,2,2,\n"
+        table.read_text() + "b/c.png,0,0,10,10,3.0\nb/c.png,0,0,8,10,\nd.png,,,,,\nother.png,1,1,2,2,\n"
         "x.png,0,0,999,9,7\n"
     )
     boxes = Boxes(table, [Path("b/x.png"), Path("b/c.png"), Path("d.png")])
@@ -268,6 +311,7 @@ def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatc
         ("file,left,top,right,bottom\nx.png,1,2,3,4\nx.png,1,2,x,4\n", "line 3: left, top, right and bottom should"),
         ("file,left,top,right,bottom\nx.png,1,2,1,4\n", "line 2: left should be less than right"),
         ("file,left,top,right,bottom\nx.png,1,2,nan,4\n", "line 2: left should be less than right"),
+        ("file,left,top,right,bottom,frame\nx.png,1,2,3,4,1.5\n", "line 2: frame should be a whole number, 0 or more"),
         ("file,left,top,right,bottom\nx.png,1,2\n", "line 2: left, top, right and bottom should be numbers"),
     ],
 )
@@ -285,6 +329,13 @@ def test_matched_faces_overlap_and_the_sum_of_their_overlaps_is_the_largest() ->
     assert matched([right, left], [left, far, right]) == {0: 2, 1: 0}
     assert matched([Face(1, 0, 10, 10, 1), far], [left]) == {0: 0}
     assert matched([far], [left]) == matched([], [left]) == {}
+    crossed = [Face(x, 0, 100, 100, 1) for x in (0, 108, 48, -60)]  # two overlaps of .25 against one of .35
+    assert matched(crossed[:2], crossed[2:]) == {0: 0}
+
+
+def test_a_face_of_the_frame_before_is_followed_however_slow_the_video() -> None:
+    clip = [answered(n, 1.1 * n, Face(0, 0, 10, 10, 1), 0.5) for n in range(4)]
+    assert [f.track for f in smooth(clip, seconds=5)] == [0, 0, 0, 0]
 
 
 def answered(number: int, seconds: float, face: Face | None, share: float, file: str = "clip") -> Found:
@@ -295,14 +346,14 @@ def answered(number: int, seconds: float, face: Face | None, share: float, file:
 
 def test_a_face_is_averaged_over_its_own_past_by_age_in_seconds() -> None:
     one, moved, other = Face(0, 0, 10, 10, 1), Face(2, 0, 10, 10, 1), Face(50, 0, 10, 10, 1)
-    nothing = Found(Frame("clip", 2, 0.3, None), None, None, None)
+    nothing, again = (Found(Frame("clip", n, t, None), None, None, None) for n, t in ((2, 0.3), (4, 1.9)))
     clip = [
         answered(0, 0.0, one, 1.0), answered(1, 0.2, other, 0.3), answered(1, 0.2, moved, 0.0), nothing,
-        answered(3, 0.7, moved, 0.0), answered(4, 2.0, moved, 0.4), answered(0, 0.0, one, 0.6, "next"),
+        answered(3, 0.7, moved, 0.0), again, answered(5, 2.0, moved, 0.4), answered(0, 0.0, one, 0.6, "next"),
         answered(0, 0.0, one, 0.7, "next"),
     ]  # fmt: skip
     found = list(smooth(clip, seconds=0.5))
-    assert [f.track for f in found] == [0, 1, 0, None, 0, 2, 0, 1]  # gone for more than a second: a new one
+    assert [f.track for f in found] == [0, 1, 0, None, 0, None, 2, 0, 1]  # gone for more than a second: a new one
     first = np.exp(-0.4) / (np.exp(-0.4) + 1)
     third = np.exp(-1.4) / (np.exp(-1.4) + np.exp(-1.0) + 1)
     shares = [f.smoothed[0] for f in found if f.smoothed is not None]

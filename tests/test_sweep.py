@@ -6,9 +6,11 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -38,6 +40,11 @@ SMALL = [
     f"changes.epochs={EPOCHS}", "changes.batch_size=16", "trials=5", "confirm_seeds=0",
     "grace_epochs=2", "reduction=4",  # one rung
 ]  # fmt: skip
+
+
+def machines(*found: dict[str, float]) -> list[dict]:
+    """As `ray.nodes` tells them."""
+    return [{"Alive": True, "Resources": one} for one in found] + [{"Alive": False, "Resources": {"CPU": 99.0}}]
 
 
 def plan(*changes: str) -> Plan:
@@ -257,6 +264,40 @@ PRECISIONS = "space={{sam_rho: {{choice: [null, 0.05]}}, precision: {{choice: [f
 POINTS = "sweep sample: space: N of 50 points drawn from it cannot work, as "
 
 
+def test_a_trial_runs_on_one_machine_of_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search.ray, "nodes", lambda: machines({"CPU": 3.0}, {"CPU": 3.0}))
+    assert search.trials_at_once(plan("cpus_per_trial=2")) == 2
+    told = "sweep sample: cpus_per_trial: 4 CPUs, there are 3 on one machine; lower it"
+    assert refusal(search.check, plan("cpus_per_trial=4")) == told
+    monkeypatch.setattr(search.ray, "nodes", lambda: machines({"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}))
+    told = "sweep sample: cpus_per_trial: no machine has that many CPUs beside a GPU; lower it"
+    assert refusal(search.check, plan("cpus_per_trial=2", "gpus_per_trial=1")) == told
+
+
+def test_a_trial_drawn_twice_at_a_time_is_the_same_trial(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second one waits until the first is stopped after an epoch; it then reports that epoch, too, and ends."""
+    made, told, begun = plan(), list[dict](), threading.Event()
+    sweeps.begin(made)
+    job = made.job(made.published)
+    monkeypatch.setattr(search.tune, "report", told.append)
+
+    def first() -> None:
+        with held(job.folder):
+            begun.set()
+            time.sleep(1)  # in which the second one looks at the folder, if it does not wait
+            with suppress(KeyboardInterrupt):
+                fit(job.name, job.run, job.resources, DATA, job.folder.parent, on_epoch=interrupt)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait()
+    search._trial(made.published, made)
+    thread.join()
+    assert [row["epoch"] for row in told] == list(range(1, EPOCHS + 1))
+    (trial,) = sweeps.read_trials(made.folder)
+    assert (trial.state, trial.epoch) == (DONE, EPOCHS)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -269,7 +310,7 @@ POINTS = "sweep sample: space: N of 50 points drawn from it cannot work, as "
 def test_what_cannot_work_is_named_before_anything_starts(
     project: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], message: str
 ):
-    monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(search.ray, "nodes", lambda: machines({"CPU": 2.0}))
     assert re.sub(r"\d+ of", "N of", refusal(search.check, plan(*changes))).startswith(message)
     for well in (PRECISIONS.format("bf16"), BATCHES):
         search.check(plan(well))
@@ -277,7 +318,7 @@ def test_what_cannot_work_is_named_before_anything_starts(
 
 def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch):
     """On 8 CPUs and 2 GPUs: 0.1 GPU a trial would give 20, but each needs a CPU too."""
-    monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(search.ray, "nodes", lambda: machines({"CPU": 8.0, "GPU": 2.0}))
     for gpus, at_once, count in ((0, "null", 8), (0.5, "null", 4), (0.1, "null", 8), (0.5, 3, 3)):
         assert search.trials_at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == count
 

@@ -125,6 +125,12 @@ def test_the_best_is_of_the_trials_that_ended_whole() -> None:
         assert getattr(sweeps.best_of(found), "number", None) == best
 
 
+def test_a_trial_that_patience_ended_early_may_be_the_best_by_rank() -> None:
+    short, long, cut = trial(1, DONE, 0.5, 0.9), trial(2, DONE, *[0.6] * 9), trial(3, PRUNED, *[0.95] * 4)
+    assert sorted([short, long, cut], key=lambda one: one.rank) == [cut, long, short]
+    assert sweeps.best_of([short, long, cut]) == short
+
+
 def test_best_and_base_are_compared_on_seeds_that_the_search_did_not_use() -> None:
     found = sweeps.compared([0.80, 0.84, 0.85], [0.78, 0.80, 0.82])
     # sqrt((.03^2 + .01^2 + .02^2) / 2)

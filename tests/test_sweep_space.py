@@ -105,6 +105,14 @@ def test_the_point_of_the_base_gives_the_base_back_and_a_grid_has_every_point_on
     assert len({tuple(point.values()) for point in points}) == len(points) == 4 * 2 * 2
 
 
+@pytest.mark.parametrize("kind", ["float", "log"])
+def test_the_bases_own_value_is_not_rounded(kind: str) -> None:
+    run = base("swin_nr_fpdls_tiny", "optimizer.lr=0.00015625")
+    given = {"optimizer.lr": {kind: [1e-5, 1e-2]}}
+    assert changed(given, spaces.params_of(run, read(given, run)[0]), run) == run
+    assert changed(given, {"optimizer.lr": 0.000156251}, run).optimizer.lr == 0.0001563
+
+
 # Sections that are chosen by name, with ranges of their own
 
 ALPHA, GAMMA = {"float": [0.5, 1.0]}, {"float": [0.0, 4.0]}

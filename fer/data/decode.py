@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 # what Pillow raises on damaged files
 UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, NotImplementedError, struct.error,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 

@@ -50,13 +50,19 @@ def annotate(found: Iterable[Found], folder: Path, classes: list[str]) -> Iterat
                 if first is None:
                     first = picture
                 else:
-                    writer = writer or _video(target.with_name(f"{target.name}.mp4"), first, frame)
+                    writer = writer or _video(_anew(target.with_name(f"{target.name}.mp4")), first, frame)
                     writer.write(picture[:, :, ::-1].copy())
             yield from faces
         if writer is not None:
             writer.release()
         elif first is not None:
-            Image.fromarray(first).save(target.with_name(f"{target.name}.png"))
+            Image.fromarray(first).save(_anew(target.with_name(f"{target.name}.png")))
+
+
+def _anew(path: Path) -> Path:
+    """The path of a file that is not there: a link is not followed."""
+    path.unlink(missing_ok=True)
+    return path
 
 
 def _free(stem: str, taken: set[str]) -> str:

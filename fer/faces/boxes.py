@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fer.data.found import printable
+from fer.data.rows import whole
 from fer.errors import UserError, first_line
 from fer.faces.detect import Face
 
@@ -45,9 +46,11 @@ class Boxes:
             return
         try:
             left, top, right, bottom = (float(row[key]) for key in COLUMNS)
-            frame = int(row["frame"]) if row.get("frame") else None
         except (TypeError, ValueError):
             raise UserError(f"--boxes {path}: line {line}: left, top, right and bottom should be numbers") from None
+        frame = whole(row["frame"]) if row.get("frame") else None  # 3.0 where others are empty
+        if row.get("frame") and frame is None:
+            raise UserError(f"--boxes {path}: line {line}: frame should be a whole number, 0 or more")
         if not (left < right and top < bottom and abs(left + top + right + bottom) < 1e9):
             raise UserError(f"--boxes {path}: line {line}: left should be less than right, and top less than bottom")
         self.faces.setdefault((name, frame), []).append(Face(left, top, right - left, bottom - top, 1.0))

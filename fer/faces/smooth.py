@@ -55,12 +55,13 @@ class _Followed:
     """The faces of a video up to now."""
 
     def __init__(self, seconds: float):
-        self.seconds, self.count = seconds, 0
+        self.seconds, self.count, self.last = seconds, 0, 0.0
         self.tracks: list[_Track] = []
 
     def add(self, faces: list[Found], now: float) -> list[_Track]:
         """The tracks of the faces of the next frame, which they now include."""
-        self.tracks = [track for track in self.tracks if now - track.seconds <= GONE]
+        self.tracks = [one for one in self.tracks if now - one.seconds <= GONE or one.seconds == self.last]
+        self.last = now
         pairs = matched([one.face or WHOLE for one in faces], [track.box for track in self.tracks])
         return [self._track(one, self.tracks[pairs[place]] if place in pairs else None, now)
                 for place, one in enumerate(faces)]  # fmt: skip
@@ -80,14 +81,15 @@ class _Followed:
 def matched(faces: list[Face], others: list[Face]) -> dict[int, int]:
     """Place of a face -> place of the other that it overlaps, one to one.
 
-    Of all ways to pair them, the one with the largest sum of intersections over unions (Hungarian method); pairs below
-    OVERLAP are then dropped.
+    Of all ways to pair them, the one with the largest sum of intersections over unions (Hungarian method), in which
+    those below OVERLAP do not count.
     """
     if not faces or not others:
         return {}
     shares = np.array([[overlap(face, other) for other in others] for face in faces])
+    shares[shares < OVERLAP] = 0
     rows, columns = linear_sum_assignment(shares, maximize=True)
-    return {int(row): int(column) for row, column in zip(rows, columns) if shares[row, column] >= OVERLAP}
+    return {int(row): int(column) for row, column in zip(rows, columns) if shares[row, column]}
 
 
 def overlap(face: Face, other: Face) -> float:

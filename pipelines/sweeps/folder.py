@@ -100,9 +100,10 @@ class Trial:
         return sum(row["seconds"] for row in self.rows)
 
     @property
-    def rank(self) -> tuple[bool, int, float]:
-        """Sorts trials from worst to best; trials that got further are better, as worse ones were stopped."""
-        return self.state != FAILED, self.epoch, self.best or 0.0
+    def rank(self) -> tuple[bool, bool, int, float]:
+        """Sorts trials from worst to best; of those that were stopped, who got further is better."""
+        done = self.state == DONE  # at its last epoch, or by `patience` before it
+        return self.state != FAILED, done, 0 if done else self.epoch, self.best or 0.0
 
 
 def plan(words: list[str], machine: dict[str, Any], data_of: Callable[[Experiment], DataSet]) -> Plan:

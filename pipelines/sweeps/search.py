@@ -23,6 +23,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from fer.errors import UserError
+from fer.files import held
 from fer.run import resource_faults
 from fer.run_folder import LAST, read_rows
 from pipelines.sweeps import folder as disk
@@ -39,12 +40,15 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def check(plan: Plan) -> None:
     """Raises UserError if the cluster has no room for a trial, or if points drawn from the space cannot work."""
-    have, sweep, prefix = ray.cluster_resources(), plan.sweep, f"sweep {plan.name}"
+    sweep, prefix, machines = plan.sweep, f"sweep {plan.name}", _machines()
+    on = " on one machine" if len(machines) > 1 else ""
     for kind, need in (("cpu", sweep.cpus_per_trial), ("gpu", sweep.gpus_per_trial)):
-        if need > have.get(kind.upper(), 0):
+        most = max(machine.get(kind.upper(), 0) for machine in machines)
+        if need > most:
             remedy = "set it to 0 to use CPUs" if kind == "gpu" else "lower it"
-            there = f"there are {have.get(kind.upper(), 0):g}"
-            raise UserError(f"{prefix}: {kind}s_per_trial: {need:g} {kind.upper()}s, {there}; {remedy}")
+            raise UserError(f"{prefix}: {kind}s_per_trial: {need:g} {kind.upper()}s, there are {most:g}{on}; {remedy}")
+    if not trials_at_once(plan):
+        raise UserError(f"{prefix}: cpus_per_trial: no machine has that many CPUs beside a GPU; lower it")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
     found = [fault for _ in range(50) if (fault := _fault(plan, study.ask()))]
     if found:
@@ -138,11 +142,21 @@ class _Draw:
 
 def trials_at_once(plan: Plan) -> int:
     """How many trials run in parallel: `at_once`, or as many as there is room for."""
-    have, sweep = ray.cluster_resources(), plan.sweep
-    room = have["CPU"] // sweep.cpus_per_trial
-    if sweep.gpus_per_trial:
-        room = min(room, int(have["GPU"]) * int(1 / sweep.gpus_per_trial + 1e-9))
-    return int(min(room, sweep.at_once or room))
+    sweep = plan.sweep
+
+    def on(machine: dict[str, float]) -> int:
+        room = int(machine.get("CPU", 0) // sweep.cpus_per_trial)
+        if sweep.gpus_per_trial:
+            room = min(room, int(machine.get("GPU", 0)) * int(1 / sweep.gpus_per_trial + 1e-9))
+        return room
+
+    room = sum(map(on, _machines()))
+    return min(room, sweep.at_once or room)
+
+
+def _machines() -> list[dict[str, float]]:
+    """What each machine of the cluster has: a trial is one process, on one of them."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _sampler(plan: Plan, known: int) -> optuna.samplers.BaseSampler:
@@ -190,7 +204,8 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
         os.chdir(plan.root)  # paths in settings are relative to the project; Ray starts workers elsewhere
     job = plan.job(config)
     disk.begin_trial(job.folder, config)
-    rows, error = read_rows(job.folder), disk.read_error(job.folder)
+    with held(job.folder, math.inf):  # by another trial at the same point, whose epochs are on disk then
+        rows, error = read_rows(job.folder), disk.read_error(job.folder)
     reported: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any]) -> None:

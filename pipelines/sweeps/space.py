@@ -79,7 +79,8 @@ def _drawn(given: Any, name: str, draw: Draw, base: Any = None) -> Any:
         return _drawn(values[place], _below(name, labels, place), draw)
     if kind == "int":
         return draw.suggest_int(name, *values)
-    value = _rounded(draw.suggest_float(name, *values, log=kind == "log"), *values)
+    drawn = draw.suggest_float(name, *values, log=kind == "log")
+    value = drawn if drawn == base else _rounded(drawn, *values)  # the base's own value is left as it is
     return _times(base, value) if kind == "factor" else value
 
 
