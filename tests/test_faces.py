@@ -69,7 +69,7 @@ def test_what_a_detector_lacks_is_said_in_one_line(tmp_path: Path, monkeypatch: 
     tells(tmp_path, "/none.onnx: No such file or directory: give the file ", build_detector, tmp_path / "none.onnx")
     tells(tmp_path, f"/{YUNET}: is not {YUNET}", build_detector, tmp_path / YUNET)
     monkeypatch.setitem(sys.modules, "cv2", None)
-    assert refusal(build_detector).startswith("OpenCV is not installed: pip install 'fer-pipeline[faces]'")
+    assert refusal(build_detector).startswith("OpenCV is not installed: pip install -c constraints.txt -e '.[faces]'")
 
 
 # Files

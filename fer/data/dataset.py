@@ -143,8 +143,8 @@ class DataSet:
             if needed:
                 raise UserError(
                     "loss.name: this loss needs the class prior, which hard labels do not give: name a file with it in "
-                    "data.confusion of the data set's file in datasets/ (`fer train NAME --folds 10` makes one, "
-                    "data/folds/*/confusion.csv), or choose another loss"
+                    "data.confusion of the data set's file in datasets/ (`fer train EXPERIMENT data=NAME --folds 10` "
+                    "makes one, data/folds/*/confusion.csv), or choose another loss"
                 )
             return torch.eye(len(self.classes))
         return torch.tensor(self.summary["class_prior"], dtype=torch.float32)

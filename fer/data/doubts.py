@@ -20,7 +20,7 @@ def doubted(table: pd.DataFrame, classes: list[str], named: int) -> dict[str, An
     try:
         from cleanlab.filter import find_label_issues
     except ImportError:
-        raise UserError("cleanlab is not installed: pip install 'fer-pipeline[pipeline]'") from None
+        raise UserError("cleanlab is not installed: pip install -c constraints.txt -e '.[pipeline]'") from None
     labels = table["label"].map({name: label for label, name in enumerate(classes)}).to_numpy(np.int64)
     shares = table[classes].to_numpy(np.float64)
     found = find_label_issues(labels, shares, return_indices_ranked_by="self_confidence", n_jobs=1)

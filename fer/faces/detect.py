@@ -58,7 +58,7 @@ def build_detector(weights: Path | None = None, min_face: float = 0) -> Detector
         import cv2
     except ImportError:
         raise UserError(
-            "OpenCV is not installed: pip install 'fer-pipeline[faces]', or crop the faces yourself"
+            "OpenCV is not installed: pip install -c constraints.txt -e '.[faces]', or crop the faces yourself"
         ) from None
     if weights is not None:
         return YuNet(cv2, weights, min_face)

@@ -119,9 +119,8 @@ def _video(path: Path) -> Iterator[Frame]:
     try:
         import cv2
     except ImportError:
-        yield Frame(
-            name, 0, None, None, "not a readable picture; videos need OpenCV (pip install 'fer-pipeline[faces]')"
-        )
+        note = "not a readable picture; videos need OpenCV (pip install -c constraints.txt -e '.[faces]')"
+        yield Frame(name, 0, None, None, note)
         return
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # nothing on stderr: the rows say what is damaged
     capture, number = cv2.VideoCapture(str(path)), -1
@@ -142,7 +141,7 @@ def camera(source: str, stopped: Callable[[], bool]) -> Iterator[Frame]:
     try:
         import cv2
     except ImportError:
-        raise UserError("OpenCV is not installed: pip install 'fer-pipeline[faces]'") from None
+        raise UserError("OpenCV is not installed: pip install -c constraints.txt -e '.[faces]'") from None
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # or it lists what it tried
     try:
         capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)

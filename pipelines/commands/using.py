@@ -82,7 +82,9 @@ def predict(
         live = None if camera is None else faces_in.camera(camera, stopped)
         own = None if boxes is None else Boxes(boxes, files)
         detector = own or (None if cropped else detect.build_detector(yunet, min_face))
-        predictor = Predictor(_model(run), device)
+        folder = _model(run)
+        predictor = Predictor(folder, device)
+        console.print(f"Model: {folder}", style="dim", highlight=False, markup=False)
         if annotated is not None:
             annotated.mkdir(parents=True, exist_ok=True)
         if camera is not None and not console.is_terminal:
