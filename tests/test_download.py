@@ -202,7 +202,7 @@ CONFUSION = ",sad,happy\nhappy,1,3\nsad,4,0\n"
 
 def test_the_prior_of_hard_labels_is_a_file_that_the_user_names(project: Path) -> None:
     class_folders(project / "faces")
-    (project / "faces" / "confusion.csv").write_text(CONFUSION)
+    (project / "faces" / "confusion.csv").write_text("\ufeff" + CONFUSION.replace(",", ";"))  # as Excel may save it
     assert split_folders(confusion="confusion.csv")["class_prior"] == [[0.75, 0.25], [0, 1]]
     assert (source()["read"], source()["left_out"]) == ([".", "confusion.csv"], {})
     assert open_data(SET).prior(needed=True).tolist() == [[0.75, 0.25], [0, 1]]
