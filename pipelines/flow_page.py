@@ -48,12 +48,13 @@ def check_server() -> None:
             raise ValueError("what answers is something else; the address ends in /api")
         with get_client(sync_client=True) as client:
             client.hello()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+    except httpx.HTTPStatusError as error:  # of `hello`, which not every server has
+        if error.response.status_code in (401, 403):
             raise UserError(
                 f"PREFECT_API_URL: the Prefect server at {without_password(address)} refuses the credentials; set "
                 "PREFECT_API_AUTH_STRING (user:password), or PREFECT_API_KEY of Prefect Cloud"
             ) from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise UserError(
             f"PREFECT_API_URL: no Prefect server answers at {without_password(address)} ({first_line(error)}); "
             "start it (`fer ui`, `prefect server start`), or unset the variable"

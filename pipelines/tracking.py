@@ -37,7 +37,7 @@ from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.params import Promotion
-from pipelines.processes import ended, process_id
+from pipelines.processes import alive, ended, process_id
 from pipelines.registry import RUN_ID, Registry, until_done
 from pipelines.report import across_note, confusion_picture, note
 from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri
@@ -623,8 +623,8 @@ def _git_commit() -> dict[str, str]:
 
 
 def _refuse_other(ours: str, tags: Mapping[str, str]) -> None:
-    """Raise UserError if another live process of this host has opened the run, which may be waiting for its turn."""
+    """Raise UserError if another process, which is alive here, has opened the run: it may be waiting for its turn."""
     process = tags.get(PROCESS, "")
-    if tags.get(HOST) == socket.gethostname() and process != process_id(os.getpid()) and not ended(process):
+    if process != process_id(os.getpid()) and alive(process):
         pid = process.partition(":")[0]
         raise UserError(f"{ours}: another process ({pid}) is training it; wait for it or stop it")

@@ -16,11 +16,13 @@ CREDENTIALS = "anna:secret"
 
 
 class Server(BaseHTTPRequestHandler):
-    """Prefect's answers below /api: anyone may ask for its health, all else wants credentials."""
+    """Prefect's answers: anyone may ask for its health, all else wants credentials; below /cloud it has no hello."""
 
     def do_GET(self) -> None:
         given = self.headers.get("Authorization") == f"Basic {base64.b64encode(CREDENTIALS.encode()).decode()}"
-        self.send_response({"/api/health": 200, "/api/hello": 200 if given else 401}.get(self.path, 404))
+        self.send_response(
+            {"/api/health": 200, "/cloud/api/health": 200, "/api/hello": 200 if given else 401}.get(self.path, 404)
+        )
         self.end_headers()
         self.wfile.write(b"true")
 
@@ -60,6 +62,8 @@ def test_a_server_that_is_not_there_or_refuses_the_credentials_is_one_line(monke
             with temporary_settings({PREFECT_API_URL: f"{other}/api", PREFECT_API_AUTH_STRING: given}):
                 line = refusal(flow_page.check_server)
             assert line.startswith(f"PREFECT_API_URL: the Prefect server at {other}/api refuses the credentials; set ")
-        with temporary_settings({PREFECT_API_URL: f"{other}/api", PREFECT_API_AUTH_STRING: CREDENTIALS}):
-            flow_page.check_server()
+        for path in ("api", "cloud/api"):
+            monkeypatch.setenv("PREFECT_API_URL", f"{other}/{path}")
+            with temporary_settings({PREFECT_API_URL: f"{other}/{path}", PREFECT_API_AUTH_STRING: CREDENTIALS}):
+                flow_page.check_server()
         server.shutdown()

@@ -135,26 +135,35 @@ def test_an_archive_beside_the_folder_that_was_corrected_is_another_copy(tmp_pat
     packed(tmp_path / "d.zip", tmp_path / "d")
     assert len(rows(read(tmp_path))) == 6
     (tmp_path / "d/sad/1.png").unlink()
-    told = "/d/angry/0.png: d.zip/angry/0.png is another copy of it: keep the folder or the archive"
+    told = "/d/angry/0.png: lies at the same place as d.zip/angry/0.png: if they are copies, keep one; if not, unpack "
     tells(tmp_path, told, read, tmp_path)
 
 
-@pytest.mark.parametrize("top", ["", "images/"])
-def test_archives_that_are_called_like_splits_are_the_splits(top: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("top", "told"), [("", ""), ("{usage}/", ""), ("images/", ": only the names of the archives ")]
+)
+def test_archives_that_are_called_like_splits(top: str, told: str, tmp_path: Path) -> None:
     for n, usage in enumerate(("train", "Test")):
         put(tmp_path / usage, [f"{label}/{n}.png" for label in CLASSES])
-        packed(tmp_path / f"{usage}.zip", tmp_path / usage, top)
+        packed(tmp_path / f"{usage}.zip", tmp_path / usage, top.format(usage=usage))
         shutil.rmtree(tmp_path / usage)
+    if told:
+        tells(tmp_path, f"{told}Test, train tell the splits: unpack each into a folder of its name", read, tmp_path)
+        return
     found = {(usage, label) for usage, _, label, _ in rows(read(tmp_path)).values()}
     assert found == {(usage, label) for usage in ("train", "test") for label in CLASSES}
 
 
-def test_archives_of_a_class_each_even_of_one_picture(tmp_path: Path) -> None:
-    for n, label in enumerate(CLASSES, start=1):
-        put(tmp_path / label, [f"{number}.png" for number in range(n)])
-        packed(tmp_path / f"{label}.zip", tmp_path / label)
-        shutil.rmtree(tmp_path / label)
-    assert [label for _, _, label, _ in rows(read(tmp_path)).values()] == ["angry", *["happy"] * 2, *["sad"] * 3]
+def test_an_archive_called_test_that_holds_all_splits(tmp_path: Path) -> None:
+    put(tmp_path / "x", [f"{usage}/{label}/1.png" for usage in ("train", "test") for label in CLASSES])
+    packed(tmp_path / "test.zip", tmp_path / "x", "DATASET/")
+    shutil.rmtree(tmp_path / "x")
+    assert [usage for usage, *_ in rows(read(tmp_path)).values()] == ["test"] * 3 + ["train"] * 3
+
+
+def test_folders_of_people_below_the_classes_may_be_called_dev(tmp_path: Path) -> None:
+    put(tmp_path, ["happy/anna/1.png", "happy/dev/1.png", "sad/anna/1.png"])
+    assert [row[:3] for row in rows(read(tmp_path)).values()] == [("", "", "happy"), ("", "", "happy"), ("", "", "sad")]
 
 
 def test_a_document_is_no_archive_of_pictures(tmp_path: Path) -> None:

@@ -81,8 +81,13 @@ def test_a_name_in_utf8_without_the_mark_of_it_and_one_with_a_line_break(tmp_pat
         content = content.replace(start + b"\x00\x08", start + b"\x00\x00")
     put(tmp_path, {"mac.zip": content})
     assert sorted(there(tmp_path)[0]) == ["mac.zip/2.csv", "mac.zip/w\u00fctend/1.csv"]
+    put(tmp_path, {"Icon\r": b"", "no\tes\n": b""})
+    assert there(tmp_path)[1] == {HIDDEN: 1, "a name that has a line break": 1}
     put(tmp_path, {"a\nb.png": b""})
-    tells(tmp_path, "/a\\nb.png: has a line break in its name: rename it", there, tmp_path)
+    tells(tmp_path, "/a\\nb.png: its name has a line break: rename it", there, tmp_path)
+    (tmp_path / "a\nb.png").unlink()
+    put(tmp_path, {"x.zip": zipped({"a\nb.png": b""})})
+    tells(tmp_path, "/x.zip/a\\nb.png: its name has a line break: unpack the archive and rename it", there, tmp_path)
 
 
 def test_a_single_file_compressed_zipped_or_misnamed(tmp_path: Path) -> None:

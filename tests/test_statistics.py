@@ -76,8 +76,9 @@ def test_difference_of_mean_recall_weighs_classes_alike() -> None:
 @pytest.mark.parametrize("balanced", [False, True])
 def test_the_interval_is_that_of_scipy(balanced: bool) -> None:
     """Its limits over seeds of the resampling, against SciPy's BCa with 20,000 resamples of a statistic as written."""
-    n, labels = 300, RNG.choice(4, 300, p=[0.6, 0.2, 0.15, 0.05])
-    right, other = RNG.random(n) < 0.85, RNG.random(n) < 0.75
+    rng, n = np.random.default_rng(7), 300
+    labels = rng.choice(4, n, p=[0.6, 0.2, 0.15, 0.05])
+    right, other = rng.random((2, n))  # no multiples of 1 / n, between which limits would jump
     gains = right.astype(float) - other
 
     def gain(rows: np.ndarray) -> float:
@@ -85,7 +86,7 @@ def test_the_interval_is_that_of_scipy(balanced: bool) -> None:
             return float(gains[rows].mean())
         return float(np.mean([gains[rows][labels[rows] == label].mean() for label in np.unique(labels[rows])]))
 
-    wanted = stats.bootstrap((np.arange(n),), gain, n_resamples=20_000, vectorized=False, method="BCa", rng=RNG)
+    wanted = stats.bootstrap((np.arange(n),), gain, n_resamples=20_000, vectorized=False, method="BCa", rng=rng)
     found = [difference(right, other, labels, np.arange(n), balanced, seed) for seed in range(5)]
     for limit in ("low", "high"):
         mean_limit = np.mean([getattr(one, limit) for one in found])

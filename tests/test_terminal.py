@@ -35,6 +35,9 @@ def test_brackets_of_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
     with terminal.doing("Writing a[b]/[/c].csv"):
         pass
     assert capsys.readouterr().out == "a[b]/[/c].csv\nWriting a[b]/[/c].csv\n"
+    terminal.print_rows(("class [x]", "n"), [("[old]", "1"), ("[/old]", "2")], "[title]")
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("class [x]", "[old]", "[/old]", "[title]"))
 
 
 def test_words_are_wrapped_where_they_do_not_fit(

@@ -241,6 +241,17 @@ def test_a_run_that_waits_in_another_command_is_not_taken_over(folder: Path, tra
     assert statuses(tracker) == {folder.name: "FINISHED"}
 
 
+def test_a_run_of_a_container_that_was_killed_is_resumed(folder: Path, tracker: Tracker):
+    """Of another pid namespace, whose processes are not seen from here, with the same host name."""
+    record(tracker, folder)
+    run_id = only_run(tracker).info.run_id
+    pid, start, boot, _, machine = process_id(os.getpid()).split(":")
+    tracker.client.set_tag(run_id, "fer.process", f"{pid}:{start}:{boot}:4026500000:{machine}")
+    tracker.client.update_run(run_id, status="RUNNING")
+    record(tracker, folder)
+    assert statuses(tracker) == {folder.name: "FINISHED"}
+
+
 def test_an_evaluation_anew_reaches_the_version(folder: Path, tracker: Tracker):
     record(tracker, folder)
     summary = json.loads((folder / "summary.json").read_text())

@@ -7,6 +7,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -21,7 +22,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from fer.data.labels import USAGES
 from fer.errors import UserError, disk_error
 
 HEAD = 4096  # bytes that tell what a file is
@@ -30,11 +30,12 @@ PICTURE_MARKS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 # left by macOS, Windows and network disks; names that begin with a dot are left out as well
 FOREIGN = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir",
-    "lost+found",
+    "lost+found", "icon\r",
 }  # fmt: skip
 UNFINISHED = (".partial", ".part", ".crdownload", ".download")
 HIDDEN = "hidden, half downloaded, or left by the operating system"
 
+BREAK = re.compile("[\n\r]")
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
 _MARKS = {  # first bytes -> what the file is, and the remedy
@@ -72,6 +73,14 @@ class Entry:
     def folder(self) -> str:
         """The folders above it, from `place`; empty at the top."""
         return self.place.rpartition("/")[0]
+
+    @property
+    def hidden_archive(self) -> str:
+        """The name, without suffix, of the archive it lies in, where `place` does not show it; else empty."""
+        shown, there = self.place.split("/"), self.name.split("/")
+        if len(shown) == len(there):
+            return ""
+        return _stem(next(part for part, other in zip(there, shown) if part != other))
 
     @property
     def is_picture(self) -> bool:
@@ -139,12 +148,10 @@ def look(path: Path) -> Iterator[Found]:
         packed = []
         for name in files:
             entry = _plain(found, name)
-            if "\n" in name or "\r" in name:
-                raise UserError(f"{entry}: has a line break in its name: rename it")
-            if name != printable(name):
+            if fault := "is not UTF-8" if name != printable(name) else "has a line break" if BREAK.search(name) else "":
                 if entry.is_picture or name.lower().endswith((".csv", ".parquet", *_ARCHIVES)):
-                    raise UserError(f"{entry}: its name is not UTF-8: rename it")
-                found.left_out["a name that is not UTF-8"].append(printable(name))
+                    raise UserError(f"{entry}: its name {fault}: rename it")
+                found.left_out[f"a name that {fault}"].append(printable(name))
                 continue
             if not entry.is_picture and _is_archive(entry.head):
                 packed.append(entry)
@@ -283,9 +290,7 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
         found.useless[str(archive)] = damage(error)
         return []
     above = archive.place[: -len(archive.base)]
-    stem = archive.base
-    while stem.lower().endswith(_ARCHIVES):
-        stem = stem.rpartition(".")[0]
+    stem = _stem(archive.base)
     inner = {name: size for name, size, _ in members}
     for base in (above, f"{above}{stem}/"):
         if inner and all(plain.get(base + name) == size for name, size in inner.items()):
@@ -293,24 +298,18 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
             return []
     if not DOCUMENT.isdisjoint(inner):
         return [archive]
-    places = _places(list(inner), above, stem)
+    tops = {name.partition("/")[0] for name in inner}
+    base = above if len(tops) == 1 else f"{above}{stem}/"
     return [
-        Entry(archive.root, f"{archive.name}/{name}", places[name], size, source) for name, size, source in members
+        Entry(archive.root, f"{archive.name}/{name}", base + name, size, source) for name, size, source in members
     ]  # fmt: skip
 
 
-def _places(names: list[str], above: str, stem: str) -> dict[str, str]:
-    """Where the files of an archive called `stem` lie, were it unpacked: in its only folder, or in one called `stem`.
-
-    The archive's name tells the split of train.zip and test.zip, which may hold a folder of the same name each.
-    """
-    tops = {name.partition("/")[0] for name in names}
-    if len(tops) > 1 or any("/" not in name and name.lower().endswith(PICTURES) for name in names):
-        return {name: f"{above}{stem}/{name}" for name in names}
-    top = "".join(tops)
-    if stem.lower() in USAGES and top.lower() not in USAGES and all(name.count("/") > 1 for name in names):
-        return {name: f"{above}{stem}/{name.partition('/')[2]}" for name in names}
-    return {name: above + name for name in names}
+def _stem(name: str) -> str:
+    """The name of an archive without .zip, .tar.gz ..."""
+    while name.lower().endswith(_ARCHIVES):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _members(found: Found, archive: Entry) -> list[Member]:
@@ -329,6 +328,8 @@ def _members(found: Found, archive: Entry) -> list[Member]:
         if not all(map(is_own, parts)):
             found.left_out[HIDDEN].append(printable(f"{archive.name}/{clean}"))
             continue
+        if BREAK.search(clean):
+            raise UserError(f"{archive}/{clean}: its name has a line break: unpack the archive and rename it")
         if clean in kept:
             found.left_out["replaced by a later file of that name in the archive"].append(f"{archive.name}/{clean}")
         kept[clean] = (clean, size, source)

@@ -63,12 +63,19 @@ def with_torch(command: Command) -> Command:
 
 def print_rows(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
     """Print a table, numbers to the right. Where it is too wide names are folded and words wrapped, numbers never."""
-    cells = [tuple(row) for row in rows]
+    cells = [tuple(map(escape, row)) for row in rows]
     first, *others = columns
-    values = [Column(name, justify="right", no_wrap=not any(" " in row[place] for row in cells))
+    values = [Column(escape(name), justify="right", no_wrap=not any(" " in row[place] for row in cells))
               for place, name in enumerate(others, start=1)]  # fmt: skip
-    names = Column(first, overflow="fold")
-    table = Table(names, *values, title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    names = Column(escape(first), overflow="fold")
+    table = Table(
+        names,
+        *values,
+        title=None if title is None else escape(title),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     table.collapse_padding = True
     for row in cells:
         table.add_row(*row)

@@ -50,10 +50,7 @@ def class_folders(found: Found) -> tuple[list[Face], list[str]]:
         raise found.nothing(
             "holds no pictures: put class folders there, as train/happiness/1.png, or correct the path in params.yaml"
         )
-    places: dict[str, Entry] = {}
-    for entry in pictures:
-        if (other := places.setdefault(entry.place, entry)) is not entry:
-            raise UserError(f"{entry}: {printable(other.name)} is another copy of it: keep the folder or the archive")
+    _refuse_doubles(found, pictures)
     parts = [entry.folder.split("/") if entry.folder else [] for entry in pictures]
     above = _common(parts)
     inside = [folders[above:] for folders in parts]
@@ -63,7 +60,7 @@ def class_folders(found: Found) -> tuple[list[Face], list[str]]:
     firsts, seconds = ({folders[level] for folders in inside if len(folders) > level} for level in (0, 1))
     if any(name.lower() in USAGES for name in firsts):
         faces = _below_splits(found, pictures, inside)
-    elif any(name.lower() in USAGES for name in seconds):
+    elif seconds and _are_splits({USAGES.get(name.lower()) for name in seconds}):
         for entry, names in zip(pictures, inside):
             if len(names) < 2 or names[1].lower() not in USAGES:
                 raise UserError(f"{entry}: lies beside the folders of the splits, not in them: move or delete it")
@@ -118,6 +115,33 @@ def _below_splits(found: Found, pictures: Sequence[Entry], inside: Sequence[Sequ
             raise UserError(f"{entry}: lies in no class folder: sort the pictures by class, as train/happiness/1.png")
         faces.append(Face(entry, usage, names[1]))
     return faces
+
+
+def _are_splits(found: set[str | None]) -> bool:
+    """Whether folders are splits that mean these, None being any other name: dev may be a person beside others."""
+    return "train" in found or None not in found
+
+
+def _refuse_doubles(found: Found, pictures: Sequence[Entry]) -> None:
+    """Raise UserError for pictures that several archives, or an archive and a folder, have at the same place.
+
+    And for archives whose names alone tell splits apart, as of train.zip and test.zip with a folder images in each.
+    """
+    places: dict[str, Entry] = {}
+    for entry in pictures:
+        if (other := places.setdefault(entry.place, entry)) is not entry:
+            raise UserError(
+                f"{entry}: lies at the same place as {printable(other.name)}: if they are copies, keep one; "
+                "if not, unpack the archives into folders of their own"
+            )
+    archives = {entry.hidden_archive for entry in pictures} - {""}
+    splits = {USAGES[name.lower()] for name in archives if name.lower() in USAGES}
+    named = any(part.lower() in USAGES for entry in pictures for part in entry.folder.split("/"))
+    if len(splits) > 1 and not named:
+        raise UserError(
+            f"{found.path}: only the names of the archives {', '.join(sorted(archives))} tell the splits: "
+            "unpack each into a folder of its name"
+        )
 
 
 def _refuse_copies(found: Found, labels: set[str], below: set[str]) -> None:

@@ -97,10 +97,9 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
             f"{entry}: is no parquet that can be read ({str(error).splitlines()[0]}): write it again"
         ) from None
     for name in frame.columns:
-        if len(frame) and isinstance(frame[name].iloc[0], bytes | dict):
-            raise UserError(
-                f"{entry}: column {name} holds the pictures themselves: write them to files, and their paths"
-            )
+        given = frame[name].dropna()
+        if str(name).lower() in COLUMNS["path"] and len(given) and isinstance(given.iloc[0], bytes | dict):
+            raise UserError(f"{entry}: column {name} holds the pictures themselves: write files, and their paths here")
     names = [str(name).lower() if str(name).lower() in known() else str(name) for name in frame.columns]
     for number, values in enumerate(frame.itertuples(index=False), start=1):
         yield f"{entry} row {number}", dict(zip(names, map(_text, values)))
