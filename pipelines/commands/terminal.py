@@ -68,15 +68,8 @@ def print_rows(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str
     values = [Column(escape(name), justify="right", no_wrap=not any(" " in row[place] for row in cells))
               for place, name in enumerate(others, start=1)]  # fmt: skip
     names = Column(escape(first), overflow="fold")
-    table = Table(
-        names,
-        *values,
-        title=None if title is None else escape(title),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    table.collapse_padding = True
+    table = Table(names, *values, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.title = None if title is None else escape(title)
     for row in cells:
         table.add_row(*row)
     wide = console.options.update(width=10_000)
