@@ -212,12 +212,10 @@ def progress(trials: list[Trial], about: dict[str, Any], running: bool) -> str:
 def sweep_line(result: dict[str, Any]) -> str:
     """A line on the best trial of a sweep, for the experiment made from it."""
     found, best = result["confirmed"], result["best"]
+    which = f"Trial {best['number']} of sweep {result['sweep']}. Own score: val"
     if found is None:
-        return f"sweep {result['sweep']}, trial {best['number']}: val {_percent(best['val_accuracy'])} %, not confirmed"
-    return (
-        f"sweep {result['sweep']}, trial {best['number']}: val {_mean(found['best'])} %, "
-        f"{result['base']} {_mean(found['base'])} % ({len(result['seeds'])} seeds)"
-    )
+        return f"{which} {_percent(best['val_accuracy'])} %, not confirmed"
+    return f"{which} {_mean(found['best'])} %, {result['base']} {_mean(found['base'])} % ({len(result['seeds'])} seeds)"
 
 
 def sweep_note(result: dict[str, Any]) -> str:

@@ -170,7 +170,7 @@ def test_apply_writes_an_experiment_that_is_the_best_run(words: list[str], point
     assert "fer train better" in here("sweep", "apply", words[0], "--as", "better").stdout
     found = experiments.load(["better"], {})["better"]
     assert (found.run, found.data) == (run, plan.base.data)
-    assert found.head == f"sweep {plan.folder.name}, trial 2: val 50.00 %, not confirmed\nfer train better"
+    assert found.head == f"Trial 2 of sweep {plan.folder.name}. Own score: val 50.00 %, not confirmed\nfer train better"
     tree = read_yaml(found.path, "")
     named = {key.partition(".")[0] for key in point}
     assert set(tree) <= named | {"base", "data", "epochs", "optimizer"}  # the rest is there
