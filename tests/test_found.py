@@ -74,6 +74,13 @@ def test_an_archive_is_known_by_its_bytes_and_read_like_a_folder(name: str, tmp_
     assert os.listdir(tmp_path) == [name]
 
 
+def test_the_archive_that_a_place_does_not_show(tmp_path: Path) -> None:
+    one, two = {"set/1.csv": b""}, {"a/1.csv": b"", "b/1.csv": b""}
+    put(tmp_path, {"one.zip": zipped(one), "two.zip": zipped(two), "same": zipped({"same": b""}), "plain.csv": b""})
+    with look(tmp_path) as found:
+        assert [entry.hidden_archive for entry in found.entries] == ["one", "", "same", "", ""]
+
+
 def test_a_name_in_utf8_without_the_mark_of_it_and_one_with_a_line_break(tmp_path: Path) -> None:
     content = zipped({"w\u00fctend/1.csv": b"", "2.csv": b""})
     for start in (b"PK\x03\x04\x14\x00", b"PK\x01\x02\x14\x03\x14\x00"):

@@ -80,7 +80,7 @@ class Entry:
         shown, there = self.place.split("/"), self.name.split("/")
         if len(shown) == len(there):
             return ""
-        return _stem(next(part for part, other in zip(there, shown) if part != other))
+        return _stem(next((part for part, other in zip(there, shown) if part != other), there[-1]))
 
     @property
     def is_picture(self) -> bool:
