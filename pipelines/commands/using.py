@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -91,17 +91,14 @@ def predict(
             console.print(f"Reading camera {without_password(camera)} until Ctrl-C", style="dim", highlight=False)
         with Progress(*_SO_FAR, console=console, transient=True) as bar:
             pictures = _frames(files, bar) if live is None else _counted(live, bar)
-            at_once = faces_in.AT_ONCE if live is None else 1
-            found = faces_in.predict(predictor, pictures, detector, margin, at_once)
+            found = faces_in.predict(predictor, pictures, detector, margin, 1 if live else faces_in.AT_ONCE)
             if smooth is not None:
                 found = smoothing.smooth(found, smooth)
             if annotated is not None:
                 found = annotate.annotate(found, annotated, predictor.classes)
-            rows = (
-                one.row(predictor.classes)
-                for one in predicting.write(found, predictor.classes, out, smooth is not None)
-            )
-            counts = Counter(str(row["prediction"] or row["note"]) for row in rows)
+            counts, moving = _written(found, predictor.classes, out, smooth is not None)
+    if smooth is not None and not moving:
+        console.print("--smooth: no file with several frames, so nothing was averaged", style="yellow")
     for what, count in counts.most_common():
         console.print(f"{count:6}  {what}", highlight=False, markup=False)
     console.print(bold(out))
@@ -135,6 +132,18 @@ def _counted(frames: Iterator[Any], bar: Progress) -> Iterator[Any]:
     for frame in frames:
         bar.update(task, news=f"{frame.number + 1} frames")
         yield frame
+
+
+def _written(found: Iterable[Any], classes: list[str], out: Path, smoothed: bool) -> tuple[Counter[str], bool]:
+    """Write the table; returns how often each expression or note occurs, and whether anything has several frames."""
+    from pipelines import predicting
+
+    counts, moving = Counter[str](), False
+    for one in predicting.write(found, classes, out, smoothed):
+        row = one.row(classes)
+        counts[str(row["prediction"] or row["note"])] += 1
+        moving |= one.frame.number > 0
+    return counts, moving
 
 
 @with_torch
