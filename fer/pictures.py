@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from fer.data.decode import UNREADABLE
+from fer.data.decode import UNREADABLE, turned
 from fer.errors import UserError, first_line
 from fer.super_resolution.interpolation import resize
 from fer.super_resolution.methods import METHODS
 
 Picture = str | Path | bytes | np.ndarray  # a file, the bytes of one, or uint8 [H, W], [H, W, 1] or [H, W, 3]
 LAYOUTS = "uint8 [H, W], [B, H, W], [B, H, W, 1] or [B, H, W, 3]"
-TURNS = Image.Transpose
-# by EXIF's orientation; ImageOps.exif_transpose also writes the EXIF anew, and fails where a camera filled it oddly
-UPRIGHT = {2: TURNS.FLIP_LEFT_RIGHT, 3: TURNS.ROTATE_180, 4: TURNS.FLIP_TOP_BOTTOM, 5: TURNS.TRANSPOSE,
-           6: TURNS.ROTATE_270, 7: TURNS.TRANSVERSE, 8: TURNS.ROTATE_90}  # fmt: skip
 SKEWED = 0.02  # relative difference of two sides that is still the same shape
 
 
@@ -152,9 +148,7 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
                 raise UserError(f"{name}: {image.width}x{image.height} pixels; at most {pixels:,} are read: shrink it")
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{name}: has more than 8 bits per pixel; convert it to 8")
-            orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
-            turned = UPRIGHT.get(orientation)  # a TIFF is turned when it is decoded
-            upright = image if turned is None else image.transpose(turned)
+            upright = turned(image)
             if upright.mode == "P" and "transparency" in upright.info:
                 upright = upright.convert("RGBA")  # else Pillow warns
             mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"

@@ -10,6 +10,8 @@ import pytest
 from conftest import refusal, tells
 from PIL import Image, ImageOps
 
+from fer.data.found import look
+from fer.data.picture_files import Pictures
 from fer.pictures import LAYOUTS, Faces, batch_of, read_picture
 
 GREY = Faces((48, 48), (48, 48), "none", 1)
@@ -102,19 +104,29 @@ def test_files_are_read_upright_grey_or_in_colour(tmp_path: Path) -> None:
     np.testing.assert_array_equal(prepared(COLOUR, others), [np.rot90(RGB[2], 3), RGB[3]])
 
 
-def test_every_orientation_of_exif_is_read_upright_though_another_tag_holds_nonsense() -> None:
+def of_data_set(folder: Path, content: bytes) -> np.ndarray:
+    """The picture as the stage download reads it."""
+    (folder / "one.png").write_bytes(content)
+    with look(folder) as found:
+        return np.asarray(Pictures(found.entries))[0]
+
+
+def test_every_orientation_of_exif_is_read_upright_though_another_tag_holds_nonsense(tmp_path: Path) -> None:
+    oblong = Image.fromarray(RGB[0][:, :32])
     for orientation in range(10):
         entries = [struct.pack(">HHI4s", 0x100, 2, 4, b"abc\0"), struct.pack(">HHIHH", 0x112, 3, 1, orientation, 0)]
         exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + b"".join(entries) + bytes(4)  # a width that is a text
         turned, plain = io.BytesIO(), Image.Exif()
-        Image.fromarray(RGB[0]).save(turned, "PNG", exif=exif)
+        oblong.save(turned, "PNG", exif=exif)
         plain[0x112] = orientation
-        wanted = Image.fromarray(RGB[0])
+        wanted = oblong.copy()
         wanted.info["exif"] = plain.tobytes()
         np.testing.assert_array_equal(read_picture(turned.getvalue()), ImageOps.exif_transpose(wanted))
+        np.testing.assert_array_equal(of_data_set(tmp_path, turned.getvalue()), ImageOps.exif_transpose(wanted))
         tiff = io.BytesIO()
-        Image.fromarray(RGB[0]).save(tiff, "TIFF", exif=plain)
+        oblong.save(tiff, "TIFF", exif=plain)
         np.testing.assert_array_equal(read_picture(tiff.getvalue()), ImageOps.exif_transpose(wanted))
+        np.testing.assert_array_equal(of_data_set(tmp_path, tiff.getvalue()), ImageOps.exif_transpose(wanted))
 
 
 def test_what_is_no_picture_and_a_method_of_another_version_are_named(tmp_path: Path) -> None:

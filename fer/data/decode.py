@@ -4,7 +4,7 @@ import io
 import struct
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 # what Pillow raises on damaged files
@@ -13,6 +13,10 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )  # fmt: skip
 
+TURNS = Image.Transpose
+# by EXIF's orientation; ImageOps.exif_transpose also writes the EXIF anew, and fails where a camera filled it oddly
+UPRIGHT = {2: TURNS.FLIP_LEFT_RIGHT, 3: TURNS.ROTATE_180, 4: TURNS.FLIP_TOP_BOTTOM, 5: TURNS.TRANSPOSE,
+           6: TURNS.ROTATE_270, 7: TURNS.TRANSVERSE, 8: TURNS.ROTATE_90}  # fmt: skip
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright picture
 LARGEST = 4  # times the longer side of a picture: a larger box is a mistake
 
@@ -73,10 +77,21 @@ def misplaced(box: tuple[float, float, float, float], size: tuple[int, int]) -> 
 def upright(content: bytes, mode: str) -> Image.Image:
     """A picture, turned as EXIF says, in a mode of Pillow. Raises one of UNREADABLE."""
     image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if has_exif(image):  # known before the pixels are read
-        ImageOps.exif_transpose(image, in_place=True)
+    image = turned(image) if has_exif(image) else image  # known before the pixels are read
     image.load()
     return image if image.mode == mode else image.convert(mode)  # which would copy it
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """The picture as EXIF says; itself if it is upright."""
+    turn = UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """As EXIF counts it, 1 to 8; 1 for a TIFF, which Pillow turns when it decodes it."""
+    found = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+    return found if found in UPRIGHT else 1
 
 
 def has_exif(image: Image.Image) -> bool:
