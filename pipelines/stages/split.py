@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fer.data.charts import bar_chart, contact_sheet
+from fer.data.charts import contact_sheet
 from fer.data.images import Images, open_images
 from fer.data.split import Kind, SplitRules, Splits, count_classes, duplicates, make_splits, read_labels, write_table
 from fer.errors import UserError
@@ -97,12 +97,11 @@ def _summary(splits: Splits, kind: Kind, source: dict, images: Images, digest: s
 
 
 def _plots(folder: Path, splits: Splits, kind: Kind, images: Images, dataset: str) -> None:
-    """The class balance as table and picture; a contact sheet for the drawn faces only, as real ones are private."""
+    """The class balance, which DVC draws; a contact sheet for the drawn faces only, as real ones are private."""
     counts = {name: count_classes(table, kind.classes) for name, table in splits.tables.items()}
     lines = [(name, label, count) for name, classes in counts.items() for label, count in classes.items()]
     table = pd.DataFrame(lines, columns=["split", "class", "images"])
     table.to_csv(folder / "class_balance.csv", index=False, lineterminator="\n")
-    bar_chart(counts).save(folder / "class_balance.png")
     if dataset == "sample":
         train = splits.tables["train"]
         first = {name: train.loc[train["label"] == label, "row"].head(12) for label, name in enumerate(kind.classes)}
