@@ -17,11 +17,10 @@ from fer.files import write_json
 from fer.formats import format_of, read_run
 from fer.input import Input
 from fer.losses import CrossEntropy, build_loss
-from fer.made_by import made_by
 from fer.models import build_model
 from fer.models.ensemble import Ensemble, Member
 from fer.resources import Resources
-from fer.run import FORMAT, Run, run_id
+from fer.run import FORMAT, Run, about, run_id
 from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
 from fer.schedule import Constant
 from fer.statistics import softened, temperature
@@ -126,19 +125,9 @@ def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSe
     spent = sum(summary["train_seconds"] for summary in map(read_summary, folders) if summary is not None)
     val = {f"val_{key}": value for key, value in found.items()}
     history = [{"epoch": 1, **val, "seconds": spent, "time": time.time()}]
-    about = {
-        "format": FORMAT,
-        "name": NAME,
-        "run_id": folder.name,
-        "classes": data.classes,
-        "class_prior": data.summary["class_prior"],
-        "data": {key: value for key, value in data.summary.items() if key not in ("classes", "class_prior")},
-        "data_hash": data.hash,
-        "config": run.model_dump(),
-        "made_by": made_by(device, torch.get_num_threads()),
-    }
+    header = about(NAME, folder.name, run, data, device)
     folder.mkdir(parents=True, exist_ok=True)
     names = [source.name for source in folders]
-    write_json(folder / CONFIG, {**about, "starts_from": names, "start": start, "resources": resources.model_dump()})
-    checkpoint.save(folder / BEST, model.state_dict(), {**about, "epoch": 1, "history": history}, training=None)
+    write_json(folder / CONFIG, {**header, "starts_from": names, "start": start, "resources": resources.model_dump()})
+    checkpoint.save(folder / BEST, model.state_dict(), {**header, "epoch": 1, "history": history}, training=None)
     write_rows(folder, history)

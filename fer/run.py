@@ -1,14 +1,17 @@
-"""One training run: its checked settings and its id."""
+"""One training run: its checked settings, its id, and what its files say of it."""
 
 import hashlib
 import json
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from fer.data.augment import Augment
+from fer.data.dataset import DataSet
 from fer.input import Input
 from fer.losses import LOSSES, CrossEntropy, LossKind
+from fer.made_by import made_by
 from fer.models import MODELS
 from fer.models.ensemble import Ensemble
 from fer.models.network import ModelKind
@@ -131,3 +134,19 @@ def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str
     content: list[Any] = [FORMAT, differing(run), data_hash, start]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{name}-s{run.seed}-{digest[:8]}"
+
+
+def about(name: str, run_id: str, run: Run, data: DataSet, device: torch.device) -> dict[str, Any]:
+    """What config.json and each checkpoint say of a run, so that it can be used without its data, and who made it."""
+    summary = data.summary
+    return {
+        "format": FORMAT,
+        "name": name,
+        "run_id": run_id,
+        "classes": data.classes,
+        "class_prior": summary["class_prior"],
+        "data": {key: value for key, value in summary.items() if key not in ("classes", "class_prior")},
+        "data_hash": data.hash,
+        "config": run.model_dump(),
+        "made_by": made_by(device, torch.get_num_threads()),
+    }

@@ -23,11 +23,10 @@ from fer.evaluate import last_epoch, predict_split
 from fer.files import recover, write_json
 from fer.formats import format_of, read_run
 from fer.losses import build_loss
-from fer.made_by import made_by
 from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.resources import Resources
-from fer.run import FORMAT, Run, chain_faults, resource_faults, run_id
+from fer.run import FORMAT, Run, about, chain_faults, resource_faults, run_id
 from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
 from fer.schedule import lr_at
 from fer.signals import Agreement, Request, Stopped, StopSignal
@@ -134,11 +133,12 @@ class Trainer:
         self.best = -1.0  # best val accuracy so far
         self.counts = Counts(len(data.classes), device)
         self.spent = 0.0  # seconds that earlier processes spent on the current epoch
+        self.about = about(name, folder.name, run, data, device)
         if meta is not None:
             self._resume(meta)
         if self.rank == 0:
-            about = {"starts_from": origin(run.model, run.init_from), "start": start}
-            write_json(folder / CONFIG, {**self._about(), **about, "resources": resources.model_dump()})
+            first = {"starts_from": origin(run.model, run.init_from), "start": start}
+            write_json(folder / CONFIG, {**self.about, **first, "resources": resources.model_dump()})
             write_rows(folder, self.history)
         self.progress = Progress(folder, run.epochs) if self.rank == 0 else None
 
@@ -247,7 +247,7 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         """best, then last, then metrics.jsonl: if killed in between, the epoch is repeated and still recorded once."""
-        meta = {**self._about(), "epoch": self.epoch, "history": self.history}
+        meta = {**self.about, "epoch": self.epoch, "history": self.history}
         if is_best:
             checkpoint.save(self.folder / BEST, self.stepper.evaluated.state_dict(), meta, training=None)
         seconds = self._seconds() if self.step else 0.0
@@ -255,21 +255,6 @@ class Trainer:
         training["counts"] = {key: value.cpu() for key, value in self.counts.state().items()}
         checkpoint.save(self.folder / LAST, self.stepper.model.state_dict(), meta, training)
         write_rows(self.folder, self.history)
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint needs to be used on its own (classes, prior, settings, data), and what it was made by."""
-        summary = self.data.summary
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "run_id": self.folder.name,
-            "classes": self.data.classes,
-            "class_prior": summary["class_prior"],
-            "data": {key: value for key, value in summary.items() if key not in ("classes", "class_prior")},
-            "data_hash": self.data.hash,
-            "config": self.run.model_dump(),
-            "made_by": made_by(self.device, torch.get_num_threads()),
-        }
 
 
 def _build(run: Run, folder: Path, num_labels: int, fresh: bool, start: str | None) -> nn.Module:
