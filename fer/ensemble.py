@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from fer import checkpoint
 from fer.batches import Feed
@@ -23,7 +24,7 @@ from fer.resources import Resources
 from fer.run import FORMAT, Run, about, run_id
 from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
 from fer.schedule import Constant
-from fer.statistics import softened, temperature
+from fer.statistics import temperature
 
 NAME = "ensemble"
 ROUNDS, CONVERGED = 20_000, 1e-7  # of the shares' fit: at most, and the change of a share at its end
@@ -41,7 +42,7 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
     found, labels = _on_val(folders, data)
     heats = [round(temperature(one, labels), 4) for one in found]
     members = [_member(folder, meta, heat) for folder, meta, heat in zip(folders, metas, heats)]
-    shares = fitted(np.stack([softened(np.log(one), heat) for one, heat in zip(found, heats)]), labels)
+    shares = fitted(np.stack([softmax(np.log(one) / heat, 1) for one, heat in zip(found, heats)]), labels)
     run = Run(
         model=Ensemble(members=members, weights=shares, mirror=mirror),
         input=Input(image_size=_side(members, data), channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),

@@ -25,7 +25,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
+from scipy.special import softmax
 
 LEVEL = 0.95
 RESAMPLES = 9_999
@@ -123,17 +124,10 @@ def temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
 
     def loss(log_t: float) -> float:
-        return negative_log_likelihood(softened(logits, np.exp(log_t)), labels) + log_t**2 / len(labels)
+        return negative_log_likelihood(softmax(logits / np.exp(log_t), 1), labels) + log_t**2 / len(labels)
 
     found = optimize.minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
     return float(np.exp(found.x))
-
-
-def softened(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(logits / T), float [n, C]."""
-    scaled = logits / temperature
-    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
-    return scaled / scaled.sum(1, keepdims=True)
 
 
 def between_seeds(values: list[float], others: list[float]) -> tuple[Interval, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fer.errors import UserError
+from fer.files import write_bytes
 from fer.resources import Resources
 from fer.run import Run, chain_faults, resource_faults
 from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
@@ -222,10 +223,7 @@ def write(name: str, base: str, tree: dict[str, Any], comment: str, data: str | 
     before = read(path_of(base), [], {})
     own = {} if data in (None, before.data) else {"data": data}
     own |= _difference(Run.model_validate(tree), before.run)
-    partial = path.with_name(f"{path.name}.partial")
-    text = f"# {comment}\n# fer train {name}\n" + yaml_of({"base": base, **own})
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_bytes(path, f"# {comment}\n# fer train {name}\n{yaml_of({'base': base, **own})}".encode())
     return path
 
 

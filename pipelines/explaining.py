@@ -1,12 +1,12 @@
 """`fer explain`: which faces, and the pictures and tables that are written of their maps. They go nowhere else."""
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fer.checkpoint import load_meta
 from fer.data.dataset import open_data
@@ -80,8 +80,8 @@ def write(folder: Path, chosen: Chosen, found: Iterable[Explained], classes: lis
         rows.append(line)
         every.append(one)
     said = verdicts(every)
-    _table(folder / "faces.csv", rows)
-    _table(folder / "methods.csv", [_numbers(verdict) for verdict in said])
+    for name, lines in (("faces.csv", rows), ("methods.csv", [_numbers(verdict) for verdict in said])):
+        pd.DataFrame(lines).to_csv(folder / name, index=False, lineterminator="\n")
     return said
 
 
@@ -109,13 +109,6 @@ def shown(found: Interval) -> str:
 
 def _file(number: int, name: str) -> str:
     return f"{number:03}-{Path(name).stem}.png"
-
-
-def _table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
 
 
 def picture(face: np.ndarray, found: Explained, title: str, path: Path) -> None:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
 from pipelines.experiments import Job
 from pipelines.processes import other_drivers
-from pipelines.work import Ended, work
+from pipelines.work import Ended, enter, work
 
 FREE_MEMORY = (
     "the machine ran out of memory and Ray ended a worker; lower batch_size, resources.eval_batch_size or "
@@ -233,13 +232,8 @@ def _as_task(job: Job) -> Ended:
 
 
 def _task(job: Job, root: str) -> Ended:
-    _enter(root)
+    enter(root)
     return work(job)
-
-
-def _enter(root: str) -> None:
-    with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(root)  # paths in settings are relative to the project; Ray starts workers elsewhere
 
 
 def _as_group(job: Job) -> Ended:
@@ -284,7 +278,7 @@ class NotDone(Exception):
 
 def _rank(config: dict[str, Any]) -> None:
     """What every worker of a group runs."""
-    _enter(config["root"])
+    enter(config["root"])
     ended = work(config["job"], leaves=_leaves)
     if ended.kind != "done":
         raise NotDone(ended)
@@ -381,8 +375,7 @@ class _Worker:
     """A process of `spread`."""
 
     def __init__(self, work: Callable[[Any], Any], cwd: str):
-        with suppress(FileNotFoundError):  # on another machine of a cluster
-            os.chdir(cwd)
+        enter(cwd)
         self.work = work
 
     def run(self, item: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from fer.data.found import is_own
 from fer.errors import UserError
 from fer.faces.predict import PLACE, Found
 from fer.run_folder import BEST
@@ -86,7 +87,9 @@ def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = [one for one in sorted(_every(path)) if one.is_file() and not _hidden(one.relative_to(path))]
+        inside = [
+            one for one in sorted(_every(path)) if one.is_file() and all(map(is_own, one.relative_to(path).parts))
+        ]
         chosen = [one for one in inside if one.suffix.lower() in known]
         found += chosen
         others += len(inside) - len(chosen)
@@ -106,10 +109,6 @@ def _every(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield from (Path(inside, name) for name in names)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def checkpoint_of(champions: dict[str, dict[str, str]], dataset: str, runs: Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import fer
-from fer.errors import UserError, disk_error
+from fer.errors import UserError, disk_error, first_line
 from fer.evaluate import evaluate
 from fer.files import held
 from fer.run_folder import LOG
@@ -30,6 +30,12 @@ ONE_VALUE = "Expected more than 1 value per channel when training"  # what torch
 # what torch says where a tensor does not fit into the memory of a machine
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 Kind = Literal["done", "stopped", "terminated", "mistake", "diverged", "fault", "died"]
+
+
+def enter(root: str | Path) -> None:
+    """Go to the project's folder, to which paths in settings are relative: Ray starts its processes elsewhere."""
+    with suppress(FileNotFoundError):  # on another machine of a cluster
+        os.chdir(root)
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,8 @@ def _of_error(error: Exception, folder: Path) -> Ended:
     if known is not None:
         return Ended("mistake", str(known))
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
-        return Ended("died", f"another worker of the run is gone ({_first_line(error)})")
-    reason = _first_line(error)
+        return Ended("died", f"another worker of the run is gone ({first_line(error)})")
+    reason = first_line(error)
     if any(sign in reason for sign in NO_MEMORY):
         return Ended("mistake", f"{reason}; lower batch_size, input.image_size or the sizes of the model")
     if reason.startswith(ONE_VALUE):
@@ -136,10 +142,6 @@ def _where(error: BaseException) -> str:
 
 def _is_ours(filename: str) -> bool:
     return any(Path(filename).is_relative_to(ROOT / package) for package in ("fer", "pipelines"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 @contextmanager

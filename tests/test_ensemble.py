@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CPU, change, doe, lines, make_data, refusal, small_run
+from scipy.special import softmax
 
 from fer.data.dataset import open_data
 from fer.ensemble import combine, fitted
@@ -18,7 +19,6 @@ from fer.models.cost import cost
 from fer.models.ensemble import Ensemble
 from fer.predict import Predictor
 from fer.run_folder import read_rows, read_summary
-from fer.statistics import softened
 from fer.train import fit
 
 OTHER: dict[str, Any] = {
@@ -37,7 +37,7 @@ def raw(folder: Path, faces: np.ndarray, heat: float = 1.0) -> np.ndarray:
     """Its probabilities without its own temperature, with another one."""
     predictor = Predictor(folder)
     predictor.temperature = 1.0
-    return softened(np.log(predictor.probabilities(faces)), heat)
+    return softmax(np.log(predictor.probabilities(faces)) / heat, 1)
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

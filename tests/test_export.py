@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, CPU, doe, refusal, small_run
 from huggingface_hub import ModelCard
+from scipy.special import softmax
 
 from fer.data.dataset import open_data
 from fer.ensemble import combine
@@ -17,7 +18,7 @@ from fer.evaluate import evaluate, read_predictions
 from fer.export import write_folder, write_onnx
 from fer.files import sha256
 from fer.predict import Predictor
-from fer.statistics import softened, temperature
+from fer.statistics import temperature
 from fer.train import fit
 
 
@@ -35,14 +36,14 @@ def finished(data: Path, runs: Path, **changes: Any) -> Path:
 def test_prediction_is_as_sure_as_the_run_is_right_on_val(run: Path, bars: Path) -> None:
     predictor, splits = Predictor(run), [open_data(bars).split(name) for name in ("val", "test")]
     val, test = (read_predictions(run / f"predictions_{split.name}.csv", split, CLASSES) for split in splits)
-    softer = softened(np.log(test), predictor.temperature)
+    softer = softmax(np.log(test) / predictor.temperature, 1)
     np.testing.assert_allclose(predictor.probabilities(splits[1].pixels(np.arange(40)).numpy()), softer, atol=1e-6)
     labels, other = (split.labels.numpy() for split in splits)
     assert predictor.temperature == round(temperature(val, labels), 4) != round(temperature(test, other), 4)
     assert 0.06 < predictor.temperature < 19  # not at an end of its range
 
     def loss(heat: float) -> float:
-        return float(-np.log(softened(np.log(val), heat)[np.arange(40), labels]).mean() + np.log(heat) ** 2 / 40)
+        return float(-np.log(softmax(np.log(val) / heat, 1)[np.arange(40), labels]).mean() + np.log(heat) ** 2 / 40)
 
     assert loss(predictor.temperature) < min(loss(predictor.temperature * step) for step in (0.9, 1.1))
 

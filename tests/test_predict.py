@@ -13,11 +13,11 @@ import torch
 from conftest import CLASSES, CPU, NO_AUGMENT, doe, emotion_encoder, make_data, refusal, small_run
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.special import softmax
 
 from fer.evaluate import evaluate, read_evaluated
 from fer.predict import Predictor, _load_pyfunc
 from fer.resources import Resources
-from fer.statistics import softened
 from fer.train import fit
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def run(
 def softer(folder: Path) -> np.ndarray:
     """What the evaluation said of test, divided by the temperature that val asked for."""
     logits = np.log(read_evaluated(folder / "predictions_test.csv", 40, CLASSES)[CLASSES].to_numpy(np.float32))
-    return softened(logits, json.loads((folder / "best" / "checkpoint.json").read_text())["temperature"])
+    return softmax(logits / json.loads((folder / "best" / "checkpoint.json").read_text())["temperature"], 1)
 
 
 def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, np.ndarray]) -> None:

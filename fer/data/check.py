@@ -14,7 +14,7 @@ from fer.data.dataset import DataSet, open_data
 from fer.data.datasets import published
 from fer.data.images import Images, open_images
 from fer.data.near import SAME, pairs, parts, thumbnails
-from fer.data.split import SPLITS, count_classes, read_labels
+from fer.data.split import SPLITS, called, count_classes, read_labels
 from fer.errors import UserError
 from fer.stored import Count, Stored, read
 
@@ -91,7 +91,7 @@ def _table(data: DataSet, split: str, rows: pd.DataFrame) -> pd.DataFrame:
     path = data.folder / "splits" / f"{split}.csv"
     text = ["name", "subject", "duplicate_of", "duplicate_in", "duplicate_kind"]
     table = pd.read_csv(path, usecols=["row", "label", *text], dtype=dict.fromkeys(text, str), keep_default_na=False)
-    table["called"] = table["name"].where(table["name"] != "", table["row"].astype(str))
+    table["called"] = called(table)
     beside = rows.drop(columns=["name", "usage", "subject"]).set_index("row").add_prefix("raw ")
     return table.join(beside, on="row")
 
@@ -99,7 +99,7 @@ def _table(data: DataSet, split: str, rows: pd.DataFrame) -> pd.DataFrame:
 def _pixels(images: Images, rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Brightness and contrast (mean and standard deviation of an image's pixels, 0 to 255), and what shows nothing."""
     mean, spread = (np.concatenate(part) for part in zip(*_looks(images)))
-    called = rows["name"].where(rows["name"] != "", rows["row"].astype(str)).to_numpy()
+    names = called(rows).to_numpy()
     labelled = np.zeros(len(images), bool)
     labelled[np.concatenate([table["row"] for table in tables.values()])] = True
 
@@ -107,7 +107,7 @@ def _pixels(images: Images, rows: pd.DataFrame, tables: dict[str, pd.DataFrame])
         return {
             "images": int(found.sum()),
             "labelled": int((found & labelled).sum()),
-            "names": called[found & labelled][:NAMED].tolist(),
+            "names": names[found & labelled][:NAMED].tolist(),
             "rows": np.flatnonzero(found & labelled)[:NAMED].tolist(),
         }
 

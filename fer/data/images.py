@@ -47,13 +47,6 @@ def open_images(path: str | Path, stage: str) -> np.memmap | Encoded:
     return images
 
 
-def write_images(path: Path, images: np.ndarray) -> None:
-    """Write uint8 `images` as a .npy file. Raises as `allocate_images` does."""
-    allocate_images(path, images.shape)
-    with open(path, "r+b") as file:
-        write_rows(file, 0, images)
-
-
 def allocate_images(path: Path, shape: tuple[int, ...]) -> None:
     """Write a .npy file of zeros, uint8 `shape`, with all its space reserved on the disk.
 

@@ -261,7 +261,7 @@ def _mark_near(tables: dict[str, pd.DataFrame], looks: _Looks) -> dict[str, pd.D
             rest, others = table[table["duplicate_in"] == ""], tables[place]
             position, kind = looks.near(rest["row"], others["row"])
             found = rest.index[position >= 0]
-            table.loc[found, "duplicate_of"] = _called(others.iloc[position[position >= 0]]).to_numpy()
+            table.loc[found, "duplicate_of"] = called(others.iloc[position[position >= 0]]).to_numpy()
             table.loc[found, "duplicate_in"] = place
             table.loc[found, "duplicate_kind"] = kind[position >= 0]
         marked[split] = table
@@ -288,10 +288,11 @@ def _mark_copies(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 def _first_copies(table: pd.DataFrame) -> pd.Series:
     """By sha1, the name of its first image, or the row if it has no name."""
     first = table[~table["sha1"].duplicated()]
-    return pd.Series(_called(first).to_numpy(), index=first["sha1"])
+    return pd.Series(called(first).to_numpy(), index=first["sha1"])
 
 
-def _called(table: pd.DataFrame) -> pd.Series:
+def called(table: pd.DataFrame) -> pd.Series:
+    """The name of each image, or its row if it has none."""
     return table["name"].where(table["name"] != "", table["row"].astype(str))
 
 

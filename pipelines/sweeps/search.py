@@ -7,10 +7,8 @@ is the same case as a killed process. Tune's own state, in tune/, is never read;
 
 import logging
 import math
-import os
 import shutil
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from fer.run_folder import LAST, read_rows
 from pipelines.sweeps import folder as disk
 from pipelines.sweeps.folder import FAILED, Plan, Trial, read_trials
 from pipelines.sweeps.space import Point, changed, grid
-from pipelines.work import work
+from pipelines.work import enter, work
 
 METRIC, TIME = "best", "epoch"
 TUNE = "tune"  # folder of Tune's state in that of the sweep
@@ -200,8 +198,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
 
     A trial that diverges or meets an error in the code reports the worst value. Only a dead process is tried again.
     """
-    with suppress(FileNotFoundError):  # on another machine of a cluster
-        os.chdir(plan.root)  # paths in settings are relative to the project; Ray starts workers elsewhere
+    enter(plan.root)
     job = plan.job(config)
     disk.begin_trial(job.folder, config)
     with held(job.folder, math.inf):  # by another trial at the same point, whose epochs are on disk then
