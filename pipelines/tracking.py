@@ -51,6 +51,7 @@ ON = "fer.on"  # tag: the other data set that a run was evaluated on, of a child
 HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
 STATE = "fer.state"  # tag of a trial: how it ended
 PARENT = "mlflow.parentRunId"  # tag: the MLflow run of the sweep of a trial, or of the run that was evaluated
+NOTE = "mlflow.note.content"  # tag: what MLflow shows as the description
 NOT_METRICS = ("epoch", "time")
 LATER = ("lr", "seconds", "images_per_second")  # of metrics.jsonl: in MLflow below train/, as accuracies come first
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
@@ -230,7 +231,7 @@ class Tracker:
 
     def describe_sweep(self, run_id: str, text: str, numbers: dict[str, float], files: list[Path]) -> None:
         """Log the result of a sweep: a note in Markdown, metrics and artifacts."""
-        self.client.set_tag(run_id, "mlflow.note.content", text)
+        self.client.set_tag(run_id, NOTE, text)
         for key, value in numbers.items():
             self.client.log_metric(run_id, key, value)
         for path in files:
@@ -267,18 +268,14 @@ class Tracker:
             if found is not None and finished.items() <= found.data.tags.items() and found.info.status == "FINISHED":
                 return
             tags = {RUN_ID: ours, ON: result["dataset"], "experiment": result["name"], "dataset": result["dataset"]}
-            tags |= {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
-            tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer evaluate {folder.name} --on"}
-            tags |= {"mlflow.source.type": "JOB", "mlflow.note.content": across_note(result)}
+            tags |= {**_here(), **_source(f"fer evaluate {folder.name} --on")}
             if found is None:
                 found = self.client.create_run(self.experiment, run_name=ours, tags=tags)
-            run_id, when = found.info.run_id, int(result["finished"] * 1000)
-            points = [Metric(key, value, when, 0) for key, value in across_metrics(result).items()]
+            run_id = found.info.run_id
             self.client.log_inputs(run_id, [_other_test(result)])
-            self.client.log_batch(run_id, metrics=points, tags=[RunTag(*tag) for tag in (tags | finished).items()])
-            for path in files:
-                self.client.log_artifact(run_id, str(path))
-            self.client.set_terminated(run_id, "FINISHED")
+            tags |= {PARENT: parent.info.run_id, NOTE: across_note(result)}
+            self._log(run_id, across_metrics(result), result["finished"], tags, files)
+            self._done(run_id, result["finished"])
 
     def attach(self, page: Path, folders: Sequence[Path]) -> int:
         """Log a file to those of the runs in `folders` that this experiment has, and return how many these are."""
@@ -302,9 +299,8 @@ class Tracker:
         if self.recorded_folds(result):
             return
         tags = {RUN_ID: result["id"], FOLD: result["folds"], "experiment": result["name"]}
-        tags |= {"dataset": data_name(result["data"]), "mlflow.user": getpass.getuser(), **_git_commit()}
-        tags |= {"mlflow.source.name": f"fer train {result['name']} --folds {result['folds']}"}
-        tags |= {"mlflow.source.type": "JOB", "mlflow.note.content": text}
+        tags |= {"dataset": data_name(result["data"]), NOTE: text}
+        tags |= _source(f"fer train {result['name']} --folds {result['folds']}")
         values = {f"final/test_{key}": result["test"][key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
         spreads = {f"folds/{key}": spread for key, spread in result["over_folds"].items()}
         spreads |= {"subjects/accuracy": result["over_subjects"]} if result["over_subjects"] else {}
@@ -314,15 +310,11 @@ class Tracker:
             found = self._find(result["id"]) or self.client.create_run(
                 self.experiment, run_name=result["id"], tags=tags
             )
-            run_id, when = found.info.run_id, int(result["finished"] * 1000)
+            run_id = found.info.run_id
             for ours in result["runs"]:
                 self.client.set_tag(self._find(ours).info.run_id, PARENT, run_id)
-            points = [Metric(key, value, when, 0) for key, value in values.items()]
-            self.client.log_batch(run_id, metrics=points, tags=[RunTag(*tag) for tag in tags.items()])
-            for path in files:
-                self.client.log_artifact(run_id, str(path))
-            self.client.set_tag(run_id, FINISHED, str(result["finished"]))
-            self.client.set_terminated(run_id, "FINISHED")
+            self._log(run_id, values, result["finished"], tags, files)
+            self._done(run_id, result["finished"])
 
     def _find(self, ours: str) -> Any:
         """MLflow's run of our run id; None where there is none."""
@@ -356,10 +348,9 @@ class Tracker:
         found = self._find(ours)
         if found and found.info.status == "RUNNING":
             _refuse_other(ours, found.data.tags)
-        tags = {HOST: socket.gethostname(), PROCESS: process_id(os.getpid()), **_git_commit()}
         if found:
             run_id = self._runs[ours] = found.info.run_id
-            for key, value in {**tags, **about}.items():
+            for key, value in {**_here(), **_git_commit(), **about}.items():
                 self.client.set_tag(run_id, key, value)
             self.client.update_run(run_id, status="RUNNING")
             for key in (ERROR, FINISHED):
@@ -368,10 +359,9 @@ class Tracker:
             if not found.data.params:  # it was killed before they were written
                 self._describe(run_id, name, run, data)
             return run_id
-        tags |= {RUN_ID: ours, "experiment": name, "dataset": data_name(data), "data_hash": data["hash"]}
+        tags = {RUN_ID: ours, "experiment": name, "dataset": data_name(data), "data_hash": data["hash"]}
         tags |= {"starts_from": ", ".join(origin(run.model, run.init_from))}
-        tags |= {"mlflow.user": getpass.getuser(), "mlflow.source.name": f"fer train {name}"}
-        tags |= {"mlflow.source.type": "JOB", **about}
+        tags |= {**_here(), **_source(f"fer train {name}"), **about}
         run_id = self._runs[ours] = self.client.create_run(self.experiment, run_name=ours, tags=tags).info.run_id
         self._describe(run_id, name, run, data)
         return run_id
@@ -388,27 +378,28 @@ class Tracker:
     def _finish(self, run_id: str, folder: Path) -> None:
         summary = read_summary(folder)
         assert summary is not None, f"{folder} is not finished"
-        self._log_results(run_id, folder, summary)
-        self.client.set_tag(run_id, FINISHED, str(summary["finished"]))
-        self.client.set_terminated(run_id, "FINISHED")
-
-    def _log_results(self, run_id: str, folder: Path, summary: dict[str, Any]) -> None:
-        when = int(summary["finished"] * 1000)
-        # all at step 0: MLflow draws those as bars, one for each run
-        points = [Metric(key, value, when, 0) for key, value in final_metrics(summary).items()]
-        self.client.log_batch(run_id, metrics=points)
-        self.client.set_tag(run_id, "mlflow.note.content", note(summary))
         picture = DRAWING.submit(confusion_picture, summary, folder / CONFUSION).result()
-        for path in (
-            picture,
-            *sorted(folder.glob(PREDICTIONS.format(split="*"))),
-            folder / SUMMARY,
-            folder / CONFIG,
-            *folder.glob("log*.txt"),
-        ):
-            self.client.log_artifact(run_id, str(path))
+        predictions, logs = sorted(folder.glob(PREDICTIONS.format(split="*"))), folder.glob("log*.txt")
+        files = [picture, *predictions, folder / SUMMARY, folder / CONFIG, *logs]
+        self._log(run_id, final_metrics(summary), summary["finished"], {NOTE: note(summary)}, files)
         if "fold" not in summary["data"]:
             self.registry.register(run_id, folder, summary)
+        self._done(run_id, summary["finished"])
+
+    def _log(
+        self, run_id: str, values: dict[str, float], finished: float, tags: Mapping[str, str], files: Iterable[Path]
+    ) -> None:
+        """Log the results of a run that was evaluated at the time `finished`."""
+        # all at step 0: MLflow draws those as bars, one for each run
+        points = [Metric(key, value, int(finished * 1000), 0) for key, value in values.items()]
+        self.client.log_batch(run_id, metrics=points, tags=[RunTag(*tag) for tag in tags.items()])
+        for path in files:
+            self.client.log_artifact(run_id, str(path))
+
+    def _done(self, run_id: str, finished: float) -> None:
+        """Mark a run whose results are all there."""
+        self.client.set_tag(run_id, FINISHED, str(finished))
+        self.client.set_terminated(run_id, "FINISHED")
 
     def _fail(self, ours: str, error: BaseException, log: Path | None = None) -> None:
         """Close a run of this process, unless that is done."""
@@ -613,6 +604,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _here() -> dict[str, str]:
+    """Tags: which process works on a run."""
+    return {HOST: socket.gethostname(), PROCESS: process_id(os.getpid())}
+
+
+def _source(command: str) -> dict[str, str]:
+    """MLflow's own tags: who ran which command, of which commit."""
+    own = {"mlflow.user": getpass.getuser(), "mlflow.source.name": command, "mlflow.source.type": "JOB"}
+    return own | _git_commit()
 
 
 def _git_commit() -> dict[str, str]:
