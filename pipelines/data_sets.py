@@ -32,7 +32,7 @@ class Data(Section):
     label_source: Literal["auto", "label_csv", "fer2013new"] = "auto"
     """FER+: which votes; auto: label_csv where it is there."""
     sample: Sample | None = None
-    """Of the drawn faces, how many."""
+    """How many faces to draw."""
     classes: list[str] | None = None
     """The classes to keep, in their order, of a data set with one label an image; all of them without."""
     size: Annotated[int, Field(ge=16, le=1024)] | None = None
@@ -42,7 +42,7 @@ class Data(Section):
     subject_pattern: str | None = None
     """Regular expression whose first group is the subject in a file name (in the whole path if it has a slash)."""
     faces: str | None = None
-    """Of photographs: how faces are found, haar or the path of YuNet's file; without, each picture is a face."""
+    """How to find faces in photographs: haar, or the path of YuNet's file; without it each picture is a face."""
     faces_margin: Annotated[float, Field(gt=0, le=10)] | None = None
     """Side of the crop in sides of the face's box; without, that at which a face fills it as in FER2013."""
     confusion: str | None = None

@@ -408,7 +408,7 @@ def _record(
 
 
 def until_done(change: Callable[[], Result]) -> Result:
-    """Try again if it fails: MLflow refuses one of two changes that meet in its store."""
+    """Try again if it fails: when two changes reach its store at once, MLflow refuses one of them."""
     for left in reversed(range(TRIES)):
         try:
             return change()

@@ -166,7 +166,7 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def _copy(read: int, path: Path) -> None:
-    """What is logged is not worth a run: where `path` cannot be written, the lines are read all the same."""
+    """A run must not fail over its log: where `path` cannot be written, keep emptying the pipe."""
     with open(read, errors="replace") as lines:
         with suppress(OSError), open(path, "a", buffering=1) as log:
             for line in lines:
