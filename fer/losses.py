@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fer.errors import UserError
 from fer.settings import Fraction, NonNegative, Section, by_name
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -21,15 +22,18 @@ class LossKind(Section):
     """A row of LOSSES."""
 
     name: str
-    needs_prior: ClassVar[bool] = False  # and not only its shape
+    needs_prior: ClassVar[bool] = False  # without it `prior` is the identity where the data have none
 
-    def build(self, prior: Tensor) -> Loss:
-        """The loss per image, [B]; `prior`: D, [C, C], on the device of the logits."""
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
+        """The loss per image, [B], of logits, labels and targets.
+
+        `prior`: D, [C, C]; `counts`: training images of each class, int64 [C]; both on the device of the logits.
+        """
         raise NotImplementedError
 
-    def build_expected(self, prior: Tensor) -> Loss:
+    def build_expected(self, prior: Tensor, counts: Tensor) -> Loss:
         """The loss that evaluation reports: the expectation, for a loss that draws at random."""
-        return self.build(prior)
+        return self.build(prior, counts)
 
 
 class CrossEntropy(LossKind):
@@ -37,7 +41,7 @@ class CrossEntropy(LossKind):
 
     name: Literal["cross_entropy"] = "cross_entropy"
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         return lambda logits, labels, targets: F.cross_entropy(_precise(logits), labels, reduction="none")
 
 
@@ -48,7 +52,7 @@ class LabelSmoothing(LossKind):
     alpha: Fraction = 0.9
     """Weight of the true label; the rest is spread over all classes."""
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         return _mixed(self.alpha, torch.full_like(prior, 1 / len(prior)), 0.0)
 
 
@@ -59,7 +63,7 @@ class Focal(LossKind):
     gamma: NonNegative = 2.0
     """Focusing exponent; 0 is cross-entropy."""
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         return _mixed(1.0, prior, self.gamma)
 
 
@@ -71,7 +75,7 @@ class Pdls(LossKind):
     alpha: Fraction = 0.8
     """Weight of the true label; the rest goes to the class prior."""
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         return _mixed(self.alpha, prior, 0.0)
 
 
@@ -85,7 +89,7 @@ class FocalPdls(LossKind):
     gamma: NonNegative = 2.0
     """Focusing exponent; 0 is PDLS."""
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         return _mixed(self.alpha, prior, self.gamma)
 
 
@@ -100,7 +104,7 @@ class CompensatedFocalPdls(LossKind):
     alpha: Fraction = 0.5
     """Weight of the true label; the rest goes to the class prior."""
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         loss, classes = _mixed(self.alpha, prior, 1.0), len(prior)
         return lambda logits, labels, targets: loss(logits, labels, targets) * classes / (classes - 1)
 
@@ -110,7 +114,7 @@ class VoteCrossEntropy(LossKind):
 
     name: Literal["vote_cross_entropy"] = "vote_cross_entropy"
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         return lambda logits, labels, targets: _soft(logits, targets)
 
 
@@ -119,7 +123,7 @@ class VoteSampling(LossKind):
 
     name: Literal["vote_sampling"] = "vote_sampling"
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
             # as torch.multinomial, number for number, which waits for the GPU to check its arguments
             drawn = (targets / torch.empty_like(targets).exponential_()).argmax(1)
@@ -127,9 +131,9 @@ class VoteSampling(LossKind):
 
         return loss
 
-    def build_expected(self, prior: Tensor) -> Loss:
+    def build_expected(self, prior: Tensor, counts: Tensor) -> Loss:
         """The expectation over all draws is vote_cross_entropy."""
-        return VoteCrossEntropy().build(prior)
+        return VoteCrossEntropy().build(prior, counts)
 
 
 class MultiTarget(LossKind):
@@ -137,7 +141,7 @@ class MultiTarget(LossKind):
 
     name: Literal["multi_target"] = "multi_target"
 
-    def build(self, prior: Tensor) -> Loss:
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
         def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
             weight = torch.log(0.999 * (targets > 0).float() + 0.001)
             return -(weight + F.log_softmax(_precise(logits), dim=1)).amax(1)
@@ -195,7 +199,26 @@ def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tenso
     It is divided by the batch size, not by the sum of the weights, so that the losses of equal parts of a batch average
     to that of the whole. `class_weight`: the power in `class_weights`. `prior`: class prior D of the data, [C, C], on
     the device of the logits. `counts`: training images per class, int64 [C]. `expected`: draw nothing at random.
+    The loss raises UserError where a model of another shape of logits, or a kind of another shape of losses, meets it.
     """
-    loss = kind.build_expected(prior) if expected else kind.build(prior)
+    each = (kind.build_expected if expected else kind.build)(prior, counts)
     weights = class_weights(counts, class_weight).to(prior)
-    return lambda logits, labels, targets: (weights[labels] * loss(logits, labels, targets)).mean()
+
+    def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        if logits.shape != targets.shape:
+            raise UserError(
+                f"the model's forward returns {_shown(logits)}: must be {_shown(targets)}, a logit for each image and "
+                "class (num_labels of `build`)"
+            )
+        found = each(logits, labels, targets)
+        if found.shape != labels.shape:  # else the weights would be those of other images
+            raise UserError(
+                f"loss '{kind.name}' returns {_shown(found)}: must be {_shown(labels)}, one for each image, not their mean"
+            )
+        return (weights[labels] * found).mean()
+
+    return loss
+
+
+def _shown(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

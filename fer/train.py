@@ -5,6 +5,7 @@ Every random number is derived from (seed, epoch, step), so an interrupted and r
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fer.evaluate import last_epoch, predict_split
 from fer.files import recover, write_json
 from fer.formats import format_of, read_run
 from fer.losses import build_loss
+from fer.made_by import UNKNOWN
 from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.resources import Resources
@@ -156,7 +158,18 @@ class Trainer:
         if not fits:
             raise checkpoint.foreign(self.folder / LAST)
         self.epoch, self.history = meta["epoch"], meta["history"]
+        self._tell_other_code(meta.get("made_by", {}))
         self.best = max([row["val_accuracy"] for row in self.history], default=-1.0)
+
+    def _tell_other_code(self, before: dict[str, Any]) -> None:
+        """Keep in `made_by` by which code the epochs so far were trained, and warn if that is not the code there is."""
+        made, last = self.about["made_by"], before.get("fer", UNKNOWN)
+        if others := {*before.get("before", []), last} - {made["fer"]}:
+            made["before"] = sorted(others)
+        if self.rank == 0 and last != made["fer"]:
+            warnings.warn(
+                f"resumed by other code in fer/ than trained it so far; delete {self.folder} to begin anew", stacklevel=1
+            )
 
     def train_epoch(self) -> dict[str, Any]:
         """Train, evaluate and save an epoch; returns its row of metrics.jsonl. Raises NonFiniteLoss and Stopped."""

@@ -62,8 +62,9 @@ def row(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def differs(summary: dict[str, Any]) -> bool:
-    """Whether the run was trained or evaluated by other code in fer/ than the current one, or by unknown code."""
-    return any(summary.get(key, {}).get("fer") != source_hash() for key in ("trained_by", "made_by"))
+    """Whether the run was trained or evaluated by other code in fer/ than the current one, if in part, or unknown."""
+    mixed = "before" in summary.get("trained_by", {})
+    return mixed or any(summary.get(key, {}).get("fer") != source_hash() for key in ("trained_by", "made_by"))
 
 
 def _percent(share: float | None) -> str:

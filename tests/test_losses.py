@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import refusal
 from torch import Tensor
 
-from fer.losses import LOSSES, LossKind, build_loss, class_weights
+from fer.losses import LOSSES, Loss, LossKind, build_loss, class_weights
 
 A, G = 0.8, 2.0
 # softmax(log q) = q for shares q that sum to 1: logits whose probabilities are known without a computer
@@ -120,6 +121,24 @@ def test_each_image_has_the_weight_of_its_label(name: str) -> None:
     alone = [float(value(name, LOGITS[i : i + 1], LABELS[i : i + 1], sure(name)[i : i + 1])) for i in (0, 1)]
     wanted = [WEIGHTS[0.5][label] * one for label, one in zip([0, 2], alone)]
     assert float(value(name, votes=sure(name), power=0.5)) == pytest.approx(sum(wanted) / 2, rel=1e-12)
+
+
+class Mean(LossKind):
+    """What public code often returns: no loss for each image."""
+
+    name: str = "mean"
+
+    def build(self, prior: Tensor, counts: Tensor) -> Loss:
+        return lambda logits, labels, targets: logits.mean(dim=[0, 1][: len(labels)])
+
+
+def test_a_loss_or_a_model_of_another_shape_is_refused() -> None:
+    for labels, shape in (([0, 2], "[]"), ([0], "[3]")):
+        many = len(labels)
+        told = refusal(build_loss(Mean(), 1.0, PRIOR, COUNTS), LOGITS[:many], torch.tensor(labels), VOTES[:many])
+        assert told == f"loss 'mean' returns {shape}: must be [{many}], one for each image, not their mean"
+    told = refusal(value, "cross_entropy", torch.zeros(2, 8))
+    assert told.startswith("the model's forward returns [2, 8]: must be [2, 3], a logit for each image and class")
 
 
 @pytest.mark.parametrize(("name", "gamma"), WITH_GAMMA)

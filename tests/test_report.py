@@ -66,6 +66,7 @@ def test_a_run_of_other_code_is_marked(summary: dict[str, Any], monkeypatch: pyt
         made = summary[key]
         assert mark(**{key: {**made, "commit": "x", "torch": "x", "device": "x"}}) == ""  # the code in fer/ alone
         assert mark(**{key: {**made, "fer": "0" * len(made["fer"])}}) == mark(**{key: {}}) == "*"
+    assert mark(trained_by={**summary["trained_by"], "before": ["0" * 12]}) == "*"  # in part
     monkeypatch.setattr(report, "source_hash", lambda: "another")
     assert mark() == "*"
 
