@@ -109,7 +109,7 @@ def _member(folder: Path, meta: dict[str, Any], heat: float) -> Member:
 def _on_val(folders: list[Path], data: DataSet) -> tuple[np.ndarray, np.ndarray]:
     path, val = PREDICTIONS.format(split="val"), data.split("val")
     found = np.stack([read_predictions(folder / path, val, data.classes) for folder in folders])
-    return found.astype(np.float64).clip(1e-12), val.labels.numpy()
+    return found.astype(np.float64).clip(np.finfo(np.float32).tiny), val.labels.numpy()
 
 
 def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSet, resources: Resources) -> None:

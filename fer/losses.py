@@ -213,7 +213,7 @@ def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tenso
         found = each(logits, labels, targets)
         if found.shape != labels.shape:  # else the weights would be those of other images
             raise UserError(
-                f"loss '{kind.name}' returns {_shown(found)}: must be {_shown(labels)}, one for each image, not their mean"
+                f"loss '{kind.name}' returns {_shown(found)}: must be {_shown(labels)}, a loss for each image"
             )
         return (weights[labels] * found).mean()
 

@@ -168,7 +168,8 @@ class Trainer:
             made["before"] = sorted(others)
         if self.rank == 0 and last != made["fer"]:
             warnings.warn(
-                f"resumed by other code in fer/ than trained it so far; delete {self.folder} to begin anew", stacklevel=1
+                f"resumed by other code in fer/ than trained it so far; delete {self.folder} to begin anew",
+                stacklevel=1,
             )
 
     def train_epoch(self) -> dict[str, Any]:

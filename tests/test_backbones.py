@@ -187,6 +187,7 @@ def test_a_folder_of_another_network_or_of_none(folders: dict[str, str], tmp_pat
     for weights, changes, message in (
         ("swin", {}, "is another network: its model_type is swin, here it is vit; change the backbone's name or "),
         ("vit", {"num_heads": 4}, "is another network: its num_attention_heads is 2, here it is 4; change the "),
+        ("vit", {"depth": 1}, "is another network: its num_hidden_layers is 2, here it is 1; change the backbone's "),
         # positions of 2x2 patches and the class token, here 4x4
         ("vit", {"size": 32}, "does not fit: tensor embeddings.position_embeddings has shape [1, 5, 32], the network "
          "needs [1, 17, 32] (1 tensors in all); change the backbone's name, settings or image size, or "),
@@ -195,6 +196,8 @@ def test_a_folder_of_another_network_or_of_none(folders: dict[str, str], tmp_pat
     ):  # fmt: skip
         found = refusal(build, VIT, weights=folders[weights], **changes)
         assert found.startswith(f"model.backbone.weights: '{folders[weights]}' {message}")
+    shorter = refusal(build, SWIN, weights=folders["swin"], depths=[2, 1])
+    assert "is another network: its depths is [1, 1], here it is [2, 1]; change the backbone's" in shorter
     damage: tuple[Callable[[Path], object], ...] = (
         shutil.rmtree,
         lambda folder: os.truncate(folder / "model.safetensors", 2000),

@@ -136,7 +136,7 @@ def test_a_loss_or_a_model_of_another_shape_is_refused() -> None:
     for labels, shape in (([0, 2], "[]"), ([0], "[3]")):
         many = len(labels)
         told = refusal(build_loss(Mean(), 1.0, PRIOR, COUNTS), LOGITS[:many], torch.tensor(labels), VOTES[:many])
-        assert told == f"loss 'mean' returns {shape}: must be [{many}], one for each image, not their mean"
+        assert told == f"loss 'mean' returns {shape}: must be [{many}], a loss for each image"
     told = refusal(value, "cross_entropy", torch.zeros(2, 8))
     assert told.startswith("the model's forward returns [2, 8]: must be [2, 3], a logit for each image and class")
 

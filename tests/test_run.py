@@ -181,6 +181,12 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": {"name": "emotion_encoder", "backbone": RESNET, "identity": {**RESNET, "caffe": True}},
       "input": {"image_size": 32, "channels": 1}},
      ["model.identity.caffe: this network expects colour; set input.channels to 3"]),
+    ({"model": {"name": "emotion_encoder", "backbone": {**RESNET, "caffe": True},
+                "identity": {**RESNET, "weights": "pretrained", "caffe": True}},
+      "input": {"image_size": 32, "mean": [0.0], "std": [1.0], "standardize": True}},
+     ["model.backbone.caffe: only model.identity gets images in Caffe's range; set it to false",
+      "model.identity.caffe: torchvision's weights are not Caffe's; name a file in weights",
+      "model.identity.caffe: this network expects plain pixels; set input.equalize, flatten and standardize to false"]),
 ]  # fmt: skip
 
 

@@ -10,11 +10,9 @@ import hashlib
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from fer.data.dataset import DataSet, Split
-from fer.data.holdout import hold_out
+from fer.data.holdout import connected, firsts, hold_out, named
 from fer.data.images import Images
 from fer.data.near import SAME, pairs, parts, thumbnails
 from fer.errors import UserError
@@ -87,7 +85,7 @@ def make_folds(
     of the rest, by the same groups. Drawn with `seed`. Raises UserError if a fold cannot be made, or would train
     without a class.
     """
-    count, group = parsed(folds), _grouped(subjects, copies)
+    count, group = parsed(folds), connected([firsts(named(subjects)), firsts(copies)])
     if count is None:
         place = _by_subject(subjects, group, folds)
     else:
@@ -139,23 +137,6 @@ def _by_subject(subjects: np.ndarray, group: np.ndarray, folds: str) -> np.ndarr
     return place
 
 
-def _grouped(subjects: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """int64 [N], from 0: images linked by a subject or as copies, in the order of their first image."""
-    own = np.where(subjects == "", [f"{row}" for row in range(len(subjects))], np.char.add("s", subjects))
-    return _connected(len(copies), np.concatenate([_firsts(own), _firsts(copies)], 1))
-
-
-def _firsts(keys: np.ndarray) -> np.ndarray:
-    """int64 [2, N]: each position, and the first with the same key."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return np.stack([np.arange(len(keys)), first[inverse]])
-
-
-def _connected(count: int, links: np.ndarray) -> np.ndarray:
-    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
-
-
 def _divided(labels: np.ndarray, group: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The fold of each image, from 0: int64 [N].
 
@@ -187,13 +168,13 @@ def copies_of(images: Images, rows: np.ndarray, subjects: np.ndarray, threshold:
         pixels += [hashlib.sha256(image.tobytes()).hexdigest() for image in some]
         if alike:
             seen.append(thumbnails(some))
-    links = [_firsts(np.array(pixels, str))]
+    links = [firsts(np.array(pixels, str))]
     if threshold is not None and seen:
         found = np.concatenate(seen)
         for mirrored in (False, True):
             near = pairs(found, threshold, mirrored)
             links.append(near[:, (subjects[near] == "").any(0)])
-    return _connected(len(rows), np.concatenate(links, 1))
+    return connected(links)
 
 
 def _usages(data: DataSet, folds: str) -> list[np.ndarray]:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from fer.errors import UserError
 
@@ -10,11 +12,13 @@ def hold_out(rows: pd.DataFrame, labels: np.ndarray, val_share: float, test_shar
     """`rows` with a usage for each, as `read_labels` returns them; `labels` int64 [N], -1 for an image without one.
 
     Without val, `val_share` of train becomes val; without any split, `test_share` and `val_share` of all images become
-    test and val. Images of one subject stay together, as do images with the same pixels where the subject is unknown;
-    each class keeps an image in train. Drawn with `seed`. Raises UserError where there are too few to do so.
+    test and val. Images of one subject stay together, as do images with the same pixels; each class keeps an image in
+    train. Drawn with `seed`. Raises UserError where there are too few to do so.
     """
     usage = rows["usage"].to_numpy(object).copy()
+    together = connected([firsts(named(rows["subject"])), firsts(named(rows["sha1"]))])
     groups = np.where(rows["subject"] != "", "subject " + rows["subject"], "pixels " + rows["sha1"])
+    groups = groups[np.unique(together, return_index=True)[1]][together]  # the name of its first image
     rng = np.random.default_rng([seed, 3])
     if (usage == "").any():
         usage[usage == ""] = "train"
@@ -64,3 +68,24 @@ def _drawn(
     result = np.zeros(len(pool), bool)
     result[np.flatnonzero(pool)] = chosen[group]
     return result
+
+
+def named(keys: pd.Series | np.ndarray) -> np.ndarray:
+    """Text [N], in which an image without a key has one of its own."""
+    return np.where(np.asarray(keys) == "", [f"{row}" for row in range(len(keys))], "=" + np.asarray(keys, object))
+
+
+def firsts(keys: np.ndarray) -> np.ndarray:
+    """int64 [2, N]: each position, and the first with the same key."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return np.stack([np.arange(len(keys)), first[inverse]])
+
+
+def connected(links: list[np.ndarray]) -> np.ndarray:
+    """int64 [N], from 0: the number of the group of each image, in the order of their first image.
+
+    `links`: int64 [2, L] pairs of images that belong together; those of `firsts` name every image.
+    """
+    pairs = np.concatenate(links, 1)
+    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(pairs.max() + 1,) * 2)
+    return connected_components(graph, directed=False)[1].astype(np.int64)

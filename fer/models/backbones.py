@@ -66,7 +66,7 @@ class ResNet(Backbone):
     max_pool: bool
     """Max-pooling after the first convolution; the published disentangled DoE omits it by mistake."""
     caffe: bool
-    """Use the strides, pooling and input range of VGGFace2's public Caffe weights instead of torchvision's."""
+    """Use the strides, pooling and input range of VGGFace2's public Caffe weights; for model.identity alone."""
 
     def build(self, size: int, channels: int) -> Torchvision:
         network = ResNet50(
@@ -169,12 +169,18 @@ BACKBONES: dict[str, Row] = dict(
         ("small_resnet", Row(SmallResnetBackbone, RANDOM)),
     ]
 )
+IDENTITY = "model.identity"  # the backbone for which images are converted to Caffe's range
 BACKBONE = OneOf({name: row.kind for name, row in BACKBONES.items()})  # for a field that holds any row of the table
 
 
 def backbone_faults(backbone: Backbone, size: int, channels: int, key: str) -> list[Fault]:
     """What cannot work on images of side `size`; the faults' paths begin with `key`."""
     row, found = BACKBONES[backbone.name], [fault.under(key) for fault in backbone.faults(size)]
+    if isinstance(backbone, ResNet) and backbone.caffe:
+        if key != IDENTITY:
+            found.append(Fault(f"{key}.caffe", f"only {IDENTITY} gets images in Caffe's range; set it to false"))
+        elif backbone.weights == PRETRAINED:
+            found.append(Fault(f"{key}.caffe", "torchvision's weights are not Caffe's; name a file in weights"))
     if backbone.weights == PRETRAINED:
         if channels != 3:
             colour = "pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"

@@ -16,7 +16,7 @@ from fer.data.dataset import Split
 from fer.data.pairs import Pairs
 from fer.errors import UserError
 from fer.input import Input
-from fer.models.backbones import BACKBONE, ResNet, backbone_faults, build_backbone
+from fer.models.backbones import BACKBONE, IDENTITY, ResNet, backbone_faults, build_backbone
 from fer.models.network import Backbone, FrozenEncoder, ModelKind
 from fer.models.resnet50 import CaffeInput
 from fer.settings import Fault, OneOf, Positive, Section, Width, by_name
@@ -48,9 +48,12 @@ class EmotionEncoder(ModelKind):
     def faults(self, settings: Input) -> list[Fault]:
         shape = settings.image_size, settings.channels
         found = backbone_faults(self.backbone, *shape, "model.backbone")
-        found += backbone_faults(self.identity, *shape, "model.identity")
+        found += backbone_faults(self.identity, *shape, IDENTITY)
         if _sees_caffe_input(self.identity) and settings.channels != 3:
             found.append(Fault("model.identity.caffe", "this network expects colour; set input.channels to 3"))
+        if _sees_caffe_input(self.identity) and (settings.equalize or settings.flatten or settings.standardize):
+            what = "this network expects plain pixels; set input.equalize, flatten and standardize to false"
+            found.append(Fault("model.identity.caffe", what))
         return found
 
 

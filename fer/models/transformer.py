@@ -114,8 +114,11 @@ class Swin(Backbone):
 class Transformer(nn.Module):
     """A transformers encoder as a backbone: [B, channels, size, size] -> embedding [B, num_features]."""
 
-    # settings that change the output but not the tensor shapes
-    SAME = ("model_type", "num_attention_heads", "num_heads", "window_size", "patch_size", "hidden_act")
+    # settings that change the output but not the shape of any tensor that is needed
+    SAME = (
+        "model_type", "num_hidden_layers", "depths", "num_attention_heads", "num_heads", "window_size", "patch_size",
+        "hidden_act",
+    )  # fmt: skip
 
     def __init__(self, network: Any, pool: str, num_features: int):
         super().__init__()
