@@ -75,6 +75,7 @@ def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto")
         raise UserError(f"{other}: holds no test image of a class of the run: classes {theirs}; of the run: {ours}")
     _refuse_other_making(other, data, summary["data"])
     predictor = Predictor(folder, device)
+    predictor.temperature = 1.0  # as in the run's own tables, so that both calibration errors are of the network
     if any(predictor.run.model.images_beside().values()):
         raise UserError(f"{folder}: needs a neutral face of the same person beside each face, and {other} has none")
     every, shared, chosen = scores(_probabilities(predictor, split, kept, folder, other), split.labels[kept], found)

@@ -47,7 +47,9 @@ class Run(Section):
     class_weights: Fraction = 0.0
     """Loss weight of an image: (images in its class) ^ -this; 0: no weighting, 1: inverse frequency."""
     balanced_sampling: Fraction = 0.0
-    """Sampling weight of an image: (images in its class) ^ -this; 0: each once an epoch, 1: classes equally often."""
+    """Sampling weight of an image: (images in its class) ^ -this; 0: each once an epoch, 1: classes equally often.
+
+    It adds to `class_weights`, which then also makes losses and gradients larger."""
     optimizer: Annotated[Optimizer, OneOf(OPTIMIZERS)] = AdamW()
     """How gradients update the weights."""
     schedule: Annotated[Schedule, OneOf(SCHEDULES)] = Cosine()

@@ -5,7 +5,6 @@ Every random number is derived from (seed, epoch, step), so an interrupted and r
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,7 @@ class Trainer:
         self.steps = self.batches.steps
         self.epoch, self.step = 0, 0  # completed epochs, completed steps of the current one
         self.history: list[dict[str, Any]] = []  # one row per epoch
-        self.best = -1.0  # best val accuracy so far
+        self.best, self.best_epoch = -1.0, 0  # best val accuracy so far; of which epoch best/ was at the start
         self.counts = Counts(len(data.classes), device)
         self.spent = 0.0  # seconds that earlier processes spent on the current epoch
         self.about = about(name, folder.name, run, data, device)
@@ -158,19 +157,12 @@ class Trainer:
         if not fits:
             raise checkpoint.foreign(self.folder / LAST)
         self.epoch, self.history = meta["epoch"], meta["history"]
-        self._tell_other_code(meta.get("made_by", {}))
+        if (self.folder / BEST).exists():
+            self.best_epoch = checkpoint.load_meta(self.folder / BEST)["epoch"]
+        made, before = self.about["made_by"], meta.get("made_by", {})
+        if others := {*before.get("before", []), before.get("fer", UNKNOWN)} - {made["fer"]}:
+            made["before"] = sorted(others)  # the code that trained the epochs so far
         self.best = max([row["val_accuracy"] for row in self.history], default=-1.0)
-
-    def _tell_other_code(self, before: dict[str, Any]) -> None:
-        """Keep in `made_by` by which code the epochs so far were trained, and warn if that is not the code there is."""
-        made, last = self.about["made_by"], before.get("fer", UNKNOWN)
-        if others := {*before.get("before", []), last} - {made["fer"]}:
-            made["before"] = sorted(others)
-        if self.rank == 0 and last != made["fer"]:
-            warnings.warn(
-                f"resumed by other code in fer/ than trained it so far; delete {self.folder} to begin anew",
-                stacklevel=1,
-            )
 
     def train_epoch(self) -> dict[str, Any]:
         """Train, evaluate and save an epoch; returns its row of metrics.jsonl. Raises NonFiniteLoss and Stopped."""
@@ -195,7 +187,8 @@ class Trainer:
         self.epoch, self.step, self.history = self.epoch + 1, 0, [*self.history, row]
         self.counts = Counts(len(self.data.classes), self.device)
         if self.rank == 0:
-            self._save(row["val_accuracy"] > self.best)
+            # best/ may be of this very epoch, from before a crash, and may have been rounded otherwise
+            self._save(row["val_accuracy"] > self.best or self.epoch == self.best_epoch)
         self.since, self.spent = time.perf_counter(), 0.0  # saving counts for no epoch
         self.best = max(self.best, row["val_accuracy"])
         return row

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fer.checkpoint import load_meta
 from fer.errors import UserError
 from fer.made_by import source_hash
-from fer.run_folder import data_name, read_summary
+from fer.run_folder import LAST, data_name, read_summary
 from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
 COLUMNS = ("run", "val", "test", "unleaked", "exact", "papers", "UAR", "F1", "ECE", "params", "epoch", "min")
@@ -65,6 +66,21 @@ def differs(summary: dict[str, Any]) -> bool:
     """Whether the run was trained or evaluated by other code in fer/ than the current one, if in part, or unknown."""
     mixed = "before" in summary.get("trained_by", {})
     return mixed or any(summary.get(key, {}).get("fer") != source_hash() for key in ("trained_by", "made_by"))
+
+
+def other_code(folder: Path) -> str:
+    """What to know of a run of other code in fer/ than there is now, finished or begun; "" if it is none."""
+    last = folder / LAST
+    try:
+        summary = read_summary(folder)
+        made = load_meta(last).get("made_by", {}) if summary is None and last.exists() else None
+    except UserError:  # of a damaged file, which the run itself tells of
+        return ""
+    if summary is not None and differs(summary):
+        return f"the code in fer/ has changed since it was trained; delete {folder} to train it again"
+    if made is not None and made.get("fer") != source_hash():
+        return f"goes on from a checkpoint of other code in fer/; stop it and delete {folder} to begin anew"
+    return ""
 
 
 def _percent(share: float | None) -> str:

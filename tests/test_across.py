@@ -109,6 +109,7 @@ def test_its_own_data_and_equal_labels_of_other_images(folder: Path, trained: Pa
     found, summary = evaluate_across(folder, trained.parents[1]), json.loads((folder / "summary.json").read_text())
     for part, key in itertools.product(("all_classes", "shared_classes"), ("confusion", "accuracy", "recall")):
         assert found[part][key] == summary["test"][key]
+        assert found[part]["ece"] == pytest.approx(summary["test"]["ece"], rel=1e-6)  # before the temperature
     assert (found["coverage"], found["test_hash"]) == (1, summary["test_hash"])
     other = evaluate_across(folder, make_data(tmp_path / "other", seed=1))
     assert (other["test_hash"] == found["test_hash"], other["hash"] == found["hash"]) == (True, False)

@@ -1,6 +1,7 @@
 """Finished runs as rows of text, what a person is told of one, and its picture."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fer.evaluate import evaluate
 from fer.run_folder import read_summary
 from fer.train import fit
 from pipelines import report
-from pipelines.report import COLUMNS, LEGEND, note, row, summaries
+from pipelines.report import COLUMNS, LEGEND, note, other_code, row, summaries
 
 FORMAT_1 = ROOT / "tests" / "golden" / "format1" / "runs"
 
@@ -69,6 +70,23 @@ def test_a_run_of_other_code_is_marked(summary: dict[str, Any], monkeypatch: pyt
     assert mark(trained_by={**summary["trained_by"], "before": ["0" * 12]}) == "*"  # in part
     monkeypatch.setattr(report, "source_hash", lambda: "another")
     assert mark() == "*"
+
+
+def test_a_run_of_other_code_is_told_before_it_is_shown_or_goes_on(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    assert (other_code(folder), other_code(tmp_path / "none")) == ("", "")
+    path = folder / "last/checkpoint.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"made_by": meta["made_by"] | {"fer": "another"}}))
+    assert other_code(folder) == ""  # it is finished: the summary counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "source_hash", lambda: "new")
+        changed = f"the code in fer/ has changed since it was trained; delete {folder} to train it again"
+        assert other_code(folder) == changed
+    (folder / "summary.json").unlink()
+    assert other_code(folder).startswith("goes on from a checkpoint of other code in fer/; stop it and delete ")
+    path.write_text("half")
+    assert other_code(folder) == ""  # the run itself tells
 
 
 def test_runs_of_format_1_stand_in_the_table(trained: Path, summary: dict[str, Any]) -> None:

@@ -167,6 +167,41 @@ def test_what_is_kept_follows_from_the_val_metrics(bars: Path, tmp_path: Path, m
     assert [checkpoint.load_meta(folder / part)["epoch"] for part in ("best", "last")] == [2, 4]
 
 
+def test_best_is_of_the_epoch_that_was_repeated_after_a_crash_between_best_and_last(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere the repeated epoch may be rounded otherwise, and then be no better than those before."""
+    planned = iter([(0.5, 1.0), (0.6, 1.0), (0.45, 1.0), (0.4, 1.0)])
+    counts = SimpleNamespace(result=lambda: dict(zip(("accuracy", "loss"), next(planned))))
+    monkeypatch.setattr(train, "predict_split", lambda *_: (None, counts))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        save = checkpoint.save
+
+        def dying(folder: Path, tensors: Any, meta: dict[str, Any], training: Any) -> None:
+            if folder.name == "last" and meta["epoch"] == 2:
+                raise Cut
+            save(folder, tensors, meta, training)
+
+        patch.setattr(checkpoint, "save", dying)
+        fit("x", small_run(epochs=3), CPU, bars, tmp_path)
+    folder = fit("x", small_run(epochs=3), CPU, bars, tmp_path)
+    rows, best = rows_of(folder), checkpoint.load_meta(folder / "best")
+    assert [row["val_accuracy"] for row in rows] == [0.5, 0.45, 0.4]
+    assert (best["epoch"], best["history"]) == (2, rows[:2])
+
+
+def test_a_run_keeps_by_which_code_it_was_trained(bars: Path, tmp_path: Path) -> None:
+    run = small_run(epochs=3)
+    for code, epoch in (("one", 1), ("two", 2), ("one", 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fer.made_by.source_hash", lambda code=code: code)
+            with suppress(Cut):
+                fit("x", run, CPU, bars, tmp_path, cut_after(epoch) if epoch < 3 else lambda row: None)
+    (folder,) = tmp_path.iterdir()
+    made = checkpoint.load_meta(folder / "last")["made_by"]
+    assert (made["fer"], made["before"]) == ("one", ["two"])
+
+
 # Cut and resumed
 
 

@@ -169,7 +169,7 @@ class Augmenter:
 class Mixture:
     """How a batch is mixed: each image with its neighbour, a random one since the order is shuffled."""
 
-    share: float  # weight of the image itself, in pixels and loss, .5 to 1
+    share: float  # weight of the image itself, in pixels and loss: .5 to 1, of a patch after rounding to whole pixels
     box: tuple[slice, slice] | None  # CutMix: rows and columns taken from the neighbour; None: mixup
 
     @staticmethod
