@@ -10,6 +10,7 @@ from conftest import change, swap, tells
 from test_folders import put, read, rows
 
 from fer.data.readers import table
+from fer.data.source import UNWANTED
 
 NAMES = [f"faces/{n}.png" for n in range(6)]
 
@@ -67,10 +68,27 @@ def test_votes_a_column_for_each_class(tmp_path: Path) -> None:
         ("Glad", "sad"), "votes", ("Glad", "sad", "unknown", "NF")
     )  # fmt: skip
     assert source.table[list(source.vote_columns)].to_numpy().tolist() == votes
-    tells(tmp_path, "data.classes: chooses among hard", read, tmp_path, table.read, classes=("Glad", "sad"))
+    some = read(tmp_path, table.read, classes=("sad", "Glad"))
+    assert some.vote_columns == ("sad", "Glad", "unknown", "NF")
+    tells(tmp_path, "data.classes: the data set has no class joy; known: Glad, sad", read, tmp_path, table.read,
+          classes=("joy", "sad"))  # fmt: skip
     text = [f"{name},{int(n < 2)},{int(n >= 2)}" for n, name in enumerate(NAMES)]  # single votes are labels
     source = read(write(tmp_path, "path,glad,sad", *text), table.read)
     assert (source.labels, [row[2] for row in rows(source).values()]) == ("hard", ["glad"] * 2 + ["sad"] * 4)
+    text = [f"{name},{int(n < 2)},{int(n == 5)},{int(n in (2, 3, 4))}" for n, name in enumerate(NAMES)]
+    some = read(write(tmp_path, "path,glad,bored,sad", *text), table.read, classes=("sad", "glad"))
+    assert (some.labels, [row[2] for row in rows(some).values()]) == ("hard", ["glad"] * 2 + ["sad"] * 3)
+    assert some.left_out[UNWANTED] == NAMES[5:]
+
+
+def test_a_column_that_is_no_class_beside_votes(tmp_path: Path) -> None:
+    text = [f"{name},{n},{9 - n},2{n}" for n, name in enumerate(NAMES)]
+    written = write(tmp_path, "path,happy,sad,age", *text)
+    told = "/labels.csv: holds votes for happy and sad, and a column age, which is no expression: name the columns of"
+    tells(tmp_path, told, read, written, table.read)
+    assert read(written, table.read, classes=("happy", "sad")).vote_columns == ("happy", "sad")
+    told = "/labels.csv: has both a column emotion and columns of votes (happy, sad): leave one of the two out of the"
+    tells(tmp_path, told, read, write(tmp_path, "path,happy,sad,emotion", *text), table.read)
 
 
 @pytest.mark.parametrize("index", ["", "Unnamed: 0", "__index_level_0__"])

@@ -5,6 +5,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,22 @@ import pandas as pd
 
 from fer.data.decode import Box
 from fer.data.found import Entry, Found, one_of, printable
-from fer.data.labels import NO_EMOTION, USAGES
+from fer.data.labels import NO_EMOTION, USAGES, emotion
 from fer.data.picture_files import Pictures
 from fer.data.readers.folders import in_order
 from fer.data.rows import header, table, whole
-from fer.data.source import Face, Source, Wanted, check_names, left_over, names_of, of_faces, subjects_of
+from fer.data.source import (
+    UNWANTED,
+    Face,
+    Source,
+    Wanted,
+    check_classes,
+    check_names,
+    left_over,
+    names_of,
+    of_faces,
+    subjects_of,
+)  # fmt: skip
 from fer.errors import UserError
 
 COLUMNS = {  # what a column is -> its possible names
@@ -33,8 +45,9 @@ REMEDY = "; one table has a row for every picture, with a column split"
 def read(found: Found, wanted: Wanted) -> Source:
     """Read the only table there, and the pictures that it names, relative to itself or to the folder.
 
-    Without a column for the label, every other column holds the votes for the class of its name. Raises UserError, with
-    file and row, for what is missing or does not fit; pictures that the table does not name are left out.
+    Without a column for the label, the columns of `wanted.classes`, or else all others, hold the votes for the class of
+    their name. Raises UserError, with file and row, for what is missing or does not fit; pictures that the table does
+    not name are left out.
     """
     if not found.path.is_dir():
         raise UserError(
@@ -58,11 +71,18 @@ def read(found: Found, wanted: Wanted) -> Source:
     subjects = [printable(row[columns["subject"]]) if columns["subject"] else "" for _, row in rows]
     boxes = [_box(row[columns["box"]], where) if columns["box"] else None for where, row in rows]
     reasons: dict[str, list[str]] = {}
+    others = [name for name in rows[0][1] if name not in columns.values() and not INDEX.fullmatch(name)]
+    emotions = [name for name in others if emotion(name)]
     if columns["label"] is None:
-        names = [name for name in rows[0][1] if name not in columns.values() and not INDEX.fullmatch(name)]
+        names = _vote_columns(entry, others, emotions, wanted.classes)
         votes = _votes(names, rows)
         kept = _first_of_each(entries, boxes, votes.tolist(), rows, reasons)
         return _voted(found, entry, wanted, names, votes, entries, usages, subjects, boxes, kept, reasons)
+    if len(emotions) > 1:
+        raise UserError(
+            f"{entry}: has both a column {columns['label']} and columns of votes ({', '.join(emotions)}): leave one of "
+            "the two out of the table"
+        )
     labels = [row[columns["label"]] for _, row in rows]
     for (where, _), label in zip(rows, labels):
         if not label:
@@ -167,6 +187,20 @@ def _box(text: str, where: str) -> Box:
     return left, top, left + width, top + height
 
 
+def _vote_columns(entry: Entry, others: list[str], emotions: list[str], classes: tuple[str, ...] | None) -> list[str]:
+    """Those of the columns `others` that hold votes; `emotions`: those named after one."""
+    if classes is not None:
+        check_classes(classes, [name for name in others if name not in NO_EMOTION])
+        return [*classes, *(name for name in others if name in NO_EMOTION)]
+    strange = [name for name in others if name not in emotions and name not in NO_EMOTION]
+    if len(emotions) > 1 and strange:
+        raise UserError(
+            f"{entry}: holds votes for {emotions[0]} and {emotions[1]}, and a column {strange[0]}, which is no "
+            "expression: name the columns of votes in data.classes, or leave it out of the table"
+        )
+    return others
+
+
 def _votes(names: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> np.ndarray:
     if len([name for name in names if name not in NO_EMOTION]) < 2:
         where = rows[0][0].rpartition(" ")[0].rpartition(" ")[0]
@@ -175,7 +209,9 @@ def _votes(names: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> 
     for number, (where, row) in enumerate(rows):
         for place, name in enumerate(names):
             if (count := whole(row[name])) is None:
-                raise UserError(f"{where}: {name} has '{row[name]}' votes: must be a whole number, 0 or more")
+                raise UserError(
+                    f"{where}: {name} has '{row[name]}' votes: must be a whole number: 3 of 10, not 0.3; 0 for none"
+                )
             votes[number, place] = count
     return votes
 
@@ -200,20 +236,23 @@ def _voted(
     found: Found, listed: Entry, wanted: Wanted, names: list[str], votes: np.ndarray, entries: list[Entry],
     usages: list[str], subjects: list[str], boxes: list[Box | None], kept: list[int], reasons: dict[str, list[str]],
 ) -> Source:  # fmt: skip
-    """The data set with votes; with a single vote an image, it is one of hard labels."""
+    """The data set with votes; with a single vote an image, it is one of hard labels.
+
+    Where `data.classes` chooses among those, images of the other classes have none.
+    """
     classes = [name for name in names if name not in NO_EMOTION]
     check_names(found, classes)
     columns = [*classes, *(name for name in NO_EMOTION if name in names)]
     votes = votes[np.ix_(kept, [names.index(name) for name in columns])]
+    voters, subset = votes.sum(axis=1), wanted.classes is not None
+    if columns == classes and set(voters.tolist()) <= ({0, 1} if subset else {1}):
+        single = [(i, classes[row.argmax()]) for i, row in zip(kept, votes) if row.any()]
+        faces = [Face(entries[i], usages[i], label, subjects[i], boxes[i]) for i, label in single]
+        if subset:
+            reasons[UNWANTED] = [entries[i].name for i, count in zip(kept, voters) if not count]
+        plain = replace(wanted, classes=None)
+        return of_faces(found, faces, classes, "table", [printable(listed.name)], plain, reasons, [listed])
     chosen = [entries[i] for i in kept]
-    if columns == classes and (votes.sum(axis=1) == 1).all():
-        labels = np.array(classes)[votes.argmax(axis=1)]
-        faces = [Face(entries[i], usages[i], label, subjects[i], boxes[i]) for i, label in zip(kept, labels.tolist())]
-        return of_faces(found, faces, classes, "table", [printable(listed.name)], wanted, reasons, [listed])
-    if wanted.classes is not None:
-        raise UserError(
-            "data.classes: chooses among hard labels only; leave the columns of other votes out of the table"
-        )
     if wanted.subject_pattern is not None:
         subjects = subjects_of(entries, wanted.subject_pattern)
     images = Pictures(chosen, wanted.size, [boxes[i] for i in kept])
