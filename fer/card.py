@@ -5,6 +5,7 @@ from typing import Any
 
 from fer.data.datasets import DATASETS
 from fer.faces.detect import Haar, YuNet
+from fer.made_by import UNKNOWN
 from fer.run_folder import data_name
 from fer.statistics import Interval, share
 
@@ -40,9 +41,15 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
         haar=f"{margins[Haar.name]:g}",
         yunet=f"{margins[YuNet.name]:g}",
         licence=(row.licence if row else "") or "its licence is not stated here",
-        commit=meta.get("made_by", {}).get("commit", "unknown"),
+        commit=commit_of(meta.get("made_by", {})),
     )
     return str(found)
+
+
+def commit_of(made: dict[str, Any]) -> str:
+    """The commit of the code in `made_by`, and whether that code is all in it."""
+    changes = ", and changes that are in no commit: pass on the folder fer/ as well"
+    return str(made.get("commit", UNKNOWN)) + (changes if made.get("changed") is True else "")
 
 
 def _metadata(summary: dict[str, Any], dataset: str) -> Any:

@@ -30,7 +30,9 @@ def made_by(device: torch.device, threads: int) -> dict[str, Any]:
 
 @cache
 def repository() -> tuple[str, bool | str]:
-    """The commit that this package is from, and whether tracked files have changed since; "unknown" without git.
+    """The commit that this package is from, and whether anything has changed since; "unknown" without git.
+
+    That is a file that git tracks, or a new module of this package.
 
     A package that git does not track, such as one installed inside another project, is not from that commit.
     """
@@ -38,7 +40,8 @@ def repository() -> tuple[str, bool | str]:
     if not commit or not _git("ls-files", "--error-unmatch", "__init__.py"):
         return UNKNOWN, UNKNOWN
     differing = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
-    return commit, UNKNOWN if differing is None else bool(differing)
+    new = _git("ls-files", "--others", "--exclude-standard", "--", "*.py")
+    return commit, UNKNOWN if differing is None else bool(differing or new)
 
 
 @cache

@@ -141,7 +141,7 @@ def side(word: str, runs: Path) -> Side:
         raise UserError(f"{word}: no finished run in {runs}; finished: {known}")
     recipes = {_recipe(folder): folder.name for folder, _ in found}
     if len(recipes) > 1:
-        raise UserError(f"{word}: names runs of several recipes, give more of the id: {', '.join(recipes.values())}")
+        raise UserError(f"{word}: names runs of several recipes, give more of the id: {_apart(recipes)}")
     seeds = {_seed(folder): folder.name for folder, _ in found}
     if len(seeds) < len(found):  # as what they start from differs, or how they are called
         names = ", ".join(folder.name for folder, _ in found)
@@ -158,6 +158,15 @@ def _recipe(folder: Path) -> str:
     content = read_config(folder)
     config = {key: value for key, value in content["config"].items() if key != "seed"}
     return json.dumps([config, content["data_hash"]], sort_keys=True)
+
+
+def _apart(recipes: dict[str, str]) -> str:
+    """The names of runs by their `_recipe`, each with the settings in which these differ."""
+    configs, data = zip(*map(json.loads, recipes))
+    table = pd.json_normalize(list(configs)).astype(object).map(json.dumps).assign(data_hash=data)
+    differing = table.loc[:, table.nunique() > 1]
+    settings = (", ".join(f"{key}={value}" for key, value in row.items()) for row in differing.to_dict("records"))
+    return "; ".join(f"{name} ({what})" for name, what in zip(recipes.values(), settings))
 
 
 def _seed(folder: Path) -> int:

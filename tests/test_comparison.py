@@ -91,8 +91,8 @@ def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
 def test_what_is_not_to_be_compared_is_named(tmp_path: Path) -> None:
     first = write_run(tmp_path, "one", 1, right(0.9, 1))
     second = write_run(tmp_path, "one", 2, right(0.9, 1), lr=0.2)
-    several = f"one: names runs of several recipes, give more of the id: {first}, {second}"
-    assert refusal(side, "one", tmp_path) == several
+    several = "one: names runs of several recipes, give more of the id: "
+    assert refusal(side, "one", tmp_path) == f"{several}{first} (lr=0.1); {second} (lr=0.2)"
     for name, hashed in (("again", ["t", "t"]), ("moved", ["t", "u"])):
         for seed, test_hash in enumerate(hashed):
             summary = tmp_path / write_run(tmp_path, name, seed, right(0.9, 1)) / "summary.json"

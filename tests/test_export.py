@@ -12,6 +12,7 @@ from conftest import CLASSES, CPU, doe, refusal, small_run
 from huggingface_hub import ModelCard
 from scipy.special import softmax
 
+from fer.card import commit_of
 from fer.data.dataset import open_data
 from fer.ensemble import combine
 from fer.evaluate import evaluate, read_predictions
@@ -60,6 +61,10 @@ def test_the_folder_is_whole_checked_and_states_the_runs_own_numbers(run: Path, 
     assert found == {name: test[name] for name in ("accuracy", "balanced_accuracy")}
     for text in (f"| test | 40 | {100 * test['accuracy']:.2f} (", f"temperature of {Predictor(run).temperature:g},"):
         assert text in card.text
+    changes = ", and changes that are in no commit: pass on the folder fer/ as well"
+    for made, told in (({"commit": "ab", "changed": False}, "ab"), ({"commit": "ab", "changed": True}, f"ab{changes}")):
+        assert commit_of(made) == told
+    assert commit_of(json.loads((folder / "checkpoint.json").read_text())["made_by"]) in " ".join(card.text.split())
     assert "exists already" in refusal(write_folder, run, folder)
     weights = folder / "model.safetensors"
     content = weights.read_bytes()

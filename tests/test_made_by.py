@@ -63,6 +63,9 @@ def test_the_commit_is_told_where_there_is_one_and_each_change_of_the_code_has_a
     shutil.copytree(copy / "fer", copy / ".venv" / "fer")  # installed into another project
     assert noted(copy / ".venv") == unknown
     assert noted(copy) == (commit, False, digest)  # git does not track the new files
+    (copy / "fer/model.py").touch()  # which a run may be made with
+    assert noted(copy)[:2] == (commit, True)
+    (copy / "fer/model.py").unlink()
     (copy / "README.md").write_text("Changed.\n")
     assert noted(copy) == (commit, True, digest)
     hashes = {digest}
