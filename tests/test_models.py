@@ -1,5 +1,6 @@
 """Every model of the table, and every one of experiments/: it computes, learns, and comes back from its file."""
 
+import importlib
 import re
 from contextlib import chdir
 from pathlib import Path
@@ -16,7 +17,7 @@ from fer.models import MODELS, build_model, mistaken_pixels, origin, random_back
 from fer.models.backbones import BACKBONES
 from fer.models.cost import cost
 from fer.models.embedding_difference import DifferenceOfEmbeddingsNetwork, SameSubject
-from fer.models.network import Network
+from fer.models.network import ModelKind, Network
 from fer.run import Run
 from pipelines import experiments
 
@@ -253,3 +254,33 @@ def test_vgg13_is_the_published_one() -> None:
     kinds = [type(layer).__name__ for layer in model.features]
     assert [kinds.count(kind) for kind in ("Conv2d", "ReLU", "MaxPool2d", "Dropout")] == [10, 10, 4, 4]
     assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.25] * 4 + [0.5] * 2
+
+
+def test_the_model_that_contributing_shows_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tmp_path / "tiny_cnn.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("tiny_cnn").TinyCnn(width=4)
+    # 4 and 8 kernels of 3x3 with a bias each, and 8 weights and a bias for each class
+    assert cost(kind, Input(channels=1), 3).parameters == 4 * (9 + 1) + 8 * (4 * 9 + 1) + 3 * (8 + 1)
+
+
+def test_a_network_that_fails_or_answers_for_other_classes_is_refused() -> None:
+    class Wrong(Network):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return pixel_values.flatten(1)[:, :5]
+
+    class Failing(Wrong):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Kind(ModelKind):
+        name: str = "kind"
+        failing: bool = False
+
+        def build(self, settings: Input, num_labels: int, pretrained: bool) -> Network:
+            return Failing() if self.failing else Wrong()
+
+    assert refusal(cost, Kind(), Input(), 3) == "model kind: its forward returns [1, 5], must be [1, 3]"
+    told = refusal(cost, Kind(failing=True), Input(), 3)
+    assert told.startswith("model kind: its forward fails: TypeError: ")

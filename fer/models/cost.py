@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fer.errors import UserError, first_line
 from fer.input import Input
 from fer.models import build_model
 from fer.models.network import ModelKind
@@ -22,13 +23,19 @@ class Cost:
 def cost(kind: ModelKind, settings: Input, num_labels: int) -> Cost:
     """The cost of a model, counting convolutions, matrix products and attention, but not element-wise operations.
 
-    Nothing is computed or loaded. Raises UserError if a package of the network is missing.
+    Nothing is computed or loaded. Raises UserError if a package of the network is missing, or its code fails.
     """
     with torch.device("meta"):
         model = build_model(kind, settings, num_labels, pretrained=False).eval()
         inputs = model.example(settings)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**inputs)
+            try:
+                logits = model(**inputs)
+            except Exception as error:
+                what = f"{type(error).__name__}: {first_line(error)}"
+                raise UserError(f"model {kind.name}: its forward fails: {what}") from error
+    if logits.shape != (1, num_labels):
+        raise UserError(f"model {kind.name}: its forward returns {list(logits.shape)}, must be [1, {num_labels}]")
     parameters = list(model.parameters())
     return Cost(
         sum(p.numel() for p in parameters),

@@ -163,4 +163,6 @@ def _print_result(folder: Path) -> None:
     if found is not None:
         console.print(Markdown(report.sweep_note(found)))
         name = folder.name.rpartition("-")[0]
-        console.print(f"Plots and trials.csv: {bold(folder)}. Keep the best: [bold]fer sweep apply {name} --as NAME[/]")
+        console.print(f"Plots and trials.csv: {bold(folder)}.")
+        if found["best"]["number"] != 1:  # which is the base, unchanged
+            console.print(f"Keep the best: [bold]fer sweep apply {name} --as NAME[/]")

@@ -266,16 +266,20 @@ def models(words: Words = None) -> None:
     for column in ("parameters", "trainable", "GFLOP", "input"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("network: its weights")
-    missing = []
-    for name, found in _check([*(names or experiments.known()), *changes]).items():
-        run = found.run
+    found, faults = {}, []
+    for asked in [names] if names else [[name] for name in experiments.known()]:  # one bad file hides no other
+        try:
+            found |= _check([*asked, *changes])
+        except UserError as error:
+            faults += error.lines
+    for name, run in ((name, one.run) for name, one in sorted(found.items())):
         networks = [backbone.name for backbone in run.model.backbones().values()] or [run.model.name]
         sources = zip(networks, origin(run.model, run.init_from))
         try:
             price = cost(run.model, run.input, len(CLASSES))
             numbers = f"{price.parameters / 1e6:.2f}M", f"{price.trainable / 1e6:.2f}M", f"{price.gflop:.3g}"
         except UserError as error:
-            missing += [f"{name}: {line}" for line in error.lines]
+            faults += [f"{name}: {line}" for line in error.lines]
             numbers = "-", "-", "-"
         size = f"{run.input.image_size}x{run.input.image_size}x{run.input.channels}"
         table.add_row(name, *numbers, size, escape("\n".join(f"{network}: {source}" for network, source in sources)))
@@ -285,5 +289,5 @@ def models(words: Words = None) -> None:
         "training costs three times that for the trainable part. input: size of the network's input.",
         style="dim",
     )
-    if missing:
-        raise UserError(*missing)
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
