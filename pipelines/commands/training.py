@@ -266,7 +266,8 @@ def models(words: Words = None) -> None:
     for column in ("parameters", "trainable", "GFLOP", "input"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("network: its weights")
-    found, faults = {}, []
+    found: dict[str, Any] = {}
+    faults: list[str] = []
     for asked in [names] if names else [[name] for name in experiments.known()]:  # one bad file hides no other
         try:
             found |= _check([*asked, *changes])
