@@ -21,23 +21,30 @@ from typing import Any
 from urllib.parse import quote
 
 import mlflow
-import numpy as np
 from mlflow import MlflowClient
-from mlflow.data.schema import TensorDatasetSchema
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.types import Schema, TensorSpec
 
 from fer.errors import UserError, first_line, one_line, without_password
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
 from fer.run import Run
 from fer.run_folder import CONFIG, CONFUSION, LOG, PREDICTIONS, SUMMARY, data_name, read_rows, read_summary
-from fer.settings import differing
 from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.params import Promotion
 from pipelines.processes import alive, ended, process_id
+from pipelines.recorded import (
+    BEST_VAL,
+    across_input,
+    across_metrics,
+    batches,
+    data_inputs,
+    data_params,
+    final_metrics,
+    points,
+    run_params,
+)
 from pipelines.registry import RUN_ID, Registry, until_done
 from pipelines.report import across_note, confusion_picture, note
 from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri
@@ -52,31 +59,13 @@ HOST, PROCESS = "fer.host", "fer.process"  # tags: where it is being trained
 STATE = "fer.state"  # tag of a trial: how it ended
 PARENT = "mlflow.parentRunId"  # tag: the MLflow run of the sweep of a trial, or of the run that was evaluated
 NOTE = "mlflow.note.content"  # tag: what MLflow shows as the description
-NOT_METRICS = ("epoch", "time")
-LATER = ("lr", "seconds", "images_per_second")  # of metrics.jsonl: in MLflow below train/, as accuracies come first
 UI = "http://127.0.0.1:5000"  # where `fer ui` serves MLflow, unless told otherwise
-BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
 COLUMNS = [  # of MLflow's table of runs, as `fer ui` opens it
     f"metrics.`{BEST_VAL}`", "metrics.`final/test_accuracy`", "params.`super_resolution.method`",
     "metrics.`final/test_unleaked_accuracy`", "metrics.`final/test_balanced_accuracy`", "params.`epochs`",
     "params.`seed`", "attributes.`Dataset`",
 ]  # fmt: skip
-COMPARED = (  # settings that every run has as params; of the others those that differ from the defaults
-    "model.name", "seed", "epochs", "batch_size", "input.image_size", "loss.name", "optimizer.name", "optimizer.lr",
-    "optimizer.weight_decay", "schedule.name", "precision",
-)  # fmt: skip
-DATA_PARAMS = {  # summary.json of the splits -> params
-    "dataset": "data.dataset",
-    "label_source": "data.label_source",
-    "label_mode": "split.label_mode",
-    "prior_min_votes": "split.prior_min_votes",
-    "train_share": "split.train_share",
-    "seed": "split.seed",
-    "dropped_leaked_train": "split.dropped_leaked_train",
-}
-MEASURED = ("raw_shape", "restored")  # of super_resolution: no settings
 STOPPED = "stopped; the same command resumes it"
-AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 DRAWING = ThreadPoolExecutor(1)  # runs end in many threads; matplotlib is not thread-safe, and opens fonts in each anew
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
 
@@ -272,7 +261,7 @@ class Tracker:
             if found is None:
                 found = self.client.create_run(self.experiment, run_name=ours, tags=tags)
             run_id = found.info.run_id
-            self.client.log_inputs(run_id, [_other_test(result)])
+            self.client.log_inputs(run_id, [across_input(result)])
             tags |= {PARENT: parent.info.run_id, NOTE: across_note(result)}
             self._log(run_id, across_metrics(result), result["finished"], tags, files)
             self._done(run_id, result["finished"])
@@ -367,11 +356,11 @@ class Tracker:
         return run_id
 
     def _describe(self, run_id: str, name: str, run: Run, data: dict[str, Any]) -> None:
-        inputs = _inputs(data)
+        given = data_inputs(data)
         try:
-            self.client.log_inputs(run_id, inputs)
+            self.client.log_inputs(run_id, given)
         except MlflowException:  # another run was creating the same entries; now they exist
-            self.client.log_inputs(run_id, inputs)
+            self.client.log_inputs(run_id, given)
         values = {"experiment": name, **data_params(data), **run_params(run)}
         self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
 
@@ -454,8 +443,8 @@ class _Follower:
     def _send(self) -> bool:
         try:
             for run_id, folder in self.followed():
-                for part in _parts(read_rows(folder)[self.sent.get(run_id, 0) :]):
-                    self.client.log_batch(run_id, metrics=[point for row in part for point in _points(row)])
+                for part in batches(read_rows(folder)[self.sent.get(run_id, 0) :]):
+                    self.client.log_batch(run_id, metrics=[point for row in part for point in points(row)])
                     self.sent[run_id] = self.sent.get(run_id, 0) + len(part)
                     self.on_rows(part)
         except MlflowException:
@@ -517,93 +506,6 @@ class _Trials:
         if best is not None and best.best is not None:
             self.client.log_metric(self.parent, BEST_VAL, best.best, step=len(self.ended))
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
-
-
-def _parts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
-
-
-def _points(row: dict[str, Any]) -> list[Metric]:
-    when = int(row["time"] * 1000)
-    values = {key: value for key, value in row.items() if key not in NOT_METRICS}
-    named = {f"train/{key}" if key in LATER else key: value for key, value in values.items()}
-    return [Metric(key, value, when, row["epoch"]) for key, value in named.items()]
-
-
-def run_params(run: Run) -> dict[str, Any]:
-    """The settings that are compared, and those that differ from the defaults; key -> value."""
-    every = flatten(run.model_dump())
-    return {key: every[key] for key in COMPARED} | flatten(differing(run))
-
-
-def data_params(data: dict[str, Any]) -> dict[str, Any]:
-    """How the data were made, as `data` (summary.json of the splits) tells; key -> value."""
-    found = {name: data[key] for key, name in DATA_PARAMS.items() if key in data}
-    made = {key: value for key, value in data.get("super_resolution", {}).items() if key not in MEASURED}
-    return found | flatten(made, "super_resolution.")
-
-
-def _inputs(data: dict[str, Any]) -> list[DatasetInput]:
-    """A data set for each split, with schema and counts, for MLflow's dataset tab."""
-    shape = (-1, *data["image_shape"])
-    schema = TensorDatasetSchema(
-        Schema([TensorSpec(np.dtype("uint8"), shape, "images")]),
-        Schema([TensorSpec(np.dtype("int64"), (-1,), "labels")]),
-    )
-    found = []
-    for split in ("train", "val", "test"):
-        profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
-        dataset = Dataset(
-            name=data_name(data),
-            digest=f"{data['hash']}-{split}",
-            source_type="dvc",
-            source=json.dumps(data_params(data)),
-            schema=json.dumps(schema.to_dict()),
-            profile=json.dumps(profile),
-        )
-        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
-    return found
-
-
-def _other_test(result: dict[str, Any]) -> DatasetInput:
-    """The test split of another data set, for MLflow's dataset tab."""
-    source, profile = {"data.dataset": result["dataset"]}, {"images": result["test_images"]}
-    dataset = Dataset(result["dataset"], f"{result['hash']}-test", "dvc", json.dumps(source), None, json.dumps(profile))
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])
-
-
-def across_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a run on another data set: `on/...` among all classes, `on_shared/...` among the shared ones."""
-    values: dict[str, float] = {"on/coverage": result["coverage"], "on/images": result["images"]}
-    for prefix, found in (("on", result["all_classes"]), ("on_shared", result["shared_classes"])):
-        values |= {f"{prefix}/{key}": found[key] for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece")}
-        values |= _recalls(f"{prefix}/recall_", found["classes"], found["recall"])
-    return values
-
-
-def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
-    values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
-    values[BEST_VAL] = summary["val"]["accuracy"]
-    for split in ("val", "test", "test_unleaked", "test_unleaked_exact", "test_without_train"):
-        for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
-            if key in summary.get(split, {}):
-                values[f"final/{split}_{key}"] = summary[split][key]
-    return values | _recalls("final/test_recall_", summary["classes"], summary["test"]["recall"])
-
-
-def _recalls(prefix: str, classes: Sequence[str], recalls: Sequence[float | None]) -> dict[str, float]:
-    """The metric of each class; what MLflow allows in no name, as the apostrophe of don't know, becomes _."""
-    named = zip(classes, recalls)
-    return {prefix + re.sub(r"[^\w.\- /]", "_", name): recall for name, recall in named if recall is not None}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"augment": {"flip": .5}} -> {"augment.flip": .5}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _here() -> dict[str, str]:

@@ -14,7 +14,7 @@ COMMANDS = {name for name in MODULES if name.startswith("pipelines.commands.")}
 # framework -> the modules that import it, at whatever place
 OWNERS = {
     "prefect": {"pipelines.flow", "pipelines.flow_page"},
-    "mlflow": {"pipelines.registry", "pipelines.tracking"},
+    "mlflow": {"pipelines.recorded", "pipelines.registry", "pipelines.tracking"},
     "ray": {"pipelines.launch", "pipelines.sweeps.search"},
     "optuna": {"pipelines.sweeps.search"},
     "ruamel": {"pipelines.params"},
@@ -48,7 +48,20 @@ LAYERS = [
 ]  # fmt: skip
 # the same for the modules of pipelines beside its stages, imports inside functions included
 FLOORS = [
-    {*("answering", "check_page", "comparison", "params", "predicting", "processes", "store", "sweeps.files", "ui")},
+    {
+        *(
+            "answering",
+            "check_page",
+            "comparison",
+            "params",
+            "predicting",
+            "processes",
+            "recorded",
+            "store",
+            "sweeps.files",
+            "ui",
+        )
+    },
     {"data_sets", "experiments", "explaining", "flow_page", "promotion", "serving"},
     {"folds", "work"},
     {"launch", "sweeps.settings", "sweeps.space"},

@@ -25,8 +25,9 @@ from fer.train import fit
 from pipelines import tracking
 from pipelines.experiments import Job
 from pipelines.processes import process_id
+from pipelines.recorded import final_metrics
 from pipelines.store import tracking_uri
-from pipelines.tracking import Tracker, final_metrics
+from pipelines.tracking import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

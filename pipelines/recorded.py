@@ -1,0 +1,123 @@
+"""What MLflow is told of a run: params, metrics and data sets, from the files of the run."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from mlflow.data.schema import TensorDatasetSchema
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.types import Schema, TensorSpec
+
+from fer.run import Run
+from fer.run_folder import data_name
+from fer.settings import differing
+
+BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
+NOT_METRICS = ("epoch", "time")
+LATER = ("lr", "seconds", "images_per_second")  # of metrics.jsonl: in MLflow below train/, as accuracies come first
+COMPARED = (  # settings that every run has as params; of the others those that differ from the defaults
+    "model.name", "seed", "epochs", "batch_size", "input.image_size", "loss.name", "optimizer.name", "optimizer.lr",
+    "optimizer.weight_decay", "schedule.name", "precision",
+)  # fmt: skip
+DATA_PARAMS = {  # summary.json of the splits -> params
+    "dataset": "data.dataset",
+    "label_source": "data.label_source",
+    "label_mode": "split.label_mode",
+    "prior_min_votes": "split.prior_min_votes",
+    "train_share": "split.train_share",
+    "seed": "split.seed",
+    "dropped_leaked_train": "split.dropped_leaked_train",
+}
+MEASURED = ("raw_shape", "restored")  # of super_resolution: no settings
+AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
+
+
+def batches(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of metrics.jsonl, as many as go into one call of MLflow."""
+    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
+
+
+def points(row: dict[str, Any]) -> list[Metric]:
+    """The metrics of an epoch, from its row of metrics.jsonl."""
+    when = int(row["time"] * 1000)
+    values = {key: value for key, value in row.items() if key not in NOT_METRICS}
+    named = {f"train/{key}" if key in LATER else key: value for key, value in values.items()}
+    return [Metric(key, value, when, row["epoch"]) for key, value in named.items()]
+
+
+def run_params(run: Run) -> dict[str, Any]:
+    """The settings that are compared, and those that differ from the defaults; key -> value."""
+    every = flatten(run.model_dump())
+    return {key: every[key] for key in COMPARED} | flatten(differing(run))
+
+
+def data_params(data: dict[str, Any]) -> dict[str, Any]:
+    """How the data were made, as `data` (summary.json of the splits) tells; key -> value."""
+    found = {name: data[key] for key, name in DATA_PARAMS.items() if key in data}
+    made = {key: value for key, value in data.get("super_resolution", {}).items() if key not in MEASURED}
+    return found | flatten(made, "super_resolution.")
+
+
+def data_inputs(data: dict[str, Any]) -> list[DatasetInput]:
+    """A data set for each split, with schema and counts, for MLflow's dataset tab."""
+    shape = (-1, *data["image_shape"])
+    schema = TensorDatasetSchema(
+        Schema([TensorSpec(np.dtype("uint8"), shape, "images")]),
+        Schema([TensorSpec(np.dtype("int64"), (-1,), "labels")]),
+    )
+    found = []
+    for split in ("train", "val", "test"):
+        profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
+        dataset = Dataset(
+            name=data_name(data),
+            digest=f"{data['hash']}-{split}",
+            source_type="dvc",
+            source=json.dumps(data_params(data)),
+            schema=json.dumps(schema.to_dict()),
+            profile=json.dumps(profile),
+        )
+        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
+    return found
+
+
+def across_input(result: dict[str, Any]) -> DatasetInput:
+    """The test split of another data set, for MLflow's dataset tab."""
+    source, profile = {"data.dataset": result["dataset"]}, {"images": result["test_images"]}
+    dataset = Dataset(result["dataset"], f"{result['hash']}-test", "dvc", json.dumps(source), None, json.dumps(profile))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])
+
+
+def across_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a run on another data set: `on/...` among all classes, `on_shared/...` among the shared ones."""
+    values: dict[str, float] = {"on/coverage": result["coverage"], "on/images": result["images"]}
+    for prefix, found in (("on", result["all_classes"]), ("on_shared", result["shared_classes"])):
+        values |= {f"{prefix}/{key}": found[key] for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece")}
+        values |= _recalls(f"{prefix}/recall_", found["classes"], found["recall"])
+    return values
+
+
+def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
+    values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
+    values[BEST_VAL] = summary["val"]["accuracy"]
+    for split in ("val", "test", "test_unleaked", "test_unleaked_exact", "test_without_train"):
+        for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
+            if key in summary.get(split, {}):
+                values[f"final/{split}_{key}"] = summary[split][key]
+    return values | _recalls("final/test_recall_", summary["classes"], summary["test"]["recall"])
+
+
+def _recalls(prefix: str, classes: Sequence[str], recalls: Sequence[float | None]) -> dict[str, float]:
+    """The metric of each class; what MLflow allows in no name, as the apostrophe of don't know, becomes _."""
+    named = zip(classes, recalls)
+    return {prefix + re.sub(r"[^\w.\- /]", "_", name): recall for name, recall in named if recall is not None}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"augment": {"flip": .5}} -> {"augment.flip": .5}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
