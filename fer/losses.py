@@ -205,13 +205,13 @@ def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tenso
     weights = class_weights(counts, class_weight).to(prior)
 
     def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        if logits.shape != targets.shape:
+        if not isinstance(logits, Tensor) or logits.shape != targets.shape:
             raise UserError(
                 f"the model's forward returns {_shown(logits)}: must be {_shown(targets)}, a logit for each image and "
                 "class (num_labels of `build`)"
             )
         found = each(logits, labels, targets)
-        if found.shape != labels.shape:  # else the weights would be those of other images
+        if not isinstance(found, Tensor) or found.shape != labels.shape:  # or weights would go astray
             raise UserError(
                 f"loss '{kind.name}' returns {_shown(found)}: must be {_shown(labels)}, a loss for each image"
             )
@@ -220,5 +220,5 @@ def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tenso
     return loss
 
 
-def _shown(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+def _shown(found: object) -> str:
+    return str(list(found.shape)) if isinstance(found, Tensor) else f"a {type(found).__name__}"

@@ -30,16 +30,16 @@ def made_by(device: torch.device, threads: int) -> dict[str, Any]:
 
 @cache
 def repository() -> tuple[str, bool | str]:
-    """The commit that this package is from, and whether anything has changed since; "unknown" without git.
+    """The commit that this package is from, and whether the package has changed since; "unknown" without git.
 
-    That is a file that git tracks, or a new module of this package.
+    Changed means: a file of it that git tracks differs, or it has a new module.
 
     A package that git does not track, such as one installed inside another project, is not from that commit.
     """
     commit = _git("rev-parse", "HEAD")
     if not commit or not _git("ls-files", "--error-unmatch", "__init__.py"):
         return UNKNOWN, UNKNOWN
-    differing = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    differing = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", ".")
     new = _git("ls-files", "--others", "--exclude-standard", "--", "*.py")
     return commit, UNKNOWN if differing is None else bool(differing or new)
 

@@ -184,3 +184,11 @@ def name_of(section: type[Section]) -> str:
 def by_name(*sections: type[Kind]) -> dict[str, type[Kind]]:
     """A table of sections by name."""
     return {name_of(section): section for section in sections}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"augment": {"flip": .5}} -> {"augment.flip": .5}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -186,11 +186,12 @@ class Trainer:
             raise NonFiniteLoss(f"{self.folder.name}: val loss is {row['val_loss']} {where}; {REMEDY}")
         self.epoch, self.step, self.history = self.epoch + 1, 0, [*self.history, row]
         self.counts = Counts(len(self.data.classes), self.device)
+        # best/ may be of this very epoch, from before a crash, and may have been rounded otherwise
+        is_best = row["val_accuracy"] > self.best or self.epoch == self.best_epoch
         if self.rank == 0:
-            # best/ may be of this very epoch, from before a crash, and may have been rounded otherwise
-            self._save(row["val_accuracy"] > self.best or self.epoch == self.best_epoch)
+            self._save(is_best)
         self.since, self.spent = time.perf_counter(), 0.0  # saving counts for no epoch
-        self.best = max(self.best, row["val_accuracy"])
+        self.best = row["val_accuracy"] if is_best else self.best
         return row
 
     def _train(self) -> dict[str, float]:

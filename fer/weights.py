@@ -164,20 +164,15 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
-def misfit(report: dict[str, Any], whole: bool = False) -> str | None:
-    """The first misfit in a report of from_pretrained, which would keep random weights there; None if all fits.
-
-    `whole`: a tensor that the network does not have is one, too.
-    """
+def misfit(report: dict[str, Any]) -> str | None:
+    """The first misfit in a report of from_pretrained, which would keep random weights there; None if all fits."""
     shapes = {
         name: f"{list(found)}, the network needs {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
     }
-    unknown = set(report["unexpected_keys"] if whole else ())
-    bad = sorted({*report["missing_keys"], *shapes, *unknown})
+    bad = sorted({*report["missing_keys"], *shapes})
     if not bad:
         return None
-    what = "is unknown" if bad[0] in unknown else "is missing"
-    what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else what
+    what = f"has shape {shapes[bad[0]]}" if bad[0] in shapes else "is missing"
     return f"tensor {bad[0]} {what} ({len(bad)} tensors in all)"
 
 

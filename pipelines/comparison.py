@@ -18,6 +18,7 @@ from fer.data.near import SAME
 from fer.errors import UserError
 from fer.evaluate import read_evaluated
 from fer.run_folder import PREDICTIONS, SUMMARY, named, read_config, read_summary
+from fer.settings import flatten
 from fer.statistics import Interval
 
 
@@ -162,11 +163,10 @@ def _recipe(folder: Path) -> str:
 
 def _apart(recipes: dict[str, str]) -> str:
     """The names of runs by their `_recipe`, each with the settings in which these differ."""
-    configs, data = zip(*map(json.loads, recipes))
-    table = pd.json_normalize(list(configs)).astype(object).map(json.dumps).assign(data_hash=data)
-    differing = table.loc[:, table.nunique() > 1]
-    settings = (", ".join(f"{key}={value}" for key, value in row.items()) for row in differing.to_dict("records"))
-    return "; ".join(f"{name} ({what})" for name, what in zip(recipes.values(), settings))
+    every = [flatten(config) | {"data": data} for config, data in map(json.loads, recipes)]
+    texts = [{f"{key}={json.dumps(value)}" for key, value in one.items()} for one in every]
+    common = set.intersection(*texts)
+    return "; ".join(f"{name} ({', '.join(sorted(own - common))})" for name, own in zip(recipes.values(), texts))
 
 
 def _seed(folder: Path) -> int:

@@ -34,7 +34,7 @@ class Data(Section):
     sample: Sample | None = None
     """How many faces to draw."""
     classes: list[str] | None = None
-    """The classes to keep, in their order, of a data set with one label an image; all of them without."""
+    """The classes to keep, in their order, of a data set with one label an image, or a table's columns of votes."""
     size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels of the stored images; without, the size that all pictures have, or 112 if their sizes differ."""
     store: Literal["array", "encoded"] = "array"

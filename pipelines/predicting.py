@@ -73,8 +73,8 @@ def until_ctrl_c(wanted: bool) -> Iterator[Callable[[], bool]]:
 def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """The pictures and videos that `paths` name or contain, and how many other files their folders hold.
 
-    Hidden files are left out. Raises UserError for a path that does not exist, a folder that cannot be read, and if
-    there is nothing to predict.
+    Hidden files and those that systems leave behind are left out. Raises UserError for a path that does not exist, a
+    folder that cannot be read, and if there is nothing to predict.
     """
     known = set(Image.registered_extensions()) | VIDEOS
     found: list[Path] = []

@@ -12,7 +12,7 @@ from mlflow.types import Schema, TensorSpec
 
 from fer.run import Run
 from fer.run_folder import data_name
-from fer.settings import differing
+from fer.settings import differing, flatten
 
 BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
 NOT_METRICS = ("epoch", "time")
@@ -113,11 +113,3 @@ def _recalls(prefix: str, classes: Sequence[str], recalls: Sequence[float | None
     """The metric of each class; what MLflow allows in no name, as the apostrophe of don't know, becomes _."""
     named = zip(classes, recalls)
     return {prefix + re.sub(r"[^\w.\- /]", "_", name): recall for name, recall in named if recall is not None}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"augment": {"flip": .5}} -> {"augment.flip": .5}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

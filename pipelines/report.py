@@ -69,18 +69,19 @@ def differs(summary: dict[str, Any]) -> bool:
 
 
 def other_code(folder: Path) -> str:
-    """What to know of a run of other code in fer/ than there is now, finished or begun; "" if it is none."""
+    """What to know of a run that other code in fer/ than there is now trained, at least in part; "" if none did."""
     last = folder / LAST
     try:
         summary = read_summary(folder)
-        made = load_meta(last).get("made_by", {}) if summary is None and last.exists() else None
+        if summary is None and not last.exists():
+            return ""
+        made = load_meta(last).get("made_by", {}) if summary is None else summary.get("trained_by", {})
     except UserError:  # of a damaged file, which the run itself tells of
         return ""
-    if summary is not None and differs(summary):
-        return f"the code in fer/ has changed since it was trained; delete {folder} to train it again"
-    if made is not None and made.get("fer") != source_hash():
-        return f"goes on from a checkpoint of other code in fer/; stop it and delete {folder} to begin anew"
-    return ""
+    if made.get("fer") == source_hash() and "before" not in made:
+        return ""
+    what = "goes on from a checkpoint" if summary is None else "was trained"
+    return f"{what}, at least in part, by other code in fer/ than there is now; delete {folder} to train it anew"
 
 
 def _percent(share: float | None) -> str:
@@ -92,7 +93,7 @@ def note(summary: dict[str, Any]) -> str:
     test, data = summary["test"], summary["data"]
     unleaked = summary.get("test_unleaked", summary["test_unleaked_exact"])
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
-    best = f"epoch {summary['best_epoch']} of {summary['epochs']}"
+    best, made = f"epoch {summary['best_epoch']} of {summary['epochs']}", summary.get("trained_by", {})
     return (
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
         f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} "
@@ -100,7 +101,7 @@ def note(summary: dict[str, Any]) -> str:
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
         f"Data: {data_name(data)} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
         f"Metrics in `final/` are those of the best epoch; the others are curves. "
-        f"Code: commit {summary.get('trained_by', {}).get('commit', 'unknown')}."
+        f"Code: commit {made.get('commit', 'unknown')}{' (with changes)' if made.get('changed') is True else ''}."
     )
 
 

@@ -131,7 +131,9 @@ def _of_error(error: Exception, folder: Path) -> Ended:
         return Ended("mistake", f"batch_size: batch norm needs two images in a part of a batch: raise it ({reason})")
     if isinstance(error, torch.OutOfMemoryError):
         reason += "; lower batch_size or resources.eval_batch_size, or raise resources.accumulate"
-    return Ended("fault", f"{type(error).__name__}: {reason} ({_where(error)}; full log: {folder / LOG})")
+    kind = type(error).__name__
+    what = kind if reason == kind else f"{kind}: {reason}"  # of an error without a message
+    return Ended("fault", f"{what} ({_where(error)}; full log: {folder / LOG})")
 
 
 def _where(error: BaseException) -> str:

@@ -58,6 +58,15 @@ def test_a_mistake_on_the_command_line(words: list[str], message: str, project: 
     assert done.stderr.count("\n") == 1
 
 
+def test_a_broken_experiment_hides_no_other_model(project: Path, here: Here) -> None:
+    broken = Path("experiments/broken.yaml")
+    broken.write_text("# A mistake.\nmodel: vgg13\nepoch: 3\n")
+    done = here("models")
+    broken.unlink()
+    assert (done.returncode, "small_resnet_nr" in done.stdout, "vgg13_small" in done.stdout) == (2, True, True)
+    assert done.stderr == "error: experiments/broken.yaml: epoch: unknown key, did you mean 'epochs'?\n"
+
+
 def test_a_port_that_is_none_and_the_version(here: Here) -> None:
     for option, port in (("--mlflow-port", "99999999"), ("--prefect-port", "0")):
         done = here("ui", option, port)

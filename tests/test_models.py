@@ -283,4 +283,4 @@ def test_a_network_that_fails_or_answers_for_other_classes_is_refused() -> None:
 
     assert refusal(cost, Kind(), Input(), 3) == "model kind: its forward returns [1, 5], must be [1, 3]"
     told = refusal(cost, Kind(failing=True), Input(), 3)
-    assert told.startswith("model kind: its forward fails: TypeError: ")
+    assert told.startswith("model kind: cannot be counted on tensors without numbers: TypeError: ")

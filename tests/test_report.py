@@ -81,10 +81,12 @@ def test_a_run_of_other_code_is_told_before_it_is_shown_or_goes_on(trained: Path
     assert other_code(folder) == ""  # it is finished: the summary counts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "source_hash", lambda: "new")
-        changed = f"the code in fer/ has changed since it was trained; delete {folder} to train it again"
-        assert other_code(folder) == changed
+        changed = f"by other code in fer/ than there is now; delete {folder} to train it anew"
+        assert other_code(folder) == f"was trained, at least in part, {changed}"
     (folder / "summary.json").unlink()
-    assert other_code(folder).startswith("goes on from a checkpoint of other code in fer/; stop it and delete ")
+    assert other_code(folder) == f"goes on from a checkpoint, at least in part, {changed}"
+    path.write_text(json.dumps(meta | {"made_by": meta["made_by"] | {"before": ["another"]}}))
+    assert other_code(folder) == f"goes on from a checkpoint, at least in part, {changed}"
     path.write_text("half")
     assert other_code(folder) == ""  # the run itself tells
 

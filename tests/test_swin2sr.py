@@ -111,8 +111,6 @@ OTHERS: list[tuple[Callable[[Path], object], str]] = [
         f"{UNFIT} {FIRST} is missing (2 tensors in all); {REMEDY}"),
     (lambda folder: tensors(folder, lambda all: all | {LAST: torch.ones(4)}),
         f"{UNFIT} {LAST} has shape [4], the network needs [3] (1 tensors in all); {REMEDY}"),
-    (lambda folder: tensors(folder, lambda all: all | {"swin2sr.another": torch.ones(4)}),
-        f"{UNFIT} swin2sr.another is unknown (1 tensors in all); {REMEDY}"),
 ]  # fmt: skip
 LOST = "Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
 

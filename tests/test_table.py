@@ -84,11 +84,15 @@ def test_votes_a_column_for_each_class(tmp_path: Path) -> None:
 def test_a_column_that_is_no_class_beside_votes(tmp_path: Path) -> None:
     text = [f"{name},{n},{9 - n},2{n}" for n, name in enumerate(NAMES)]
     written = write(tmp_path, "path,happy,sad,age", *text)
-    told = "/labels.csv: holds votes for happy and sad, and a column age, which is no expression: name the columns of"
+    told = "/labels.csv: holds votes for happy and sad, and a column age, which is no expression known here: name all"
     tells(tmp_path, told, read, written, table.read)
     assert read(written, table.read, classes=("happy", "sad")).vote_columns == ("happy", "sad")
-    told = "/labels.csv: has both a column emotion and columns of votes (happy, sad): leave one of the two out of the"
+    told = "data.classes: leaves out the votes for sad of "
+    tells(tmp_path, told, read, written, table.read, classes=("happy", "age"))
+    told = "/labels.csv: has both a column emotion and votes for happy, sad: leave one of the two out of the table"
     tells(tmp_path, told, read, write(tmp_path, "path,happy,sad,emotion", *text), table.read)
+    text = [f"{name},0.{n},0.{9 - n},a" for n, name in enumerate(NAMES)]  # scores beside a label
+    assert read(write(tmp_path, "path,happy,sad,emotion", *text), table.read).classes == ("a",)
 
 
 @pytest.mark.parametrize("index", ["", "Unnamed: 0", "__index_level_0__"])

@@ -171,7 +171,7 @@ def test_best_is_of_the_epoch_that_was_repeated_after_a_crash_between_best_and_l
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Elsewhere the repeated epoch may be rounded otherwise, and then be no better than those before."""
-    planned = iter([(0.5, 1.0), (0.6, 1.0), (0.45, 1.0), (0.4, 1.0)])
+    planned = iter([(0.5, 1.0), (0.6, 1.0), (0.45, 1.0), (0.4, 1.0), (0.48, 1.0)])
     counts = SimpleNamespace(result=lambda: dict(zip(("accuracy", "loss"), next(planned))))
     monkeypatch.setattr(train, "predict_split", lambda *_: (None, counts))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
@@ -183,8 +183,10 @@ def test_best_is_of_the_epoch_that_was_repeated_after_a_crash_between_best_and_l
             save(folder, tensors, meta, training)
 
         patch.setattr(checkpoint, "save", dying)
-        fit("x", small_run(epochs=3), CPU, bars, tmp_path)
-    folder = fit("x", small_run(epochs=3), CPU, bars, tmp_path)
+        fit("x", small_run(epochs=4), CPU, bars, tmp_path)
+    with pytest.raises(Cut):
+        fit("x", small_run(epochs=4), CPU, bars, tmp_path, cut_after(3))
+    (folder,) = tmp_path.iterdir()
     rows, best = rows_of(folder), checkpoint.load_meta(folder / "best")
     assert [row["val_accuracy"] for row in rows] == [0.5, 0.45, 0.4]
     assert (best["epoch"], best["history"]) == (2, rows[:2])

@@ -12,11 +12,11 @@ def hold_out(rows: pd.DataFrame, labels: np.ndarray, val_share: float, test_shar
     """`rows` with a usage for each, as `read_labels` returns them; `labels` int64 [N], -1 for an image without one.
 
     Without val, `val_share` of train becomes val; without any split, `test_share` and `val_share` of all images become
-    test and val. Images of one subject stay together, as do images with the same pixels; each class keeps an image in
-    train. Drawn with `seed`. Raises UserError where there are too few to do so.
+    test and val. Images of one subject stay together, as do labelled images with the same pixels; each class keeps an
+    image in train. Drawn with `seed`. Raises UserError where there are too few to do so.
     """
     usage = rows["usage"].to_numpy(object).copy()
-    together = connected([firsts(named(rows["subject"])), firsts(named(rows["sha1"]))])
+    together = connected([firsts(named(rows["subject"])), firsts(named(np.where(labels < 0, "", rows["sha1"])))])
     groups = np.where(rows["subject"] != "", "subject " + rows["subject"], "pixels " + rows["sha1"])
     groups = groups[np.unique(together, return_index=True)[1]][together]  # the name of its first image
     rng = np.random.default_rng([seed, 3])
@@ -62,7 +62,8 @@ def _drawn(
         if not len(gains) or gains.max() == -np.inf:
             raise UserError(
                 f"split {name}: none in the data set, and train has too few images or subjects to take one out of it "
-                f"({int(pool.sum())} images, {len(names)} subjects or different images): add images, or a split {name}"
+                f"({int(pool.sum())} images in {len(names)} groups, each of a subject or of subjects that share a "
+                f"picture): add images, or a split {name}"
             )
         chosen[gains.argmax()] = True
     result = np.zeros(len(pool), bool)
@@ -87,5 +88,5 @@ def connected(links: list[np.ndarray]) -> np.ndarray:
     `links`: int64 [2, L] pairs of images that belong together; those of `firsts` name every image.
     """
     pairs = np.concatenate(links, 1)
-    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(pairs.max() + 1,) * 2)
+    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(pairs.max(initial=-1) + 1,) * 2)
     return connected_components(graph, directed=False)[1].astype(np.int64)

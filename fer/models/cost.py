@@ -25,17 +25,20 @@ def cost(kind: ModelKind, settings: Input, num_labels: int) -> Cost:
 
     Nothing is computed or loaded. Raises UserError if a package of the network is missing, or its code fails.
     """
-    with torch.device("meta"):
-        model = build_model(kind, settings, num_labels, pretrained=False).eval()
-        inputs = model.example(settings)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            try:
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = build_model(kind, settings, num_labels, pretrained=False).eval()
+            inputs = model.example(settings)
+            with FlopCounterMode(display=False) as counter:
                 logits = model(**inputs)
-            except Exception as error:
-                what = f"{type(error).__name__}: {first_line(error)}"
-                raise UserError(f"model {kind.name}: its forward fails: {what}") from error
-    if logits.shape != (1, num_labels):
-        raise UserError(f"model {kind.name}: its forward returns {list(logits.shape)}, must be [1, {num_labels}]")
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"model {kind.name}: cannot be counted on tensors without numbers: {what}") from error
+    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+    if shape != [1, num_labels]:
+        raise UserError(f"model {kind.name}: its forward returns {shape}, must be [1, {num_labels}]")
     parameters = list(model.parameters())
     return Cost(
         sum(p.numel() for p in parameters),

@@ -54,7 +54,7 @@ def load_swin2sr(source: str, scale: int, key: str) -> nn.Module:
             f"{key}: cannot load '{source}': {reason}. "
             "Use a hub id that can be reached, or a local folder with config.json and model.safetensors"
         ) from None
-    if wrong := misfit(report, whole=True):
+    if wrong := misfit(report):
         raise UserError(
             f"{key}: '{source}' does not match its config.json: {wrong}; download it again or use another network"
         )

@@ -266,13 +266,7 @@ def models(words: Words = None) -> None:
     for column in ("parameters", "trainable", "GFLOP", "input"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("network: its weights")
-    found: dict[str, Any] = {}
-    faults: list[str] = []
-    for asked in [names] if names else [[name] for name in experiments.known()]:  # one bad file hides no other
-        try:
-            found |= _check([*asked, *changes])
-        except UserError as error:
-            faults += error.lines
+    found, faults = _of_all(names, changes)
     for name, run in ((name, one.run) for name, one in sorted(found.items())):
         networks = [backbone.name for backbone in run.model.backbones().values()] or [run.model.name]
         sources = zip(networks, origin(run.model, run.init_from))
@@ -292,3 +286,22 @@ def models(words: Words = None) -> None:
     )
     if faults:
         raise UserError(*dict.fromkeys(faults))
+
+
+def _of_all(names: list[str], changes: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The experiments in `names`, or all, and what is wrong with files of these, as one of them hides no other."""
+    from pipelines import experiments
+
+    if names:
+        return _check([*names, *changes]), []
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    try:
+        return _check([*experiments.known(), *changes]), []
+    except UserError:  # told below, for each file
+        for name in experiments.known():
+            try:
+                found |= _check([name, *changes])
+            except UserError as error:
+                faults += error.lines
+    return found, faults

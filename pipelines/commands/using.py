@@ -97,7 +97,7 @@ def predict(
             if annotated is not None:
                 found = annotate.annotate(found, annotated, predictor.classes)
             counts, moving = _written(found, predictor.classes, out, smooth is not None)
-    if smooth is not None and not moving:
+    if smooth is not None and camera is None and not moving:
         console.print("--smooth: no file with several frames, so nothing was averaged", style="yellow")
     for what, count in counts.most_common():
         console.print(f"{count:6}  {what}", highlight=False, markup=False)

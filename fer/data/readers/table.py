@@ -5,7 +5,6 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from fer.data.picture_files import Pictures
 from fer.data.readers.folders import in_order
 from fer.data.rows import header, table, whole
 from fer.data.source import (
-    UNWANTED,
     Face,
     Source,
     Wanted,
@@ -74,14 +72,15 @@ def read(found: Found, wanted: Wanted) -> Source:
     others = [name for name in rows[0][1] if name not in columns.values() and not INDEX.fullmatch(name)]
     emotions = [name for name in others if emotion(name)]
     if columns["label"] is None:
-        names = _vote_columns(entry, others, emotions, wanted.classes)
+        single = all(sorted(whole(row[name]) or 0 for name in others)[-2:] == [0, 1] for _, row in rows)
+        names = others if single else _vote_columns(entry, others, emotions, wanted.classes)
         votes = _votes(names, rows)
         kept = _first_of_each(entries, boxes, votes.tolist(), rows, reasons)
         return _voted(found, entry, wanted, names, votes, entries, usages, subjects, boxes, kept, reasons)
-    if len(emotions) > 1:
+    if len(emotions) > 1 and all(whole(row[name]) is not None for _, row in rows for name in emotions):
         raise UserError(
-            f"{entry}: has both a column {columns['label']} and columns of votes ({', '.join(emotions)}): leave one of "
-            "the two out of the table"
+            f"{entry}: has both a column {columns['label']} and votes for {', '.join(emotions)}: leave one of the two "
+            "out of the table"
         )
     labels = [row[columns["label"]] for _, row in rows]
     for (where, _), label in zip(rows, labels):
@@ -191,12 +190,17 @@ def _vote_columns(entry: Entry, others: list[str], emotions: list[str], classes:
     """Those of the columns `others` that hold votes; `emotions`: those named after one."""
     if classes is not None:
         check_classes(classes, [name for name in others if name not in NO_EMOTION])
+        if lost := [name for name in emotions if name not in classes]:
+            raise UserError(
+                f"data.classes: leaves out the votes for {lost[0]} of {entry}, without which labels would be others: "
+                "name all columns of votes"
+            )
         return [*classes, *(name for name in others if name in NO_EMOTION)]
     strange = [name for name in others if name not in emotions and name not in NO_EMOTION]
     if len(emotions) > 1 and strange:
         raise UserError(
             f"{entry}: holds votes for {emotions[0]} and {emotions[1]}, and a column {strange[0]}, which is no "
-            "expression: name the columns of votes in data.classes, or leave it out of the table"
+            "expression known here: name all columns of votes in data.classes, or leave that column out"
         )
     return others
 
@@ -236,22 +240,15 @@ def _voted(
     found: Found, listed: Entry, wanted: Wanted, names: list[str], votes: np.ndarray, entries: list[Entry],
     usages: list[str], subjects: list[str], boxes: list[Box | None], kept: list[int], reasons: dict[str, list[str]],
 ) -> Source:  # fmt: skip
-    """The data set with votes; with a single vote an image, it is one of hard labels.
-
-    Where `data.classes` chooses among those, images of the other classes have none.
-    """
+    """The data set with votes; with a single vote an image, it is one of hard labels."""
     classes = [name for name in names if name not in NO_EMOTION]
     check_names(found, classes)
     columns = [*classes, *(name for name in NO_EMOTION if name in names)]
     votes = votes[np.ix_(kept, [names.index(name) for name in columns])]
-    voters, subset = votes.sum(axis=1), wanted.classes is not None
-    if columns == classes and set(voters.tolist()) <= ({0, 1} if subset else {1}):
-        single = [(i, classes[row.argmax()]) for i, row in zip(kept, votes) if row.any()]
-        faces = [Face(entries[i], usages[i], label, subjects[i], boxes[i]) for i, label in single]
-        if subset:
-            reasons[UNWANTED] = [entries[i].name for i, count in zip(kept, voters) if not count]
-        plain = replace(wanted, classes=None)
-        return of_faces(found, faces, classes, "table", [printable(listed.name)], plain, reasons, [listed])
+    if columns == classes and (votes.sum(axis=1) == 1).all():
+        labels = np.array(classes)[votes.argmax(axis=1)]
+        faces = [Face(entries[i], usages[i], label, subjects[i], boxes[i]) for i, label in zip(kept, labels.tolist())]
+        return of_faces(found, faces, classes, "table", [printable(listed.name)], wanted, reasons, [listed])
     chosen = [entries[i] for i in kept]
     if wanted.subject_pattern is not None:
         subjects = subjects_of(entries, wanted.subject_pattern)
