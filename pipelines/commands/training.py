@@ -298,10 +298,12 @@ def _of_all(names: list[str], changes: list[str]) -> tuple[dict[str, Any], list[
     faults: list[str] = []
     try:
         return _check([*experiments.known(), *changes]), []
-    except UserError:  # told below, for each file
+    except UserError:
         for name in experiments.known():
             try:
                 found |= _check([name, *changes])
             except UserError as error:
                 faults += error.lines
+        if not found:  # as the fault is in none of them
+            raise
     return found, faults
