@@ -61,7 +61,7 @@ def _train(words: list[str], folds: str | None) -> None:
     folders, failed = [job.folder for job in jobs.values()], {}
     for name, job in jobs.items():
         if line := report.other_code(job.folder):
-            console.print(f"{name}: {line}", style="yellow", highlight=False, markup=False)
+            console.print(f"{name}: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if all(flow.recorded(job, tracker) for job in jobs.values()) and (
         folds is None or flow.sums_recorded(jobs, tracker)
     ):
