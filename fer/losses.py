@@ -199,7 +199,7 @@ def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tenso
     It is divided by the batch size, not by the sum of the weights, so that the losses of equal parts of a batch average
     to that of the whole. `class_weight`: the power in `class_weights`. `prior`: class prior D of the data, [C, C], on
     the device of the logits. `counts`: training images per class, int64 [C]. `expected`: draw nothing at random.
-    The loss raises UserError where a model of another shape of logits, or a kind of another shape of losses, meets it.
+    The loss raises UserError if the logits, or the losses of `kind`, are of another shape.
     """
     each = (kind.build_expected if expected else kind.build)(prior, counts)
     weights = class_weights(counts, class_weight).to(prior)

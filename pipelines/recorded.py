@@ -1,17 +1,10 @@
-"""What MLflow is told of a run: params, metrics and data sets, from the files of the run."""
+"""What MLflow is told of a run, params and metrics, from the files of the run."""
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from mlflow.data.schema import TensorDatasetSchema
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
-from mlflow.types import Schema, TensorSpec
-
 from fer.run import Run
-from fer.run_folder import data_name
 from fer.settings import differing, flatten
 
 BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
@@ -31,20 +24,12 @@ DATA_PARAMS = {  # summary.json of the splits -> params
     "dropped_leaked_train": "split.dropped_leaked_train",
 }
 MEASURED = ("raw_shape", "restored")  # of super_resolution: no settings
-AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 
 
-def batches(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of metrics.jsonl, as many as go into one call of MLflow."""
-    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
-
-
-def points(row: dict[str, Any]) -> list[Metric]:
+def epoch_metrics(row: dict[str, Any]) -> dict[str, float]:
     """The metrics of an epoch, from its row of metrics.jsonl."""
-    when = int(row["time"] * 1000)
     values = {key: value for key, value in row.items() if key not in NOT_METRICS}
-    named = {f"train/{key}" if key in LATER else key: value for key, value in values.items()}
-    return [Metric(key, value, when, row["epoch"]) for key, value in named.items()]
+    return {f"train/{key}" if key in LATER else key: value for key, value in values.items()}
 
 
 def run_params(run: Run) -> dict[str, Any]:
@@ -58,35 +43,6 @@ def data_params(data: dict[str, Any]) -> dict[str, Any]:
     found = {name: data[key] for key, name in DATA_PARAMS.items() if key in data}
     made = {key: value for key, value in data.get("super_resolution", {}).items() if key not in MEASURED}
     return found | flatten(made, "super_resolution.")
-
-
-def data_inputs(data: dict[str, Any]) -> list[DatasetInput]:
-    """A data set for each split, with schema and counts, for MLflow's dataset tab."""
-    shape = (-1, *data["image_shape"])
-    schema = TensorDatasetSchema(
-        Schema([TensorSpec(np.dtype("uint8"), shape, "images")]),
-        Schema([TensorSpec(np.dtype("int64"), (-1,), "labels")]),
-    )
-    found = []
-    for split in ("train", "val", "test"):
-        profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
-        dataset = Dataset(
-            name=data_name(data),
-            digest=f"{data['hash']}-{split}",
-            source_type="dvc",
-            source=json.dumps(data_params(data)),
-            schema=json.dumps(schema.to_dict()),
-            profile=json.dumps(profile),
-        )
-        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
-    return found
-
-
-def across_input(result: dict[str, Any]) -> DatasetInput:
-    """The test split of another data set, for MLflow's dataset tab."""
-    source, profile = {"data.dataset": result["dataset"]}, {"images": result["test_images"]}
-    dataset = Dataset(result["dataset"], f"{result['hash']}-test", "dvc", json.dumps(source), None, json.dumps(profile))
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])
 
 
 def across_metrics(result: dict[str, Any]) -> dict[str, float]:

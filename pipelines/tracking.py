@@ -21,9 +21,12 @@ from typing import Any
 from urllib.parse import quote
 
 import mlflow
+import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.data.schema import TensorDatasetSchema
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.types import Schema, TensorSpec
 
 from fer.errors import UserError, first_line, one_line, without_password
 from fer.made_by import UNKNOWN, repository
@@ -34,17 +37,7 @@ from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.params import Promotion
 from pipelines.processes import alive, ended, process_id
-from pipelines.recorded import (
-    BEST_VAL,
-    across_input,
-    across_metrics,
-    batches,
-    data_inputs,
-    data_params,
-    final_metrics,
-    points,
-    run_params,
-)
+from pipelines.recorded import BEST_VAL, across_metrics, data_params, epoch_metrics, final_metrics, run_params
 from pipelines.registry import RUN_ID, Registry, until_done
 from pipelines.report import across_note, confusion_picture, note
 from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri
@@ -66,6 +59,7 @@ COLUMNS = [  # of MLflow's table of runs, as `fer ui` opens it
     "params.`seed`", "attributes.`Dataset`",
 ]  # fmt: skip
 STOPPED = "stopped; the same command resumes it"
+AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 DRAWING = ThreadPoolExecutor(1)  # runs end in many threads; matplotlib is not thread-safe, and opens fonts in each anew
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
 
@@ -261,7 +255,7 @@ class Tracker:
             if found is None:
                 found = self.client.create_run(self.experiment, run_name=ours, tags=tags)
             run_id = found.info.run_id
-            self.client.log_inputs(run_id, [across_input(result)])
+            self.client.log_inputs(run_id, [_across_input(result)])
             tags |= {PARENT: parent.info.run_id, NOTE: across_note(result)}
             self._log(run_id, across_metrics(result), result["finished"], tags, files)
             self._done(run_id, result["finished"])
@@ -356,7 +350,7 @@ class Tracker:
         return run_id
 
     def _describe(self, run_id: str, name: str, run: Run, data: dict[str, Any]) -> None:
-        given = data_inputs(data)
+        given = _data_inputs(data)
         try:
             self.client.log_inputs(run_id, given)
         except MlflowException:  # another run was creating the same entries; now they exist
@@ -443,8 +437,8 @@ class _Follower:
     def _send(self) -> bool:
         try:
             for run_id, folder in self.followed():
-                for part in batches(read_rows(folder)[self.sent.get(run_id, 0) :]):
-                    self.client.log_batch(run_id, metrics=[point for row in part for point in points(row)])
+                for part in _batches(read_rows(folder)[self.sent.get(run_id, 0) :]):
+                    self.client.log_batch(run_id, metrics=[point for row in part for point in _points(row)])
                     self.sent[run_id] = self.sent.get(run_id, 0) + len(part)
                     self.on_rows(part)
         except MlflowException:
@@ -506,6 +500,45 @@ class _Trials:
         if best is not None and best.best is not None:
             self.client.log_metric(self.parent, BEST_VAL, best.best, step=len(self.ended))
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
+
+
+def _batches(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of metrics.jsonl, as many as go into one call of MLflow."""
+    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
+
+
+def _points(row: dict[str, Any]) -> list[Metric]:
+    when = int(row["time"] * 1000)
+    return [Metric(key, value, when, row["epoch"]) for key, value in epoch_metrics(row).items()]
+
+
+def _data_inputs(data: dict[str, Any]) -> list[DatasetInput]:
+    """A data set for each split, with schema and counts, for MLflow's dataset tab."""
+    shape = (-1, *data["image_shape"])
+    schema = TensorDatasetSchema(
+        Schema([TensorSpec(np.dtype("uint8"), shape, "images")]),
+        Schema([TensorSpec(np.dtype("int64"), (-1,), "labels")]),
+    )
+    found = []
+    for split in ("train", "val", "test"):
+        profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
+        dataset = Dataset(
+            name=data_name(data),
+            digest=f"{data['hash']}-{split}",
+            source_type="dvc",
+            source=json.dumps(data_params(data)),
+            schema=json.dumps(schema.to_dict()),
+            profile=json.dumps(profile),
+        )
+        found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
+    return found
+
+
+def _across_input(result: dict[str, Any]) -> DatasetInput:
+    """The test split of another data set, for MLflow's dataset tab."""
+    source, profile = {"data.dataset": result["dataset"]}, {"images": result["test_images"]}
+    dataset = Dataset(result["dataset"], f"{result['hash']}-test", "dvc", json.dumps(source), None, json.dumps(profile))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])
 
 
 def _here() -> dict[str, str]:

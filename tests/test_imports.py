@@ -14,7 +14,7 @@ COMMANDS = {name for name in MODULES if name.startswith("pipelines.commands.")}
 # framework -> the modules that import it, at whatever place
 OWNERS = {
     "prefect": {"pipelines.flow", "pipelines.flow_page"},
-    "mlflow": {"pipelines.recorded", "pipelines.registry", "pipelines.tracking"},
+    "mlflow": {"pipelines.registry", "pipelines.tracking"},
     "ray": {"pipelines.launch", "pipelines.sweeps.search"},
     "optuna": {"pipelines.sweeps.search"},
     "ruamel": {"pipelines.params"},
