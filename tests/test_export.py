@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import CLASSES, CPU, doe, refusal, small_run
 from huggingface_hub import ModelCard
 from scipy.special import softmax
@@ -16,7 +18,7 @@ from fer.card import commit_of
 from fer.data.dataset import open_data
 from fer.ensemble import combine
 from fer.evaluate import evaluate, read_predictions
-from fer.export import write_folder, write_onnx
+from fer.export import _difference, write_folder, write_onnx
 from fer.files import sha256
 from fer.predict import Predictor
 from fer.statistics import temperature
@@ -107,3 +109,15 @@ def test_what_cannot_be_given_away_is_said(
     told = "onnxruntime is not installed: pip install -c constraints.txt -e '.[onnx]'"
     assert told in refusal(write_onnx, run, tmp_path / "given")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_no_number_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(shape=["batch"])]
+
+        def run(self, _: None, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [np.full((len(given["faces"]), 3), np.nan if len(given["faces"]) == 3 else 0, np.float32)]
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: Session())
+    assert np.isnan(_difference(Path("x.onnx"), lambda faces: torch.zeros(len(faces), 3), (4, 4)))
