@@ -1,4 +1,4 @@
-"""A finished run on the test split of another data set, whose classes are matched by their names."""
+"""A finished run, or a checkpoint alone, on the test split of a data set, whose classes are matched by their names."""
 
 import hashlib
 import re
@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fer.checkpoint import META, load_meta
 from fer.data.aliases import Match, match
 from fer.data.dataset import DataSet, Split, feed, open_data
 from fer.errors import UserError
@@ -53,35 +54,33 @@ class Across(Stored):
 
 
 def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto") -> dict[str, Any]:
-    """Predict the test split in `other`, the folder of another data set, with the best checkpoint of a run.
+    """Predict the test split in `other`, the folder of another data set, with a run's best checkpoint, or one alone.
 
     Writes on/<data set>-<hash>.csv and, last, the .json beside it, which it returns; if that is there, it is only read.
     Train and val of `other` are never read. Its images are prepared as `Predictor` does it. Raises UserError if the run
     is not finished, no test image is of a class that it knows, or the images cannot be made like its own.
     """
     folder, other = Path(folder), Path(other)
-    summary, data = read_summary(folder), open_data(other)
-    if summary is None:
-        raise UserError(f"{folder}: is not finished; run `fer evaluate {folder.name}` first")
+    about, data = _about(folder), open_data(other)
     path = result_of(folder, data.summary["set"], _hash(data))
     try:
         return read(Across, path, "delete it and run the command again")
     except FileNotFoundError:
         pass
-    found, split = match(summary["classes"], data.classes), data.split("test")
+    found, split = match(about["classes"], data.classes), data.split("test")
     kept = np.flatnonzero(np.array(found.theirs)[split.labels] >= 0)
     if not len(kept):
-        theirs, ours = ", ".join(data.classes), ", ".join(summary["classes"])
+        theirs, ours = ", ".join(data.classes), ", ".join(about["classes"])
         raise UserError(f"{other}: holds no test image of a class of the run: classes {theirs}; of the run: {ours}")
-    _refuse_other_making(other, data, summary["data"])
+    _refuse_other_making(other, data, about["data"])
     predictor = Predictor(folder, device)
     predictor.temperature = 1.0  # as in the run's own tables, so that both calibration errors are of the network
     if any(predictor.run.model.images_beside().values()):
         raise UserError(f"{folder}: needs a neutral face of the same person beside each face, and {other} has none")
     every, shared, chosen = scores(_probabilities(predictor, split, kept, folder, other), split.labels[kept], found)
     result = {
-        "run_id": summary["run_id"],
-        "name": summary["name"],
+        "run_id": about["run_id"],
+        "name": about["name"],
         "dataset": data.summary["set"],
         "hash": _hash(data),
         "test_hash": data.test_hash,
@@ -91,10 +90,10 @@ def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto")
         "made_by": made_by(predictor.device, torch.get_num_threads()),
         "finished": time.time(),
     }
-    about = {"row": split.rows[kept], "name": [split.names[i] for i in kept]}
-    about["label"] = [data.classes[i] for i in split.labels[kept].tolist()]
+    images = {"row": split.rows[kept], "name": [split.names[i] for i in kept]}
+    images["label"] = [data.classes[i] for i in split.labels[kept].tolist()]
     path.parent.mkdir(exist_ok=True)
-    table = pd.concat([pd.DataFrame(about), chosen], axis=1)
+    table = pd.concat([pd.DataFrame(images), chosen], axis=1)
     write_bytes(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n").encode())
     write_json(path, result)
     return result
@@ -125,6 +124,16 @@ def result_of(folder: Path, dataset: str, digits: str) -> Path:
     """The file with the result of a run on another data set; its predictions are beside it, as .csv."""
     name = re.sub(r"[^\w-]", "_", dataset)
     return folder / ON / f"{name}-{digits}.json"
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a finished run, or a checkpoint alone, tells of itself: run_id, name, classes and data."""
+    if (folder / META).exists():
+        return load_meta(folder)
+    summary = read_summary(folder)
+    if summary is None:
+        raise UserError(f"{folder}: is not finished; run `fer evaluate {folder.name}` first")
+    return summary
 
 
 def _hash(data: DataSet) -> str:

@@ -20,6 +20,7 @@ from fer.across import evaluate_across, scores
 from fer.data.aliases import match
 from fer.data.dataset import open_data
 from fer.evaluate import evaluate
+from fer.export import write_folder
 from fer.files import sha256
 from fer.train import fit
 from pipelines.experiments import Job
@@ -115,6 +116,14 @@ def test_its_own_data_and_equal_labels_of_other_images(folder: Path, trained: Pa
     assert (other["test_hash"] == found["test_hash"], other["hash"] == found["hash"]) == (True, False)
 
 
+def test_a_checkpoint_alone_answers_as_its_run(folder: Path, tmp_path: Path) -> None:
+    moods, exported = made(tmp_path / "moods", classes=THEIRS), tmp_path / "exported"
+    write_folder(folder, exported)
+    found, own = evaluate_across(exported, moods, "cpu"), evaluate_across(folder, moods, "cpu")
+    assert {**found, "finished": 0} == {**own, "finished": 0}
+    assert (exported / "on" / f"moods-{found['hash']}.csv").exists()
+
+
 def damaged(folder: Path, to: Path) -> Path:
     evaluate_across(folder, made(to))
     change(folder, "on/*.json", lambda text: "{}")
@@ -191,3 +200,8 @@ def test_the_command_prints_a_table_and_records_a_child_once(
     assert files == {path.name, path.with_suffix(".csv").name}
     assert mlflow.artifacts.load_dict(f"{child.info.artifact_uri}/{path.name}") == result
     assert tracker.recorded(folder)
+    write_folder(folder, project / "given")
+    done = here("evaluate", "given", "--on", other)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Not recorded in MLflow: given is no run of this project" in done.stdout
+    assert len(tracker.client.search_runs([tracker.experiment])) == 2

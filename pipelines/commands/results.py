@@ -15,6 +15,7 @@ from pipelines.commands.terminal import (
     console,
     data_of,
     doing,
+    find_model,
     find_run,
     find_runs,
     percents,
@@ -25,7 +26,9 @@ from pipelines.commands.terminal import (
 
 @with_torch
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run id, or its first characters.")],
+    run: Annotated[
+        str, typer.Argument(help="A run id, or its first characters; with --on also the folder of a checkpoint.")
+    ],
     on: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set, here or prepared by another project.")
     ] = None,
@@ -65,7 +68,7 @@ def _evaluate_on(run: str, on: str) -> None:
     from pipelines import data_sets, report
     from pipelines.params import load
 
-    folder, params = find_run(run), load()
+    folder, params = find_model(run), load()
     other = Path(on) if Path(on).is_dir() else data_sets.folder_of(params, on, "--on")
     with held(folder):
         with doing(f"Evaluating {folder.name} on {on}"):
@@ -76,6 +79,9 @@ def _evaluate_on(run: str, on: str) -> None:
         console.print(report.across_note(result), highlight=False, markup=False)
         path = result_of(folder, result["dataset"], result["hash"])
         console.print(f"Predictions, confusion matrices: {bold(path.with_suffix('.*'))}")
+        if folder.resolve().parent != RUNS.resolve():
+            console.print(f"Not recorded in MLflow: {folder} is no run of this project", style="dim", highlight=False)
+            return
         with doing("Recording it in MLflow"):
             from pipelines.tracking import Tracker
 

@@ -108,6 +108,12 @@ def find_run(run: str) -> Path:
     return found[0]
 
 
+def find_model(run: str) -> Path:
+    """The folder `run` if it holds a run or a checkpoint alone, as `fer export` writes it; else as `find_run`."""
+    known = any((Path(run) / name).exists() for name in ("checkpoint.json", "best/checkpoint.json"))
+    return Path(run) if known else find_run(run)
+
+
 def find_runs(run: str) -> list[Path]:
     """The folders of the runs whose id starts with `run`, at least one."""
     if found := named(RUNS, run):

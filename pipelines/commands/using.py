@@ -21,6 +21,7 @@ from pipelines.commands.terminal import (
     console,
     data_of,
     doing,
+    find_model,
     find_run,
     print_rows,
     with_torch,
@@ -29,6 +30,10 @@ from pipelines.commands.terminal import (
 Yunet = Annotated[Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")]
 MinFace = Annotated[
     int, typer.Option(metavar="PIXELS", help="Side of the smallest face to find; larger is faster.", min=0, max=100_000)
+]
+Margin = Annotated[float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1, max=10)]
+Seconds = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="Average each face of a video over so long.", min=0.01)
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 FACES = 8  # that are explained
@@ -50,25 +55,21 @@ def predict(
     camera: Annotated[
         str | None, typer.Option(help="A camera instead of files, by number or address, until Ctrl-C.")
     ] = None,
-    smooth: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Average each face of a video over so long.", min=0.01)
-    ] = None,
+    smooth: Seconds = None,
     out: Annotated[Path, typer.Option(help="The table to write: .csv or .parquet.")] = Path("predictions.csv"),
     annotated: Annotated[Path | None, typer.Option(help="A folder for the pictures with their faces marked.")] = None,
     yunet: Yunet = None,
     min_face: MinFace = 0,
-    margin: Annotated[
-        float | None, typer.Option(help="Side of the crop in sides of the face's box.", min=0.1, max=10)
-    ] = None,
+    margin: Margin = None,
     device: Device = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
     from PIL import Image
 
-    from fer.faces import annotate, detect
-    from fer.faces import predict as faces_in
-    from fer.faces import smooth as smoothing
     from fer.faces.boxes import Boxes
+    from fer.faces.detect import build_detector
+    from fer.faces.predict import AT_ONCE
+    from fer.faces.predict import camera as filmed
     from fer.predict import Predictor
     from pipelines import predicting
 
@@ -79,23 +80,17 @@ def predict(
     with predicting.until_ctrl_c(camera is not None) as stopped:
         files = _files(paths or [])
         predicting.check_written(files, annotated, boxes, out)
-        live = None if camera is None else faces_in.camera(camera, stopped)
+        live = None if camera is None else filmed(camera, stopped)
         own = None if boxes is None else Boxes(boxes, files)
-        detector = own or (None if cropped else detect.build_detector(yunet, min_face))
+        detector = own or (None if cropped else build_detector(yunet, min_face))
         folder = _model(run)
         predictor = Predictor(folder, device)
         console.print(f"Model: {folder}", style="dim", highlight=False, markup=False)
-        if annotated is not None:
-            annotated.mkdir(parents=True, exist_ok=True)
         if camera is not None and not console.is_terminal:
             console.print(f"Reading camera {without_password(camera)} until Ctrl-C", style="dim", highlight=False)
         with Progress(*_SO_FAR, console=console, transient=True) as bar:
             pictures = _frames(files, bar) if live is None else _counted(live, bar)
-            found = faces_in.predict(predictor, pictures, detector, margin, 1 if live else faces_in.AT_ONCE)
-            if smooth is not None:
-                found = smoothing.smooth(found, smooth)
-            if annotated is not None:
-                found = annotate.annotate(found, annotated, predictor.classes)
+            found = _predicted(predictor, pictures, detector, margin, 1 if live else AT_ONCE, smooth, annotated)
             counts, moving = _written(found, predictor.classes, out, smooth is not None)
     if smooth is not None and camera is None and not moving:
         console.print("--smooth: no file with several frames, so nothing was averaged", style="yellow")
@@ -132,6 +127,24 @@ def _counted(frames: Iterator[Any], bar: Progress) -> Iterator[Any]:
     for frame in frames:
         bar.update(task, news=f"{frame.number + 1} frames")
         yield frame
+
+
+def _predicted(
+    predictor: Any, pictures: Iterator[Any], detector: Any, margin: float | None, at_once: int, smooth: float | None,
+    annotated: Path | None,
+) -> Iterator[Any]:  # fmt: skip
+    """The faces in the pictures, averaged over time and drawn into copies as they come, where that is wanted."""
+    from fer.faces.annotate import annotate
+    from fer.faces.predict import predict as faces_in
+    from fer.faces.smooth import smooth as averaged
+
+    found = faces_in(predictor, pictures, detector, margin, at_once)
+    if smooth is not None:
+        found = averaged(found, smooth)
+    if annotated is None:
+        return found
+    annotated.mkdir(parents=True, exist_ok=True)
+    return annotate(found, annotated, predictor.classes)
 
 
 def _written(found: Iterable[Any], classes: list[str], out: Path, smoothed: bool) -> tuple[Counter[str], bool]:
@@ -255,10 +268,7 @@ def export(
 
 def _model(run: str | None) -> Path:
     """The folder of a checkpoint: of the run that is named, else of the champion of the current data set."""
-    if run is not None:
-        known = any((Path(run) / name).exists() for name in ("checkpoint.json", "best/checkpoint.json"))
-        return Path(run) if known else find_run(run)
-    return _champion()()[0]
+    return _champion()()[0] if run is None else find_model(run)
 
 
 def _champion() -> Callable[[], tuple[Path, str]]:
