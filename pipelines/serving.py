@@ -79,23 +79,7 @@ def build_app(models: Models, together: bool = True) -> FastAPI:
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.is_over = lambda: False
-
-    @app.middleware("http")
-    async def counted(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
-        status, start = 500, asyncio.get_running_loop().time()
-        try:
-            if request.headers.get("host", "").partition(":")[0] in HOSTS:
-                answer = await follow(request)
-            else:
-                answer = await _told(request, HTTPException(421, "Host: send 127.0.0.1 or localhost"))
-            status = answer.status_code
-            if app.state.is_over():
-                answer.headers["Connection"] = "close"  # else the client sends the next one into nothing
-            return answer
-        finally:
-            path = getattr(request.scope.get("route"), "path", "other")
-            metrics.requests.labels(path, status).inc()
-            metrics.seconds.labels(path).observe(asyncio.get_running_loop().time() - start)
+    _watch(app, metrics)
 
     @app.get("/")
     async def start() -> HTMLResponse:
@@ -124,6 +108,27 @@ def build_app(models: Models, together: bool = True) -> FastAPI:
     for kind in (HTTPException, RequestValidationError, UserError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _told)
     return app
+
+
+def _watch(app: FastAPI, metrics: Metrics) -> None:
+    """Count and time every request, and refuse those that name another host."""
+
+    @app.middleware("http")
+    async def counted(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
+        status, start = 500, asyncio.get_running_loop().time()
+        try:
+            if request.headers.get("host", "").partition(":")[0] in HOSTS:
+                answer = await follow(request)
+            else:
+                answer = await _told(request, HTTPException(421, "Host: send 127.0.0.1 or localhost"))
+            status = answer.status_code
+            if app.state.is_over():
+                answer.headers["Connection"] = "close"  # else the client sends the next one into nothing
+            return answer
+        finally:
+            path = getattr(request.scope.get("route"), "path", "other")
+            metrics.requests.labels(path, status).inc()
+            metrics.seconds.labels(path).observe(asyncio.get_running_loop().time() - start)
 
 
 async def _told(_: Request, error: Exception) -> JSONResponse:
