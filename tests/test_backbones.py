@@ -19,6 +19,7 @@ from sklearn.datasets import load_sample_images
 from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
 from torch import Tensor, nn
 
+from fer import checkpoint
 from fer.input import Input, model_input
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
 from fer.models.depthwise import DepthwiseConv2d
@@ -72,6 +73,19 @@ def test_small_resnet_is_one_network_as_a_model_and_as_a_backbone() -> None:
     part.load_state_dict({key: value for key, value in whole.state_dict().items() if "classifier" not in key})
     images = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(whole.classifier(part(images)), whole.eval()(images))
+
+
+def test_small_resnet_starts_from_a_checkpoint_of_the_model(tmp_path: Path) -> None:
+    """Batch norm's statistics and counters come along; the last layer, of other classes, does not."""
+    whole = SmallResnet(width=8).build(Input(image_size=16, channels=1), 3, False)
+    whole(torch.randn(4, 1, 16, 16))  # in training: other statistics than a new network has
+    checkpoint.save(tmp_path / "best", whole.state_dict(), {}, None)
+    weights = str(tmp_path / "best" / checkpoint.WEIGHTS)
+    part = build({"name": "small_resnet", "width": 8, "weights": weights})
+    images = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(whole.classifier(part(images)), whole.eval()(images))
+    told = refusal(build, {"name": "small_resnet", "width": 16, "weights": weights})
+    assert told.startswith(f"{KEY}.weights: {weights}: tensor features.")
 
 
 @torch.inference_mode()
@@ -333,6 +347,8 @@ MISFITS = [
     (SWIN | {"num_heads": [1]}, 16, 1, ".num_heads: has 1 stages but depths has 2"),
     *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, LITE0)),
     ({"name": "small_resnet"}, 7, 1, ": images of 7 px are too small: at least 8"),
+    ({"name": "small_resnet", "weights": "pretrained"}, 48, 1,
+        ".weights: small_resnet has no published ones; name a file, or set it to null"),
     ({"name": "small_resnet", "reduction": 99}, 48, 1, ".reduction: 99 leaves no hidden unit of 48 channels"),
     (LITE0 | {"weights": "pretrained"}, 32, 1,
         ".weights: pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"),

@@ -181,7 +181,9 @@ def backbone_faults(backbone: Backbone, size: int, channels: int, key: str) -> l
             found.append(Fault(f"{key}.caffe", f"only {IDENTITY} gets images in Caffe's range; set it to false"))
         elif backbone.weights == PRETRAINED:
             found.append(Fault(f"{key}.caffe", "torchvision's weights are not Caffe's; name a file in weights"))
-    if backbone.weights == PRETRAINED:
+    if backbone.weights == PRETRAINED and row.source == RANDOM:
+        found.append(Fault(f"{key}.weights", f"{backbone.name} has no published ones; name a file, or set it to null"))
+    elif backbone.weights == PRETRAINED:
         if channels != 3:
             colour = "pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"
             found.append(Fault(f"{key}.weights", colour))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fer.input import Input
 from fer.models.network import Backbone, ModelKind, Network, too_small
 from fer.settings import Depth, Fault, Fraction, Natural, Width
+from fer.weights import load_strictly, read_tensors
 
 
 class SmallResnet(ModelKind):
@@ -39,11 +40,11 @@ class SmallResnet(ModelKind):
 
 
 class SmallResnetBackbone(Backbone):
-    """The same network without its last layer, for models in parts; it has no published weights."""
+    """The same network without its last layer, for models in parts."""
 
     name: Literal["small_resnet"] = "small_resnet"
-    weights: None = None
-    """Always null: random weights."""
+    weights: str | None = None
+    """Initial weights: a file, such as that of a checkpoint of the model small_resnet; null: random."""
     width: Width = 48
     """Channels of the stem and of the first stage; multiples of 16 are fastest."""
     blocks: Annotated[list[Depth], Field(min_length=1)] = [1, 2, 2]
@@ -92,6 +93,10 @@ class SmallResnetNetwork(Network):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def load_pretrained(self, source: str, key: str) -> None:
+        """Load all but the last layer from file `source`. Raises UserError naming `key` if the weights do not fit."""
+        load_strictly(self, read_tensors(source, key), f"{key}: {source}", optional=("classifier.",))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, channels, S, S] -> logits [B, num_labels] or embeddings [B, num_features]."""
