@@ -42,7 +42,7 @@ class Data(Section):
     subject_pattern: str | None = None
     """Regular expression whose first group is the subject in a file name (in the whole path if it has a slash)."""
     faces: str | None = None
-    """How to find faces in photographs: haar, or the path of YuNet's file; without it each picture is a face."""
+    """How to find faces in photographs: haar, YuNet's file, or hub to fetch it; without it each picture is a face."""
     faces_margin: Annotated[float, Field(gt=0, le=10)] | None = None
     """Side of the crop in sides of the face's box; without, that at which a face fills it as in FER2013."""
     confusion: str | None = None

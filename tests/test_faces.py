@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -70,6 +72,41 @@ def test_what_a_detector_lacks_is_said_in_one_line(tmp_path: Path, monkeypatch: 
     tells(tmp_path, f"/{YUNET}: is not {YUNET}", build_detector, tmp_path / YUNET)
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert refusal(build_detector).startswith("OpenCV is not installed: pip install -c constraints.txt -e '.[faces]'")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The hub with one file in it, which is not YuNet."""
+
+    def do_HEAD(self) -> None:
+        there = self.path == f"/opencv/face_detection_yunet/resolve/main/{YUNET}"
+        self.send_response(200 if there else 404)
+        for name, value in (("ETag", '"1"'), ("X-Repo-Commit", "0" * 40), ("Content-Length", "15")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"another network")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_yunet_is_fetched_once_and_checked(tmp_path: Path) -> None:
+    def fetch(home: str, **variables: str) -> str:
+        ask = "from pathlib import Path; from fer.faces.detect import build_detector; build_detector(Path('hub'))"
+        own = {"HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
+        done = subprocess.run([sys.executable, "-c", ask], env={**os.environ, **own}, capture_output=True, text=True)
+        return done.stderr.splitlines()[-1]
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told = fetch("home", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert f"/{YUNET}: is not {YUNET} (its SHA-256 differs)" in told
+    assert fetch("home", HF_HUB_OFFLINE="1") == told  # from the cache
+    assert f"{YUNET}: cannot be fetched from opencv/face_detection_yunet (" in fetch("empty", HF_HUB_OFFLINE="1")
 
 
 # Files

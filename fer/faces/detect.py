@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from fer.data.decode import around, cut
-from fer.errors import UserError
+from fer.errors import UserError, first_line
 
 LONGEST = 640  # pixels: larger pictures are shrunk first, as detectors miss faces that fill them
 SMALLEST = 24  # pixels: side of the smallest faces that the cascade knows, after that
 YUNET = "face_detection_yunet_2023mar.onnx"
+HUB, REPOSITORY = "hub", "opencv/face_detection_yunet"  # the word in place of its file, and where that is then from
 YUNET_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
 
 
@@ -48,11 +49,11 @@ class Detector(Protocol):
 
 
 def build_detector(weights: Path | None = None, min_face: float = 0) -> Detector:
-    """YuNet with its file `weights`, or the Haar cascade if that is None.
+    """YuNet with its file `weights`, fetched once if that is `hub`; or the Haar cascade if it is None.
 
     `min_face`: side in pixels of the picture of the smallest box that is of interest.
 
-    Raises UserError if OpenCV is missing, or the file is not the published one.
+    Raises UserError if OpenCV is missing, the file cannot be had, or is not the published one.
     """
     try:
         import cv2
@@ -61,10 +62,25 @@ def build_detector(weights: Path | None = None, min_face: float = 0) -> Detector
             "OpenCV is not installed: pip install -c constraints.txt -e '.[faces]', or crop the faces yourself"
         ) from None
     if weights is not None:
-        return YuNet(cv2, weights, min_face)
+        return YuNet(cv2, _fetched() if weights == Path(HUB) else weights, min_face)
     if not hasattr(cv2, "CascadeClassifier"):  # OpenCV 5
         raise UserError(f"OpenCV {cv2.__version__} has no Haar cascades: pip install 'opencv-python-headless<5'")
     return Haar(cv2, min_face)
+
+
+def _fetched() -> Path:
+    """YuNet's file in the Hugging Face hub's cache. Raises UserError if it is not there and cannot be downloaded."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        try:
+            return Path(hf_hub_download(REPOSITORY, YUNET, local_files_only=True))  # asks nobody
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(REPOSITORY, YUNET))
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"{YUNET}: cannot be fetched from {REPOSITORY} ({reason}); name a file of it") from None
 
 
 class Haar:

@@ -27,7 +27,10 @@ from pipelines.commands.terminal import (
     with_torch,
 )
 
-Yunet = Annotated[Path | None, typer.Option(help="YuNet's file; else OpenCV's Haar cascade finds the faces.")]
+Yunet = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE|hub", help="YuNet instead of OpenCV's Haar cascade; hub fetches its file once."),
+]
 MinFace = Annotated[
     int, typer.Option(metavar="PIXELS", help="Side of the smallest face to find; larger is faster.", min=0, max=100_000)
 ]

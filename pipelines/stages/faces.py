@@ -57,7 +57,7 @@ def looked_at(wanted: list[Entry], finder: "Finder") -> Iterator[Seen]:
 class Finder:
     """Finds the largest face of a picture; with a detector for each thread, as they keep a state.
 
-    `detector`: haar, or the path of YuNet's file. Raises UserError if that or OpenCV is missing.
+    `detector`: haar, the path of YuNet's file, or hub. Raises UserError if that or OpenCV is missing.
     """
 
     def __init__(self, detector: str, margin: float | None):
