@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import refusal
 
-from fer.device import pick_device, share_heaps, use_cpu
+from fer.device import autocast, pick_device, share_heaps, use_cpu
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is set")
@@ -34,3 +34,17 @@ def test_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     found = [pick_device(wanted) for wanted in ("auto", "cuda", "cpu")]
     assert found == [torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cpu")]
+
+
+def test_bf16_is_for_cpus_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones(2, 2)
+    for known, wanted in (
+        ({"avx512_bf16": True}, True),
+        ({"bf16": True}, True),
+        ({"avx2": True, "bf16": False}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        with autocast("bf16", torch.device("cpu")):
+            assert ((ones @ ones).dtype == torch.bfloat16) == wanted
+        with autocast("fp32", torch.device("cpu")):
+            assert (ones @ ones).dtype == torch.float32
