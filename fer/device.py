@@ -63,13 +63,15 @@ def index_on(device: torch.device, index: np.ndarray) -> Tensor:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Context of a forward pass in `precision`: fp32, bf16 or fp16.
 
-    On a CPU without instructions for bf16 that is fp32: torch would emulate it, which takes several times as long.
+    On a CPU or GPU without instructions for bf16 that is fp32: torch would emulate it, several times slower on a CPU.
     """
-    if precision == "fp32" or (precision == "bf16" and device.type == "cpu" and not _computes_bf16()):
+    if precision == "fp32" or (precision == "bf16" and not _computes_bf16(device)):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def _computes_bf16() -> bool:
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("bf16"))  # of x86 and of ARM

@@ -61,7 +61,7 @@ class Run(Section):
     sam_rho: Annotated[float, Field(gt=0)] | None = None
     """Sharpness-aware minimisation: radius of its ascent step, e.g. 0.05; doubles the cost; null: off."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward pass (autocast); weights and loss stay fp32. bf16 is fp32 on CPUs that lack it."""
+    """Precision of the forward pass (autocast); weights and loss stay fp32. bf16 is fp32 on devices that lack it."""
     augment: Augment = Augment()
     """Random augmentation of training images."""
     unmixed_epochs: Natural = 0

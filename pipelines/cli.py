@@ -8,7 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.stderr.write("error: typer is missing: `make install`, or pip install -c constraints.txt -e '.[pipeline]'\n")
+    sys.exit(2)
 
 from fer.errors import UserError, disk_error
 from pipelines.commands import champion, data, results, sweeping, training, using

@@ -36,7 +36,7 @@ def test_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cpu")]
 
 
-def test_bf16_is_for_cpus_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_for_devices_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ones = torch.ones(2, 2)
     for known, wanted in (
         ({"avx512_bf16": True}, True),
@@ -48,3 +48,9 @@ def test_bf16_is_for_cpus_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) ->
             assert ((ones @ ones).dtype == torch.bfloat16) == wanted
         with autocast("fp32", torch.device("cpu")):
             assert (ones @ ones).dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for computes in (True, False):  # a GPU's answer if torch would emulate bf16 for it is always yes
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=computes: own or including_emulation
+        )
+        assert isinstance(autocast("bf16", torch.device("cuda")), torch.autocast) == computes

@@ -96,6 +96,17 @@ def test_the_other_package_named_fer_beside_ours(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: the package fer 25.10.3 is installed beside fer-pipeline")
 
 
+def test_an_installation_without_the_pipeline(tmp_path: Path) -> None:
+    """What `pip install -e .` alone leaves."""
+    code = "import sys; sys.modules['typer'] = None; from pipelines.cli import main; main()"
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: typer is missing: `make install`")
+
+
 def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: Here) -> None:
     run = experiment(project, "one", {"device": "cpu"}, epochs=1)
     folder = fit("one", run, CPU, DATA, "data/runs")
