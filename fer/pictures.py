@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fer.data.decode import UNREADABLE, turned
+from fer.data.decode import UNREADABLE, middle, turned
 from fer.errors import UserError, first_line
 from fer.super_resolution.interpolation import resize
 from fer.super_resolution.methods import METHODS
@@ -17,6 +17,7 @@ from fer.super_resolution.methods import METHODS
 Picture = str | Path | bytes | np.ndarray  # a file, the bytes of one, or uint8 [H, W], [H, W, 1] or [H, W, 3]
 LAYOUTS = "uint8 [H, W], [B, H, W], [B, H, W, 1] or [B, H, W, 3]"
 SKEWED = 0.02  # relative difference of two sides that is still the same shape
+OBLONG = 2  # a picture whose sides differ by a larger factor is no face
 
 
 def batch_of(pictures: Picture | Iterable[Picture]) -> np.ndarray | list[Picture]:
@@ -52,9 +53,9 @@ class Faces:
         """A batch of `batch_of` -> uint8 [B, H, W] or [B, H, W, 3] of the shape `prepared`.
 
         Faces of that shape are taken as prepared already, unless they are `photographed`. All others are resized to the
-        shape `raw` and then upscaled with the method that made the training data. Raises UserError for a file that is
-        no picture, a shape that is not that of the training data, and faces that only a super-resolution network could
-        prepare.
+        shape `raw`, as the training data were: if that is square, from the largest square in their middle; and then
+        upscaled with the method that made the training data. Raises UserError for a file that is no picture, a shape
+        that is no face or not that of the training data, and faces that only a super-resolution network could prepare.
         """
         if isinstance(pictures, np.ndarray):
             return self._prepared(pictures, photographed)
@@ -68,7 +69,10 @@ class Faces:
             return images
         (height, width), (wanted_height, wanted_width) = images.shape[1:3], self.raw[:2]
         shown = f"{wanted_width}x{wanted_height} pixels"
-        if abs(height * wanted_width / (width * wanted_height) - 1) > SKEWED:
+        if wanted_height == wanted_width and max(height, width) <= OBLONG * min(height, width):
+            left, top, right, bottom = middle((width, height))
+            images = images[:, top:bottom, left:right]
+        elif abs(height * wanted_width / (width * wanted_height) - 1) > SKEWED:
             raise UserError(
                 f"images: {width}x{height} pixels, but the model was trained on faces of {shown}: "
                 "crop them to that shape"
@@ -79,7 +83,7 @@ class Faces:
                 f"images: {width}x{height} pixels, but the model was trained on faces of {shown} upscaled by "
                 f"{self.method} to {self.prepared[1]}x{self.prepared[0]}: give faces upscaled like that"
             )
-        if (height, width) != (wanted_height, wanted_width):
+        if images.shape[1:3] != self.raw[:2]:
             images = resize(images, wanted_height, wanted_width, Image.Resampling.BICUBIC)
         return interpolate(images, self.scale)
 

@@ -77,6 +77,11 @@ BY_DIC = (
             FACES.reshape(5, 2304),
             "2304x5 pixels, but the model was trained on faces of 48x48 pixels: crop them to that shape",
         ),
+        (
+            Faces((48, 64), (48, 64), "none", 1),
+            FACES,
+            "48x48 pixels, but the model was trained on faces of 64x48 pixels: crop them to that shape",
+        ),
         (GREY, [FACES], "one item of the list has shape [5, 48, 48]; wanted: [H, W] or [H, W, 3]"),
         (Faces((48, 48), (384, 384), "dic", 8), FACES, BY_DIC),
     ],
@@ -109,6 +114,16 @@ def of_data_set(folder: Path, content: bytes) -> np.ndarray:
     (folder / "one.png").write_bytes(content)
     with look(folder) as found:
         return np.asarray(Pictures(found.entries))[0]
+
+
+@pytest.mark.parametrize("faces", [GREY, COLOUR])
+def test_pictures_of_any_size_become_what_they_are_in_a_data_set(faces: Faces, tmp_path: Path) -> None:
+    for number, (height, width) in enumerate([(65, 73), (41, 50), (90, 45), (48, 49), (48, 48), (30, 59)]):
+        picture = RNG.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(picture).convert("L" if faces is GREY else "RGB").save(tmp_path / f"{number}.png")
+    with look(tmp_path) as found:
+        wanted = np.asarray(Pictures(found.entries, size=48))
+    np.testing.assert_array_equal(prepared(faces, sorted(tmp_path.iterdir())), wanted)
 
 
 def test_every_orientation_of_exif_is_read_upright_though_another_tag_holds_nonsense(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_a_column_that_is_no_class_beside_votes(tmp_path: Path) -> None:
     tells(tmp_path, told, read, written, table.read, classes=("happy", "age"))
     told = "/labels.csv: has both a column emotion and votes for happy, sad: leave one of the two out of the table"
     tells(tmp_path, told, read, write(tmp_path, "path,happy,sad,emotion", *text), table.read)
-    text = [f"{name},0.{n},0.{9 - n},a" for n, name in enumerate(NAMES)]  # scores beside a label
-    assert read(write(tmp_path, "path,happy,sad,emotion", *text), table.read).classes == ("a",)
+    text = [f"{name},0.{n},0.{9 - n},{'ab'[n % 2]}" for n, name in enumerate(NAMES)]  # scores beside a label
+    assert read(write(tmp_path, "path,happy,sad,emotion", *text), table.read).classes == ("a", "b")
 
 
 @pytest.mark.parametrize("index", ["", "Unnamed: 0", "__index_level_0__"])
@@ -107,6 +107,14 @@ def test_paths_of_another_system(tmp_path: Path) -> None:
     put(tmp_path, ["fro\u0308h/1.png", "a.png", "A.png"])
     (tmp_path / "labels.csv").write_text("path,label\nfr\u00f6h/1.png,x\na.png,x\nA.png,y\n")
     assert [row[2:] for row in rows(read(tmp_path, table.read)).values()] == [("x", 0), ("x", 1), ("y", 2)]
+
+
+def test_subjects_from_names_beside_a_column_of_subjects(tmp_path: Path) -> None:
+    written = write(tmp_path, "path,label,subject", *(f"{name},{'ab'[n % 2]},p{n}" for n, name in enumerate(NAMES)))
+    told = "data.subject_pattern: the data set names its subjects itself: remove one of the two"
+    tells(tmp_path, told, read, written, table.read, subject_pattern=r"(\d)")
+    write(tmp_path, "path,happy,sad,subject", *(f"{name},3,{n},p{n}" for n, name in enumerate(NAMES)))
+    tells(tmp_path, told, read, written, table.read, subject_pattern=r"(\d)")
 
 
 def test_several_faces_in_a_picture_and_a_row_twice(tmp_path: Path) -> None:
@@ -134,6 +142,11 @@ MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
     (TABLE, swap("1.png,b", "1.png,w\xfctend"), "/labels.csv line 3: is not UTF-8: save it as CSV in UTF-8"),
     (TABLE, lambda text: "path,happy,row\nfaces/0.png,3,4\n", ": a class cannot be called row, as a column is: renam"),
     (TABLE, lambda text: "path,label,box\nfaces/0.png,a,0 0 -4 4\n", "/labels.csv line 2: the box is '0 0 -4 4': must"),
+    (TABLE, lambda text: "path,label,box\nfaces/0.png,a,0 0 4 0\n", "/labels.csv line 2: the box is '0 0 4 0': must"),
+    (TABLE, lambda text: "path,happy,happy,sad\nfaces/0.png,3,1,4\n", "/labels.csv: has two columns happy: rename or"),
+    (TABLE, lambda text: "path,label,Label\nfaces/0.png,a,b\n", "/labels.csv: has two columns label: rename or delete"),
+    (TABLE, lambda text: "path,label,emotion\nfaces/0.png,1,a\n", "/labels.csv: has both label and emotion, each of"),
+    (TABLE, lambda text: "path,label\nfaces/0.png,a\nfaces/1.png,a\n", ": holds pictures of one class only, a: add"),
 ]  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def of_faces(
     images = Pictures([face.entry for face in faces], wanted.size, [face.box for face in faces])
     subjects = [face.subject for face in faces]
     if wanted.subject_pattern is not None:
-        subjects = subjects_of([face.entry for face in faces], wanted.subject_pattern)
+        subjects = subjects_of([face.entry for face in faces], wanted.subject_pattern, subjects)
     names = names_of([face.entry for face in faces], [face.box for face in faces])
     table = hard_table(names, [face.usage for face in faces], subjects, [face.label for face in faces], classes)
     rest = left_over(found, [*(face.entry for face in faces), *used], reasons)
@@ -96,7 +96,9 @@ def of_faces(
 
 
 def check_names(found: Found, classes: Sequence[str]) -> None:
-    """Raise UserError for a class whose name a column has, or that is spelled in two ways."""
+    """Raise UserError for a single class, one whose name a column has, or that is spelled in two ways."""
+    if len(classes) == 1:
+        raise UserError(f"{found.path}: holds pictures of one class only, {classes[0]}: add those of another")
     spelled: dict[str, str] = {}
     for label in classes:
         if label in TAKEN:
@@ -169,11 +171,14 @@ def left_over(found: Found, used: Iterable[Entry], reasons: dict[str, list[str]]
     return {reason: [printable(name) for name in names] for reason, names in result.items() if names}
 
 
-def subjects_of(entries: Sequence[Entry], pattern: str) -> list[str]:
+def subjects_of(entries: Sequence[Entry], pattern: str, known: Sequence[str]) -> list[str]:
     """Group 1 of `pattern` in each file name, or in the whole place if the pattern has a slash.
 
-    Raises UserError, which names the first, for pictures in which it finds nothing.
+    `known`: the subjects that the data set names itself; empty without. Raises UserError if there are any, and for
+    pictures in which it finds nothing, of which it names the first.
     """
+    if any(known):
+        raise UserError("data.subject_pattern: the data set names its subjects itself: remove one of the two")
     texts = [entry.place if "/" in pattern else entry.base for entry in entries]
     matches = [re.search(pattern, text) for text in texts]
     missing = [text for text, match in zip(texts, matches) if match is None or not match[1]]

@@ -104,6 +104,7 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
     if not entry.head.startswith(b"PAR1"):
         with table(entry) as content:
             names = [name if name in known() else written for name, written in zip(content.header, content.written)]
+            _refuse_doubles(entry, names)
             for where, fields in content:
                 yield where, dict(zip(names, fields))
         return
@@ -115,13 +116,24 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(
             f"{entry}: is no parquet that can be read ({str(error).splitlines()[0]}): write it again"
         ) from None
+    names = [str(name).lower() if str(name).lower() in known() else str(name) for name in frame.columns]
+    _refuse_doubles(entry, names)
     for name in frame.columns:
         given = frame[name].dropna()
         if str(name).lower() in COLUMNS["path"] and len(given) and isinstance(given.iloc[0], bytes | dict):
             raise UserError(f"{entry}: column {name} holds the pictures themselves: write files, and their paths here")
-    names = [str(name).lower() if str(name).lower() in known() else str(name) for name in frame.columns]
     for number, values in enumerate(frame.itertuples(index=False), start=1):
         yield f"{entry} row {number}", dict(zip(names, map(_text, values)))
+
+
+def _refuse_doubles(entry: Entry, names: Sequence[str]) -> None:
+    """Raise UserError for two columns of a name, but those without one, and for two that say the same."""
+    named = [name for name in names if not INDEX.fullmatch(name)]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise UserError(f"{entry}: has two columns {twice[0]}: rename or delete one")
+    for kind in ("label", "split", "subject", "box"):
+        if len(alike := [name for name in COLUMNS[kind] if name in named]) > 1:
+            raise UserError(f"{entry}: has both {alike[0]} and {alike[1]}, each of which is the {kind}: delete one")
 
 
 def known() -> set[str]:
@@ -180,8 +192,8 @@ def _usages(values: Sequence[tuple[str, str]]) -> list[str]:
 def _box(text: str, where: str) -> Box:
     parts = text.strip("()[] ").replace(",", " ").split()
     numbers = [whole(part.removeprefix("-")) for part in parts]
-    if len(numbers) != 4 or None in numbers or any(part.startswith("-") for part in parts[2:]):
-        raise UserError(f"{where}: the box is '{text}': must be x, y, width and height in pixels")
+    if len(numbers) != 4 or None in numbers or any(part.startswith("-") for part in parts[2:]) or 0 in numbers[2:]:
+        raise UserError(f"{where}: the box is '{text}': must be x, y, width and height in pixels, the last two above 0")
     left, top, width, height = (-(n or 0) if part.startswith("-") else n or 0 for n, part in zip(numbers, parts))
     return left, top, left + width, top + height
 
@@ -230,7 +242,10 @@ def _first_of_each(
         first = seen.setdefault((entry.name, box), number)
         if labels[first] != labels[number]:
             other = rows[first][0].rpartition("/")[2]
-            raise UserError(f"{rows[number][0]}: {entry.place} has another label in {other}: delete one of them")
+            raise UserError(
+                f"{rows[number][0]}: {entry.place} has another label in {other}: delete one of them, or if each row is "
+                "a vote, count them in a column for each class (docs/real-data.md)"
+            )
         if first != number:
             reasons.setdefault("a row that stands twice", []).append(rows[number][0].rpartition("/")[2])
     return list(seen.values())
@@ -251,7 +266,7 @@ def _voted(
         return of_faces(found, faces, classes, "table", [printable(listed.name)], wanted, reasons, [listed])
     chosen = [entries[i] for i in kept]
     if wanted.subject_pattern is not None:
-        subjects = subjects_of(entries, wanted.subject_pattern)
+        subjects = subjects_of(entries, wanted.subject_pattern, subjects)
     images = Pictures(chosen, wanted.size, [boxes[i] for i in kept])
     described = pd.DataFrame({
         "name": names_of(chosen, [boxes[i] for i in kept]),
