@@ -24,15 +24,13 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from fer import checkpoint
 from fer.data.dataset import DataSet, open_data
 from fer.data.folds import fold_of
 from fer.errors import UserError, disk_error
 from fer.evaluate import outdated
 from fer.files import held, is_held, write_json
-from fer.formats import format_of, read_run
 from fer.models import build_model, named_weights
-from fer.run import FORMAT, Run, run_id
+from fer.run import run_id
 from fer.run_folder import LAST, SUMMARY, read_summary
 from pipelines import experiments, flow_page, launch, report
 from pipelines.data_sets import folder_of
@@ -74,7 +72,6 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
             asked.add(first)
     jobs = {name: job for name, job in jobs.items() if name in asked}
     for job in jobs.values():
-        _check_no_older_format(job)
         data[job.name].prior(job.run.loss.needs_prior)
     unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
@@ -132,27 +129,6 @@ def _check_weights(job: Job, classes: int) -> None:
 def recorded(job: Job, tracker: Tracker) -> bool:
     """Whether a run is done and in MLflow, so that nothing is left to do."""
     return done(job.folder, open_data(job.data)) and tracker.recorded(job.folder)
-
-
-def _check_no_older_format(job: Job) -> None:
-    """Raises UserError if the run was begun with the same settings in an earlier format."""
-    if job.folder.exists():
-        return
-    for last in RUNS.glob(f"{job.title}-*/{LAST}"):
-        if read_summary(last.parent) is None and (begun := _other_format(last, job.run)):
-            raise UserError(
-                f"{last.parent}: was begun in format {begun} and cannot be resumed in format {FORMAT}; "
-                "delete that folder to train from scratch"
-            )
-
-
-def _other_format(last: Path, run: Run) -> int | None:
-    """The format of a checkpoint, if it is not the current one and its settings are those of `run`; else None."""
-    with suppress(UserError):  # unreadable settings are not those of `run`
-        meta = checkpoint.load_meta(last)
-        if format_of(meta) != FORMAT and read_run(meta, last / checkpoint.META) == run:
-            return format_of(meta)
-    return None
 
 
 def _starting() -> AbstractContextManager[None]:

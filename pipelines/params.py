@@ -62,13 +62,6 @@ class Tracking(Section):
 
 
 PLAIN = "/._-+=@,~"  # beside letters and digits, what the path of a project may hold
-MOVED = {  # sections of earlier versions -> where their settings are now
-    "split": "is now in datasets/NAME.yaml, with the settings of data and super_resolution; data holds NAME: FOLDER",
-    "train": "settings of a run are now in experiments/NAME.yaml, those of the machine in resources; delete it here",
-    "models": "each one is now a file experiments/NAME.yaml; move it there and delete it here",
-    "sweeps": "each one is now a file sweeps/NAME.yaml; move it there and delete it here",
-    "experiment": "use `fer train NAME...`, and resources.restarts for the retries; delete it here",
-}
 
 
 class Params(Section):
@@ -106,10 +99,9 @@ def load(path: str | Path = "params.yaml") -> Params:
     """
     _check_place(Path.cwd())
     tree = read_yaml(Path(path), f"restore it with `git checkout {path}`")
-    moved = [Fault(key, message) for key, message in MOVED.items() if key in tree]
-    params, faults = check(Params, {key: value for key, value in tree.items() if key not in MOVED})
-    if moved or params is None:
-        raise UserError(*(f"{path}: {fault}" for fault in [*moved, *faults]))
+    params, faults = check(Params, tree)
+    if params is None:
+        raise UserError(*(f"{path}: {fault}" for fault in faults))
     return params
 
 

@@ -43,9 +43,7 @@ from pipelines.report import note
 
 RUN_ID = "fer.run_id"  # tag of MLflow's runs and versions: our run id
 ACCURACY, TEST = "val_accuracy", "test_accuracy"  # tags of a version
-HISTORY = (
-    "fer.history"  # tag of a registered model, and param of the run of its first version: the run with the history
-)
+HISTORY = "fer.history"  # tag of a registered model: the run with the history
 EXPERIMENT = "fer registry"  # of those runs
 ALIASES = ("champion", "challenger", "previous")
 TRIES = 5
@@ -223,22 +221,13 @@ class Registry:
                     until_done(partial(self.client.set_registered_model_alias, name, alias, wanted[alias]))
 
     def _history_run(self, name: str) -> str:
-        """The run with the history; all who need one at the same time get the same.
-
-        It is made where there is none yet, as for a model that an earlier version of fer registered.
-        """
+        """The run with the history; it is made here for a model that somebody registered by hand."""
         known = self.client.get_registered_model(name).tags.get(HISTORY)
-        if known:
-            self._restore(known)
-            return known
-        runs = (one.run_id for one in self._versions(name).values())
-        first = next(run for run in runs if run and self.client.get_run(run).info.lifecycle_stage == "active")
-        made = self._new_history(name)
-        agreed = self._put(first, f"{HISTORY}.{name}", made)
-        if agreed != made:
-            self.client.delete_run(made)
-        until_done(partial(self.client.set_registered_model_tag, name, HISTORY, agreed))
-        return agreed
+        if known is None:
+            known = self._new_history(name)
+            until_done(partial(self.client.set_registered_model_tag, name, HISTORY, known))
+        self._restore(known)
+        return known
 
     def _restore(self, run_id: str) -> None:
         """Bring back the run of a history, or its experiment, that was deleted in MLflow."""
@@ -265,20 +254,17 @@ class Registry:
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
-    def _put(self, run_id: str, key: str, value: str) -> str:
-        """Write a param unless there is one; the value that is there then."""
+    def _put(self, run_id: str, key: str, value: str) -> None:
+        """Write a param unless there is one."""
 
-        def put() -> str:
+        def put() -> None:
             try:
                 self.client.log_param(run_id, key, value)
             except MlflowException:
-                there = self.client.get_run(run_id).data.params
-                if key not in there:
+                if key not in self.client.get_run(run_id).data.params:
                     raise
-                return there[key]
-            return value
 
-        return until_done(put)
+        until_done(put)
 
     def _versions(self, name: str) -> dict[str, ModelVersion]:
         """Number -> version, of all that exist, the first one first."""

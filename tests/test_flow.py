@@ -35,12 +35,11 @@ from conftest import (
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
-from fer.formats import read_run
 from fer.run import run_id
 from fer.run_folder import read_progress
 from fer.train import fit
 from pipelines.commands.training import start_frameworks
-from pipelines.params import read_yaml, yaml_of
+from pipelines.params import read_yaml
 from pipelines.work import held
 
 pytestmark = pytest.mark.slow
@@ -314,29 +313,6 @@ def test_a_deployment_trains_the_runs_of_the_command_each_after_the_one_it_start
     news = f"{other.name}: the test split has changed since: evaluated again, from its best checkpoint"
     assert (done.returncode, done.stderr.splitlines().count(news)) == (0, 1), done.stderr
     assert summaries(project)["other"]["test"]["accuracy"] == 0
-
-
-@pytest.mark.usefixtures("ray_here")
-def test_a_run_that_was_begun_in_format_1_is_refused_and_nothing_else_is(project: Path, here: Here):
-    from pipelines.flow import prepare
-
-    golden = ROOT / "tests/golden/format1/runs/bars-s1111-28b44a7d"
-    meta = json.loads((golden / "best/checkpoint.json").read_text())
-    (project / "experiments/bars.yaml").write_text(yaml_of(read_run(meta, "checkpoint.json").model_dump()))
-    folder = project / "data/runs" / golden.name
-    (folder / "last").mkdir(parents=True)
-    # with other settings, with some that no version of today knows, and where it was finished
-    for changes in ({"lr": 0.02}, {"options": {"width": 0.0625, "stochastic_depth": 0.1}}, {}):
-        begun = {**meta, "config": {**meta["config"], **changes}}
-        (folder / "last/checkpoint.json").write_text(json.dumps(begun))
-        if not changes:
-            shutil.copy(golden / "summary.json", folder)
-        prepare(["bars"])
-    (folder / "summary.json").unlink()
-    done = here("train", "bars")
-    told = "was begun in format 1 and cannot be resumed in format 2; delete that folder to train from scratch"
-    assert (done.returncode, done.stderr) == (2, f"error: data/runs/{folder.name}: {told}\n")
-    assert [path.name for path in (project / "data/runs").iterdir()] == [folder.name]
 
 
 # The command line

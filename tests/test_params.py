@@ -27,7 +27,6 @@ from fer.schedule import SCHEDULES
 from pipelines import data_sets
 from pipelines.experiments import Recipe
 from pipelines.params import (
-    MOVED,
     Params,
     Promotion,
     Tracking,
@@ -99,7 +98,6 @@ def test_what_the_machine_says_is_only_what_it_says(said: dict[str, Any], tmp_pa
            f"tracking.promotion.margin: should be points from 0 to 100, or significant, got {value!r}")
           for value in (-1, "big", True)),
         ({"epochs": 3}, "epochs: unknown key; known: data, resources, super_resolution, tracking"),
-        *(({f"{key}__x": 3}, f"{key}: {told}") for key, told in MOVED.items()),  # sections of earlier versions
     ],
 )  # fmt: skip
 def test_a_mistake_is_reported_once_where_it_stands(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -107,12 +105,11 @@ def test_a_mistake_is_reported_once_where_it_stands(changes: dict[str, Any], mes
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    tree = changed(resources__workers=0, zzz=1, models={}, train=None) | {1: "x"}
+    tree = changed(resources__workers=0, zzz=1) | {1: "x"}
     del tree["tracking"], tree["super_resolution"]["weights"]
     tree["super_resolution"][7] = "x"
     assert [line.partition(": ")[0] for line in mistakes(tmp_path, tree)] == [
-        "train", "models", "super_resolution.weights", "super_resolution.7", "resources.workers", "tracking", "zzz",
-        "1",
+        "super_resolution.weights", "super_resolution.7", "resources.workers", "tracking", "zzz", "1",
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from fer.formats import format_of, read_run
 from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import BEST, LAST, METRICS, read_rows, read_summary
-from fer.settings import differing
+from fer.settings import differing, flatten
 from pipelines.experiments import Experiment, Job
 from pipelines.sweeps import settings
 from pipelines.sweeps import space as spaces
@@ -165,12 +165,8 @@ def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     before, prefix = read_about(other), f"sweep {plan.name}"
     if before.get("layout") != LAYOUT or format_of(before) != FORMAT:
         return f"{prefix}: {other} was begun by another version of this program; use --new to start another"
-    names = []
-    for key in about:
-        if about[key] != before.get(key):
-            inner = _of_runs(plan.base.run, before["run"]) if key == "run" else _differing(about[key], before.get(key))
-            head = {"run": plan.base.name, "data": "the data"}.get(key, key)
-            names += [f"{head}.{part}" if part else head for part in inner]
+    ours, theirs = _flat(plan, about), _flat(plan, before)
+    names = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     verb = "differ" if len(names) > 1 else "differs"
     return (
         f"{prefix}: {', '.join(names)} {verb} from the sweep in {other}; "
@@ -178,20 +174,11 @@ def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     )
 
 
-def _of_runs(run: Run, before: dict[str, Any]) -> list[str]:
-    """The dotted keys in which a run differs from the one in a sweep.json."""
-    return _differing(run.model_dump(), Run.model_validate(before).model_dump(), deep=True)
-
-
-def _differing(one: Any, other: Any, deep: bool = False) -> list[str]:
-    """The keys in which two tables differ, dotted if `deep`; [""] if one of them is not a table."""
-    if not isinstance(one, dict) or not isinstance(other, dict):
-        return [""]
-    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-    if not deep:
-        return keys
-    below = [(key, part) for key in keys for part in _differing(one.get(key), other.get(key), deep)]
-    return [f"{key}.{part}" if part else key for key, part in below]
+def _flat(plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
+    """What makes it this sweep, by the key that a person would change."""
+    run, space = Run.model_validate(about["run"]).model_dump(), about.get("space", {})
+    plain = {key: about.get(key) for key in SAME if key != "space"} | {"the data": about.get("data")}
+    return flatten(run, f"{plan.base.name}.") | {f"space.{key}": value for key, value in space.items()} | plain
 
 
 def folders(name: str | None = None) -> list[Path]:
