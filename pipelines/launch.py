@@ -204,8 +204,6 @@ class Launcher:
         try:
             while True:
                 ended = self.start(job)
-                for line in ended.warnings:
-                    sys.stderr.write(f"{job.name}: {line}\n")
                 if ended.kind == "done":
                     return
                 if ended.kind == "stopped" or (ended.kind == "terminated" and self.stopping):

@@ -107,6 +107,8 @@ def _recalls(sides: Sequence[Side], colours: Sequence[str]) -> Markup:
     rows = []
     for place, name in enumerate(sides[0].classes):
         images = int((sides[0].labels == place).sum())
+        if not images:
+            continue
         points = [(found[place], colour, side.name) for side, colour, found in zip(sides, colours, every)]
         rows.append((f"{name} ({images})", points))
     return _whiskers(rows, zero=False)

@@ -95,7 +95,7 @@ def files(paths: Iterable[Path]) -> tuple[list[Path], int]:
         others += len(inside) - len(chosen)
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no picture or video there")
-    return found, others
+    return list(dict.fromkeys(found)), others
 
 
 def _every(folder: Path) -> Iterator[Path]:

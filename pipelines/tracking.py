@@ -59,6 +59,7 @@ COLUMNS = [  # of MLflow's table of runs, as `fer ui` opens it
     "params.`seed`", "attributes.`Dataset`",
 ]  # fmt: skip
 STOPPED = "stopped; the same command resumes it"
+MOST = 50_000  # runs that one call of MLflow finds; without, 1,000
 AT_ONCE = 50  # rows of metrics.jsonl in one call of MLflow, which takes up to 1,000 metrics
 DRAWING = ThreadPoolExecutor(1)  # runs end in many threads; matplotlib is not thread-safe, and opens fonts in each anew
 OnRows = Callable[[Sequence[dict[str, Any]]], None]
@@ -454,7 +455,7 @@ class _Trials:
         self.runs: dict[str, str] = {}  # our name of a trial -> MLflow run id, while it is open
         self.over = False  # of the search: unfinished trials are stopped ones
         query = f"tags.`{PARENT}` = '{parent}' and attributes.status != 'RUNNING'"
-        found = self.client.search_runs([tracker.experiment], query)
+        found = self.client.search_runs([tracker.experiment], query, max_results=MOST)
         self.ended = {run.data.tags[RUN_ID] for run in found if STATE in run.data.tags}
 
     def followed(self) -> Iterator[tuple[str, Path]]:

@@ -4,10 +4,9 @@ import os
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -44,13 +43,11 @@ class Ended:
 
     done; stopped: by the user, with its state saved; terminated: likewise, by SIGTERM or because its machine is taken
     away; mistake: a user can fix it; diverged: the loss is infinite or not a number; fault: an error in the code;
-    died: a process or a machine is gone. `message` is one line, empty if done. `warnings`: those that the project's
-    code gave.
+    died: a process or a machine is gone. `message` is one line, empty if done.
     """
 
     kind: Kind
     message: str = ""
-    warnings: tuple[str, ...] = ()
 
 
 def work(
@@ -67,7 +64,6 @@ def work(
     Never raises an Exception: errors are returned.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    warned: list[str] = []
 
     def each_epoch(row: dict[str, Any]) -> None:
         _print_epoch(row)
@@ -77,7 +73,7 @@ def work(
         job.folder.mkdir(parents=True, exist_ok=True)
         log = job.folder / (LOG if rank == 0 else f"log-{rank}.txt")
         lock = held(job.folder, patience) if rank == 0 else nullcontext()
-        with lock, logged(log), _warnings_kept(warned):
+        with lock, logged(log):
             try:
                 about = each_epoch, job.start, leaves, job.fold
                 fit(job.name, job.run, job.resources, job.data, job.folder.parent, *about)
@@ -90,22 +86,8 @@ def work(
                 traceback.print_exc()
                 raise
     except Exception as error:  # noqa: BLE001  returned to whoever waits for the run; the traceback is in its log
-        return replace(_of_error(error, job.folder), warnings=tuple(warned))
-    return Ended("done", warnings=tuple(warned))
-
-
-@contextmanager
-def _warnings_kept(kept: list[str]) -> Iterator[None]:
-    """Warnings go to stderr as usual, and those of the project's code to `kept` as well."""
-    with warnings.catch_warnings():
-
-        def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
-            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
-            if _is_ours(filename) and str(message) not in kept:
-                kept.append(str(message))
-
-        warnings.showwarning = show  # type: ignore[assignment]
-        yield
+        return _of_error(error, job.folder)
+    return Ended("done")
 
 
 def _print_epoch(row: dict[str, Any]) -> None:

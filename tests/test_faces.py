@@ -187,6 +187,7 @@ def test_folders_are_searched_and_what_is_no_picture_is_counted(
     for name in ("b/2.JPG", "b/1.png", "b/notes.txt", ".hidden/3.png", "__MACOSX/4.png", "a.mp4"):
         change(tmp_path, name, str)
     assert files([tmp_path]) == ([tmp_path / "a.mp4", tmp_path / "b/1.png", tmp_path / "b/2.JPG"], 1)
+    assert files([tmp_path / "b", tmp_path / "b/1.png"])[0] == [tmp_path / "b/1.png", tmp_path / "b/2.JPG"]  # once
     assert files([tmp_path / "b/notes.txt"]) == ([tmp_path / "b/notes.txt"], 0)  # named, so tried
     change(tmp_path, "b/[12].*", None)
     for name, told in (("c", "/c: not found"), ("b", "/b: ")):

@@ -104,6 +104,16 @@ def test_one_side_alone_without_curves_and_with_published_numbers_beside(runs: P
     assert texts[place : place + 3] == ["Neural Resizer, Swin-B 2022", "89.50", "ImageNet"]
 
 
+def test_a_class_without_test_images_has_no_recall(runs: Path) -> None:
+    before = compared([side("other", runs)], [])
+    for path in runs.glob("other-*/predictions_test.csv"):
+        table = pd.read_csv(path)
+        table.assign(label=table["label"].replace(CLASSES[1], CLASSES[0])).to_csv(path, index=False)
+    after = compared([side("other", runs)], [])
+    assert after.count("<circle") == before.count("<circle") - 1
+    assert "nan" not in after
+
+
 def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
     from mlflow import MlflowClient
 

@@ -71,11 +71,13 @@ def test_a_changed_sweep_is_refused_with_what_changed_unless_a_new_one_is_wished
         sweeps.check_same(either, new=False)  # both go on from now on
 
 
-@pytest.mark.parametrize("missing", ["layout", "format"])
-def test_a_sweep_of_another_version_is_not_gone_on_with(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("own", "other_version"), [('"layout"', '"else"'), ('"format"', '"else"'), ('"run": {', '"run": {"new_key": 3, ')]
+)
+def test_a_sweep_of_another_version_is_not_gone_on_with(own: str, other_version: str) -> None:
     sweeps.begin(sweep := plan())
     other = sweep.folder.rename(sweep.folder.with_name("tiny-00000000"))
-    change(other, "sweep.json", swap(f'"{missing}"', '"else"'))
+    change(other, "sweep.json", swap(own, other_version))
     told = f"sweep tiny: {other} was begun by another version of this program; use --new to start another"
     assert refusal(sweeps.check_same, sweep, new=False) == told
 

@@ -6,7 +6,6 @@ import re
 import resource
 import subprocess
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,19 +76,6 @@ def test_how_it_ended_is_a_value(
     assert re.fullmatch(message, ended.message) or ended.message == message
     log = (made.folder / LOG).read_text()
     assert ("Traceback" in log) == (kind in ("fault", "died") or error is FULL)
-
-
-def test_warnings_of_the_projects_code_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(*_: object, **__: object) -> None:
-        warnings.simplefilter("always")
-        for path in (works.__file__, "/elsewhere/torch.py", works.__file__):
-            warnings.warn_explicit("mind the step" if path == works.__file__ else "not ours", UserWarning, path, 7)
-        raise UserError("no weights")
-
-    monkeypatch.setattr(works, "fit", fit)
-    made = Job("x", small_run(), CPU, tmp_path, tmp_path / "runs/x")
-    assert work(made) == Ended("mistake", "no weights", ("mind the step",))
-    assert (made.folder / LOG).read_text().count("UserWarning: ") == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])  # threads; 0: it runs in the main one, which has the signals

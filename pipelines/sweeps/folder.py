@@ -21,7 +21,7 @@ from fer.formats import format_of, read_run
 from fer.resources import Resources
 from fer.run import FORMAT, Run, run_id
 from fer.run_folder import BEST, LAST, METRICS, read_rows, read_summary
-from fer.settings import differing, flatten
+from fer.settings import check, differing, flatten
 from pipelines.experiments import Experiment, Job
 from pipelines.sweeps import settings
 from pipelines.sweeps import space as spaces
@@ -163,10 +163,11 @@ def _budget(plan: Plan) -> dict[str, Any]:
 
 def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     before, prefix = read_about(other), f"sweep {plan.name}"
-    if before.get("layout") != LAYOUT or format_of(before) != FORMAT:
+    theirs, faults = check(Run, before["run"])
+    if before.get("layout") != LAYOUT or format_of(before) != FORMAT or theirs is None or faults:
         return f"{prefix}: {other} was begun by another version of this program; use --new to start another"
-    ours, theirs = _flat(plan, about), _flat(plan, before)
-    names = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    now, then = _flat(plan.base, plan.base.run, about), _flat(plan.base, theirs, before)
+    names = [key for key in {**now, **then} if now.get(key) != then.get(key)]
     verb = "differ" if len(names) > 1 else "differs"
     return (
         f"{prefix}: {', '.join(names)} {verb} from the sweep in {other}; "
@@ -174,11 +175,11 @@ def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     )
 
 
-def _flat(plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
+def _flat(base: Experiment, run: Run, about: dict[str, Any]) -> dict[str, Any]:
     """What makes it this sweep, by the key that a person would change."""
-    run, space = Run.model_validate(about["run"]).model_dump(), about.get("space", {})
+    space = about.get("space", {})
     plain = {key: about.get(key) for key in SAME if key != "space"} | {"the data": about.get("data")}
-    return flatten(run, f"{plan.base.name}.") | {f"space.{key}": value for key, value in space.items()} | plain
+    return flatten(run.model_dump(), f"{base.name}.") | {f"space.{key}": value for key, value in space.items()} | plain
 
 
 def folders(name: str | None = None) -> list[Path]:
