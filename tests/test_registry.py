@@ -121,6 +121,14 @@ def test_whoever_decides_last_has_seen_the_others(place: str, shop: Shop, monkey
     assert decided == sorted((str(one.version), "run") for one in versions)
 
 
+def test_a_model_that_was_registered_by_hand_gets_a_history(shop: Shop) -> None:
+    registry, *made = shop
+    registry.client.create_registered_model("fer-x")
+    for accuracy in (0.5, 0.6):
+        record(registry, "fer-x", *made, accuracy)
+    assert [(one.what, one.champion) for one in registry.history("fer-x")] == [("run", "1"), ("run", "2")]
+
+
 def test_by_hand_back_and_forth(shop: Shop) -> None:
     """What a person chose stays until a run is better by the rule."""
     registry, *made = shop
