@@ -38,7 +38,7 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
     Raises UserError if a run is not finished, was trained on other data or cannot be a member.
     """
     data = open_data(data_dir)
-    metas = [_finished(folder, data) for folder in folders]
+    metas = [finished(folder, data) for folder in folders]
     found, labels = _on_val(folders, data)
     heats = [round(temperature(one, labels), 4) for one in found]
     members = [_member(folder, meta, heat) for folder, meta, heat in zip(folders, metas, heats)]
@@ -88,8 +88,8 @@ def _side(members: list[Member], data: DataSet) -> int:
     return sides[0]
 
 
-def _finished(folder: Path, data: DataSet) -> dict[str, Any]:
-    """The checkpoint.json of the run's best epoch."""
+def finished(folder: Path, data: DataSet) -> dict[str, Any]:
+    """The checkpoint.json of the best epoch of a run. Raises UserError if it is not finished, or of other data."""
     summary = read_summary(folder)
     if summary is None:
         raise UserError(f"{folder}: the run is not finished; finish it with `fer train`")
@@ -103,6 +103,11 @@ def _member(folder: Path, meta: dict[str, Any], heat: float) -> Member:
     run = read_run(meta, folder / BEST / checkpoint.META)
     if isinstance(run.model, Ensemble):
         raise UserError(f"{folder}: is an ensemble itself; name its members")
+    return member_of(run, heat)
+
+
+def member_of(run: Run, heat: float = 1.0) -> Member:
+    """The network of a run as a member of an ensemble; `heat`: its temperature."""
     return Member(model=run.model, input=run.input, precision=run.precision, temperature=heat)
 
 

@@ -115,7 +115,7 @@ class VoteCrossEntropy(LossKind):
     name: Literal["vote_cross_entropy"] = "vote_cross_entropy"
 
     def build(self, prior: Tensor, counts: Tensor) -> Loss:
-        return lambda logits, labels, targets: _soft(logits, targets)
+        return lambda logits, labels, targets: soft_cross_entropy(logits, targets)
 
 
 class VoteSampling(LossKind):
@@ -154,8 +154,8 @@ def _precise(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _soft(logits: Tensor, target: Tensor, gamma: float = 0.0) -> Tensor:
-    """-sum_j target_j (1 - p_j)^gamma log p_j, [B]."""
+def soft_cross_entropy(logits: Tensor, target: Tensor, gamma: float = 0.0) -> Tensor:
+    """-sum_j target_j (1 - p_j)^gamma log p_j, [B], of logits and targets [B, C]."""
     log_p = F.log_softmax(_precise(logits), dim=1)
     if gamma:
         # log(1 - p) through expm1 keeps the gradient finite at p = 1
@@ -167,7 +167,7 @@ def _soft(logits: Tensor, target: Tensor, gamma: float = 0.0) -> Tensor:
 def _mixed(alpha: float, prior: Tensor, gamma: float) -> Loss:
     """Loss against a y + (1 - a) D[label]."""
     mixture = alpha * torch.eye(len(prior), dtype=prior.dtype, device=prior.device) + (1 - alpha) * prior
-    return lambda logits, labels, targets: _soft(logits, mixture[labels], gamma)
+    return lambda logits, labels, targets: soft_cross_entropy(logits, mixture[labels], gamma)
 
 
 LOSSES = by_name(

@@ -44,6 +44,10 @@ class Run(Section):
     """How an image is presented to the network."""
     loss: Annotated[LossKind, OneOf(LOSSES)] = CrossEntropy()
     """What training minimises."""
+    teacher: str | None = None
+    """Finished run on the same data, perhaps an ensemble, whose answers to the same images are learned as well."""
+    teacher_share: Fraction = 0.5
+    """With a teacher: share of the cross-entropy with its probabilities in what training minimises."""
     class_weights: Fraction = 0.0
     """Loss weight of an image: (images in its class) ^ -this; 0: no weighting, 1: inverse frequency."""
     balanced_sampling: Fraction = 0.0
@@ -82,6 +86,11 @@ class Run(Section):
                 found.append(Fault("init_from", f"model {self.model.name} has no backbone; set it to null"))
             elif backbone.weights is not None:
                 found.append(Fault("model.backbone.weights", "init_from gives them; set one of the two to null"))
+        if self.teacher is None and self.teacher_share != type(self).model_fields["teacher_share"].default:
+            found.append(Fault("teacher_share", "counts for nothing without a teacher; name one, or leave it out"))
+        lost = [key for key in ("equalize", "flatten", "standardize") if getattr(self.input, key)]
+        if self.teacher is not None and lost:
+            found.append(Fault("teacher", f"needs the brightness that input.{lost[0]} takes away; set that to false"))
         if found:
             raise Unfit(found)
         return self

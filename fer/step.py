@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fer.data.augment import Mixture
 from fer.device import autocast, seed_all
 from fer.errors import UserError, first_line
-from fer.losses import Loss
+from fer.losses import Loss, soft_cross_entropy
 from fer.optimizer import build_optimizer
 from fer.run import Run
 
@@ -33,10 +33,14 @@ class Stepper:
     """The network in training, its optimizer, and its averaged weights if the run has `ema_decay`.
 
     `graphs`: on a GPU, replay the passes of the first step in later ones; every step is then one part of one size.
+    `teacher` gives the probabilities [B, C] that another network sees in `pixel_values`.
     """
 
-    def __init__(self, run: Run, model: nn.Module, device: torch.device, world: int = 1, graphs: bool = False):
-        self.run, self.model, self.device = run, model, device
+    def __init__(
+        self, run: Run, model: nn.Module, device: torch.device, world: int = 1, graphs: bool = False,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ):  # fmt: skip
+        self.run, self.model, self.device, self.teacher = run, model, device, teacher
         self.graphs = graphs and device.type == "cuda" and world == 1 and not run.sam_rho
         self.recorded: Callable[..., Tensor] | None = None
         self.optimizer = build_optimizer(run.optimizer, model, fused=run.precision != "fp16")
@@ -85,10 +89,15 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         logits, total = [], torch.zeros((), device=self.device)
         for number, part in enumerate(parts, 1):
+            taught = self.teacher(part.inputs["pixel_values"]) if self.teacher is not None else None
             with self._without_exchange(number < len(parts)):
                 with autocast(self.run.precision, self.device):
                     found = self._forward(part.inputs)
-                value = _mixed_loss(loss, found, part, mixture) * part.weight
+                value = _mixed_loss(loss, found, part, mixture)
+                if taught is not None:
+                    share = self.run.teacher_share
+                    value = (1 - share) * value + share * soft_cross_entropy(found, taught).mean()
+                value = value * part.weight
                 self.scaler.scale(value).backward()
             logits.append(found.detach())
             total += value.detach()
@@ -202,21 +211,30 @@ def record(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[..., Tensor]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     samples = tuple(value.clone() for value in inputs.values())
     kind = torch.get_autocast_dtype("cuda")
-    try:
-        with torch.autocast("cuda", kind, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            found: Any = torch.cuda.make_graphed_callables(
-                ByPosition(model, list(inputs)), samples, allow_unused_input=True
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UserError(
-            f"resources.cuda_graphs: this network cannot be recorded ({first_line(error)}); set it to false"
-        ) from None
+    with (
+        recording("this network"),
+        torch.autocast("cuda", kind, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
+    ):
+        found: Any = torch.cuda.make_graphed_callables(
+            ByPosition(model, list(inputs)), samples, allow_unused_input=True
+        )
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])  # batch norm's statistics, which recording has changed
     return found
+
+
+@contextmanager
+def recording(what: str) -> Iterator[None]:
+    """Raises UserError if `what` is recorded within the block and cannot be."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"resources.cuda_graphs: {what} cannot be recorded ({first_line(error)}); set it to false"
+        ) from None
 
 
 class ByPosition(nn.Module):

@@ -32,6 +32,7 @@ from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
 from fer.schedule import lr_at
 from fer.signals import Agreement, Request, Stopped, StopSignal
 from fer.step import Stepper
+from fer.teacher import teacher_of
 from fer.weights import DAMAGE
 
 REMEDY = "lower optimizer.lr, set clip_grad_norm, or use precision fp32"
@@ -59,10 +60,10 @@ def fit(
     receives each new row of metrics.jsonl. `start` is the id of the finished run in `runs_dir` that `init_from` names.
     `leaves` returns whether this machine is about to be reclaimed, which stops the run as SIGTERM does; all ranks of a
     group call it before the same steps, about once a second. `fold`, such as 3/10: train on that part of the data
-    (fer.data.folds).
-    Raises UserError (data or weights missing; the run to start from missing, unfinished or with another backbone; no
-    GPU; a batch that cannot be divided), NonFiniteLoss, and Stopped once the state is saved after SIGTERM or
-    `fer.signals.ask_to_stop`.
+    (fer.data.folds). A teacher that `run` names is a finished run in `runs_dir`, too.
+    Raises UserError (data or weights missing; the run to start from missing, unfinished or with another backbone; the
+    teacher missing, unfinished or of other data; no GPU; a batch that cannot be divided), NonFiniteLoss, and Stopped
+    once the state is saved after SIGTERM or `fer.signals.ask_to_stop`.
     """
     if (start is None) != (run.init_from is None):
         raise UserError(f"{name}: init_from is {run.init_from}, the run to start from {start}; give both or neither")
@@ -125,7 +126,10 @@ class Trainer:
         about_loss = run.loss, run.class_weights, prior, counts.to(device)
         self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
         graphs = resources.cuda_graphs and resources.accumulate == 1
-        self.stepper = Stepper(run, model, device, self.world, graphs)
+        teacher = teacher_of(run, data, folder.parent, device, graphs)
+        if teacher is not None and not feed.needs_pixels:
+            raise UserError(f"{name}: teacher: has no images to look at, as the model takes embeddings; set it to null")
+        self.stepper = Stepper(run, model, device, self.world, graphs, teacher)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None
         self.request = Agreement(self.control, stop) if self.world > 1 else stop.request
         self.steps = self.batches.steps

@@ -15,6 +15,7 @@ from fer.errors import UserError
 from fer.files import write_bytes
 from fer.resources import Resources
 from fer.run import Run, chain_faults, resource_faults
+from fer.run_folder import SUMMARY, named
 from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
 from pipelines.params import NAME, parse_value, read_text, read_yaml, yaml_of
 
@@ -261,6 +262,24 @@ def _with_bases(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             path = path_of(base)
         except UserError as error:
             raise UserError(f"{path}: base: {error}") from None
+
+
+def taught(one: Experiment, runs: Path) -> Experiment:
+    """The experiment with the whole id of its teacher, of which it may name the start.
+
+    Raises UserError unless that is one finished run in `runs`.
+    """
+    word = one.run.teacher
+    if word is None:
+        return one
+    found = [folder.name for folder in named(runs, word) if (folder / SUMMARY).exists()]
+    asks = f"{one.origins['teacher']}: teacher: {word}"
+    if not found:
+        known = [folder.name for folder in named(runs, "") if (folder / SUMMARY).exists()]
+        raise UserError(f"{asks}: no finished run in {runs}; finished: {', '.join(known) or 'none yet'}")
+    if len(found) > 1:
+        raise UserError(f"{asks}: names several runs, give more of the id: {', '.join(found)}")
+    return replace(one, run=one.run.model_copy(update={"teacher": found[0]}))
 
 
 def _depth(change: str) -> int:

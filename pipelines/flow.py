@@ -32,6 +32,7 @@ from fer.files import held, is_held, write_json
 from fer.models import build_model, named_weights
 from fer.run import run_id
 from fer.run_folder import LAST, SUMMARY, read_summary
+from fer.teacher import check_teacher
 from pipelines import experiments, flow_page, launch, report
 from pipelines.data_sets import folder_of
 from pipelines.experiments import Experiment, Job
@@ -60,7 +61,7 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
     again costs nothing.
     """
     params = load()
-    found = experiments.load(words, machine(params))
+    found = {name: experiments.taught(one, RUNS) for name, one in experiments.load(words, machine(params)).items()}
     asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]}
     data = _opened(found, params)
     jobs = _jobs(found, data) if folds is None else jobs_of(found, data, folds, RUNS)
@@ -103,6 +104,7 @@ def _jobs(found: dict[str, Experiment], data: Mapping[str, DataSet]) -> Jobs:
     jobs: Jobs = {}
     for name, experiment in found.items():
         run = experiment.run
+        check_teacher(run, data[name], RUNS)
         start = jobs[run.init_from].folder.name if run.init_from else None
         folder = RUNS / run_id(name, run, data[name].hash, start)
         jobs[name] = Job(name, run, experiment.resources, data[name].folder, folder, start)

@@ -60,12 +60,11 @@ def jobs_of(found: Mapping[str, Experiment], data: Mapping[str, DataSet], folds:
     Raises UserError if the data cannot be divided so, if an experiment starts from another run, or if a model lacks
     the neutral faces that it compares with in some fold.
     """
-    starting = [name for name, one in found.items() if one.run.init_from is not None]
-    if starting:
-        raise UserError(
-            f"{starting[0]}: init_from: a fold cannot start from {found[starting[0]].run.init_from}, which was trained "
-            "on its test images; set it to null"
-        )
+    for name, one in found.items():
+        for key, how in (("init_from", "start from"), ("teacher", "learn from")):
+            if (other := getattr(one.run, key)) is not None:
+                told = f"a fold cannot {how} {other}, which was trained on its test images; set it to null"
+                raise UserError(f"{name}: {key}: {told}")
     views: dict[Path, dict[str, DataSet]] = {}
     made = {}
     for name, one in found.items():

@@ -115,7 +115,11 @@ def test_what_cannot_be_a_member_or_be_trained(members: list[Path], bars: Path, 
         ([members[0], whole], bars, "is an ensemble itself; name its members"),
         ([unfinished], bars, "the run is not finished; finish it with `fer train`"),
         (members, other, "was trained on other data than"),
-        ([compares], bars, "networks with a frozen encoder, which take embeddings, cannot be members"),
+        (
+            [compares],
+            bars,
+            "networks with a frozen encoder, which take embeddings, cannot be averaged or teach",
+        ),
     ):
         assert told in refusal(combine, folders, data, CPU)
     told = "an ensemble is not trained; make one of finished runs with `fer ensemble`"

@@ -1,6 +1,7 @@
 """On a GPU: the numbers of the CPU, no waiting within a step, runs of every kind, and two ranks on one card."""
 
 import multiprocessing
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fer.run import Run
 from fer.signals import Stopped
 from fer.step import Part, Stepper
 from fer.super_resolution.networks import NetworkUpscaler
+from fer.teacher import teacher_of
 from fer.train import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -76,6 +78,24 @@ def test_a_run_cut_and_resumed_or_recorded_equals_the_uncut_one(kind: str, bars:
     assert_equal_runs(fit("x", run, resources, bars, tmp_path / "cut"), whole)
     other = resources.model_copy(update={"cuda_graphs": not resources.cuda_graphs})
     assert_equal_runs(fit("x", run, other, bars, tmp_path / "other"), whole)
+
+
+def test_a_recorded_teacher_answers_as_one_that_is_launched_and_on_the_cpu(bars: Path, tmp_path: Path) -> None:
+    teacher = fit("x", small_run(precision="bf16", epochs=1), ON_GPU, bars, tmp_path / "whole")
+    evaluate(teacher, bars, ON_GPU)
+    run = small_run(teacher=teacher.name, augment={"mixup": 0.3})
+    shutil.copytree(teacher.parent, tmp_path / "other")
+    launched = ON_GPU.model_copy(update={"cuda_graphs": False})
+    whole = fit("x", run, ON_GPU, bars, tmp_path / "whole")
+    assert_equal_runs(whole, fit("x", run, launched, bars, tmp_path / "other"))
+    data, seen = open_data(bars), torch.rand(16, 1, 16, 16)
+    answers = []
+    for device, graphs in ((GPU, True), (torch.device("cpu"), False)):
+        asked = teacher_of(run, data, teacher.parent, device, graphs)
+        assert asked is not None
+        answers.append([asked(pixels.to(device)).cpu().clone() for pixels in (seen, 1 - seen, seen[:3])])
+    for here, there in zip(*answers, strict=True):
+        torch.testing.assert_close(here, there, atol=2e-2, rtol=0)  # bf16
 
 
 class Waits(nn.Module):

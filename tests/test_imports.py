@@ -42,7 +42,7 @@ LAYERS = [
     {"fer.batches"},
     {"fer.evaluate", "fer.predict"},
     {"fer.across", "fer.ensemble", "fer.explain", "fer.faces"},
-    {"fer.card"},
+    {"fer.card", "fer.teacher"},
     {"fer.export"},
     {"fer.train"},
 ]  # fmt: skip

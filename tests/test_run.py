@@ -94,7 +94,7 @@ def test_run_id_is_stable_over_releases() -> None:
 OTHER: dict[str, Any] = {
     "seed": 7, "epochs": 4, "patience": 2, "batch_size": 32, "loss": {"name": "focal", "gamma": 3.0},
     "class_weights": 0.5, "balanced_sampling": 0.5, "clip_grad_norm": None, "ema_decay": 0.9, "sam_rho": 0.05,
-    "precision": "bf16", "unmixed_epochs": 2,
+    "precision": "bf16", "unmixed_epochs": 2, "teacher": "y-s1-01234567",
     "model": {"width": 0.125}, "input": {"image_size": 32}, "optimizer": {"name": "adam", "lr": 0.01},
     "schedule": {"name": "constant"}, "augment": {"flip": 0.25},
 }  # fmt: skip
@@ -130,11 +130,12 @@ PARTS: list[dict[str, Any]] = [
 
 
 def test_run_id_changes_with_all_that_decides_the_numbers() -> None:
-    assert {*OTHER, "init_from"} == set(Run.model_fields)
+    assert {*OTHER, "init_from", "teacher_share"} == set(Run.model_fields)
     runs = [small_run(), *(small_run(**{key: value}) for key, value in OTHER.items())]
     runs += [small_run(**{key: value}) for key, values in INNER.items() for value in values]
     runs += [small_run(**model(**keys)) for keys in PARTS]
     runs.append(small_run(**model(), init_from="other"))
+    runs.append(small_run(teacher=OTHER["teacher"], teacher_share=0.3))
     runs += [small_run(**doe(pairing)) for pairing in PAIRINGS]
     ids = [run_id("x", run, "d") for run in runs]
     ids += [run_id("x", runs[0], data, start) for data, start in (("e", None), ("d", "y-s1-0"), ("d", "y-s1-1"))]
@@ -171,6 +172,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({**model(), "init_from": "a"}, []),
     ({**model(backbone={"name": "resnet50"}), "init_from": "a"},
      ["model.backbone.weights: init_from gives them; set one of the two to null"]),
+    ({"teacher": "x", "input": {"equalize": True}},
+     ["teacher: needs the brightness that input.equalize takes away; set that to false"]),
+    ({"teacher_share": 0.7}, ["teacher_share: counts for nothing without a teacher; name one, or leave it out"]),
+    ({"teacher": "x", "teacher_share": 0.7}, []),
     ({"input": {"image_size": 15}}, ["input.image_size: 15 is too small: VGG13 halves it four times, so 16 at least"]),
     ({"model": {"name": "vgg13", "width": 0.001}}, ["model.width: 0.001 leaves no channel"]),
     ({**model(stn=True, resizer={"name": "bilinear", "size": 32}), "input": {"image_size": 17}},

@@ -64,7 +64,7 @@ class EnsembleNetwork(Network):
         networks = (build_model(member.model, member.input, num_labels, False) for member in model.members)
         self.members = nn.ModuleList(networks)
         if any(network.embeds for network in self.members):
-            raise UserError("ensemble: networks with a frozen encoder, which take embeddings, cannot be members")
+            raise UserError("networks with a frozen encoder, which take embeddings, cannot be averaged or teach")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         views = [pixel_values, pixel_values.flip(-1)] if self.settings.mirror else [pixel_values]

@@ -120,9 +120,10 @@ def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], sources: 
     Raises UserError with one line per mistake, in it or between the sweep and its base.
     """
     run, found, grace = base.run, [], f"{origins['grace_epochs']}: grace_epochs: {sweep.grace_epochs}"
-    if run.init_from is not None:
-        other = f"{base.name} starts from another run (init_from), which trials cannot; use another"
-        found.append(f"{origins['base']}: base: {other}")
+    for key, how in (("init_from", "starts"), ("teacher", "learns")):
+        if getattr(run, key) is not None:
+            other = f"{base.name} {how} from another run ({key}), which trials cannot; use another"
+            found.append(f"{origins['base']}: base: {other}")
     if sweep.grace_epochs > run.epochs:
         found.append(f"{grace}, but the base has {run.epochs} epochs; lower it")
     if not sweep.space:

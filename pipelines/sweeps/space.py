@@ -19,7 +19,7 @@ RANGES = ("int", "float", "log", "factor")
 KINDS = (*RANGES, "choice")
 HOW = "give one of {int: [low, high]}, {float: [low, high]}, {log: [low, high]}, {factor: [low, high]}, {choice: [...]}"
 MOST = 100  # values of a choice, each of which is tried in the base before the search
-NEVER = ("init_from", "seed", "epochs")  # not meant to be searched
+NEVER = ("init_from", "teacher", "teacher_share", "seed", "epochs")  # not meant to be searched
 Space = dict[str, Any]  # key of the run -> a range
 Point = dict[str, Any]  # a point, as Optuna stores it: name of a range -> number, or label of a choice
 

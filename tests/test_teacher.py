@@ -1,0 +1,139 @@
+"""Distillation: the teacher sees what its student sees, and its share of the loss is what it should be."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, doe, make_data, refusal, small_run
+from scipy.special import log_softmax
+from test_ensemble import OTHER, finished, raw
+from test_train import Cut, assert_equal_runs, cut_after
+from torch import nn
+
+from fer.data.augment import Mixture
+from fer.data.dataset import open_data
+from fer.ensemble import combine
+from fer.input import Input, model_input
+from fer.step import Part, Stepper
+from fer.teacher import teacher_of
+from fer.train import fit
+
+INPUTS = [Input(image_size=16, channels=1, mean=[0.3], std=[0.5]), Input(image_size=16, mean=[0.1, 0.2, 0.3])]
+
+
+@pytest.fixture(scope="module")
+def teachers(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two finished runs of different forms, and their ensemble."""
+    folder = tmp_path_factory.mktemp("runs")
+    members = [finished(bars, folder, **keys) for keys in ({"epochs": 1}, OTHER)]
+    return [*members, combine(members, bars, CPU)]
+
+
+def taught(teacher: Path, **keys: Any) -> dict[str, Any]:
+    return {"teacher": teacher.name, "epochs": 2, "seed": 7, **keys}
+
+
+@pytest.mark.parametrize("given", INPUTS)
+def test_it_answers_as_it_does_alone_whatever_the_student_makes_of_the_pixels(
+    given: Input, teachers: list[Path], bars: Path
+) -> None:
+    data = open_data(bars)
+    faces = data.split("test").pixels(np.arange(40))
+    pixels = model_input(faces, given)
+    for folder in teachers:
+        teacher = teacher_of(
+            small_run(**taught(folder, input=dict(given))), data, teachers[0].parent, torch.device("cpu"), False
+        )
+        assert teacher is not None
+        np.testing.assert_allclose(teacher(pixels).numpy(), raw(folder, faces.numpy()), atol=2e-3)  # bf16
+    assert teacher_of(small_run(), data, teachers[0].parent, torch.device("cpu"), False) is None
+
+
+class Flat(nn.Module):
+    """Logits are the pixels, twice as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values.flatten(1) * self.scale
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_its_share_of_the_loss_is_the_cross_entropy_with_its_answers(share: float) -> None:
+    run = small_run(teacher="x", teacher_share=share, clip_grad_norm=None, optimizer={"name": "sgd", "lr": 0.1})
+    pixels = torch.randn(4, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    answers = torch.softmax(pixels.flatten(1).flip(1), 1)
+    labels = torch.arange(4)
+    part = Part({"pixel_values": pixels}, labels, torch.eye(8)[labels], 1.0)
+
+    def own(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, labels)
+
+    stepper = Stepper(run, Flat(), torch.device("cpu"), teacher=lambda seen: torch.softmax(seen.flatten(1).flip(1), 1))
+    mixture = Mixture(0.75, None)
+    _, value = stepper([part], own, mixture, 0.1, 0)
+    logs = log_softmax(2 * pixels.flatten(1).numpy(), 1)
+    mixed = 0.75 * -logs[np.arange(4), labels] + 0.25 * -logs[np.arange(4), mixture.partner(labels)]
+    agreement = -(answers.numpy() * logs).sum(1)
+    assert float(value) == pytest.approx((1 - share) * mixed.mean() + share * agreement.mean(), rel=1e-5)
+    changed = Stepper(run, Flat(), torch.device("cpu"), teacher=stepper.teacher)
+    changed([Part(part.inputs, 7 - labels, part.targets, 1.0)], own, None, 0.1, 0)
+    assert (stepper.model.scale == changed.model.scale) == (share == 1)  # labels count for nothing then
+
+
+def test_without_a_share_it_changes_nothing_but_the_id(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
+    plain = fit("x", small_run(epochs=1), CPU, bars, tmp_path)
+    asked = small_run(**taught(teachers[0], epochs=1, seed=small_run().seed, teacher_share=0.0))
+    silent = fit("x", asked, CPU, bars, teachers[0].parent)
+    assert silent.name != plain.name
+    assert (silent / "best/model.safetensors").read_bytes() == (plain / "best/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("keys", [{}, {"augment": {"mixup": 0.3}, "sam_rho": 0.05}])
+def test_a_taught_run_cut_and_resumed_equals_the_uncut_one(
+    keys: dict[str, Any], teachers: list[Path], bars: Path, tmp_path: Path
+) -> None:
+    run = small_run(**taught(teachers[-1], **keys))
+    whole, partly = (shutil.copytree(teachers[-1].parent, tmp_path / name) for name in ("whole", "cut"))
+    with pytest.raises(Cut):
+        fit("x", run, CPU, bars, partly, cut_after(1))
+    assert_equal_runs(fit("x", run, CPU, bars, partly), fit("x", run, CPU, bars, whole))
+    kept = [folder / run.teacher / "best/model.safetensors" for folder in (partly, teachers[-1].parent)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_a_student_comes_to_agree_with_its_teacher(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
+    """Labels are noise to it; what it learns is the teacher's view of the images."""
+    data = open_data(bars)
+    faces = data.split("test").pixels(np.arange(40)).numpy()
+    teacher = shutil.copytree(teachers[0], tmp_path / teachers[0].name)
+    apart = []
+    for epochs in (1, 6):
+        student = finished(bars, tmp_path, **taught(teacher, epochs=epochs, teacher_share=1.0))
+        answers, wanted = raw(student, faces), raw(teacher, faces)
+        apart.append((wanted * np.log(wanted / answers)).sum(1).mean())
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_what_cannot_teach_or_be_taught(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
+    unfinished = fit("x", small_run(seed=3, epochs=1), CPU, bars, teachers[0].parent)
+    compares = finished(bars, teachers[0].parent, **doe(epochs=1))
+    other = make_data(tmp_path / "other", seed=1)
+    teacher = teachers[0]
+    for keys, data, told in (
+        (
+            {"teacher": "nothing"},
+            bars,
+            "/nothing: the run is not finished; finish it with `fer train`",
+        ),
+        (taught(unfinished), bars, f"teacher: {unfinished}: the run is not finished; finish it with `fer train`"),
+        (taught(teacher), other, f"teacher: {teacher}: was trained on other data than"),
+        (taught(compares), bars, "networks with a frozen encoder, which take embeddings, cannot be averaged or teach"),
+        (doe(teacher=teacher.name), bars, "teacher: has no images to look at, as the model takes embeddings"),
+    ):
+        assert told in refusal(fit, "x", small_run(**keys), CPU, data, teachers[0].parent)
