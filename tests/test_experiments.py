@@ -368,3 +368,24 @@ def test_the_experiments_of_the_project() -> None:
         assert words[0] == name == list(load(words, {}))[-1]
         assert lines[0] != command  # the list of experiments shows the first line
         assert "Own score: " in experiment.head
+
+
+def test_a_teacher_is_one_finished_run_that_is_named_by_the_start_of_its_id(recipes: Path) -> None:
+    runs = Path("data/runs")
+    for name in ("a-s1-00000000", "a-s2-00000000", "b-s1-00000000", "unfinished-s1-00000000"):
+        (runs / name).mkdir(parents=True)
+        if name[0] != "u":
+            (runs / name / "summary.json").write_text("{}")
+
+    def asked(word: str) -> experiments.Experiment:
+        return experiments.load(["vgg13_small", f"teacher={word}"], {})["vgg13_small"]
+
+    for word, name in (("b", "b-s1-00000000"), ("a-s2", "a-s2-00000000"), ("a-s1-00000000", "a-s1-00000000")):
+        assert experiments.taught(asked(word), runs).run == asked(name).run
+    plain = experiments.load(["vgg13_small"], {})["vgg13_small"]
+    assert experiments.taught(plain, runs) == plain
+    for word, told in (
+        ("a-", "names several runs, give more of the id: a-s1-00000000, a-s2-00000000"),
+        ("unf", "no finished run in data/runs; finished: a-s1-00000000, a-s2-00000000, b-s1-00000000"),
+    ):
+        assert refusal(experiments.taught, asked(word), runs) == f"command line: teacher: {word}: {told}"

@@ -161,12 +161,15 @@ def test_the_same_pixels_under_two_names_are_told_where_each_subject_is_left_out
 # The flow
 
 
-def test_no_fold_starts_from_another_run(recipes: Path) -> None:
+def test_no_fold_starts_or_learns_from_another_run(recipes: Path) -> None:
     data = pooled(recipes / DATA, PERSONS)
     experiment(recipes, "first", **doe())
     experiment(recipes, "second", **doe(init_from="first"))
     line = refusal(jobs_of, experiments.load(["second"], {}), {"second": data}, "5", recipes / "data/runs")
     assert line.startswith("second: init_from: a fold cannot start from first, which was trained on its test images;")
+    found = experiments.load(["first", "teacher=x-s1-01234567"], {})
+    line = refusal(jobs_of, found, {"first": data}, "5", recipes / "data/runs")
+    assert line.startswith("first: teacher: a fold cannot learn from x-s1-01234567, which was trained on its test ")
 
 
 @pytest.mark.slow

@@ -74,6 +74,10 @@ MILLION = ", ".join(f"{key}: {{choice: [{MOST}]}}" for key in ("batch_size", "mo
         ("base: disentangled_doe_tiny\nspace: {batch_size: {int: [8, 64]}}\n", ["mine"],
          ["sweeps/mine.yaml: base: disentangled_doe_tiny starts from another run (init_from), which trials cannot; use "
           "another"]),
+        ("", ["tiny", "changes.teacher=x", "space={teacher_share: {choice: [0.1, 0.9]}}"],
+         ["sweeps/tiny.yaml: base: swin_nr_fpdls_tiny learns from another run (teacher), which trials cannot; use "
+          "another",
+          "command line: space.teacher_share: this key cannot be searched; set it in the base"]),
         ("base: wrong\nspace: {batch_size: {int: [16, 64]}}\n", ["mine"],
          ["sweeps/mine.yaml: base: experiments/wrong.yaml: epoch: unknown key, did you mean 'epochs'?"]),
         ("", ["tiny", "search=grid", f"space={{{MILLION}}}"],  # counted before it is made

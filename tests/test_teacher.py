@@ -16,7 +16,9 @@ from torch import nn
 from fer.data.augment import Mixture
 from fer.data.dataset import open_data
 from fer.ensemble import combine
+from fer.export import write_folder
 from fer.input import Input, model_input
+from fer.predict import Predictor
 from fer.step import Part, Stepper
 from fer.teacher import teacher_of
 from fer.train import fit
@@ -118,6 +120,21 @@ def test_a_student_comes_to_agree_with_its_teacher(teachers: list[Path], bars: P
         answers, wanted = raw(student, faces), raw(teacher, faces)
         apart.append((wanted * np.log(wanted / answers)).sum(1).mean())
     assert apart[1] < 0.5 * apart[0]
+
+
+def test_a_student_is_passed_on_without_its_teacher_which_its_card_names(
+    teachers: list[Path], bars: Path, tmp_path: Path
+) -> None:
+    runs = shutil.copytree(teachers[0].parent, tmp_path / "runs")
+    student = finished(bars, runs, **taught(teachers[0], epochs=1))
+    shutil.rmtree(runs / teachers[0].name)
+    write_folder(student, folder := tmp_path / "given")
+    faces = open_data(bars).split("test").pixels(np.arange(5)).numpy()
+    np.testing.assert_array_equal(Predictor(folder).probabilities(faces), Predictor(student).probabilities(faces))
+    named = f"It also learned from the answers of the run {teachers[0].name}."
+    assert named in (folder / "README.md").read_text()
+    write_folder(teachers[0], tmp_path / "other")
+    assert "It also learned" not in (tmp_path / "other/README.md").read_text()
 
 
 def test_what_cannot_teach_or_be_taught(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
