@@ -1,6 +1,7 @@
 """The benchmarks run on small sizes, and both sides compute the same; no time is asserted."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATA, NO_AUGMENT, VGG, small_run
+from conftest import CPU, DATA, NO_AUGMENT, ROOT, VGG, experiment, refusal, small_run
 
 from benchmarks import __main__ as bench
-from benchmarks import encoded, pipeline, reference, training, video
+from benchmarks import encoded, pipeline, plan, reference, training, video
 from benchmarks.measure import HEAD, Effort
 from fer.batches import Feed
 from fer.data.dataset import open_data
@@ -20,6 +21,7 @@ from fer.evaluate import metrics, predict_split
 from fer.faces.detect import Face
 from fer.faces.predict import frames
 from fer.train import fit
+from pipelines import experiments
 
 DEVICE = torch.device("cpu")
 LITTLE = Effort(seconds=0, rounds=1, large=16, small=32, epochs=3)
@@ -181,3 +183,75 @@ def test_the_video_shows_where_its_faces_are_and_what_was_found_is_counted(
             box = drawn.face
             inside = np.asarray(frame.pixels)[int(box.top) + 5 :, int(box.left) + 5 :][: int(box.height) - 10]
             assert inside[:, : int(box.width) - 10].min() > 225
+
+
+# A plan of runs
+
+PLAN = """# three runs and what they make together
+one: small epochs=1 seed=1
+two: small epochs=1 seed=2
+
+both: ensemble --mirror @one @two
+taught: small epochs=2 teacher=@both   # by the two
+"""
+
+
+def carried_out(text: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """Status and lines of `python -m benchmarks.plan` for a plan of this text."""
+    Path("mine.txt").write_text(text)
+    said: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["plan", "mine.txt", *words])
+    return plan.main(said.append), said
+
+
+@pytest.fixture
+def at_root(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project, whose processes find this code."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    experiment(project, "small")
+    return project
+
+
+@pytest.mark.slow
+def test_a_plan_is_carried_out_in_the_order_of_what_waits_for_what(
+    at_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["resources.device=cpu", "--at-once", "2"]
+    status, said = carried_out(PLAN, words, monkeypatch)
+    assert (status, len(said)) == (0, 4), said
+    titles, runs = zip(*(line.partition(",")[0].split(": ") for line in said))
+    assert ({*titles[:2]}, titles[2:]) == ({"one", "two"}, ("both", "taught"))
+    summaries = {run: json.loads((at_root / "data/runs" / run / "summary.json").read_text()) for run in runs}
+    for line, run in zip(said, runs):
+        assert f"val {100 * summaries[run]['val']['accuracy']:.2f}, test" in line
+    config = json.loads((at_root / "data/runs" / runs[3] / "config.json").read_text())["config"]
+    assert (config["teacher"], config["epochs"]) == (runs[2], 2)
+    made = json.loads((at_root / "data/runs" / runs[2] / "config.json").read_text())
+    assert sorted(made["starts_from"]) == sorted(runs[:2])
+    assert carried_out(PLAN, words, monkeypatch)[0] == 0  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_what_fails_or_is_cut_off_is_told_and_what_waits_for_it_does_not_start(
+    at_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "bad: nosuch\nlong: small epochs=100000\nwaits: ensemble @bad\n"
+    status, said = carried_out(text, ["--minutes", "0.5"], monkeypatch)
+    lines = dict(line.split(": ", 1) for line in said)
+    assert lines["bad"].startswith("error: experiments/nosuch.yaml: no such experiment")
+    assert lines["waits"] == "not started"
+    assert re.match(r"small-s1111-\w+: stopped in epoch \d+ after .* run the same command to resume", lines["long"])
+    assert status == 75
+    for wrong, told in (
+        ("x small", "mine.txt:1: write it as `title: words of fer train`"),
+        ("x: small\n\nx: small", "mine.txt:3: there is a line x already"),
+        ("x: small teacher=@y\ny: small", "mine.txt:1: no line above is called y"),
+    ):
+        Path("mine.txt").write_text(wrong)
+        assert refusal(plan.read, Path("mine.txt")) == told
+
+
+def test_the_plan_for_a_gpu_names_experiments_that_there_are(project: Path) -> None:
+    for line in plan.read(ROOT / "benchmarks/gpu.txt"):
+        words = [word.replace("@", "x-") for word in line.words]
+        assert words[0] == "ensemble" or experiments.load(words, {}), line.title

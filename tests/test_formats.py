@@ -94,7 +94,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     "vit_se": {"input.std": [0.25], "model.backbone.layer_norm_eps": 1e-12},
     "emotion_encoder": {"augment": Augment().model_dump(), "clip_grad_norm": 1.0},
     "vgg13_ferplus": {
-        "input": Input(image_size=64, channels=1).model_dump(),
+        "input": Input(image_size=64, channels=1).model_dump(), "loss": CrossEntropy().model_dump(),
         "augment.scale": 0.05, "augment.stretch": 0.0, "augment.skew": 0.0,
     },
     **{key: {"input.std": [0.25]} for key in ("doe_tiny", "disentangled_doe_tiny", "emotion_encoder_tiny")},
