@@ -102,7 +102,13 @@ class _Served:
         write it (RFC 2397), and other text a path on this machine. Returns a column for each class.
         """
         given = model_input if isinstance(model_input, dict | pd.DataFrame) else {"images": model_input}
-        found = self.predictor.probabilities(**{str(name): _plain(given[name]) for name in given})
+        known = ["images", *self.predictor.run.model.images_beside()]
+        for name in given:
+            if name not in known:
+                raise UserError(f"{name}: this model takes no such column; known: {', '.join(known)}")
+        if "images" not in given:
+            raise UserError("images: missing; give the faces there")
+        found = self.predictor.probabilities(**{name: _plain(given[name]) for name in given})
         return pd.DataFrame(found, columns=self.predictor.classes)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -112,6 +113,20 @@ def test_a_class_without_test_images_has_no_recall(runs: Path) -> None:
     after = compared([side("other", runs)], [])
     assert after.count("<circle") == before.count("<circle") - 1
     assert "nan" not in after
+
+
+def test_without_a_tracking_server_the_page_is_there_all_the_same(
+    runs: Path, here: Callable[..., subprocess.CompletedProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    done = here("compare", "one", "other", "--report", "page.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = " ".join(done.stdout.split())
+    assert "Not logged to the runs in MLflow: " in said
+    assert f"no server answers at http://127.0.0.1:{port} (" in said
+    Page(Path("page.html").read_text())
 
 
 def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:

@@ -88,6 +88,15 @@ def test_json_may_hold_pictures_as_base64_and_paths_in_every_form_that_mlflow_ta
         ):
             pd.testing.assert_frame_equal(served.predict(infer_and_parse_data(body)), wanted)
     assert refusal(served.predict, ["data:image/png;base64,?"]).startswith("images: no base64 after `data:image/")
+    for table, told in (
+        (
+            pd.DataFrame({"images": [text], "photographed": [True]}),
+            "photographed: this model takes no such column; known",
+        ),
+        ({"faces": [text]}, "faces: this model takes no such column; known: images"),
+        ({}, "images: missing; give the faces there"),
+    ):
+        assert refusal(served.predict, table).startswith(told)
 
 
 # A neutral face beside the image

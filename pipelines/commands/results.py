@@ -193,10 +193,14 @@ def _attach(page: Path, folders: list[Path]) -> None:
     tracking = load().tracking
     if is_missing(tracking_uri(tracking.uri)):
         return
-    with doing("Logging it to the runs in MLflow"):
-        from pipelines.tracking import Tracker
+    try:
+        with doing("Logging it to the runs in MLflow"):
+            from pipelines.tracking import Tracker
 
-        known = Tracker(tracking.uri, tracking.experiment).attach(page, folders)
+            known = Tracker(tracking.uri, tracking.experiment).attach(page, folders)
+    except UserError as error:  # the page is there, whatever becomes of its copy
+        console.print(f"Not logged to the runs in MLflow: {error}", style="yellow", highlight=False)
+        return
     console.print(
         f"MLflow: artifact compare/{page.name} of {known} of {len(folders)} runs", style="dim", highlight=False
     )
