@@ -108,7 +108,7 @@ class _Served:
                 raise UserError(f"{name}: this model takes no such column; known: {', '.join(known)}")
         if "images" not in given:
             raise UserError("images: missing; give the faces there")
-        found = self.predictor.probabilities(**{name: _plain(given[name]) for name in given})
+        found = self.predictor.probabilities(**{str(name): _plain(given[name]) for name in given})
         return pd.DataFrame(found, columns=self.predictor.classes)
 
 

@@ -67,22 +67,25 @@ PLAIN = "/._-+=@,~"  # beside letters and digits, what the path of a project may
 class Params(Section):
     """The content of params.yaml."""
 
-    data: dict[str, Annotated[str, Field(min_length=1)]]
+    data: dict[str, str]
     """Name of a data set -> where its publisher's files are; the first is the one that runs take unless told."""
     super_resolution: Upscaling
     resources: Resources = Resources()
     """Where runs compute on this machine, unless an experiment sets it."""
     tracking: Tracking
 
-    @field_validator("data")
+    @field_validator("data", mode="before")
     @classmethod
-    def _has_names(cls, data: dict[str, str]) -> dict[str, str]:
+    def _has_names(cls, data: Any) -> Any:
         if not data:
             raise Unfit([Fault("", "names no data set: add NAME: FOLDER")])
-        for name in data:
-            if not NAME.fullmatch(name):
+        for name, files in data.items() if isinstance(data, dict) else ():
+            if not isinstance(name, str) or not NAME.fullmatch(name):
                 rule = "made of up to 100 letters, digits, _ and -"
-                raise Unfit([Fault("", f"a data set's name is {rule}, got {name[:LONGEST]!r}")])
+                got = repr(name[:LONGEST]) if isinstance(name, str) else f"{name!r}; write it in quotes"
+                raise Unfit([Fault("", f"a data set's name is {rule}, got {got}")])
+            if not isinstance(files, str) or not files:
+                raise Unfit([Fault(name, f"should be where its files are, a path, got {files!r}")])
         return data
 
     def chosen(self, name: str | None, asks: str = "data") -> str:

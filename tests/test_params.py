@@ -91,7 +91,11 @@ def test_what_the_machine_says_is_only_what_it_says(said: dict[str, Any], tmp_pa
     [
         ({"data": {}}, "data: names no data set: add NAME: FOLDER"),
         ({"data": {"a/b": "x"}}, "data: a data set's name is made of up to 100 letters, digits, _ and -, got 'a/b'"),
-        ({"data__mine": None}, "data.mine: should be a valid string, got None"),
+        ({"data": {7: "x"}},
+         "data: a data set's name is made of up to 100 letters, digits, _ and -, got 7; write it in quotes"),
+        ({"data__mine": None}, "data.mine: should be where its files are, a path, got None"),
+        ({"data__mine": ""}, "data.mine: should be where its files are, a path, got ''"),
+        ({"data": ["mine"]}, "data: should be a table of keys, got ['mine']"),
         ({"tracking": None}, "tracking: should be a table of keys, got None"),
         ({"super_resolution__scale": 2}, "super_resolution.scale: unknown key; known: device, weights, workers"),
         *(({"tracking__promotion__margin": value},
