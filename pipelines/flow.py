@@ -135,7 +135,10 @@ def recorded(job: Job, tracker: Tracker) -> bool:
 
 def _starting() -> AbstractContextManager[None]:
     """A lock for whoever may create the databases of MLflow and Prefect, which two at a time would break."""
-    return held(Path(os.environ["PREFECT_HOME"]), START_PATIENCE)
+    home = Path(os.environ["PREFECT_HOME"])
+    if is_held(home):
+        sys.stdout.write("Waiting for another command that is starting\n")
+    return held(home, START_PATIENCE)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from conftest import (
     experiment,
     leave_of_test,
     recorded,
+    refusal,
     spoil_optimizer,
     start_fer,
     wait_for,
@@ -38,6 +39,7 @@ from fer.errors import UserError
 from fer.run import run_id
 from fer.run_folder import read_progress
 from fer.train import fit
+from pipelines import flow
 from pipelines.commands.training import start_frameworks
 from pipelines.params import read_yaml
 from pipelines.work import held
@@ -384,3 +386,14 @@ def test_missing_data_and_params_name_the_remedy(tmp_path: Path, here: Here, mon
     done = here("train", "vgg13_small")
     told = "error: data/sets/sample/splits/summary.json: not found; make the data with `dvc repro`\n"
     assert (done.returncode, done.stderr) == (2, told)
+
+
+def test_who_waits_for_another_command_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr(flow, "START_PATIENCE", 0.2)
+    with flow._starting():
+        assert capsys.readouterr().out == ""
+        assert "is working on it; wait for it or stop it" in refusal(flow._starting().__enter__)
+    assert capsys.readouterr().out == "Waiting for another command that is starting\n"
