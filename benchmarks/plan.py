@@ -1,26 +1,31 @@
 """Train the runs of a plan side by side, on one machine that has neither Prefect, Ray nor MLflow.
 
-`python -m benchmarks.plan FILE [key=value ...]`: each line of the file is `title: words of fer train`, or `title:
-ensemble [--mirror] @one @other ...`. `@title` stands for the id of the run of a line above, which is waited for. The
-changes apply to every run that is trained. What `--minutes` cut off is resumed by the same command.
+`python -m benchmarks.plan FILE [key=value ...]`: each line of the file is `title: EXPERIMENT [key=value ...]`, or
+`title: ensemble [--mirror] @one @other ...`. `@title` stands for the id of the run of a line above, which is waited
+for. The changes apply to every run that is trained. What `--minutes`, Ctrl-C or SIGTERM cut off is resumed by the same
+command.
 """
 
 import argparse
+import math
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fer.data.dataset import open_data
 from fer.ensemble import NAME, combine
 from fer.errors import UserError
-from fer.evaluate import evaluate
+from fer.run import run_id
 from fer.run_folder import read_config, read_summary
 from fer.signals import Stopped
-from fer.train import fit
 from pipelines import experiments, params
 from pipelines.data_sets import folder_of, folder_of_run
+from pipelines.work import work
 
 RUNS, LOGS = Path("data/runs"), Path("data/logs")
 SECONDS = 30  # that runs get to save their state in the end
@@ -36,6 +41,7 @@ class Line:
     began: float = 0.0
     run: str | None = None  # its id once it is finished
     ended: bool = False
+    cut: bool = False  # off, by the time or a signal
     needs: list[str] = field(init=False)  # titles
 
     def __post_init__(self) -> None:
@@ -64,17 +70,35 @@ def read(path: Path) -> list[Line]:
             fault = f"there is a line {line.title} already"
         elif lost:
             fault = f"no line above is called {lost[0]}"
+        else:
+            fault = _fault(line.words)
         if fault:
             raise UserError(f"{path}:{number}: {fault}")
         found[line.title] = line
     return list(found.values())
 
 
-def carry_out(plan: list[Line], changes: list[str], at_once: int, seconds: float) -> Iterator[Line]:
-    """Yield each run as it ends; in the end, those that were cut off or failed, without an id."""
+def _fault(words: list[str]) -> str:
+    """What is wrong with the words of a line; empty if nothing is."""
+    options = {word for word in words if word.startswith("-")}
+    if words[0] == NAME:
+        fits = options <= {"--mirror"} and len(words) > 1 + len(options)
+        return "" if fits else f"write it as `{NAME} [--mirror] @one @other ...`"
+    if options or len(experiments.split(words)[0]) != 1:
+        return "name one experiment, and what to change as key=value; nothing else of `fer train` works here"
+    return ""
+
+
+def carry_out(
+    plan: list[Line], changes: list[str], at_once: int, seconds: float, asked: threading.Event
+) -> Iterator[Line]:
+    """Yield each run as it ends; in the end, those that were cut off or failed, without an id.
+
+    `asked`: set, it ends the runs as the end of the time does.
+    """
     until, known = time.monotonic() + seconds, {line.title: line for line in plan}
     LOGS.mkdir(parents=True, exist_ok=True)
-    while not all(line.ended for line in plan) and time.monotonic() < until:
+    while not all(line.ended for line in plan) and time.monotonic() < until and not asked.is_set():
         for line in plan:
             at_work = sum(one.process is not None and not one.ended for one in plan)
             if line.process is None and not line.ended:
@@ -90,11 +114,16 @@ def carry_out(plan: list[Line], changes: list[str], at_once: int, seconds: float
         time.sleep(0.1)
     cut = [line for line in plan if not line.ended]
     for line in cut:
+        line.cut = line.process is None or line.process.poll() is None
         if line.process is not None:
             line.process.terminate()
+    last = time.monotonic() + SECONDS
     for line in cut:
         if line.process is not None:
-            line.process.wait(SECONDS)
+            try:
+                line.process.wait(max(0.0, last - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                line.process.kill()  # its last epoch is saved
             _end(line)
         yield line
 
@@ -105,8 +134,10 @@ def _begin(line: Line, known: dict[str, Line], changes: list[str]) -> None:
     words += [] if words[0] == NAME else changes
     line.began = time.monotonic()
     with open(line.log, "w") as log:
-        command = [sys.executable, "-m", "benchmarks.plan", "--run", "--", *words]
-        line.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        command = [sys.executable, "-m", "benchmarks.plan", "--run", *words]
+        line.process = subprocess.Popen(  # Ctrl-C is for this process alone, which ends the others
+            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
 
 
 def _end(line: Line) -> None:
@@ -115,19 +146,27 @@ def _end(line: Line) -> None:
     line.run, line.ended = said.strip() or None, True
 
 
-def train(words: list[str]) -> Path:
-    """Train or resume the run that the words describe, as `fer train` would; returns its folder once evaluated."""
+def train(words: list[str]) -> str:
+    """Train or resume the run that the words describe, as `fer train` would; returns its id once evaluated.
+
+    Before it the run that it starts from, if it has `init_from`. Raises Stopped if it was cut off.
+    """
     machine = params.load()
     if words[0] == NAME:
-        folders = [RUNS / word for word in words[1:] if not word.startswith("--")]
+        folders = [RUNS / word for word in words[1:] if word != "--mirror"]
         data = folder_of_run(machine, read_config(folders[0])["data"])
-        return combine(folders, data, machine.resources, "--mirror" in words)
-    (name,), _ = experiments.split(words)
-    one = experiments.taught(experiments.load(words, params.machine(machine))[experiments.path_of(name).stem], RUNS)
-    data = folder_of(machine, one.data)
-    folder = fit(one.name, one.run, one.resources, data, RUNS)
-    evaluate(folder, data, one.resources)
-    return folder
+        return combine(folders, data, machine.resources, "--mirror" in words).name
+    ids: dict[str, str] = {}
+    for name, one in experiments.load(words, params.machine(machine)).items():
+        one, data = experiments.taught(one, RUNS), folder_of(machine, one.data)
+        start = ids[one.run.init_from] if one.run.init_from else None
+        ids[name] = run_id(name, one.run, open_data(data).hash, start)
+        # a line of the same run, or of another one that starts from it, waits
+        job = experiments.Job(name, one.run, one.resources, data, RUNS / ids[name], start)
+        ended = work(job, patience=math.inf)
+        if ended.kind != "done":
+            raise (Stopped if ended.kind in ("stopped", "terminated") else UserError)(ended.message)
+    return ids[name]
 
 
 def _told(line: Line) -> str:
@@ -135,34 +174,51 @@ def _told(line: Line) -> str:
     summary = read_summary(RUNS / line.run) if line.run else None
     if summary is None:
         said = line.log.read_text().strip().splitlines() if line.process is not None else ["not started"]
-        return f"{line.title}: {said[-1] if said else 'ended without a word'}"
+        nothing = "cut off; the same command goes on" if line.cut else "ended without a word"
+        return f"{line.title}: {said[-1] if said else nothing}"
     val, test = (100 * summary[split]["accuracy"] for split in ("val", "test"))
     took = time.monotonic() - line.began
     return f"{line.title}: {line.run}, val {val:.2f}, test {test:.2f}, in {took:.0f} s"
 
 
-def main(say: Callable[[str], None] = print) -> int:
-    """Carry out a plan, or, as one of its processes, a run. Status 1 if a run failed, 75 if one was cut off."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="+", metavar="FILE [key=value ...]")
-    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--at-once", type=int, default=8, help="runs that share the machine (default 8)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which what is left is cut off (default 60)")
-    asked = parser.parse_args()
+def _run(words: list[str]) -> int:
+    """A process of a plan: carry out one run and print its id."""
     try:
-        if asked.run:
-            say(train(asked.words).name)
-            return 0
-        plan = read(Path(asked.words[0]))
-        for line in carry_out(plan, asked.words[1:], asked.at_once, 60 * asked.minutes):
-            say(_told(line))
+        sys.stdout.write(f"{train(words)}\n")
     except Stopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         return 75
+    return 0
+
+
+def main(say: Callable[[str], None] = print) -> int:
+    """Carry out a plan. Status 1 if a run failed, else 75 if one was cut off, 2 for a mistake in the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("changes", nargs="*", metavar="key=value")
+    parser.add_argument("--at-once", type=int, default=8, help="runs that share the machine (default 8)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which what is left is cut off (default 60)")
+    try:
+        if sys.argv[1:2] == ["--run"]:
+            return _run(sys.argv[2:])
+        given = parser.parse_intermixed_args()
+        if given.at_once < 1:
+            raise UserError(f"--at-once: {given.at_once} starts nothing; give 1 or more")
+        if names := experiments.split(given.changes)[0]:
+            raise UserError(f"{names[0]}: is no change; write it as key=value, for example optimizer.lr=3e-4")
+        plan, asked = read(given.file), threading.Event()
+        handlers = {each: signal.signal(each, lambda *_: asked.set()) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for line in carry_out(plan, given.changes, given.at_once, 60 * given.minutes, asked):
+                say(_told(line))
+        finally:
+            for each, before in handlers.items():
+                signal.signal(each, before)
     except UserError as error:
         sys.stderr.write("".join(f"error: {line}\n" for line in error.lines))
         return 2
-    return max([line.process.returncode if line.process else 1 for line in plan if line.run is None], default=0)
+    lost = [line for line in plan if line.run is None]
+    return 1 if any(not line.cut for line in lost) else 75 if lost else 0
 
 
 if __name__ == "__main__":

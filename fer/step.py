@@ -64,10 +64,11 @@ class Stepper:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        found = self._gradients(parts, loss, mixture, seed)
+        taught = [self.teacher(part.inputs["pixel_values"]) if self.teacher is not None else None for part in parts]
+        found = self._gradients(parts, taught, loss, mixture, seed)
         if self.run.sam_rho:
             with self._uphill(self.run.sam_rho), frozen_statistics(self.model):
-                self._gradients(parts, loss, mixture, seed)
+                self._gradients(parts, taught, loss, mixture, seed)
         self.update()
         return found
 
@@ -81,22 +82,23 @@ class Stepper:
         if self.ema is not None:
             self.ema.update()
 
-    def _gradients(self, parts: list[Part], loss: Loss, mixture: Mixture | None, seed: int) -> tuple[Tensor, Tensor]:
+    def _gradients(
+        self, parts: list[Part], taught: list[Tensor | None], loss: Loss, mixture: Mixture | None, seed: int
+    ) -> tuple[Tensor, Tensor]:
         if self.graphs and self.recorded is None:
             with autocast(self.run.precision, self.device):
                 self.recorded = record(self.model, parts[0].inputs)  # before the seed, as it draws numbers
         seed_all(seed, self.device)  # dropout, drop path
         self.optimizer.zero_grad(set_to_none=True)
         logits, total = [], torch.zeros((), device=self.device)
-        for number, part in enumerate(parts, 1):
-            taught = self.teacher(part.inputs["pixel_values"]) if self.teacher is not None else None
+        for number, (part, answers) in enumerate(zip(parts, taught, strict=True), 1):
             with self._without_exchange(number < len(parts)):
                 with autocast(self.run.precision, self.device):
                     found = self._forward(part.inputs)
                 value = _mixed_loss(loss, found, part, mixture)
-                if taught is not None:
+                if answers is not None:
                     share = self.run.teacher_share
-                    value = (1 - share) * value + share * soft_cross_entropy(found, taught).mean()
+                    value = (1 - share) * value + share * soft_cross_entropy(found, answers).mean()
                 value = value * part.weight
                 self.scaler.scale(value).backward()
             logits.append(found.detach())

@@ -16,7 +16,7 @@ from fer.input import Input
 from fer.models import build_model
 from fer.models.ensemble import Ensemble
 from fer.run import Run
-from fer.run_folder import BEST
+from fer.run_folder import BEST, CONFIG, read_config
 from fer.step import recording
 
 
@@ -49,29 +49,56 @@ class Teacher:
 
 
 def teacher_of(run: Run, data: DataSet, runs: Path, device: torch.device, graphs: bool) -> Teacher | None:
-    """The teacher that `run` names, a folder in `runs`; None if it names none.
-
-    Raises UserError if it is missing, unfinished, of other data, or takes embeddings.
-    """
+    """The teacher that `run` names, a folder in `runs`; None if it names none. Raises UserError as `check_teacher`."""
     found = check_teacher(run, data, runs)
     if found is None:
         return None
-    whole = found.model if isinstance(found.model, Ensemble) else None
-    model = whole or Ensemble(members=[member_of(found)], weights=[1.0])
-    network: Any = build_model(model, found.input, len(data.classes), pretrained=False)
+    network = _network(found, data)
+    whole = isinstance(found.model, Ensemble)
     checkpoint.load_weights(runs / str(run.teacher) / BEST, network if whole else network.members[0])
     return Teacher(network, run.input, device, graphs)
 
 
 def check_teacher(run: Run, data: DataSet, runs: Path) -> Run | None:
-    """The teacher's own settings; None if `run` names none. Raises UserError if it is unfinished, or of other data."""
+    """The teacher's own settings; None if `run` names none.
+
+    Raises UserError if it is unfinished, of other data, or takes embeddings, or if `run` does.
+    """
     if run.teacher is None:
         return None
     folder = runs / run.teacher
     try:
-        return read_run(finished(folder, data), folder / BEST / checkpoint.META)
+        found = read_run(finished(folder, data), folder / BEST / checkpoint.META)
     except UserError as error:
         raise UserError(*(f"teacher: {line}" for line in error.lines)) from None
+    with torch.device("meta"):  # nothing is computed or loaded
+        student = build_model(run.model, run.input, len(data.classes), pretrained=False)
+        try:
+            _network(found, data)
+        except UserError as error:
+            raise UserError(*(f"teacher: {folder}: {line}; name another run" for line in error.lines)) from None
+    if student.embeds and not student.needs_pixels and not run.augment.changes_images:
+        raise UserError("teacher: has no images to look at, as the model takes embeddings; set it to null")
+    return found
+
+
+def worse_view(run: Run, runs: Path) -> str | None:
+    """What the teacher, a folder in `runs`, sees less of through `run`'s input than alone, if it does."""
+    folder = runs / str(run.teacher)
+    content = read_config(folder)
+    theirs = read_run(content, folder / CONFIG)
+    members = theirs.model.members if isinstance(theirs.model, Ensemble) else [member_of(theirs)]
+    wanted = min(*content["data"]["image_shape"][:2], max(member.input.image_size for member in members))
+    if run.input.image_size >= wanted:
+        return None
+    return f"teacher: sees {run.input.image_size} px as its student does, alone {wanted} px; its answers suffer from it"
+
+
+def _network(teacher: Run, data: DataSet) -> Any:
+    """The network of a run, alone or of several, as that of an ensemble."""
+    model = teacher.model
+    whole = model if isinstance(model, Ensemble) else Ensemble(members=[member_of(teacher)], weights=[1.0])
+    return build_model(whole, teacher.input, len(data.classes), pretrained=False)
 
 
 def _recorded(predict: Callable[[Tensor], Tensor], sample: Tensor) -> Callable[[Tensor], Tensor]:

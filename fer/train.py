@@ -126,9 +126,8 @@ class Trainer:
         about_loss = run.loss, run.class_weights, prior, counts.to(device)
         self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
         graphs = resources.cuda_graphs and resources.accumulate == 1
-        teacher = teacher_of(run, data, folder.parent, device, graphs)
-        if teacher is not None and not feed.needs_pixels:
-            raise UserError(f"{name}: teacher: has no images to look at, as the model takes embeddings; set it to null")
+        over = meta is not None and run.is_over(meta["history"])
+        teacher = None if over else teacher_of(run, data, folder.parent, device, graphs and self.world == 1)
         self.stepper = Stepper(run, model, device, self.world, graphs, teacher)
         self.control = dist.new_group(backend="gloo") if self.world > 1 else None
         self.request = Agreement(self.control, stop) if self.world > 1 else stop.request

@@ -17,7 +17,8 @@ from fer.data.folds import copies_of
 from fer.data.near import SAME
 from fer.errors import UserError
 from fer.evaluate import read_evaluated
-from fer.run_folder import PREDICTIONS, SUMMARY, named, read_config, read_summary
+from fer.formats import format_of, read_run
+from fer.run_folder import CONFIG, PREDICTIONS, SUMMARY, named, read_config, read_summary
 from fer.settings import flatten
 from fer.statistics import Interval
 
@@ -157,7 +158,8 @@ def side(word: str, runs: Path) -> Side:
 
 def _recipe(folder: Path) -> str:
     content = read_config(folder)
-    config = {key: value for key, value in content["config"].items() if key != "seed"}
+    run = read_run(content, folder / CONFIG)  # with the settings that came after it, which are at their defaults
+    config = {"format": format_of(content), **run.model_dump(exclude={"seed"})}
     return json.dumps([config, content["data_hash"]], sort_keys=True)
 
 

@@ -22,6 +22,7 @@ from pipelines.params import NAME, parse_value, read_text, read_yaml, yaml_of
 FOLDER = Path("experiments")
 COMMAND_LINE, MACHINE, DEFAULT = "command line", "params.yaml", "default"
 CHANGE = re.compile(r"[A-Za-z_][\w.]*=")
+ID = re.compile(r"[\w.-]+-s\d+-[0-9a-f]{8}")  # of a run
 SUFFIXES = (".yaml", ".yml")
 
 
@@ -267,10 +268,11 @@ def _with_bases(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def taught(one: Experiment, runs: Path) -> Experiment:
     """The experiment with the whole id of its teacher, of which it may name the start.
 
-    Raises UserError unless that is one finished run in `runs`.
+    A whole id is left as it is, since a student that is finished does not need its teacher any more.
+    Raises UserError unless the start is that of one finished run in `runs`.
     """
     word = one.run.teacher
-    if word is None:
+    if word is None or ID.fullmatch(word):
         return one
     found = [folder.name for folder in named(runs, word) if (folder / SUMMARY).exists()]
     asks = f"{one.origins['teacher']}: teacher: {word}"

@@ -72,6 +72,10 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
         if name in asked and name in open_jobs and first is not None:
             asked.add(first)
     jobs = {name: job for name, job in jobs.items() if name in asked}
+    for name in open_jobs & jobs.keys():
+        job = jobs[name]
+        if read_summary(job.folder) is None:
+            check_teacher(job.run, data[job.name], RUNS)
     for job in jobs.values():
         data[job.name].prior(job.run.loss.needs_prior)
     unfinished = any(name in open_jobs for name in jobs)
@@ -104,7 +108,6 @@ def _jobs(found: dict[str, Experiment], data: Mapping[str, DataSet]) -> Jobs:
     jobs: Jobs = {}
     for name, experiment in found.items():
         run = experiment.run
-        check_teacher(run, data[name], RUNS)
         start = jobs[run.init_from].folder.name if run.init_from else None
         folder = RUNS / run_id(name, run, data[name].hash, start)
         jobs[name] = Job(name, run, experiment.resources, data[name].folder, folder, start)

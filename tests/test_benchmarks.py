@@ -1,16 +1,19 @@
 """The benchmarks run on small sizes, and both sides compute the same; no time is asserted."""
 
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATA, NO_AUGMENT, ROOT, VGG, experiment, refusal, small_run
+from conftest import CPU, DATA, NO_AUGMENT, ROOT, VGG, experiment, refusal, small_run, wait_for
 
 from benchmarks import __main__ as bench
 from benchmarks import encoded, pipeline, plan, reference, training, video
@@ -187,6 +190,8 @@ def test_the_video_shows_where_its_faces_are_and_what_was_found_is_counted(
 
 # A plan of runs
 
+ONE_EXPERIMENT = "name one experiment, and what to change as key=value; nothing else of `fer train` works here"
+
 PLAN = """# three runs and what they make together
 one: small epochs=1 seed=1
 two: small epochs=1 seed=2
@@ -228,24 +233,39 @@ def test_a_plan_is_carried_out_in_the_order_of_what_waits_for_what(
     assert (config["teacher"], config["epochs"]) == (runs[2], 2)
     made = json.loads((at_root / "data/runs" / runs[2] / "config.json").read_text())
     assert sorted(made["starts_from"]) == sorted(runs[:2])
-    assert carried_out(PLAN, words, monkeypatch)[0] == 0  # nothing is left to do
+    assert carried_out(PLAN, words, monkeypatch)[0] == 0
+    for run, summary in summaries.items():  # nothing was left to do
+        again = json.loads((at_root / "data/runs" / run / "summary.json").read_text())
+        assert (again["finished"], again["train_seconds"]) == (summary["finished"], summary["train_seconds"])
 
 
 @pytest.mark.slow
 def test_what_fails_or_is_cut_off_is_told_and_what_waits_for_it_does_not_start(
     at_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "bad: nosuch\nlong: small epochs=100000\nwaits: ensemble @bad\n"
-    status, said = carried_out(text, ["--minutes", "0.5"], monkeypatch)
+    text = "bad: nosuch\nlong: small epochs=100000\nsame: small epochs=100000\nwaits: ensemble @bad\n"
+
+    def stop() -> None:
+        wait_for(lambda: (failed := Path("data/logs/plan-bad.txt")).exists() and "error" in failed.read_text())
+        wait_for(lambda: list(Path("data/runs").glob("*/progress.json")))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=stop, daemon=True).start()
+    status, said = carried_out(text, [], monkeypatch)
     lines = dict(line.split(": ", 1) for line in said)
     assert lines["bad"].startswith("error: experiments/nosuch.yaml: no such experiment")
     assert lines["waits"] == "not started"
-    assert re.match(r"small-s1111-\w+: stopped in epoch \d+ after .* run the same command to resume", lines["long"])
-    assert status == 75
+    ends = sorted(lines[title] for title in ("long", "same"))  # the one that did not come first waited for the lock
+    assert ends[0] == "cut off; the same command goes on"
+    assert re.match(r"small-s1111-\w+: stopped in epoch \d+ after .* run the same command to resume", ends[1])
+    assert status == 1
     for wrong, told in (
         ("x small", "mine.txt:1: write it as `title: words of fer train`"),
         ("x: small\n\nx: small", "mine.txt:3: there is a line x already"),
         ("x: small teacher=@y\ny: small", "mine.txt:1: no line above is called y"),
+        ("x: ensemble --mirorr small", "mine.txt:1: write it as `ensemble [--mirror] @one @other ...`"),
+        ("x: epochs=3", f"mine.txt:1: {ONE_EXPERIMENT}"),
+        ("x: small --folds 5", f"mine.txt:1: {ONE_EXPERIMENT}"),
     ):
         Path("mine.txt").write_text(wrong)
         assert refusal(plan.read, Path("mine.txt")) == told

@@ -35,8 +35,9 @@ def write_run(runs: Path, name: str, seed: int, right: np.ndarray, lr: float = 0
         "train_seconds": 1.0, "finished": 0.0, **splits,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
+    config = {"model": {"name": "vgg13"}, "seed": seed, "optimizer": {"name": "adamw", "lr": lr}}
     (folder / "config.json").write_text(
-        json.dumps({"config": {"seed": seed, "lr": lr}, "data": summary["data"], "data_hash": "d"})
+        json.dumps({"format": 2, "config": config, "data": summary["data"], "data_hash": "d"})
     )
     return folder.name
 
@@ -74,6 +75,10 @@ def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
     for seed, ours, theirs in ((1, 0.95, 0.7), (2, 0.72, 0.71), (3, 0.74, 0.69)):
         write_run(tmp_path, "ours", seed, right(ours, seed))
         write_run(tmp_path, "theirs", seed, right(theirs, 10 + seed))
+    newer = next(tmp_path.glob("ours-s1-*")) / "config.json"  # that of the others is from before there were teachers
+    content = json.loads(newer.read_text())
+    content["config"] |= {"teacher": None, "teacher_share": 0.5}
+    newer.write_text(json.dumps(content))
     ours, theirs = side("ours", tmp_path), side("theirs-", tmp_path)
     assert (ours.name, len(ours.folders)) == ("ours (3 seeds)", 3)
     (pair,) = pairs([ours, theirs], None)
@@ -92,7 +97,7 @@ def test_what_is_not_to_be_compared_is_named(tmp_path: Path) -> None:
     first = write_run(tmp_path, "one", 1, right(0.9, 1))
     second = write_run(tmp_path, "one", 2, right(0.9, 1), lr=0.2)
     several = "one: names runs of several recipes, give more of the id: "
-    assert refusal(side, "one", tmp_path) == f"{several}{first} (lr=0.1); {second} (lr=0.2)"
+    assert refusal(side, "one", tmp_path) == f"{several}{first} (optimizer.lr=0.1); {second} (optimizer.lr=0.2)"
     for name, hashed in (("again", ["t", "t"]), ("moved", ["t", "u"])):
         for seed, test_hash in enumerate(hashed):
             summary = tmp_path / write_run(tmp_path, name, seed, right(0.9, 1)) / "summary.json"

@@ -1,5 +1,6 @@
 """Distillation: the teacher sees what its student sees, and its share of the loss is what it should be."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fer.export import write_folder
 from fer.input import Input, model_input
 from fer.predict import Predictor
 from fer.step import Part, Stepper
-from fer.teacher import teacher_of
+from fer.teacher import check_teacher, teacher_of, worse_view
 from fer.train import fit
 
 INPUTS = [Input(image_size=16, channels=1, mean=[0.3], std=[0.5]), Input(image_size=16, mean=[0.1, 0.2, 0.3])]
@@ -88,6 +89,20 @@ def test_its_share_of_the_loss_is_the_cross_entropy_with_its_answers(share: floa
     assert (stepper.model.scale == changed.model.scale) == (share == 1)  # labels count for nothing then
 
 
+def test_its_answers_are_asked_for_once_a_step() -> None:
+    seen = []
+
+    def teacher(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels)
+        return torch.softmax(pixels.flatten(1), 1)
+
+    run = small_run(teacher="x", sam_rho=0.05)
+    part = Part({"pixel_values": torch.rand(4, 1, 2, 4)}, torch.arange(4), torch.eye(8)[:4], 0.5)
+    stepper = Stepper(run, Flat(), torch.device("cpu"), teacher=teacher)
+    stepper([part, part], lambda logits, labels, targets: nn.functional.cross_entropy(logits, labels), None, 0.1, 0)
+    assert len(seen) == 2  # one of each part
+
+
 def test_without_a_share_it_changes_nothing_but_the_id(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
     plain = fit("x", small_run(epochs=1), CPU, bars, tmp_path)
     asked = small_run(**taught(teachers[0], epochs=1, seed=small_run().seed, teacher_share=0.0))
@@ -128,6 +143,7 @@ def test_a_student_is_passed_on_without_its_teacher_which_its_card_names(
     runs = shutil.copytree(teachers[0].parent, tmp_path / "runs")
     student = finished(bars, runs, **taught(teachers[0], epochs=1))
     shutil.rmtree(runs / teachers[0].name)
+    assert finished(bars, runs, **taught(teachers[0], epochs=1)) == student  # nothing is left to do
     write_folder(student, folder := tmp_path / "given")
     faces = open_data(bars).split("test").pixels(np.arange(5)).numpy()
     np.testing.assert_array_equal(Predictor(folder).probabilities(faces), Predictor(student).probabilities(faces))
@@ -135,6 +151,23 @@ def test_a_student_is_passed_on_without_its_teacher_which_its_card_names(
     assert named in (folder / "README.md").read_text()
     write_folder(teachers[0], tmp_path / "other")
     assert "It also learned" not in (tmp_path / "other/README.md").read_text()
+
+
+@pytest.mark.parametrize(("side", "least"), [(16, [16, 16, 16]), (24, [16, 24, 24])])
+def test_who_sees_less_through_its_student_than_alone_is_told(
+    side: int, least: list[int], teachers: list[Path], tmp_path: Path
+) -> None:
+    """The first of the teachers takes 16 px, the second 24, the third is both; `side`: of their images."""
+    runs = shutil.copytree(teachers[0].parent, tmp_path / "runs")
+    for teacher, wanted in zip(teachers, least):
+        config = json.loads((runs / teacher.name / "config.json").read_text())
+        config["data"]["image_shape"] = [side, side]
+        (runs / teacher.name / "config.json").write_text(json.dumps(config))
+        for size in (wanted, wanted - 1):
+            run = small_run(**taught(teacher, model=OTHER["model"], input={"image_size": size}))
+            told = worse_view(run, runs)
+            assert (told is None) == (size == wanted)
+            assert told is None or f"sees {size} px as its student does, alone {wanted} px" in told
 
 
 def test_what_cannot_teach_or_be_taught(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
@@ -150,7 +183,13 @@ def test_what_cannot_teach_or_be_taught(teachers: list[Path], bars: Path, tmp_pa
         ),
         (taught(unfinished), bars, f"teacher: {unfinished}: the run is not finished; finish it with `fer train`"),
         (taught(teacher), other, f"teacher: {teacher}: was trained on other data than"),
-        (taught(compares), bars, "networks with a frozen encoder, which take embeddings, cannot be averaged or teach"),
+        (
+            taught(compares),
+            bars,
+            f"teacher: {compares}: networks with a frozen encoder, which take embeddings, cannot be averaged or teach",
+        ),
         (doe(teacher=teacher.name), bars, "teacher: has no images to look at, as the model takes embeddings"),
     ):
-        assert told in refusal(fit, "x", small_run(**keys), CPU, data, teachers[0].parent)
+        run, runs = small_run(**keys), teachers[0].parent
+        assert told in refusal(check_teacher, run, open_data(data), runs)  # before anything starts
+        assert told in refusal(fit, "x", run, CPU, data, runs)

@@ -17,7 +17,7 @@ from rich.table import Table
 from fer.errors import UserError, one_line
 from fer.run_folder import read_progress, read_rows, read_summary
 from pipelines.commands.results import print_champions, print_folds, print_table
-from pipelines.commands.terminal import Words, console, doing, with_torch
+from pipelines.commands.terminal import RUNS, Words, console, doing, with_torch
 
 STARTING = "Starting Prefect, Ray and MLflow ..."
 
@@ -152,9 +152,13 @@ class _Bars:
 
 
 def warn_of_weights(runs: dict[str, Any]) -> None:
-    """A line for each backbone without its published weights, or with other images than its weights were trained on."""
+    """A line for each backbone without its published weights, or with other images than its weights were trained on.
+
+    And one for each teacher that sees less than it was trained on.
+    """
     from fer.models import mistaken_pixels, random_backbones
     from fer.run import chain_pixels
+    from fer.teacher import worse_view
 
     for name, run in runs.items():
         for backbone in random_backbones(run.model, run.init_from):
@@ -164,7 +168,8 @@ def warn_of_weights(runs: dict[str, Any]) -> None:
                 style="yellow",
             )
         start = chain_pixels(run, runs[run.init_from]) if run.init_from in runs else None
-        for line in [*mistaken_pixels(run.model, run.input), *([start] if start else [])]:
+        view = worse_view(run, RUNS) if run.teacher is not None and (RUNS / run.teacher).exists() else None
+        for line in [*mistaken_pixels(run.model, run.input), *(line for line in (start, view) if line)]:
             console.print(f"{name}: {line}", style="yellow", highlight=False)
 
 
