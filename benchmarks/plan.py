@@ -65,7 +65,7 @@ def read(path: Path) -> list[Line]:
         lost = [name for name in line.needs if name not in found]
         fault = ""
         if not colon or not params.NAME.fullmatch(line.title) or not line.words:
-            fault = "write it as `title: words of fer train`"
+            fault = "write it as `title: EXPERIMENT [key=value ...]`"
         elif line.title in found:
             fault = f"there is a line {line.title} already"
         elif lost:

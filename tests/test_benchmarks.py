@@ -260,7 +260,7 @@ def test_what_fails_or_is_cut_off_is_told_and_what_waits_for_it_does_not_start(
     assert re.match(r"small-s1111-\w+: stopped in epoch \d+ after .* run the same command to resume", ends[1])
     assert status == 1
     for wrong, told in (
-        ("x small", "mine.txt:1: write it as `title: words of fer train`"),
+        ("x small", "mine.txt:1: write it as `title: EXPERIMENT [key=value ...]`"),
         ("x: small\n\nx: small", "mine.txt:3: there is a line x already"),
         ("x: small teacher=@y\ny: small", "mine.txt:1: no line above is called y"),
         ("x: ensemble --mirorr small", "mine.txt:1: write it as `ensemble [--mirror] @one @other ...`"),
