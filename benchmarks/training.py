@@ -83,7 +83,9 @@ def changes(run: Run, device: torch.device) -> Callable[[], Change]:
 def loss_of(run: Run, data: DataSet, device: torch.device) -> Loss:
     """The loss of the run on these data."""
     counts = torch.bincount(data.split("train").labels, minlength=len(data.classes))
-    return build_loss(run.loss, run.class_weights, data.prior().to(device), counts.to(device))
+    return build_loss(
+        run.loss, run.class_weights, data.prior().to(device), counts.to(device), adjustment=run.logit_adjustment
+    )
 
 
 def plain_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:

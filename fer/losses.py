@@ -193,16 +193,21 @@ def class_weights(counts: Tensor, power: float) -> Tensor:
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tensor, expected: bool = False) -> Loss:
+def build_loss(
+    kind: LossKind, class_weight: float, prior: Tensor, counts: Tensor, expected: bool = False, adjustment: float = 0.0
+) -> Loss:
     """The loss of a run, a scalar: the mean over the batch of each image's loss times the weight of its label.
 
     It is divided by the batch size, not by the sum of the weights, so that the losses of equal parts of a batch average
     to that of the whole. `class_weight`: the power in `class_weights`. `prior`: class prior D of the data, [C, C], on
     the device of the logits. `counts`: training images per class, int64 [C]. `expected`: draw nothing at random.
+    `adjustment` times the logarithm of each class's share of the counts is added to the logits first (Menon et al.
+    2021, arXiv 2007.07314: logit adjusted loss).
     The loss raises UserError if the logits, or the losses of `kind`, are of another shape.
     """
     each = (kind.build_expected if expected else kind.build)(prior, counts)
     weights = class_weights(counts, class_weight).to(prior)
+    shift = (adjustment * torch.log(counts.clamp_min(1).double() / counts.sum())).to(prior)
 
     def loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         if not isinstance(logits, Tensor) or logits.shape != targets.shape:
@@ -210,7 +215,7 @@ def build_loss(kind: LossKind, class_weight: float, prior: Tensor, counts: Tenso
                 f"the model's forward returns {_shown(logits)}: must be {_shown(targets)}, a logit for each image and "
                 "class (num_labels of `build`)"
             )
-        found = each(logits, labels, targets)
+        found = each(logits + shift if adjustment else logits, labels, targets)
         if not isinstance(found, Tensor) or found.shape != labels.shape:  # or weights would go astray
             raise UserError(
                 f"loss '{kind.name}' returns {_shown(found)}: must be {_shown(labels)}, a loss for each image"

@@ -124,7 +124,9 @@ class Trainer:
         counts = torch.bincount(train.labels, minlength=len(data.classes))
         prior = data.prior(run.loss.needs_prior).to(device)
         about_loss = run.loss, run.class_weights, prior, counts.to(device)
-        self.loss, self.val_loss = build_loss(*about_loss), build_loss(*about_loss, expected=True)
+        self.loss, self.val_loss = (
+            build_loss(*about_loss, expected, run.logit_adjustment) for expected in (False, True)
+        )
         graphs = resources.cuda_graphs and resources.accumulate == 1
         over = meta is not None and run.is_over(meta["history"])
         teacher = None if over else teacher_of(run, data, folder.parent, device, graphs and self.world == 1)

@@ -110,6 +110,18 @@ def test_class_weights_by_hand() -> None:
     assert class_weights(torch.tensor([3, 0, 1]), 1.0).tolist() == pytest.approx([2 / 3, 2, 2], rel=1e-12)
 
 
+def test_logit_adjustment_by_hand() -> None:
+    """The shares 9, 4 and 1 of 14, to its power, times the probabilities, divided by their sum."""
+    whole = -math.log(0.5 * 9 / (0.5 * 9 + 0.3 * 4 + 0.2)) - math.log(0.2 / (0.1 * 9 + 0.7 * 4 + 0.2))
+    half = -math.log(0.5 * 3 / (0.5 * 3 + 0.3 * 2 + 0.2)) - math.log(0.2 / (0.1 * 3 + 0.7 * 2 + 0.2))
+    for adjustment, wanted in ((0.0, -math.log(0.5) - math.log(0.2)), (0.5, half), (1.0, whole)):
+        loss = build_loss(kind("cross_entropy"), 0.0, PRIOR, COUNTS, adjustment=adjustment)
+        assert float(loss(LOGITS, LABELS, VOTES)) == pytest.approx(wanted / 2, rel=1e-12)
+    # a class without images counts as one with a single image: 1 of the 13 that there are
+    loss = build_loss(kind("cross_entropy"), 0.0, PRIOR, torch.tensor([9, 4, 0]), adjustment=1.0)
+    assert float(loss(LOGITS, LABELS, VOTES)) == pytest.approx(whole / 2, rel=1e-12)
+
+
 def sure(name: str) -> Tensor:
     """Votes without chance: where they are drawn, all are for one emotion, not the label."""
     return torch.eye(3, dtype=torch.float64)[[1, 0]] if name == "vote_sampling" else VOTES

@@ -101,7 +101,7 @@ def test_two_ranks_are_one_and_stop_together(bars: Path, tmp_path: Path) -> None
     """To the last bit where they are resumed, with batch norm, whose statistics differ by rank."""
     still = {"model": {"batch_norm": False, "conv_dropout": 0, "dense_dropout": 0}, "optimizer": SGD, "epochs": 2}
     alike = [
-        small_run(**still, loss={"name": "focal_pdls"}, class_weights=0.5, balanced_sampling=0.5),
+        small_run(**still, loss={"name": "focal_pdls"}, class_weights=0.5, balanced_sampling=0.5, logit_adjustment=0.5),
         small_run(**doe("same_subject", augment={}, ema_decay=0.8, epochs=2)),
     ]
     run, plain = small_run(loss={"name": "vote_sampling"}, ema_decay=0.5), small_run(epochs=1)

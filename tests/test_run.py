@@ -93,8 +93,8 @@ def test_run_id_is_stable_over_releases() -> None:
 # Other values of every key, each possible on its own in the small run
 OTHER: dict[str, Any] = {
     "seed": 7, "epochs": 4, "patience": 2, "batch_size": 32, "loss": {"name": "focal", "gamma": 3.0},
-    "class_weights": 0.5, "balanced_sampling": 0.5, "clip_grad_norm": None, "ema_decay": 0.9, "sam_rho": 0.05,
-    "precision": "bf16", "unmixed_epochs": 2, "teacher": "y-s1-01234567",
+    "class_weights": 0.5, "balanced_sampling": 0.5, "logit_adjustment": 0.5, "clip_grad_norm": None, "ema_decay": 0.9,
+    "sam_rho": 0.05, "precision": "bf16", "unmixed_epochs": 2, "teacher": "y-s1-01234567",
     "model": {"width": 0.125}, "input": {"image_size": 32}, "optimizer": {"name": "adam", "lr": 0.01},
     "schedule": {"name": "constant"}, "augment": {"flip": 0.25},
 }  # fmt: skip

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import CPU, doe, emotion_encoder, refusal, small_run
+from conftest import CPU, doe, emotion_encoder, make_data, refusal, small_run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -152,6 +154,24 @@ def test_the_files_of_a_run(uncut: dict[str, Path], bars: Path) -> None:
     for part, epoch in (("last", 3), ("best", best)):
         assert checkpoint.load_meta(folder / part) == common | {"epoch": epoch, "history": rows[:epoch]}
     assert json.loads((folder / "progress.json").read_text()) == {"epoch": 2, "epochs": 3, "step": 6, "steps": 6}
+
+
+def test_rare_classes_count_in_the_loss_as_the_settings_say(tmp_path: Path) -> None:
+    """Of the 12 training images each of the first four classes has two: weights by hand, val loss from predictions."""
+    data, runs = make_data(tmp_path / "data", {"train": 12, "val": 16, "test": 8}), tmp_path / "runs"
+    plain = small_run(**STILL, epochs=1, batch_size=4)
+    weighed = plain.model_copy(update={"class_weights": 1.0, "logit_adjustment": 2.0})
+    one, other = (fit("x", run, CPU, data, runs) for run in (plain, weighed))
+    evaluate(other, data, CPU)
+    table = pd.read_csv(other / "predictions_val.csv")
+    counts = np.array([2, 2, 2, 2, 1, 1, 1, 1])
+    adjusted = table[open_data(data).classes].to_numpy() * (counts / 12) ** 2
+    labels = np.arange(12, 28) % 8
+    right = (adjusted / adjusted.sum(1, keepdims=True))[np.arange(16), labels]
+    by_hand = -(12 / 8 / counts[labels] * np.log(right)).mean()
+    (row,) = rows_of(other)
+    assert row["val_loss"] == pytest.approx(by_hand, rel=1e-5)
+    assert row["train_loss"] != pytest.approx(rows_of(one)[0]["train_loss"], rel=1e-3)
 
 
 def test_what_is_kept_follows_from_the_val_metrics(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
