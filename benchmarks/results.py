@@ -10,9 +10,10 @@ import torch
 from scipy import stats
 
 from benchmarks.measure import ROOT
+from fer.data.dataset import open_data
 from fer.evaluate import metrics
 from fer.run_folder import PREDICTIONS, read_rows, read_summary
-from fer.statistics import LEVEL, share
+from fer.statistics import LEVEL, even, share
 
 FOLDER = ROOT / "docs" / "results"
 INDEX = "index.csv"
@@ -99,6 +100,24 @@ def recalls(row: str, folder: Path = FOLDER) -> list[str]:
         wilson = share(round(hit), images)
         between = f"{100 * wilson.low:.1f} to {100 * wilson.high:.1f}"
         found.append(f"| {name} | {images} | {100 * hit / images:.1f} | {between} |")
+    return found
+
+
+def evened(row: str, data: Path, folder: Path = FOLDER) -> list[str]:
+    """Accuracy and UAR of the runs of a row, as they are and with all classes taken for equally frequent.
+
+    `data`: the prepared data that they were trained on, whose training images of each class are counted. The numbers
+    are from the probabilities in the files, which are calibrated in ensembles alone.
+    """
+    known = open_data(data)
+    images = torch.bincount(known.split("train").labels, minlength=len(known.classes)).numpy()
+    table = index(folder)
+    found = ["| run | accuracy | UAR | accuracy, even | UAR, even |", "|---|---|---|---|---|"]
+    for run in table.loc[table["row"] == row, "run"]:
+        own, labels, _ = predictions(run, folder)
+        sides = [metrics(one, labels) for one in (own, torch.from_numpy(even(own.numpy(), images)))]
+        shown = " | ".join(f"{100 * side[key]:.2f}" for side in sides for key in ("accuracy", "balanced_accuracy"))
+        found.append(f"| {run} | {shown} |")
     return found
 
 
@@ -199,9 +218,16 @@ def main() -> None:
     parser.add_argument("--against", metavar="ROW", help="the other rows of its group, the text before the colon")
     parser.add_argument("--mean-of", nargs="+", metavar="ROW", help="with --minus: two sets of rows, pooled")
     parser.add_argument("--minus", nargs="+", metavar="ROW")
+    parser.add_argument("--even", metavar="ROW", help="its runs if all classes are taken for equally frequent")
+    parser.add_argument("--data", type=Path, help="with --even: the prepared data, such as data/sets/ferplus_votes")
     asked = parser.parse_args()
+    if (asked.even is None) != (asked.data is None):
+        parser.error("give both --even and --data, or neither")
     if (asked.mean_of is None) != (asked.minus is None):
         parser.error("give both --mean-of and --minus, or neither")
+    if asked.even is not None:
+        print("\n".join(evened(asked.even, asked.data)))  # noqa: T201
+        return
     if asked.minus is not None:
         print("\n".join(minus(asked.mean_of, asked.minus)))  # noqa: T201
         return

@@ -21,7 +21,7 @@ from fer.losses import CrossEntropy, build_loss
 from fer.models import build_model
 from fer.models.ensemble import Ensemble, Member
 from fer.resources import Resources
-from fer.run import FORMAT, Run, about, run_id
+from fer.run import EVENING, FORMAT, Run, about, run_id
 from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
 from fer.schedule import Constant
 from fer.statistics import temperature
@@ -44,6 +44,7 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
     members = [_member(folder, meta, heat) for folder, meta, heat in zip(folders, metas, heats)]
     shares = fitted(np.stack([softmax(np.log(one) / heat, 1) for one, heat in zip(found, heats)]), labels)
     run = Run(
+        **{key: max(meta["config"].get(key, 0.0) for meta in metas) for key in EVENING},
         model=Ensemble(members=members, weights=shares, mirror=mirror),
         input=Input(image_size=_side(members, data), channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),
         seed=metas[0]["config"]["seed"],

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
 from torch import Tensor, nn
 
 from fer import checkpoint
@@ -23,9 +24,9 @@ from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.models.ensemble import Ensemble
 from fer.resources import Resources
-from fer.run import FORMAT
+from fer.run import FORMAT, training_images
 from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary, write_summary
-from fer.statistics import temperature
+from fer.statistics import even, temperature
 
 
 def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> dict[str, Any]:
@@ -132,6 +133,22 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
     found = torch.from_numpy(probabilities)
     columns = {name: metrics(found[rows], split.labels[rows]) for name, rows in kept.items()}
     return {"leak_hash": data.leak_hash, **columns}
+
+
+def evened(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """The test metrics of a finished run if prediction takes all classes for equally frequent; None if training did.
+
+    Raises UserError if predictions_test.csv is missing or damaged.
+    """
+    meta = checkpoint.load_meta(folder / BEST)
+    try:
+        images = training_images(read_run(meta, folder / BEST / checkpoint.META), meta)
+    except UserError:
+        return None
+    table = read_evaluated(folder / PREDICTIONS.format(split="test"), summary["test"]["images"], summary["classes"])
+    logits = np.log(table[summary["classes"]].to_numpy(np.float32).clip(np.finfo(np.float32).tiny))
+    found = even(softmax(logits / meta.get("temperature", 1.0), 1), np.array(images))
+    return metrics(torch.from_numpy(found), torch.tensor(table["label"].to_numpy(np.int64)))
 
 
 def last_epoch(folder: Path) -> dict[str, Any]:

@@ -17,16 +17,19 @@ from fer.input import model_input
 from fer.models import build_model
 from fer.pictures import Faces, Picture, batch_of
 from fer.resources import Resources
+from fer.run import training_images
 from fer.run_folder import BEST
+from fer.statistics import even as evened
 
 
 class Predictor:
     """A checkpoint, given the folder of a run or of the checkpoint itself (`data/runs/<run id>/best`).
 
-    Raises UserError if it is missing or damaged.
+    `even`: its probabilities are then those of faces among which all classes are equally frequent, not those of the
+    training data. Raises UserError if the checkpoint is missing or damaged, or even already.
     """
 
-    def __init__(self, folder: str | Path, device: str = "auto"):
+    def __init__(self, folder: str | Path, device: str = "auto", even: bool = False):
         folder = Path(folder)
         if (folder / BEST).is_dir():
             folder = folder / BEST
@@ -37,6 +40,7 @@ class Predictor:
         self.faces = Faces.of(meta["data"])
         self.cropped: dict[str, Any] = meta["data"].get("faces") or {}
         self.temperature = float(meta.get("temperature", 1.0))
+        self.images = np.array(training_images(self.run, meta)) if even else None
         self.device = pick_device(device)
         self.batch_size = Resources().eval_batch_size
         network = build_model(self.run.model, self.run.input, len(self.classes), pretrained=False)
@@ -73,7 +77,8 @@ class Predictor:
                 inputs |= {name: self.model.embed(pixels).float() for name, pixels in seen.items()}
                 logits = self.model(**inputs).float()
             found.append(torch.softmax(logits / self.temperature, 1).cpu().numpy())
-        return np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
+        whole = np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
+        return whole if self.images is None else evened(whole, self.images)
 
     def _check(self, count: int, beside: Mapping[str, Sized]) -> None:
         known = self.run.model.images_beside()

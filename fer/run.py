@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from fer.data.augment import Augment
 from fer.data.dataset import DataSet
+from fer.errors import UserError
 from fer.input import Input
 from fer.losses import LOSSES, CrossEntropy, LossKind
 from fer.made_by import made_by
@@ -23,6 +24,7 @@ from fer.settings import Fault, Fraction, Natural, NonNegative, OneOf, Positive,
 # The format of everything that a run leaves on disk, and part of its id. A changed default or meaning of a setting
 # needs a new format; a new setting whose default changes nothing does not. fer/formats.py reads earlier formats.
 FORMAT = 2
+EVENING = "class_weights", "balanced_sampling", "logit_adjustment"  # the settings that make rare classes count for more
 
 
 class Run(Section):
@@ -149,6 +151,20 @@ def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str
     content: list[Any] = [FORMAT, differing(run), data_hash, start]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{name}-s{run.seed}-{digest[:8]}"
+
+
+def training_images(run: Run, meta: dict[str, Any]) -> list[int]:
+    """How many training images each class has, in their order; `meta`: what `about` returns.
+
+    Raises UserError if the training of `run` made rare classes count for more, so that dividing its probabilities by
+    these numbers would even them out twice.
+    """
+    for key in EVENING:
+        if value := getattr(run, key):
+            raise UserError(f"{meta['run_id']}: was trained with {key} {value:g}, which evens out the classes already")
+    if "counts" not in meta["data"]:
+        raise UserError(f"{meta['run_id']}: is of a version that did not note the training images of each class")
+    return [meta["data"]["counts"]["train"][name] for name in meta["classes"]]
 
 
 def about(name: str, run_id: str, run: Run, data: DataSet, device: torch.device) -> dict[str, Any]:

@@ -97,6 +97,16 @@ def difference(
     return Interval(value, float(low), float(high))
 
 
+def even(probabilities: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Probabilities [n, C] as if all classes were equally frequent: divided by their shares of the training images.
+
+    `images`: of each class, [C]; a class without any counts as one with a single image (Saerens et al. 2002, Neural
+    Computation 14). They must be calibrated, and of a network whose training did not even out the classes.
+    """
+    found = probabilities / np.maximum(images, 1)
+    return (found / found.sum(1, keepdims=True)).astype(probabilities.dtype)
+
+
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Mean of -log p[label], natural logarithm; float [n, C], integers [n]."""
     chosen = probabilities[np.arange(len(labels)), labels]

@@ -1,6 +1,7 @@
 """Faces in photographs and videos: found, cropped, predicted, written; what cannot be read is a row that says so."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -451,6 +452,11 @@ def test_the_command_predicts_files(
     assert table["prediction"].iloc[0] in CLASSES
     assert table["note"].iloc[1].startswith("not a readable picture")
     assert [path.name for path in Path("marked").iterdir()] == ["photo.png"]
+    balanced = shutil.copytree(run, tmp_path / "balanced")
+    old, new = (f'"balanced_sampling": {value}' for value in (0.0, 0.5))
+    change(balanced, "best/checkpoint.json", lambda text: text.replace(old, new))
+    done = here("predict", "photo.jpg", "--run", str(balanced), "--even")
+    assert (done.returncode, "was trained with balanced_sampling 0.5, which evens" in done.stderr) == (2, True)
 
 
 def test_the_command_follows_faces_in_a_video_and_before_a_camera(

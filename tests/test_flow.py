@@ -112,7 +112,9 @@ def test_two_models_train_together_in_a_container_and_the_second_call_has_nothin
     best = max(summary["val"]["accuracy"] for summary in summaries(project).values())
     assert f"val {100 * best:.2f} %" in second.stdout.split("models:/fer-sample@champion: version")[1]
     assert {path: path.stat().st_mtime_ns for path in (project / "data/runs").rglob("*")} == before
-    assert "Test, class by class" in here("evaluate", "vit").stdout
+    told = here("evaluate", "vit").stdout
+    assert "Test, class by class" in told
+    assert "Test, all classes taken for equally frequent (fer predict --even): accuracy" in told
     compared = here("compare").stdout
     assert all(summary["run_id"] in compared for summary in summaries(project).values())
     for _ in range(2):  # made and recorded once

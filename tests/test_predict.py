@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
 
-from fer.evaluate import evaluate, read_evaluated
+from fer.ensemble import combine
+from fer.evaluate import evaluate, evened, read_evaluated
 from fer.predict import Predictor, _load_pyfunc
 from fer.resources import Resources
+from fer.run import EVENING
 from fer.train import fit
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -185,3 +187,29 @@ def test_a_checkpoint_of_pretrained_weights_needs_their_file_no_more(model: str,
         found = load_file(folder / part / "model.safetensors")
         for name, tensor in pretrained.state_dict().items():
             torch.testing.assert_close(found[f"backbone.network.{name}"], tensor, atol=1e-9, rtol=0)
+
+
+def test_even_classes_are_those_of_the_evaluation_too(tmp_path: Path) -> None:
+    """Of the 20 training images four classes have three each, the others two."""
+    data, runs = make_data(tmp_path / "data", {"train": 20, "val": 16, "test": 40}), tmp_path / "runs"
+    folder = fit("x", small_run(epochs=2, batch_size=4), CPU, data, runs)
+    summary = evaluate(folder, data, CPU)
+    faces, labels = np.load(data / "upscaled" / "images.npy")[-40:], (np.arange(40) + 36) % 8
+    found = Predictor(folder, even=True).probabilities(faces)
+    wanted = softer(folder) / np.array([3, 3, 3, 3, 2, 2, 2, 2])
+    np.testing.assert_allclose(found, wanted / wanted.sum(1, keepdims=True), atol=1e-6)
+    assert not np.allclose(found, Predictor(folder).probabilities(faces), atol=1e-3)
+    in_tables = evened(folder, summary)
+    assert in_tables is not None
+    assert in_tables["accuracy"] == pytest.approx((found.argmax(1) == labels).mean())
+    assert in_tables["images"] == 40
+
+
+@pytest.mark.parametrize("key", EVENING)
+def test_what_training_made_even_is_not_made_so_again(bars: Path, tmp_path: Path, key: str) -> None:
+    folder = fit("x", small_run(**{key: 0.5}, epochs=1), CPU, bars, tmp_path)
+    summary = evaluate(folder, bars, CPU)
+    for one in (folder, combine([folder], bars, CPU)):
+        told = f"{one.name}: was trained with {key} 0.5, which evens out the classes already"
+        assert refusal(Predictor, one, even=True) == told
+        assert evened(one, summary) is None

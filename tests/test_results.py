@@ -44,6 +44,17 @@ def test_a_run_is_added_with_the_numbers_of_its_summary(tmp_path: Path) -> None:
     assert len(results.recalls("x", tmp_path / "results")) == 2 + 8
 
 
+def test_all_classes_taken_for_equally_frequent(tmp_path: Path) -> None:
+    data, folder = make_data(tmp_path / "data", {"train": 12, "val": 8, "test": 8}), tmp_path / "results"
+    run = fit("x", small_run(epochs=1, batch_size=4), CPU, data, tmp_path / "runs")
+    evaluate(run, data, CPU)
+    results.add(run, "x", "scratch", "fer train x", folder)
+    probabilities, labels, _ = results.predictions(run.name, folder)
+    right = (probabilities.numpy() / [2, 2, 2, 2, 1, 1, 1, 1]).argmax(1) == labels.numpy()  # of 12 images
+    row = results.evened("x", data, folder)[2]
+    assert row.split(" | ")[3:] == [f"{100 * right.mean():.2f}", f"{100 * right.mean():.2f} |"]  # one of each class
+
+
 def written(folder: Path, leaked: str | list[str]) -> Path:
     """Two rows of two runs on four images, the first labelled b, the others a, and their index."""
     right = {"x: a": ("0011", "0111"), "x: b": ("0000", "0001")}

@@ -15,6 +15,7 @@ from fer.statistics import (
     detectable,
     difference,
     divergence,
+    even,
     mcnemar,
     mean,
     negative_log_likelihood,
@@ -164,3 +165,20 @@ def test_welch_between_seeds_by_the_formula() -> None:
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
     with pytest.raises(ValueError, match="two runs or more"):
         between_seeds(ours, theirs[:1])
+
+
+def test_even_classes_by_hand() -> None:
+    """.8 / 6, .1 / 2 and .1 / 1 are 8, 3 and 6 of 17; a class without images counts as one with a single image."""
+    for images in ([6, 2, 1], [6, 2, 0]):
+        found = even(np.array([[0.8, 0.1, 0.1], [0.0, 0.0, 1.0]], np.float32), np.array(images))
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, [[8 / 17, 3 / 17, 6 / 17], [0, 0, 1]], rtol=1e-6)
+
+
+def test_even_classes_undo_how_often_each_was_seen() -> None:
+    """Bayes: the calibrated probabilities of faces drawn unevenly become those of faces drawn evenly."""
+    of_class = RNG.dirichlet(np.ones(4), 3)  # p(x | class) for three classes and four kinds of face
+    images = np.array([90, 9, 1])
+    seen, wanted = (of_class * images[:, None]).T, of_class.T
+    found = even(seen / seen.sum(1, keepdims=True), images)
+    np.testing.assert_allclose(found, wanted / wanted.sum(1, keepdims=True), rtol=1e-12)

@@ -43,7 +43,7 @@ def evaluate(
 def _evaluate(run: str) -> None:
     from fer.data.dataset import open_data
     from fer.evaluate import evaluate as evaluate_run
-    from fer.evaluate import outdated
+    from fer.evaluate import evened, outdated
     from pipelines.params import load
 
     folder = find_run(run)
@@ -60,6 +60,9 @@ def _evaluate(run: str) -> None:
         taken = f"{summary['classes'][wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
         rows.append((name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken))
     print_rows(("class", "test images", "recall %", "most often mistaken for"), rows, "Test, class by class")
+    if even := evened(folder, summary):
+        test = f"accuracy {100 * even['accuracy']:.2f} %, UAR {100 * even['balanced_accuracy']:.2f} %"
+        console.print(f"Test, all classes taken for equally frequent (fer predict --even): {test}", highlight=False)
     console.print(f"Predictions, confusion matrix, checkpoint: {bold(folder)}")
 
 

@@ -64,6 +64,9 @@ def predict(
     yunet: Yunet = None,
     min_face: MinFace = 0,
     margin: Margin = None,
+    even: Annotated[
+        bool, typer.Option("--even", help="As if all classes were equally frequent, not as in training.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
@@ -87,7 +90,7 @@ def predict(
         own = None if boxes is None else Boxes(boxes, files)
         detector = own or (None if cropped else build_detector(yunet, min_face))
         folder = _model(run)
-        predictor = Predictor(folder, device)
+        predictor = Predictor(folder, device, even)
         console.print(f"Model: {folder}", style="dim", highlight=False, markup=False)
         if camera is not None and not console.is_terminal:
             console.print(f"Reading camera {without_password(camera)} until Ctrl-C", style="dim", highlight=False)
