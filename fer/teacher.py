@@ -88,10 +88,15 @@ def worse_view(run: Run, runs: Path) -> str | None:
     content = read_config(folder)
     theirs = read_run(content, folder / CONFIG)
     members = theirs.model.members if isinstance(theirs.model, Ensemble) else [member_of(theirs)]
-    wanted = min(*content["data"]["image_shape"][:2], max(member.input.image_size for member in members))
-    if run.input.image_size >= wanted:
-        return None
-    return f"teacher: sees {run.input.image_size} px as its student does, alone {wanted} px; its answers suffer from it"
+    shape = content["data"]["image_shape"]
+    side = min(*shape[:2], max(member.input.image_size for member in members))
+    colour = len(shape) == 3 and any(member.input.channels == 3 for member in members)
+    lost = []
+    if run.input.image_size < side:
+        lost.append(f"{run.input.image_size} px as its student does, alone {side} px")
+    if run.input.channels == 1 and colour:
+        lost.append("grey as its student does, alone colour")
+    return f"teacher: sees {' and '.join(lost)}; its answers suffer from it" if lost else None
 
 
 def _network(teacher: Run, data: DataSet) -> Any:

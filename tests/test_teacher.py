@@ -170,6 +170,22 @@ def test_who_sees_less_through_its_student_than_alone_is_told(
             assert told is None or f"sees {size} px as its student does, alone {wanted} px" in told
 
 
+def test_a_teacher_of_colours_whose_student_sees_none_is_told(teachers: list[Path], tmp_path: Path) -> None:
+    """The first of the teachers is grey, the second and the third, of which it is one, see colour where there is."""
+    runs = shutil.copytree(teachers[0].parent, tmp_path / "runs")
+    for teacher, of_colour in zip(teachers, (False, True, True)):
+        for shape in ([16, 16], [16, 16, 3]):
+            config = json.loads((runs / teacher.name / "config.json").read_text())
+            config["data"]["image_shape"] = shape
+            (runs / teacher.name / "config.json").write_text(json.dumps(config))
+            for channels in (1, 3):
+                input_ = {"channels": channels, "mean": [0.5], "std": [0.5]}
+                told = worse_view(small_run(**taught(teacher, model=OTHER["model"], input=input_)), runs)
+                blind = of_colour and len(shape) == 3 and channels == 1
+                words = "teacher: sees grey as its student does, alone colour; its answers suffer from it"
+                assert told == (words if blind else None)
+
+
 def test_what_cannot_teach_or_be_taught(teachers: list[Path], bars: Path, tmp_path: Path) -> None:
     unfinished = fit("x", small_run(seed=3, epochs=1), CPU, bars, teachers[0].parent)
     compares = finished(bars, teachers[0].parent, **doe(epochs=1))
