@@ -12,7 +12,7 @@ import torch
 from fer.made_by import made_by
 
 ROOT = Path(__file__).resolve().parents[1]
-Work = Callable[[], int]  # processes images and returns how many
+Work = Callable[[], float]  # processes images and returns how many
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def beside(effort: Effort, work: Work, *plain: Work) -> tuple[float, float]:
 
 
 def _rate(work: Work, seconds: float) -> float:
-    done, passed, started = 0, 0.0, time.perf_counter()
+    done, passed, started = 0.0, 0.0, time.perf_counter()
     while not done or passed < seconds:
         done += work()
         if torch.cuda.is_available():

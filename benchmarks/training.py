@@ -19,6 +19,7 @@ from benchmarks.measure import ROOT, Effort, Row, Work, beside
 from fer.batches import Feed, TrainBatches
 from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
+from fer.device import autocast, computes_bf16
 from fer.evaluate import predict_split
 from fer.input import Change, model_input
 from fer.losses import Loss, build_loss
@@ -36,6 +37,7 @@ PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
 }  # fmt: skip
+CHANNELS, SIDE = 96, 12  # of the convolution that stands for what a processor can do
 PNG = "PNG files, PIL, fp32"
 
 
@@ -184,6 +186,33 @@ def train_step(run: Run, resources: Resources, device: torch.device, effort: Eff
         return len(labels)
 
     yield Row(f"train step, {name}, {run.precision}", *_named("fp32, .item()", beside(effort, ours, theirs)))
+
+
+def operations(run: Run, resources: Resources, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
+    """A step, its input included, beside a convolution that repeats as many operations as it has, on as many images."""
+    with faces(run, train=run.batch_size) as (data, _):
+        steps = Steps(run, data, device)
+
+        def ours() -> int:
+            steps.step(*next(batches(run, resources, data, device, augmented=True)))
+            return run.batch_size
+
+        with FlopCounterMode(display=False) as counter:
+            ours()
+        flops = counter.get_total_flops() / run.batch_size
+        sides = [run.batch_size, CHANNELS, SIDE, SIDE], [CHANNELS, CHANNELS, 3, 3]
+        layout = torch.channels_last
+        images, weights = (torch.rand(*one, device=device).contiguous(memory_format=layout) for one in sides)
+        once = 2 * 9 * CHANNELS**2 * SIDE**2 * run.batch_size
+
+        def convolution() -> float:
+            with torch.no_grad(), autocast(run.precision, device):
+                nn.functional.conv2d(images, weights, padding=1)
+            return once / flops
+
+        rate, plain = beside(effort, ours, convolution)
+    of = f"3x3 convolution, {CHANNELS} channels, {SIDE} px"
+    yield Row(f"training, {name}, {run.precision}", rate, of, plain, f"{flops * rate / 1e9:.3g} GFLOP/s")
 
 
 def depthwise(run: Run, resources: Resources, device: torch.device, effort: Effort, name: str) -> Iterator[Row]:
@@ -357,6 +386,12 @@ def _train_step(device: torch.device, effort: Effort) -> Iterator[Row]:
         yield from train_step(*settings(name, device), device, effort, name)
 
 
+def _operations(device: torch.device, effort: Effort) -> Iterator[Row]:
+    for precision in ("fp32", "bf16") if computes_bf16(device) else ("fp32",):
+        for name in ("vgg13_small", "small_resnet"):
+            yield from operations(*settings(name, device, precision=precision), device, effort, name)
+
+
 def _depthwise(device: torch.device, effort: Effort) -> Iterator[Row]:
     """On a CPU only: a GPU computes them all in bf16."""
     if device.type == "cpu":
@@ -394,6 +429,7 @@ CASES: dict[str, Callable[[torch.device, Effort], Iterator[Row]]] = {
     "input": _input,
     "augmentation": _augmentation,
     "step": _train_step,
+    "operations": _operations,
     "depthwise": _depthwise,
     "recorded": _recorded,
     "evaluation": _evaluation,

@@ -65,12 +65,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
     On a CPU or GPU without instructions for bf16 that is fp32: torch would emulate it, several times slower on a CPU.
     """
-    if precision == "fp32" or (precision == "bf16" and not _computes_bf16(device)):
+    if precision == "fp32" or (precision == "bf16" and not computes_bf16(device)):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def _computes_bf16(device: torch.device) -> bool:
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a processor has instructions for bf16, so that it is no slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()

@@ -73,6 +73,7 @@ CASES: dict[str, Callable[[], object]] = {
     "input": lambda: training.input_path(small_run(), CPU, DEVICE, LITTLE, 16),
     "augmentation": lambda: training.augmentation(small_run(), DEVICE, LITTLE, 16),
     "step": lambda: training.train_step(small_run(), CPU, DEVICE, LITTLE, "x"),
+    "operations": lambda: training.operations(small_run(), CPU, DEVICE, LITTLE, "x"),
     "depthwise": lambda: training.depthwise(small_run(**MOBILE), CPU, DEVICE, LITTLE, "x"),
     "recorded": lambda: training.recorded(small_run(batch_size=8), CPU, DEVICE, LITTLE, "x", 16),
     "evaluation": lambda: training.evaluation(small_run(), CPU, DEVICE, LITTLE, "x", 16),
