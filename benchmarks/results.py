@@ -104,7 +104,7 @@ def recalls(row: str, folder: Path = FOLDER) -> list[str]:
 
 
 def evened(row: str, data: Path, folder: Path = FOLDER) -> list[str]:
-    """Accuracy and UAR of the runs of a row, as they are and with all classes taken for equally frequent.
+    """Accuracy and UAR of the runs of a row, as they are and with the classes evened out by half and wholly.
 
     `data`: the prepared data that they were trained on, whose training images of each class are counted. The numbers
     are from the probabilities in the files, which are calibrated in ensembles alone.
@@ -112,12 +112,13 @@ def evened(row: str, data: Path, folder: Path = FOLDER) -> list[str]:
     known = open_data(data)
     images = torch.bincount(known.split("train").labels, minlength=len(known.classes)).numpy()
     table = index(folder)
-    found = ["| run | accuracy | UAR | accuracy, even | UAR, even |", "|---|---|---|---|---|"]
+    found = ["| run | even | accuracy | UAR |", "|---|---|---|---|"]
     for run in table.loc[table["row"] == row, "run"]:
         own, labels, _ = predictions(run, folder)
-        sides = [metrics(one, labels) for one in (own, torch.from_numpy(even(own.numpy(), images)))]
-        shown = " | ".join(f"{100 * side[key]:.2f}" for side in sides for key in ("accuracy", "balanced_accuracy"))
-        found.append(f"| {run} | {shown} |")
+        for power in (0, 0.5, 1):
+            scores = metrics(torch.from_numpy(even(own.numpy(), images, power)), labels)
+            shown = f"{100 * scores['accuracy']:.2f} | {100 * scores['balanced_accuracy']:.2f}"
+            found.append(f"| {run} | {power:g} | {shown} |")
     return found
 
 
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="ROW", help="the other rows of its group, the text before the colon")
     parser.add_argument("--mean-of", nargs="+", metavar="ROW", help="with --minus: two sets of rows, pooled")
     parser.add_argument("--minus", nargs="+", metavar="ROW")
-    parser.add_argument("--even", metavar="ROW", help="its runs if all classes are taken for equally frequent")
+    parser.add_argument("--even", metavar="ROW", help="its runs with the classes evened out")
     parser.add_argument("--data", type=Path, help="with --even: the prepared data, such as data/sets/ferplus_votes")
     asked = parser.parse_args()
     if (asked.even is None) != (asked.data is None):

@@ -135,8 +135,8 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
     return {"leak_hash": data.leak_hash, **columns}
 
 
-def evened(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
-    """The test metrics of a finished run if prediction takes all classes for equally frequent; None if training did.
+def evened(folder: Path, summary: dict[str, Any], power: float = 1.0) -> dict[str, Any] | None:
+    """The test metrics of a finished run if prediction evens out the classes (`even`); None if training did.
 
     Raises UserError if predictions_test.csv is missing or damaged.
     """
@@ -147,7 +147,7 @@ def evened(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
         return None
     table = read_evaluated(folder / PREDICTIONS.format(split="test"), summary["test"]["images"], summary["classes"])
     logits = np.log(table[summary["classes"]].to_numpy(np.float32).clip(np.finfo(np.float32).tiny))
-    found = even(softmax(logits / meta.get("temperature", 1.0), 1), np.array(images))
+    found = even(softmax(logits / meta.get("temperature", 1.0), 1), np.array(images), power)
     return metrics(torch.from_numpy(found), torch.tensor(table["label"].to_numpy(np.int64)))
 
 

@@ -25,11 +25,11 @@ from fer.statistics import even as evened
 class Predictor:
     """A checkpoint, given the folder of a run or of the checkpoint itself (`data/runs/<run id>/best`).
 
-    `even`: its probabilities are then those of faces among which all classes are equally frequent, not those of the
-    training data. Raises UserError if the checkpoint is missing or damaged, or even already.
+    `even`: from 0, its probabilities are those of faces among which classes are as frequent as in training, to 1, all
+    are equally frequent. Raises UserError if the checkpoint is missing or damaged, or even already.
     """
 
-    def __init__(self, folder: str | Path, device: str = "auto", even: bool = False):
+    def __init__(self, folder: str | Path, device: str = "auto", even: float = 0.0):
         folder = Path(folder)
         if (folder / BEST).is_dir():
             folder = folder / BEST
@@ -40,7 +40,7 @@ class Predictor:
         self.faces = Faces.of(meta["data"])
         self.cropped: dict[str, Any] = meta["data"].get("faces") or {}
         self.temperature = float(meta.get("temperature", 1.0))
-        self.images = np.array(training_images(self.run, meta)) if even else None
+        self.even, self.images = even, np.array(training_images(self.run, meta) if even else [])
         self.device = pick_device(device)
         self.batch_size = Resources().eval_batch_size
         network = build_model(self.run.model, self.run.input, len(self.classes), pretrained=False)
@@ -78,7 +78,7 @@ class Predictor:
                 logits = self.model(**inputs).float()
             found.append(torch.softmax(logits / self.temperature, 1).cpu().numpy())
         whole = np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
-        return whole if self.images is None else evened(whole, self.images)
+        return evened(whole, self.images, self.even) if self.even else whole
 
     def _check(self, count: int, beside: Mapping[str, Sized]) -> None:
         known = self.run.model.images_beside()

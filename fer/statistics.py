@@ -97,13 +97,14 @@ def difference(
     return Interval(value, float(low), float(high))
 
 
-def even(probabilities: np.ndarray, images: np.ndarray) -> np.ndarray:
+def even(probabilities: np.ndarray, images: np.ndarray, power: float = 1.0) -> np.ndarray:
     """Probabilities [n, C] as if all classes were equally frequent: divided by their shares of the training images.
 
     `images`: of each class, [C]; a class without any counts as one with a single image (Saerens et al. 2002, Neural
-    Computation 14). They must be calibrated, and of a network whose training did not even out the classes.
+    Computation 14). They must be calibrated, and of a network whose training did not even out the classes. With a
+    `power` of the shares, 0 to 1, part of the way.
     """
-    found = probabilities / np.maximum(images, 1)
+    found = probabilities / np.maximum(images, 1.0) ** power
     return (found / found.sum(1, keepdims=True)).astype(probabilities.dtype)
 
 

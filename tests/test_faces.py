@@ -455,7 +455,7 @@ def test_the_command_predicts_files(
     balanced = shutil.copytree(run, tmp_path / "balanced")
     old, new = (f'"balanced_sampling": {value}' for value in (0.0, 0.5))
     change(balanced, "best/checkpoint.json", lambda text: text.replace(old, new))
-    done = here("predict", "photo.jpg", "--run", str(balanced), "--even")
+    done = here("predict", "photo.jpg", "--run", str(balanced), "--even", "1")
     assert (done.returncode, "was trained with balanced_sampling 0.5, which evens" in done.stderr) == (2, True)
 
 

@@ -195,14 +195,14 @@ def test_even_classes_are_those_of_the_evaluation_too(tmp_path: Path) -> None:
     folder = fit("x", small_run(epochs=2, batch_size=4), CPU, data, runs)
     summary = evaluate(folder, data, CPU)
     faces, labels = np.load(data / "upscaled" / "images.npy")[-40:], (np.arange(40) + 36) % 8
-    found = Predictor(folder, even=True).probabilities(faces)
-    wanted = softer(folder) / np.array([3, 3, 3, 3, 2, 2, 2, 2])
-    np.testing.assert_allclose(found, wanted / wanted.sum(1, keepdims=True), atol=1e-6)
-    assert not np.allclose(found, Predictor(folder).probabilities(faces), atol=1e-3)
-    in_tables = evened(folder, summary)
-    assert in_tables is not None
-    assert in_tables["accuracy"] == pytest.approx((found.argmax(1) == labels).mean())
-    assert in_tables["images"] == 40
+    images = np.array([3, 3, 3, 3, 2, 2, 2, 2])
+    for power in (0.5, 1.0):
+        found, wanted = Predictor(folder, even=power).probabilities(faces), softer(folder) / images**power
+        np.testing.assert_allclose(found, wanted / wanted.sum(1, keepdims=True), atol=1e-6)
+        assert not np.allclose(found, Predictor(folder).probabilities(faces), atol=1e-3)
+        in_tables = evened(folder, summary, power)
+        assert in_tables is not None
+        assert (in_tables["accuracy"], in_tables["images"]) == (pytest.approx((found.argmax(1) == labels).mean()), 40)
 
 
 @pytest.mark.parametrize("key", EVENING)
@@ -211,5 +211,5 @@ def test_what_training_made_even_is_not_made_so_again(bars: Path, tmp_path: Path
     summary = evaluate(folder, bars, CPU)
     for one in (folder, combine([folder], bars, CPU)):
         told = f"{one.name}: was trained with {key} 0.5, which evens out the classes already"
-        assert refusal(Predictor, one, even=True) == told
+        assert refusal(Predictor, one, even=0.5) == told
         assert evened(one, summary) is None

@@ -173,6 +173,9 @@ def test_even_classes_by_hand() -> None:
         found = even(np.array([[0.8, 0.1, 0.1], [0.0, 0.0, 1.0]], np.float32), np.array(images))
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, [[8 / 17, 3 / 17, 6 / 17], [0, 0, 1]], rtol=1e-6)
+    half = even(np.array([[0.8, 0.1, 0.1]]), np.array([16, 4, 1]), 0.5)  # .8 / 4, .1 / 2 and .1 / 1
+    np.testing.assert_allclose(half, [[0.2 / 0.35, 0.05 / 0.35, 0.1 / 0.35]])
+    np.testing.assert_allclose(even(half, np.array([16, 4, 1]), 0.0), half, rtol=1e-12)
 
 
 def test_even_classes_undo_how_often_each_was_seen() -> None:

@@ -23,6 +23,8 @@ from pipelines.commands.terminal import (
     with_torch,
 )
 
+EVEN = 0.5, 1.0  # of `fer predict`: what is told of a run
+
 
 @with_torch
 def evaluate(
@@ -60,9 +62,10 @@ def _evaluate(run: str) -> None:
         taken = f"{summary['classes'][wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
         rows.append((name, str(sum(line)), "-" if recall is None else f"{100 * recall:.1f}", taken))
     print_rows(("class", "test images", "recall %", "most often mistaken for"), rows, "Test, class by class")
-    if even := evened(folder, summary):
-        test = f"accuracy {100 * even['accuracy']:.2f} %, UAR {100 * even['balanced_accuracy']:.2f} %"
-        console.print(f"Test, all classes taken for equally frequent (fer predict --even): {test}", highlight=False)
+    for power in EVEN:
+        if found := evened(folder, summary, power):
+            told = f"accuracy {100 * found['accuracy']:.2f} %, UAR {100 * found['balanced_accuracy']:.2f} %"
+            console.print(f"Test with --even {power:g} of fer predict: {told}", highlight=False)
     console.print(f"Predictions, confusion matrix, checkpoint: {bold(folder)}")
 
 

@@ -65,8 +65,8 @@ def predict(
     min_face: MinFace = 0,
     margin: Margin = None,
     even: Annotated[
-        bool, typer.Option("--even", help="As if all classes were equally frequent, not as in training.")
-    ] = False,
+        float, typer.Option(help="0: classes as frequent as in training; 1: all equally; 0.5: between.", min=0, max=1)
+    ] = 0.0,
     device: Device = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
