@@ -21,7 +21,7 @@ from fer.losses import CrossEntropy, build_loss
 from fer.models import build_model
 from fer.models.ensemble import Ensemble, Member
 from fer.resources import Resources
-from fer.run import EVENING, FORMAT, Run, about, run_id
+from fer.run import FORMAT, Run, about, evening, run_id
 from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
 from fer.schedule import Constant
 from fer.statistics import temperature
@@ -44,7 +44,6 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
     members = [_member(folder, meta, heat) for folder, meta, heat in zip(folders, metas, heats)]
     shares = fitted(np.stack([softmax(np.log(one) / heat, 1) for one, heat in zip(found, heats)]), labels)
     run = Run(
-        **{key: max(meta["config"].get(key, 0.0) for meta in metas) for key in EVENING},
         model=Ensemble(members=members, weights=shares, mirror=mirror),
         input=Input(image_size=_side(members, data), channels=1 if data.images.ndim == 3 else 3, mean=[0.0], std=[1.0]),
         seed=metas[0]["config"]["seed"],
@@ -132,7 +131,8 @@ def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSe
     spent = sum(summary["train_seconds"] for summary in map(read_summary, folders) if summary is not None)
     val = {f"val_{key}": value for key, value in found.items()}
     history = [{"epoch": 1, **val, "seconds": spent, "time": time.time()}]
-    header = about(NAME, folder.name, run, data, device)
+    evened = evening(*(checkpoint.load_meta(source / BEST) for source in folders))
+    header = about(NAME, folder.name, run, data, device) | {"evened": evened}
     folder.mkdir(parents=True, exist_ok=True)
     names = [source.name for source in folders]
     write_json(folder / CONFIG, {**header, "starts_from": names, "start": start, "resources": resources.model_dump()})

@@ -136,16 +136,16 @@ def _leaks(folder: Path, data: DataSet) -> dict[str, Any]:
 
 
 def evened(folder: Path, summary: dict[str, Any], power: float = 1.0) -> dict[str, Any] | None:
-    """The test metrics of a finished run if prediction evens out the classes (`even`); None if training did.
+    """The test metrics of a finished run if prediction evens out the classes (fer.statistics.even).
 
-    Raises UserError if predictions_test.csv is missing or damaged.
+    None if training did, or if its checkpoint or predictions_test.csv, which the summary outlives, is gone or damaged.
     """
-    meta = checkpoint.load_meta(folder / BEST)
     try:
-        images = training_images(read_run(meta, folder / BEST / checkpoint.META), meta)
+        meta = checkpoint.load_meta(folder / BEST)
+        images = training_images(meta)
+        table = read_evaluated(folder / PREDICTIONS.format(split="test"), summary["test"]["images"], summary["classes"])
     except UserError:
         return None
-    table = read_evaluated(folder / PREDICTIONS.format(split="test"), summary["test"]["images"], summary["classes"])
     logits = np.log(table[summary["classes"]].to_numpy(np.float32).clip(np.finfo(np.float32).tiny))
     found = even(softmax(logits / meta.get("temperature", 1.0), 1), np.array(images), power)
     return metrics(torch.from_numpy(found), torch.tensor(table["label"].to_numpy(np.int64)))

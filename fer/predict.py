@@ -40,7 +40,7 @@ class Predictor:
         self.faces = Faces.of(meta["data"])
         self.cropped: dict[str, Any] = meta["data"].get("faces") or {}
         self.temperature = float(meta.get("temperature", 1.0))
-        self.even, self.images = even, np.array(training_images(self.run, meta) if even else [])
+        self.even, self.images = even, np.array(training_images(meta) if even else [])
         self.device = pick_device(device)
         self.batch_size = Resources().eval_batch_size
         network = build_model(self.run.model, self.run.input, len(self.classes), pretrained=False)

@@ -153,15 +153,24 @@ def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str
     return f"{name}-s{run.seed}-{digest[:8]}"
 
 
-def training_images(run: Run, meta: dict[str, Any]) -> list[int]:
-    """How many training images each class has, in their order; `meta`: what `about` returns.
+def evening(*metas: dict[str, Any]) -> dict[str, float]:
+    """Which of EVENING runs were trained with, they or those that they consist of or learned from; the largest values.
 
-    Raises UserError if the training of `run` made rare classes count for more, so that dividing its probabilities by
-    these numbers would even them out twice.
+    `metas`: of each run what `about` returns, with the `evened` that an ensemble and a student note beside it.
     """
-    for key in EVENING:
-        if value := getattr(run, key):
-            raise UserError(f"{meta['run_id']}: was trained with {key} {value:g}, which evens out the classes already")
+    told = [meta["config"] | meta.get("evened", {}) for meta in metas]
+    found = {key: max(one.get(key, 0.0) for one in told) for key in EVENING}
+    return {key: value for key, value in found.items() if value}
+
+
+def training_images(meta: dict[str, Any]) -> list[int]:
+    """How many training images each class has, in their order; `meta`: as for `evening`.
+
+    Raises UserError if training made rare classes count for more, so that dividing the probabilities by these numbers
+    would even them out twice.
+    """
+    for key, value in evening(meta).items():
+        raise UserError(f"{meta['run_id']}: was trained with {key} {value:g}, which evens out the classes already")
     if "counts" not in meta["data"]:
         raise UserError(f"{meta['run_id']}: is of a version that did not note the training images of each class")
     return [meta["data"]["counts"]["train"][name] for name in meta["classes"]]

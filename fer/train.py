@@ -27,7 +27,7 @@ from fer.made_by import UNKNOWN
 from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.resources import Resources
-from fer.run import FORMAT, Run, about, chain_faults, resource_faults, run_id
+from fer.run import FORMAT, Run, about, chain_faults, evening, resource_faults, run_id
 from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
 from fer.schedule import lr_at
 from fer.signals import Agreement, Request, Stopped, StopSignal
@@ -140,6 +140,8 @@ class Trainer:
         self.counts = Counts(len(data.classes), device)
         self.spent = 0.0  # seconds that earlier processes spent on the current epoch
         self.about = about(name, folder.name, run, data, device)
+        if teacher is not None:
+            self.about["evened"] = evening(checkpoint.load_meta(folder.parent / str(run.teacher) / BEST))
         if meta is not None:
             self._resume(meta)
         if self.rank == 0:

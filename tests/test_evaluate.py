@@ -15,7 +15,7 @@ from conftest import CLASSES, CPU, PEOPLE, ROOT, doe, leave_of_test, make_data, 
 from fer import checkpoint
 from fer.batches import Feed
 from fer.data.dataset import open_data
-from fer.evaluate import evaluate, metrics, outdated, predict_split
+from fer.evaluate import evaluate, evened, metrics, outdated, predict_split
 from fer.files import write_json
 from fer.models import build_model
 from fer.resources import Resources
@@ -141,6 +141,15 @@ def test_a_run_keeps_its_numbers_on_other_data_and_those_of_format_1(
     (copied / "summary.json").unlink()
     message = f"{copied}: written in format 1, which can no longer be evaluated; train the run again"
     assert refusal(evaluate, copied, bars, CPU) == message
+
+
+def test_a_summary_that_is_all_that_is_left_is_shown_without_what_even_classes_give(folder: Path, bars: Path) -> None:
+    summary = evaluate(folder, bars, CPU)
+    assert evened(folder, summary) is not None
+    for lost in ("predictions_test.csv", "best"):
+        kept = (folder / lost).rename(folder / "away")
+        assert evened(folder, summary) is None
+        kept.rename(folder / lost)
 
 
 def test_other_leak_marks_need_no_network_but_the_predictions(

@@ -35,6 +35,8 @@ def test_a_checkpoint_of_format_1_gives_the_probabilities_of_then(run: Path) -> 
     paths = [run / "config.json", run / "best" / "checkpoint.json"]
     one, other = (read_run(json.loads(path.read_text()), path) for path in paths)
     assert one == other
+    told = f"{run.name}: is of a version that did not note the training images of each class"
+    assert refusal(Predictor, run, even=1.0) == told
 
 
 @pytest.mark.parametrize("name", CONFIGS)
