@@ -112,8 +112,13 @@ def evened(row: str, data: Path, folder: Path = FOLDER) -> list[str]:
     known = open_data(data)
     images = torch.bincount(known.split("train").labels, minlength=len(known.classes)).numpy()
     table = index(folder)
+    runs = table.loc[table["row"] == row, "run"]
+    if runs.empty:
+        raise SystemExit(f"{folder / INDEX}: has no row {row}")
     found = ["| run | even | accuracy | UAR |", "|---|---|---|---|"]
-    for run in table.loc[table["row"] == row, "run"]:
+    for run in runs:
+        if list(pd.read_csv(folder / f"{run}.csv", nrows=0).columns[FIRST:]) != known.classes:
+            raise SystemExit(f"{data}: has other classes than {run}, or in another order")
         own, labels, _ = predictions(run, folder)
         for power in (0, 0.5, 1):
             scores = metrics(torch.from_numpy(even(own.numpy(), images, power)), labels)

@@ -19,7 +19,7 @@ from benchmarks.measure import ROOT, Effort, Row, Work, beside
 from fer.batches import Feed, TrainBatches
 from fer.data.augment import Augmenter
 from fer.data.dataset import DataSet, open_data
-from fer.device import autocast, computes_bf16
+from fer.device import computes_bf16
 from fer.evaluate import predict_split
 from fer.input import Change, model_input
 from fer.losses import Loss, build_loss
@@ -200,14 +200,15 @@ def operations(run: Run, resources: Resources, device: torch.device, effort: Eff
         with FlopCounterMode(display=False) as counter:
             ours()
         flops = counter.get_total_flops() / run.batch_size
-        sides = [run.batch_size, CHANNELS, SIDE, SIDE], [CHANNELS, CHANNELS, 3, 3]
-        layout = torch.channels_last
-        images, weights = (torch.rand(*one, device=device).contiguous(memory_format=layout) for one in sides)
+        kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
+        images, weights = (
+            torch.rand(*sides, device=device, dtype=kind).contiguous(memory_format=torch.channels_last)
+            for sides in ([run.batch_size, CHANNELS, SIDE, SIDE], [CHANNELS, CHANNELS, 3, 3])
+        )
         once = 2 * 9 * CHANNELS**2 * SIDE**2 * run.batch_size
 
         def convolution() -> float:
-            with torch.no_grad(), autocast(run.precision, device):
-                nn.functional.conv2d(images, weights, padding=1)
+            nn.functional.conv2d(images, weights, padding=1)
             return once / flops
 
         rate, plain = beside(effort, ours, convolution)

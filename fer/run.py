@@ -19,7 +19,7 @@ from fer.models.network import ModelKind
 from fer.optimizer import OPTIMIZERS, AdamW, Optimizer
 from fer.resources import Resources
 from fer.schedule import SCHEDULES, Cosine, Linear, Schedule
-from fer.settings import Fault, Fraction, Natural, NonNegative, OneOf, Positive, Section, Seed, Unfit, differing
+from fer.settings import Fault, Fraction, Natural, OneOf, Positive, Section, Seed, Unfit, differing
 
 # The format of everything that a run leaves on disk, and part of its id. A changed default or meaning of a setting
 # needs a new format; a new setting whose default changes nothing does not. fer/formats.py reads earlier formats.
@@ -56,10 +56,11 @@ class Run(Section):
     """Sampling weight of an image: (images in its class) ^ -this; 0: each once an epoch, 1: classes equally often.
 
     It adds to `class_weights`, which then also makes losses and gradients larger."""
-    logit_adjustment: NonNegative = 0.0
+    logit_adjustment: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Training adds this times log (share of the class in the training images) to the logits, prediction does not.
 
-    0: off; 1: the network learns as if all classes were as frequent (Menon et al. 2021, arXiv 2007.07314)."""
+    0: off; 1: the network learns as if all classes were as frequent (Menon et al. 2021, arXiv 2007.07314). It adds to
+    the two above."""
     optimizer: Annotated[Optimizer, OneOf(OPTIMIZERS)] = AdamW()
     """How gradients update the weights."""
     schedule: Annotated[Schedule, OneOf(SCHEDULES)] = Cosine()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CPU, PEOPLE, make_data, small_run
+from conftest import CPU, PEOPLE, change, make_data, small_run, swap
 
 from benchmarks import results
 from fer.evaluate import evaluate
@@ -55,6 +55,11 @@ def test_all_classes_taken_for_equally_frequent(tmp_path: Path) -> None:
         images = np.array([2, 2, 2, 2, 1, 1, 1, 1])  # of 12
         hits = 100 * ((probabilities.numpy() / images**power).argmax(1) == labels.numpy()).mean()
         assert line == f"| {run.name} | {power:g} | {hits:.2f} | {hits:.2f} |"  # test has one of each class
+    with pytest.raises(SystemExit, match="index.csv: has no row y"):
+        results.evened("y", data, folder)
+    change(data, "splits/summary.json", swap('"neutral", "happiness"', '"happiness", "neutral"'))
+    with pytest.raises(SystemExit, match=f"has other classes than {run.name}, or in another order"):
+        results.evened("x", data, folder)
 
 
 def written(folder: Path, leaked: str | list[str]) -> Path:
