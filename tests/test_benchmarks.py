@@ -272,7 +272,8 @@ def test_what_fails_or_is_cut_off_is_told_and_what_waits_for_it_does_not_start(
         assert refusal(plan.read, Path("mine.txt")) == told
 
 
-def test_the_plan_for_a_gpu_names_experiments_that_there_are(project: Path) -> None:
-    for line in plan.read(ROOT / "benchmarks/gpu.txt"):
+@pytest.mark.parametrize("name", ["gpu", "levers"])
+def test_our_plans_name_experiments_that_there_are(name: str, project: Path) -> None:
+    for line in plan.read(ROOT / f"benchmarks/{name}.txt"):
         words = [word.replace("@", "x-") for word in line.words]
         assert words[0] == "ensemble" or experiments.load(words, {}), line.title
