@@ -21,7 +21,7 @@ from fer.losses import CrossEntropy, build_loss
 from fer.models import build_model
 from fer.models.ensemble import Ensemble, Member
 from fer.resources import Resources
-from fer.run import FORMAT, Run, about, evening, run_id
+from fer.run import FORMAT, Run, about, balanced_by, run_id
 from fer.run_folder import BEST, CONFIG, PREDICTIONS, read_summary, write_rows
 from fer.schedule import Constant
 from fer.statistics import temperature
@@ -131,8 +131,8 @@ def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSe
     spent = sum(summary["train_seconds"] for summary in map(read_summary, folders) if summary is not None)
     val = {f"val_{key}": value for key, value in found.items()}
     history = [{"epoch": 1, **val, "seconds": spent, "time": time.time()}]
-    evened = evening(*(checkpoint.load_meta(source / BEST) for source in folders))
-    header = about(NAME, folder.name, run, data, device) | {"evened": evened}
+    balanced = balanced_by(*(checkpoint.load_meta(source / BEST) for source in folders))
+    header = about(NAME, folder.name, run, data, device) | {"balanced": balanced}
     folder.mkdir(parents=True, exist_ok=True)
     names = [source.name for source in folders]
     write_json(folder / CONFIG, {**header, "starts_from": names, "start": start, "resources": resources.model_dump()})

@@ -24,7 +24,7 @@ from fer.settings import Fault, Fraction, Natural, OneOf, Positive, Section, See
 # The format of everything that a run leaves on disk, and part of its id. A changed default or meaning of a setting
 # needs a new format; a new setting whose default changes nothing does not. fer/formats.py reads earlier formats.
 FORMAT = 2
-EVENING = "class_weights", "balanced_sampling", "logit_adjustment"  # the settings that make rare classes count for more
+BALANCING = "class_weights", "balanced_sampling", "logit_adjustment"  # what makes rare classes count for more
 
 
 class Run(Section):
@@ -154,23 +154,23 @@ def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str
     return f"{name}-s{run.seed}-{digest[:8]}"
 
 
-def evening(*metas: dict[str, Any]) -> dict[str, float]:
-    """Which of EVENING runs were trained with, they or those that they consist of or learned from; the largest values.
+def balanced_by(*metas: dict[str, Any]) -> dict[str, float]:
+    """Which of BALANCING runs, or those that they consist of or learned from, were trained with; the largest values.
 
-    `metas`: of each run what `about` returns, with the `evened` that an ensemble and a student note beside it.
+    `metas`: of each run what `about` returns, with the `balanced` that an ensemble and a student note beside it.
     """
-    told = [meta["config"] | meta.get("evened", {}) for meta in metas]
-    found = {key: max(one.get(key, 0.0) for one in told) for key in EVENING}
+    told = [meta["config"] | meta.get("balanced", {}) for meta in metas]
+    found = {key: max(one.get(key, 0.0) for one in told) for key in BALANCING}
     return {key: value for key, value in found.items() if value}
 
 
 def training_images(meta: dict[str, Any]) -> list[int]:
-    """How many training images each class has, in their order; `meta`: as for `evening`.
+    """How many training images each class has, in their order; `meta`: as for `balanced_by`.
 
     Raises UserError if training made rare classes count for more, so that dividing the probabilities by these numbers
     would even them out twice.
     """
-    for key, value in evening(meta).items():
+    for key, value in balanced_by(meta).items():
         raise UserError(f"{meta['run_id']}: was trained with {key} {value:g}, which evens out the classes already")
     if "counts" not in meta["data"]:
         raise UserError(f"{meta['run_id']}: is of a version that did not note the training images of each class")

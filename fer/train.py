@@ -27,7 +27,7 @@ from fer.made_by import UNKNOWN
 from fer.metrics import Counts
 from fer.models import build_model, origin
 from fer.resources import Resources
-from fer.run import FORMAT, Run, about, chain_faults, evening, resource_faults, run_id
+from fer.run import FORMAT, Run, about, balanced_by, chain_faults, resource_faults, run_id
 from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
 from fer.schedule import lr_at
 from fer.signals import Agreement, Request, Stopped, StopSignal
@@ -141,7 +141,9 @@ class Trainer:
         self.spent = 0.0  # seconds that earlier processes spent on the current epoch
         self.about = about(name, folder.name, run, data, device)
         if teacher is not None:
-            self.about["evened"] = evening(checkpoint.load_meta(folder.parent / str(run.teacher) / BEST))
+            self.about["balanced"] = balanced_by(checkpoint.load_meta(folder.parent / str(run.teacher) / BEST))
+        elif meta is not None and "balanced" in meta:  # training is over, the teacher perhaps gone
+            self.about["balanced"] = meta["balanced"]
         if meta is not None:
             self._resume(meta)
         if self.rank == 0:

@@ -219,3 +219,6 @@ def test_what_training_made_even_is_not_made_so_again(bars: Path, tmp_path: Path
         told = f"{one.name}: was trained with {key} 0.5, which evens out the classes already"
         assert refusal(Predictor, one, even=0.5) == told
         assert evened(one, summary) is None
+    shutil.rmtree(folder)  # the student knows without its teacher, too
+    fit("x", small_run(teacher=folder.name, epochs=1), CPU, bars, tmp_path)
+    assert json.loads((student / "config.json").read_text())["balanced"] == {key: 0.5}
