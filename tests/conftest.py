@@ -370,6 +370,17 @@ def recorded(project: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
+def last_flow_run() -> tuple[str, set[str]]:
+    """State and tags of the flow run that was started last; it has the state of its tasks."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert run.state is not None
+    return run.state.type.value, set(run.tags)
+
+
 # Data and mistakes
 
 

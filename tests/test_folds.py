@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CPU, DATA, change, doe, epochs_done, experiment, make_data, refusal, start_fer, wait_for, workers
+from conftest import (
+    CPU,
+    DATA,
+    change,
+    doe,
+    epochs_done,
+    experiment,
+    last_flow_run,
+    make_data,
+    refusal,
+    start_fer,
+    wait_for,
+    workers,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -177,15 +190,22 @@ def test_no_fold_starts_or_learns_from_another_run(recipes: Path) -> None:
 def test_killed_in_the_last_fold_the_same_command_ends_it_as_if_never_cut(
     recipes: Path, tmp_path: Path, prefect_server: str, ray_here: None, here: Callable
 ) -> None:
-    """Its sum is made once, recorded above the folds, and again where it is lost; no fold becomes a model."""
+    """kill -9 costs an epoch, and no process or run is left going.
+
+    The sum of the folds is made once, recorded above the folds, and again where it is lost; no fold becomes a model.
+    """
     data = pooled(recipes / DATA, PERSONS)
-    run = experiment(recipes, "small", epochs=12, batch_size=4)
+    run = experiment(recipes, "small", epochs=8, batch_size=4)
     words = "train", "small", "--folds", "3"
     killed = start_fer(recipes, *words, PREFECT_API_URL=prefect_server)
     wait_for(lambda: len(found := epochs_done(recipes)) == 3 and all(found.values()))
     killed.kill()
     killed.communicate()
     wait_for(lambda: not workers(recipes))
+    with closing(sqlite3.connect(recipes / "mlflow.db")) as store:
+        ends = "select distinct status from runs where status != 'FINISHED'"  # the first fold may be done
+        wait_for(lambda: store.execute(ends).fetchall() == [("FAILED",)])
+    wait_for(lambda: last_flow_run() == ("CRASHED", {"small"}))
     assert not list((recipes / "data").glob("folds/*"))
     done = here(*words)
     assert done.returncode == 0, done.stderr
