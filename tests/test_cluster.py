@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,16 @@ def slow_job(project: Path, **resources: Any) -> Job:
     return Job("x", run, Resources(restarts=0, **resources), project / DATA, folder)
 
 
-def sigterm_in_mid_epoch(made: Job, project: Path) -> list[str]:
-    """Launch a run, send its last worker SIGTERM: it is finished nevertheless. The names of its processes."""
+def sigterm_in_mid_epoch(start: Callable[[Job], Any], made: Job, project: Path) -> tuple[Any, list[str]]:
+    """Send the last worker of a run SIGTERM: what `start` returns, and the names of the processes it started."""
     before = {child["pid"] for child in children() if child["name"] != "ray::IDLE"}  # an idle worker may take the run
-    thread = threading.Thread(target=Launcher().launch, args=(made,))
-    thread.start()
-    wait_for((made.folder / "progress.json").exists)  # its first step is done
-    new = [child["name"] for child in children() if child["pid"] not in before]
-    os.kill(max(workers(project)), signal.SIGTERM)
-    wait_for(lambda: saved_in_mid_epoch(made.folder))
-    thread.join(120)
-    assert (made.folder / "summary.json").exists()
-    return new
+    with ThreadPoolExecutor(1) as beside:
+        result = beside.submit(start, made)
+        wait_for((made.folder / "progress.json").exists)  # its first step is done
+        new = [child["name"] for child in children() if child["pid"] not in before]
+        os.kill(max(workers(project)), signal.SIGTERM)
+        wait_for(lambda: saved_in_mid_epoch(made.folder))
+        return result.result(120), new
 
 
 def children() -> list[dict[str, Any]]:
@@ -191,11 +190,13 @@ def test_four_runs_share_four_gpus_and_one_whose_worker_dies_is_started_again(pr
 
 def test_a_worker_that_gets_sigterm_saves_in_mid_epoch_and_is_started_again(project: Path, four_gpus: None):
     """It is no failure, so none has to be allowed. And the worker is the only process that a run costs."""
-    new = sigterm_in_mid_epoch(slow_job(project), project)
+    made = slow_job(project)
+    _, new = sigterm_in_mid_epoch(Launcher().launch, made, project)
+    assert (made.folder / "summary.json").exists()
     assert [name.split(".")[0][:10] for name in new if "IDLE" not in name] == ["ray::_task"]
 
 
-def test_a_group_that_cannot_start_leaves_no_gpu_taken_and_one_that_gets_sigterm_is_started_again(
+def test_a_group_that_cannot_start_leaves_no_gpu_taken_and_one_that_gets_sigterm_saves_in_mid_epoch(
     project: Path, four_gpus: None, monkeypatch: pytest.MonkeyPatch
 ):
     """As when NCCL fails: Ray would keep what the workers had, and the next try would wait for ever."""
@@ -204,7 +205,8 @@ def test_a_group_that_cannot_start_leaves_no_gpu_taken_and_one_that_gets_sigterm
         patch.setattr(launch, "ON_GPUS", "nccl")
         with pytest.raises(RuntimeError, match="NCCL"):
             Launcher().launch(made)
-    sigterm_in_mid_epoch(made, project)
+    ended, _ = sigterm_in_mid_epoch(launch.start, made, project)
+    assert ended.kind == "terminated"
 
 
 def test_a_full_disk_ends_every_worker_at_once_and_is_the_users_to_mend(project: Path, four_gpus: None):

@@ -58,7 +58,7 @@ def kill_when_it_has_started(command: subprocess.Popen, *names: str) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["prefect", "ray::DashboardAgent"])
+@pytest.mark.parametrize("name", [pytest.param("prefect", marks=pytest.mark.soak), "ray::DashboardAgent"])
 def test_a_command_that_is_killed_while_it_starts_leaves_no_process(project: Path, name: str) -> None:
     experiment(project, "small", epochs=400)
     kill_when_it_has_started(start_fer(project, "train", "small"), name)
