@@ -149,9 +149,10 @@ def path_of(word: str) -> Path:
 
 
 def read(
-    path: Path, changes: list[str], machine: dict[str, Any], over: tuple[dict[str, Any], str] = ({}, ""), asks: str = ""
-) -> Experiment:
-    """The experiment in a file. `over`: a layer between the file and the changes, and its name.
+    path: Path, changes: list[str], machine: dict[str, Any], over: tuple[dict[str, Any], str] = ({}, ""),
+    asks: str = "", source: str = COMMAND_LINE,
+) -> Experiment:  # fmt: skip
+    """The experiment in a file. `over`: a layer between the file and the changes, and its name; `source`: theirs.
 
     Raises UserError with one line per mistake, which says where it is; `asks`, whatever needs this experiment, is put
     before mistakes in its files.
@@ -166,7 +167,7 @@ def read(
         layers.lay({key: value for key, value in tree.items() if key != "base"}, str(file))
     layers.lay(*over)
     for change in sorted(changes, key=_depth):
-        layers.lay(tree_of(change), COMMAND_LINE)
+        layers.lay(tree_of(change), source)
     if "base" in layers.origins:
         raise UserError(f"{layers.origins['base']}: base: only a file has one; write it into a file of experiments/")
     recipe, faults = check(Recipe, layers.tree)
@@ -174,11 +175,9 @@ def read(
         run = Run.model_construct(**{key: getattr(recipe, key) for key in Run.model_fields})
         faults = resource_faults(run, recipe.resources)
     if faults:
-        known = (over[1], COMMAND_LINE)
+        known = (over[1], source)
         sources = [source_of(fault, layers.origins, path) for fault in faults]
-        raise UserError(
-            *(f"{'' if source in known else asks}{source}: {fault}" for source, fault in zip(sources, faults))
-        )
+        raise UserError(*(f"{'' if where in known else asks}{where}: {fault}" for where, fault in zip(sources, faults)))
     assert recipe is not None
     return Experiment(path.stem, path, head(path), run, recipe.resources, recipe.data, layers.origins, layers.dropped)
 

@@ -116,7 +116,8 @@ def test_the_same_mistake_on_the_command_line_and_in_the_file(change: str, messa
     assert mistakes(write("mine", **tree)) == [f"sweeps/mine.yaml: {message}"]
 
 
-def test_a_key_of_the_space_on_the_command_line_is_told_there() -> None:
+def test_a_key_on_the_command_line_is_told_there() -> None:
+    assert mistakes("tiny", "changes.epoch=9") == mistakes("tiny", "changes={epoch: 9}")
     (line,) = mistakes("tiny", "space.optimizer.lrr={float: [0, 1]}")
     assert line == "command line: space.optimizer.lrr: unknown key, did you mean 'lr'?"
 
@@ -136,7 +137,7 @@ def test_changes_are_laid_over_the_base_and_the_command_line_over_both() -> None
     again = load(words, {})[2]
     assert again.run == base.run.model_copy(update={"schedule": Constant(warmup_epochs=0), "loss": Pdls(alpha=0.7)})
     assert [again.origins[key] for key in ("epochs", "batch_size", "schedule.name")] == [
-        "sweeps/mine.yaml: changes", "experiments/swin_nr_fpdls_tiny.yaml", COMMAND_LINE
+        "sweeps/mine.yaml: changes", "experiments/swin_nr_fpdls_tiny.yaml", f"{COMMAND_LINE}: changes"
     ]  # fmt: skip
     # as a whole they take the place of those in the file
     found = load(["mine", "changes={epochs: 7}", "changes.seed=5"], {})[2].run

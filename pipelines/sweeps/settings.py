@@ -98,7 +98,7 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
     except UserError as error:
         raise UserError(*(asks + line for line in error.lines)) from None
     keys = [change.removeprefix("changes.") for change in below]
-    base = experiments.read(file, keys, machine, over, asks)
+    base = experiments.read(file, keys, machine, over, asks, f"{COMMAND_LINE}: changes")
     given = {change.partition("=")[0] for change in changes}
     sources = {key: COMMAND_LINE if {"space", f"space.{key}"} & given else str(path) for key in sweep.space}
     return path.stem, sweep, base, _space(sweep, base, origins, sources)
