@@ -6,7 +6,7 @@ Images of a group, such as copies of one photograph, are not independent: resamp
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+import scipy  # its parts are imported at their first use, which prediction has none of
 from scipy.special import softmax
 
 LEVEL = 0.95
@@ -29,7 +29,7 @@ def share(hits: int, trials: int) -> Interval:
     """A share with its Wilson interval (Wilson 1927); (0, 1) around NaN without trials."""
     if not trials:
         return Interval(float("nan"), 0.0, 1.0)
-    found = stats.binomtest(hits, trials).proportion_ci(LEVEL, "wilson")
+    found = scipy.stats.binomtest(hits, trials).proportion_ci(LEVEL, "wilson")
     return Interval(hits / trials, float(found.low), float(found.high))
 
 
@@ -38,14 +38,14 @@ def mean(values: np.ndarray) -> Interval:
     value = float(values.mean())
     if len(values) < 2:
         return Interval(value, -np.inf, np.inf)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(value, value - half, value + half)
 
 
 def mcnemar(right: np.ndarray, other: np.ndarray) -> float:
     """Two-sided p of the exact McNemar test: bool [n] each, whether two models are right on the same n images."""
     first, second = int((right & ~other).sum()), int((other & ~right).sum())
-    return float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0
+    return float(scipy.stats.binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
 def detectable(images: int, square: float) -> float:
@@ -54,7 +54,7 @@ def detectable(images: int, square: float) -> float:
     `square`: the mean of the squared difference in hits on an image; of two runs the share on which one alone is right.
     The normal approximation of McNemar's test: z * sqrt(square / images).
     """
-    return float(stats.norm.ppf(0.5 + LEVEL / 2) * np.sqrt(square / images))
+    return float(scipy.stats.norm.ppf(0.5 + LEVEL / 2) * np.sqrt(square / images))
 
 
 def difference(
@@ -90,10 +90,10 @@ def difference(
         return Interval(value, value, value)
     resampled = mean_gain(np.random.default_rng(seed).multinomial(n, times / n, RESAMPLES))
     below = ((resampled < value).mean() + (resampled <= value).mean()) / 2
-    bias = stats.norm.ppf(np.clip(below, 0.5 / RESAMPLES, 1 - 0.5 / RESAMPLES))
+    bias = scipy.stats.norm.ppf(np.clip(below, 0.5 / RESAMPLES, 1 - 0.5 / RESAMPLES))
     acceleration = (times @ off**3) / (6 * (times @ off**2) ** 1.5)
-    z = bias + stats.norm.ppf([0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    low, high = np.quantile(resampled, stats.norm.cdf(bias + z / (1 - acceleration * z)))
+    z = bias + scipy.stats.norm.ppf([0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    low, high = np.quantile(resampled, scipy.stats.norm.cdf(bias + z / (1 - acceleration * z)))
     return Interval(value, float(low), float(high))
 
 
@@ -137,7 +137,7 @@ def temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     def loss(log_t: float) -> float:
         return negative_log_likelihood(softmax(logits / np.exp(log_t), 1), labels) + log_t**2 / len(labels)
 
-    found = optimize.minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
+    found = scipy.optimize.minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
     return float(np.exp(found.x))
 
 
@@ -151,6 +151,6 @@ def between_seeds(values: list[float], others: list[float]) -> tuple[Interval, f
     gap = float(np.mean(values) - np.mean(others))
     if len(set(values)) == len(set(others)) == 1:  # nothing varies
         return Interval(gap, gap, gap), float(gap == 0)
-    found = stats.ttest_ind(values, others, equal_var=False)
+    found = scipy.stats.ttest_ind(values, others, equal_var=False)
     bounds = found.confidence_interval(LEVEL)
     return Interval(gap, float(bounds.low), float(bounds.high)), float(found.pvalue)

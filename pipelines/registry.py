@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import mlflow
 import pandas as pd
+import scipy.stats  # noqa: F401  which fer.statistics imports at its first use, here in several threads at once
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException

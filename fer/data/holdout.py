@@ -2,8 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import scipy  # its parts are imported at their first use, which prediction has none of
 
 from fer.errors import UserError
 
@@ -88,5 +87,6 @@ def connected(links: list[np.ndarray]) -> np.ndarray:
     `links`: int64 [2, L] pairs of images that belong together; those of `firsts` name every image.
     """
     pairs = np.concatenate(links, 1)
-    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(pairs.max(initial=-1) + 1,) * 2)
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    side = pairs.max(initial=-1) + 1
+    graph = scipy.sparse.coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(side, side))
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
