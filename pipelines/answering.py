@@ -22,12 +22,12 @@ EVERY = 5.0  # seconds between two looks at who is champion
 class Model:
     """A checkpoint that is ready to answer; `version`: its number in the registry, if it comes from there.
 
-    Raises UserError if it cannot be loaded, or needs more than a face.
+    `even`: as of `Predictor`. Raises UserError if it cannot be loaded, or needs more than a face.
     """
 
-    def __init__(self, folder: Path, version: str | None, detector: Detector, device: str):
+    def __init__(self, folder: Path, version: str | None, detector: Detector, device: str, even: float = 0.0):
         self.folder, self.version = folder, version
-        self.predictor = Predictor(folder, device)
+        self.predictor = Predictor(folder, device, even)
         self.margin = margin_of(self.predictor, detector)
         self.predictor.probabilities(np.zeros((1, *self.predictor.faces.prepared), np.uint8))
 
@@ -40,12 +40,15 @@ class Model:
 class Models:
     """The model that answers, `now`, and why the champion is another one, `problem`.
 
-    `find` returns the folder and version of the champion, or raises UserError, as does the first look.
+    `find` returns the folder and version of the champion, or raises UserError, as does the first look. `even`: as of
+    `Predictor`.
     """
 
-    def __init__(self, find: Callable[[], tuple[Path, str | None]], detector: Detector, device: str = "auto"):
-        self.find, self.detector, self.device, self.problem = find, detector, device, ""
-        self.now = Model(*find(), detector, device)
+    def __init__(
+        self, find: Callable[[], tuple[Path, str | None]], detector: Detector, device: str = "auto", even: float = 0.0
+    ):
+        self.find, self.detector, self.device, self.even, self.problem = find, detector, device, even, ""
+        self.now = Model(*find(), detector, device, even)
 
     def look(self) -> str:
         """Load the champion if it has moved; returns a line if there is news. If it fails, the old one goes on."""
@@ -54,7 +57,7 @@ class Models:
             with one_line("the champion", "the one before goes on"):
                 found = self.find()
                 if found != (self.now.folder, self.now.version):
-                    self.now = Model(*found, self.detector, self.device)
+                    self.now = Model(*found, self.detector, self.device, self.even)
             self.problem = ""
         except UserError as error:
             self.problem = str(error).replace("\n", "; ")

@@ -231,6 +231,19 @@ def test_faces_of_several_requests_get_the_answers_that_each_gets_alone(
     assert (len(sizes), sum(sizes)) == (passes, 12)
 
 
+def test_each_champion_is_evened_as_far_as_the_first(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fer.predict.training_images", lambda meta: [2**place for place in range(8)])
+    champion = [runs[0]]
+    models = Models(lambda: (champion[-1], None), build_detector(), "cpu", even=0.5)
+    faces = np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8)
+    for run in runs:
+        champion.append(run)
+        models.look()
+        found = models.now.predictor.probabilities(faces)
+        np.testing.assert_array_equal(found, Predictor(run, "cpu", even=0.5).probabilities(faces))
+        assert (found != Predictor(run, "cpu").probabilities(faces)).all()
+
+
 def test_the_champion_is_followed_and_one_that_does_not_load_leaves_the_old_one(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -38,6 +38,9 @@ Margin = Annotated[float | None, typer.Option(help="Side of the crop in sides of
 Seconds = Annotated[
     float | None, typer.Option(metavar="SECONDS", help="Average each face of a video over so long.", min=0.01)
 ]
+Even = Annotated[
+    float, typer.Option(help="0: classes as frequent as in training; 1: all equally; 0.5: between.", min=0, max=1)
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 FACES = 8  # that are explained
 _SO_FAR = (*Progress.get_default_columns(), TextColumn("{task.fields[news]}"))
@@ -64,9 +67,7 @@ def predict(
     yunet: Yunet = None,
     min_face: MinFace = 0,
     margin: Margin = None,
-    even: Annotated[
-        float, typer.Option(help="0: classes as frequent as in training; 1: all equally; 0.5: between.", min=0, max=1)
-    ] = 0.0,
+    even: Even = 0.0,
     device: Device = "auto",
 ) -> None:
     """Find faces in pictures and videos and predict their expressions."""
@@ -173,6 +174,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8080,
     yunet: Yunet = None,
     min_face: MinFace = 0,
+    even: Even = 0.0,
     device: Device = "auto",
     batching: Annotated[
         bool, typer.Option("--batching/--no-batching", help="Faces of several requests share a pass.")
@@ -188,7 +190,7 @@ def serve(
         detector = build_detector(yunet, min_face)
         folder = None if run is None else _model(run)
         find = _champion() if folder is None else lambda: (folder, None)
-        models = Models(find, detector, device)
+        models = Models(find, detector, device, even)
         console.print(f"{models.now.names['run']} answers: http://127.0.0.1:{port}. Ctrl-C stops it.", highlight=False)
         stop = models.follow(partial(console.print, markup=False, highlight=False)) if folder is None else None
         serving.serve(serving.build_app(models, batching), listener)
