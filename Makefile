@@ -18,6 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --no-compile --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,onnx,dev]'
 	@# in as many processes as there are cores, where pip would take one; what is for another Python does not compile
+	@echo "Compiling it"
 	@$(VENV)/bin/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null || true
 	@touch $@
 
