@@ -16,7 +16,7 @@ import torch
 from conftest import filled, refusal
 from efficientnet_lite_pytorch import EfficientNet
 from sklearn.datasets import load_sample_images
-from test_models import LITE0, MOBILENET, RESNET, SWIN, VIT
+from test_models import LITE0, MOBILENET, RESNET, RESNET18, SWIN, VIT
 from torch import Tensor, nn
 
 from fer import checkpoint
@@ -25,7 +25,7 @@ from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_bac
 from fer.models.depthwise import DepthwiseConv2d
 from fer.models.mobilenet_v3 import MobileNetV3, eights
 from fer.models.network import Backbone
-from fer.models.resnet50 import CaffeInput, ResNet50
+from fer.models.resnet import CaffeInput, ResidualNetwork
 from fer.models.small_resnet import SmallResnet
 from fer.settings import Section
 from fer.weights import read_tensors
@@ -36,8 +36,8 @@ PUBLISHED = {
     "vit_base_patch16_224": 85.80, "vit_large_patch16_224": 303.30, "deit_tiny_patch16_224": 5.52,
     "deit_small_patch16_224": 21.67, "deit_base_patch16_224": 85.80, "swin_tiny_patch4_window7_224": 27.52,
     "swin_small_patch4_window7_224": 48.84, "swin_base_patch4_window7_224": 86.74,
-    "swin_large_patch4_window7_224": 195.00, "mobilenet_v3_large": 2.97, "resnet50": 23.51,
-    "efficientnet_lite0": 3.37, "efficientnet_lite2": 4.81,
+    "swin_large_patch4_window7_224": 195.00, "mobilenet_v3_large": 2.97, "resnet18": 11.18, "resnet34": 21.28,
+    "resnet50": 23.51, "efficientnet_lite0": 3.37, "efficientnet_lite2": 4.81,
 }  # fmt: skip
 
 
@@ -106,16 +106,21 @@ def test_settings_reach_the_networks_and_what_the_embedding_is() -> None:
     assert not torch.equal(dropping(torch.ones(4, 1, 32, 32)), build(LITE0, 32).train()(torch.ones(4, 1, 32, 32)))
 
 
-# ResNet-50 and MobileNetV3-Large are those of torchvision 0.29.2
+# ResNets and MobileNetV3-Large are those of torchvision 0.29
 
-WHOLE: dict[str, Any] = {"layers": [3, 4, 6, 3], "width": 64, "max_pool": True, "caffe": False}
+WHOLE: dict[str, Any] = {"layers": [3, 4, 6, 3], "width": 64, "bottleneck": True}
 
 
-def resnet(labels: int | None = 1000, **changes: Any) -> ResNet50:
-    return ResNet50(channels=3, num_labels=labels, **WHOLE | changes)
+def resnet(labels: int | None = 1000, **changes: Any) -> ResidualNetwork:
+    return ResidualNetwork(channels=3, num_labels=labels, **WHOLE | changes)
 
 
 FILES = {  # of each published file: tensors, one of them, and the SHA-256 of all lines
+    "resnet18": (lambda labels: resnet(labels, layers=[2, 2, 2, 2], bottleneck=False), 122,
+        "layer2.0.downsample.0.weight [128, 64, 1, 1]\n",
+        "02568eab318c210f0d857b7e345cc37b86e30b66a49663acb8af1653c0d25830"),
+    "resnet34": (lambda labels: resnet(labels, bottleneck=False), 218, "layer3.5.conv2.weight [256, 256, 3, 3]\n",
+        "bf4f10c2aed3801430de878dec76694c8fbd51965391a9aec02e066f3647d487"),
     "resnet50": (lambda labels: resnet(labels), 320, "layer1.0.downsample.0.weight [256, 64, 1, 1]\n",
         "45c8e0b2d327f1cd29b3d1181bb5f512060349c9662ceb382b545cf1d108ac62"),
     "mobilenet": (lambda labels: MobileNetV3(1.0, 3, labels), 312, "features.4.block.2.fc1.weight [24, 72, 1, 1]\n",
@@ -140,12 +145,14 @@ LOGITS: list[tuple[Callable[[], nn.Module], list[list[float]]]] = [  # of torchv
         [[210.3092319004752, -423.8380615787934], [204.9793780951657, -420.4951329237]]),
     (lambda: resnet(**SHORT, caffe=True),
         [[35.04983740543206, -363.1383460167814], [40.091491067362824, -355.932205847358]]),
+    (lambda: resnet(**SHORT, bottleneck=False),
+        [[38.576179564737416, 34.528941871433574], [38.05682931508653, 36.717318096881826]]),
     (lambda: MobileNetV3(0.5, 3, 2),
         [[-84.8376777614628, 41.323645812270954], [-17.46174458591611, 74.71463943963965]]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "expected"), LOGITS, ids=["resnet", "no pool", "caffe", "mobilenet"])
+@pytest.mark.parametrize(("make", "expected"), LOGITS, ids=["resnet", "no pool", "caffe", "basic", "mobilenet"])
 def test_logits_are_those_of_torchvision(make: Callable[[], nn.Module], expected: list[list[float]]) -> None:
     images = torch.sin(1e-3 * torch.arange(2 * 3 * 64 * 64, dtype=torch.float64) ** 2).reshape(2, 3, 64, 64)
     with torch.inference_mode():
@@ -303,7 +310,7 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_with_a_classifier(tmp_path: Path) -> None:
     """Damage and other networks: test_weights.py."""
     path, images = tmp_path / "weights.pth", torch.randn(2, 1, 32, 32)
-    for row, classifier in ((MOBILENET, "classifier.3"), (RESNET, "fc"), (LITE0, "_fc")):
+    for row, classifier in ((MOBILENET, "classifier.3"), (RESNET, "fc"), (RESNET18, "fc"), (LITE0, "_fc")):
         network = build(row, 32)
         torch.save(network.network.state_dict() | {f"{classifier}.weight": torch.zeros(3, 3)}, path)
         assert torch.equal(build(row, 32, weights=str(path))(images), network(images))
@@ -345,7 +352,7 @@ MISFITS = [
         ".window_size: 5 is larger than the last stage's map of 4 patches (images of 16 px)"),
     (SWIN | {"num_heads": [1, 3]}, 16, 1, ".num_heads: 3 does not divide the width 32 of stage 2"),
     (SWIN | {"num_heads": [1]}, 16, 1, ".num_heads: has 1 stages but depths has 2"),
-    *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, LITE0)),
+    *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, RESNET18, LITE0)),
     ({"name": "small_resnet"}, 7, 1, ": images of 7 px are too small: at least 8"),
     ({"name": "small_resnet", "weights": "pretrained"}, 48, 1,
         ".weights: small_resnet has no published ones; name a file, or set it to null"),

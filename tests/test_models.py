@@ -35,6 +35,7 @@ SWIN = backbone(
 )  # fmt: skip
 MOBILENET = backbone("mobilenet_v3_large", width=0.25)
 RESNET = backbone("resnet50", layers=[1, 1, 1, 1], width=8)
+RESNET18 = backbone("resnet18", layers=[1, 1, 1, 1], width=8, max_pool=False)
 LITE0, LITE2 = backbone("efficientnet_lite0"), backbone("efficientnet_lite2")
 VGG: dict[str, Any] = {"width": 0.125, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}
 HALF = {"head": [16], "head_dropout": 0.1}
@@ -58,6 +59,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin": classifier(SWIN),
     "mobilenet": classifier(MOBILENET, 32, **HALF),
     "resnet": classifier(RESNET, 32, **HALF),
+    "resnet of basic blocks": classifier(RESNET18, 32),
     "lite0": classifier(LITE0, 32),
     "lite2": classifier(LITE2, 32),
     "stn, neural resizer, head": classifier(
@@ -200,6 +202,7 @@ PARAMETERS = {
     "doe": MOBILENET_V3 + 1921 * 256 + 257 * 128 + 129 * 64 + 65 * 32 + 33 * 8,
     "emotion_encoder": MOBILENET_V3 + (25_557_032 - 2049 * 1000)
     + 3009 * 256 + 257 * 128 + 129 * 64 + 65 * 32 + 33 * 8,
+    "resnet18": 11_689_512 - 513 * 1000 + 513 * 8,
     "vgg13_ferplus": 8_757_704,
 }  # fmt: skip
 

