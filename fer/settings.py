@@ -14,6 +14,8 @@ from pydantic_core import CoreSchema
 Natural = Annotated[int, Field(ge=0, le=10**6)]
 Positive = Annotated[int, Field(gt=0, le=10**6)]
 Width = Annotated[int, Field(gt=0, le=2**14)]  # of a layer
+# of convolutions; with fewer, gradients of 1x1 ones with a stride corrupt memory (torch 2.13, channels last, AVX2)
+Channels = Annotated[int, Field(ge=8, le=2**14)]
 Depth = Annotated[int, Field(gt=0, le=1000)]  # a number of layers
 Side = Annotated[int, Field(gt=0, le=2**12)]  # of an image, in pixels
 Scale = Annotated[float, Field(gt=0, le=16)]  # of the widths of a published network

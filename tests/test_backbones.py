@@ -16,13 +16,14 @@ import torch
 from conftest import filled, refusal
 from efficientnet_lite_pytorch import EfficientNet
 from sklearn.datasets import load_sample_images
-from test_models import LITE0, MOBILENET, RESNET, RESNET18, SWIN, VIT
+from test_models import IR50, LITE0, MOBILENET, RESNET, RESNET18, SWIN, VIT
 from torch import Tensor, nn
 
 from fer import checkpoint
 from fer.input import Input, model_input
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
 from fer.models.depthwise import DepthwiseConv2d
+from fer.models.ir50 import Ir50Network
 from fer.models.mobilenet_v3 import MobileNetV3, eights
 from fer.models.network import Backbone
 from fer.models.resnet import CaffeInput, ResidualNetwork
@@ -57,7 +58,7 @@ def build(row: dict[str, Any], size: int = 16, channels: int = 1, pretrained: bo
 def test_every_row_of_the_table_by_its_name_alone(name: str) -> None:
     """It starts from the published weights, if there are any, and computes at its own size."""
     row, whole, size = BACKBONES[name], backbone({"name": name}), 260 if name == "efficientnet_lite2" else 224
-    weights = None if name == "small_resnet" else "pretrained"
+    weights = None if name in ("small_resnet", "ir50") else "pretrained"
     assert (type(whole), whole.name, whole.weights) == (row.kind, name, weights)
     assert starts_from(whole) in row.source
     with torch.device("meta"):
@@ -152,12 +153,41 @@ LOGITS: list[tuple[Callable[[], nn.Module], list[list[float]]]] = [  # of torchv
 ]  # fmt: skip
 
 
+def waves(side: int) -> Tensor:
+    return torch.sin(1e-3 * torch.arange(2 * 3 * side**2, dtype=torch.float64) ** 2).reshape(2, 3, side, side)
+
+
 @pytest.mark.parametrize(("make", "expected"), LOGITS, ids=["resnet", "no pool", "caffe", "basic", "mobilenet"])
 def test_logits_are_those_of_torchvision(make: Callable[[], nn.Module], expected: list[list[float]]) -> None:
-    images = torch.sin(1e-3 * torch.arange(2 * 3 * 64 * 64, dtype=torch.float64) ** 2).reshape(2, 3, 64, 64)
     with torch.inference_mode():
-        found = filled(make())(images)
+        found = filled(make())(waves(64))
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
+
+
+def test_ir50_is_the_network_of_face_evolve(tmp_path: Path) -> None:
+    """Names and shapes of its file, and the embeddings of its code; those of its dense layer or the mean."""
+    with torch.device("meta"):
+        whole = Ir50Network([3, 4, 14, 3], 64, 3, 112)
+    lines = sorted(f"{name} {list(tensor.shape)}\n" for name, tensor in whole.state_dict().items())
+    assert (len(lines), sum(p.numel() for p in whole.parameters())) == (349, 43_574_976)
+    digest = "df5947f8f0b22a2c715abcbfb453ebd4eefb3628ff57114b41f86e1ac5cb6f1b"
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == digest
+    small, images = filled(Ir50Network([1, 2, 1], 2, 3, 32)), waves(32)
+    expected = [
+        [-75.33117383933647, 9.43354163791931, 86.12604116435112, 84.33099765785528,
+         63.7674599692367, 62.3232945532734, 11.022295079815029, 62.88308427499986],
+        [0.8041714037214435, -71.83809673534242, -53.95043441322395, 17.788324604462122,
+         20.708809611723836, 31.46144167971153, -8.528793578066265, -35.50570886053477],
+    ]  # fmt: skip
+    with torch.inference_mode():
+        torch.testing.assert_close(small(images), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
+        other = filled(Ir50Network([1, 1], 8, 3, 32))
+        torch.save(other.state_dict(), tmp_path / "ir.pth")
+        row = {"name": "ir50", "layers": [1, 1], "width": 8, "weights": str(tmp_path / "ir.pth")}
+        mean = build(row, 24, 3, pool="mean").double()
+        maps = other.body(other.input_layer(images))
+        torch.testing.assert_close(mean(images), maps.mean((2, 3)), rtol=1e-5, atol=1e-5)
+    assert "output_layer.3.weight has shape [16, 1024], the model needs [16, 576]" in refusal(build, row, 24, 3)
 
 
 def test_input_of_the_caffe_layout_and_numbers_of_channels_by_hand() -> None:
@@ -353,9 +383,10 @@ MISFITS = [
     (SWIN | {"num_heads": [1, 3]}, 16, 1, ".num_heads: 3 does not divide the width 32 of stage 2"),
     (SWIN | {"num_heads": [1]}, 16, 1, ".num_heads: has 1 stages but depths has 2"),
     *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, RESNET18, LITE0)),
+    (IR50, 3, 1, ": images of 3 px are too small: at least 4"),
     ({"name": "small_resnet"}, 7, 1, ": images of 7 px are too small: at least 8"),
     ({"name": "small_resnet", "weights": "pretrained"}, 48, 1,
-        ".weights: small_resnet has no published ones; name a file, or set it to null"),
+        ".weights: small_resnet has none to fetch; name a file, or set it to null"),
     ({"name": "small_resnet", "reduction": 99}, 48, 1, ".reduction: 99 leaves no hidden unit of 48 channels"),
     (LITE0 | {"weights": "pretrained"}, 32, 1,
         ".weights: pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"),

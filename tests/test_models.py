@@ -36,6 +36,7 @@ SWIN = backbone(
 MOBILENET = backbone("mobilenet_v3_large", width=0.25)
 RESNET = backbone("resnet50", layers=[1, 1, 1, 1], width=8)
 RESNET18 = backbone("resnet18", layers=[1, 1, 1, 1], width=8, max_pool=False)
+IR50 = backbone("ir50", layers=[1, 2], width=8)
 LITE0, LITE2 = backbone("efficientnet_lite0"), backbone("efficientnet_lite2")
 VGG: dict[str, Any] = {"width": 0.125, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}
 HALF = {"head": [16], "head_dropout": 0.1}
@@ -60,6 +61,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mobilenet": classifier(MOBILENET, 32, **HALF),
     "resnet": classifier(RESNET, 32, **HALF),
     "resnet of basic blocks": classifier(RESNET18, 32),
+    "ir50, dense": classifier(IR50),
+    "ir50, mean": classifier(IR50 | {"pool": "mean"}),
     "lite0": classifier(LITE0, 32),
     "lite2": classifier(LITE2, 32),
     "stn, neural resizer, head": classifier(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fer.errors import UserError
 from fer.input import Input
 from fer.models.efficientnet_lite import Lite, packaged_weights
+from fer.models.ir50 import Ir50
 from fer.models.mobilenet_v3 import MobileNetV3
 from fer.models.network import RANDOM, Backbone, too_small
 from fer.models.resnet import ResidualNetwork
 from fer.models.small_resnet import SmallResnetBackbone
 from fer.models.transformer import Swin, Vit
-from fer.settings import Depth, Fault, OneOf, Scale, Width
+from fer.settings import Channels, Depth, Fault, OneOf, Scale, Width
 from fer.weights import load_strictly, read_tensors
 
 PRETRAINED = "pretrained"  # as `weights`: those of the table's `source`
@@ -61,7 +62,7 @@ class ShallowResNet(Backbone):
 
     layers: Annotated[list[Depth], Field(min_length=4, max_length=4)]
     """Blocks per stage."""
-    width: Width
+    width: Channels
     """Channels of the first stage."""
     max_pool: bool
     """Max-pooling after the first convolution."""
@@ -107,7 +108,7 @@ class Row:
     """A named network: its settings, and its published weights."""
 
     kind: type[Backbone]
-    source: str  # of the published weights: a hub id, a URL, or a package; RANDOM: there are none
+    source: str  # of the published weights: a hub id, a URL, or a package; RANDOM: none can be fetched
     pixels: tuple[list[float], list[float]] | None = None  # input.mean and input.std with which they were trained
     published_size: int | None = None  # image side that these weights need; None: any
 
@@ -192,6 +193,7 @@ BACKBONES: dict[str, Row] = dict(
         ),
         _lite("lite0"),
         _lite("lite2"),
+        ("ir50", Row(Ir50, RANDOM)),
         ("small_resnet", Row(SmallResnetBackbone, RANDOM)),
     ]
 )
@@ -208,7 +210,7 @@ def backbone_faults(backbone: Backbone, size: int, channels: int, key: str) -> l
         elif backbone.weights == PRETRAINED:
             found.append(Fault(f"{key}.caffe", "torchvision's weights are not Caffe's; name a file in weights"))
     if backbone.weights == PRETRAINED and row.source == RANDOM:
-        found.append(Fault(f"{key}.weights", f"{backbone.name} has no published ones; name a file, or set it to null"))
+        found.append(Fault(f"{key}.weights", f"{backbone.name} has none to fetch; name a file, or set it to null"))
     elif backbone.weights == PRETRAINED:
         if channels != 3:
             colour = "pretrained networks expect colour; set input.channels to 3 (grey images are repeated)"

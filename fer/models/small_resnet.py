@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fer.input import Input
 from fer.models.network import Backbone, ModelKind, Network, too_small
-from fer.settings import Depth, Fault, Fraction, Natural, Width
+from fer.settings import Channels, Depth, Fault, Fraction, Natural
 from fer.weights import load_strictly, read_tensors
 
 
@@ -19,7 +19,7 @@ class SmallResnet(ModelKind):
     """
 
     name: Literal["small_resnet"] = "small_resnet"
-    width: Width = 48
+    width: Channels = 48
     """Channels of the stem and of the first stage; multiples of 16 are fastest."""
     blocks: Annotated[list[Depth], Field(min_length=1)] = [1, 2, 2]
     """Residual blocks of each stage."""
@@ -45,7 +45,7 @@ class SmallResnetBackbone(Backbone):
     name: Literal["small_resnet"] = "small_resnet"
     weights: str | None = None
     """Initial weights: a file, such as that of a checkpoint of the model small_resnet; null: random."""
-    width: Width = 48
+    width: Channels = 48
     """Channels of the stem and of the first stage; multiples of 16 are fastest."""
     blocks: Annotated[list[Depth], Field(min_length=1)] = [1, 2, 2]
     """Residual blocks of each stage."""
