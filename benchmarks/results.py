@@ -131,7 +131,8 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
     """How far the other rows of the control's group, the text before ":", are from it, on all of test and parts of it.
 
     Differences of the means over seeds in points, with the simultaneous 95 % intervals and p of Dunnett's test (1955),
-    which takes one variance from all rows of the group. Every row needs two runs or more.
+    which takes one variance from all rows of the group. Every row needs two runs or more. An image counts as leaked if
+    it is so for one of the runs.
     """
     table = index(folder)
     group = _with_leaked(table[table["row"].map(_group) == _group(control)], folder)
@@ -153,14 +154,14 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
 def minus(rows: list[str], others: list[str], folder: Path = FOLDER) -> list[str]:
     """How far the runs of `rows` together are from those of `others` together, on all of test and parts of it.
 
-    Differences of the means over runs in points, with the 95 % interval and p of Welch's t test (1947).
+    Differences of the means over runs in points, with the 95 % interval and p of Welch's t test (1947). An image counts
+    as leaked if it is so for one of the runs.
     """
     table = index(folder)
-    sides = []
-    for names in (rows, others):
-        if unknown := set(names) - set(table["row"]):
-            raise SystemExit(f"{folder / INDEX}: has no row {', '.join(sorted(unknown))}")
-        sides.append(_with_leaked(table[table["row"].isin(names)], folder))
+    if unknown := {*rows, *others} - set(table["row"]):
+        raise SystemExit(f"{folder / INDEX}: has no row {', '.join(sorted(unknown))}")
+    both = _with_leaked(table[table["row"].isin([*rows, *others])], folder)
+    sides = [both[both["row"].isin(names)] for names in (rows, others)]
     found = ["| on | runs | mean | the others' | difference | 95 % | p |", f"|{7 * '---|'}"]
     for name, shown in COMPARED.items():
         ours, theirs = (side[name].to_numpy() for side in sides)
@@ -175,16 +176,21 @@ def minus(rows: list[str], others: list[str], folder: Path = FOLDER) -> list[str
 
 
 def _with_leaked(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    return runs.join(pd.DataFrame([_by_leak(run, folder) for run in runs["run"]], runs.index))
+    """With accuracy and UAR on the images that are leaked for none of the runs, and accuracy on the others; in %.
+
+    Which images are leaked depends on the training images that a row keeps: runs are compared on the same ones.
+    """
+    found = [predictions(run, folder) for run in runs["run"]]
+    copies = torch.from_numpy(np.any([leaked != "" for _, _, leaked in found], 0))
+    return runs.assign(**pd.DataFrame([_by_leak(*one[:2], copies) for one in found], runs.index))
 
 
-def _by_leak(run: str, folder: Path) -> dict[str, float]:
-    """UAR without leaked images, and accuracy on these alone, in %; nan if there are none."""
-    probabilities, labels, leaked = predictions(run, folder)
-    copies = torch.from_numpy(leaked != "")
-    uar = metrics(probabilities[~copies], labels[~copies])["balanced_accuracy"]
+def _by_leak(probabilities: torch.Tensor, labels: torch.Tensor, copies: torch.Tensor) -> dict[str, float]:
+    """nan on leaked images if there are none."""
+    others = metrics(probabilities[~copies], labels[~copies])
     on_copies = metrics(probabilities[copies], labels[copies])["accuracy"] if copies.any() else np.nan
-    return {"uar_near_unleaked": 100 * uar, "test_leaked": 100 * on_copies}
+    found = {"test_near_unleaked": others["accuracy"], "uar_near_unleaked": others["balanced_accuracy"]}
+    return {name: 100 * value for name, value in (found | {"test_leaked": on_copies}).items()}
 
 
 def mistaken(row: str, folder: Path = FOLDER) -> list[str]:

@@ -25,7 +25,7 @@ class Counts:
         classes = len(self.confusion)
         cells = labels * classes + predicted
         self.confusion.view(-1).index_add_(0, cells, torch.ones_like(labels))  # does not wait for the GPU
-        index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+        index = bin_of(confidence)
         rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
         self.bins.index_add_(1, index, rows.double())
         if loss is not None:
@@ -64,3 +64,8 @@ class Counts:
         """Recall of each class; None for a class without images."""
         found = self.confusion.diag().tolist()
         return [right / total if total else None for right, total in zip(found, self.confusion.sum(1).tolist())]
+
+
+def bin_of(confidence: Tensor) -> Tensor:
+    """The calibration bin of each probability: of its ends a bin holds the upper one."""
+    return (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)

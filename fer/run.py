@@ -68,7 +68,7 @@ class Run(Section):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are clipped to this norm; null: no clipping."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of averaged weights (EMA), evaluated and kept, e.g. 0.999; min(this, (1 + t) / (10 + t)) in step t."""
+    """Decay of averaged weights (EMA), evaluated, e.g. 0.999; min(this, (1 + t) / (10 + t)) t steps after the first."""
     sam_rho: Annotated[float, Field(gt=0)] | None = None
     """Sharpness-aware minimisation: radius of its ascent step, e.g. 0.05; doubles the cost; null: off."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -170,9 +170,10 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """In step t the average decays by min(decay, (1 + t) / (10 + t)), so as to forget the initial weights.
+        """First the weights themselves; t steps later the average decays by min(decay, (1 + t) / (10 + t)).
 
-        As in TensorFlow's ExponentialMovingAverage. Otherwise, after 150 steps at decay .999, 86 % would be the start.
+        But for the first one as TensorFlow's ExponentialMovingAverage, so as to forget the initial weights: 150 steps
+        of .999 would leave 86 % of them.
         """
         t = self.updates
         decay = min(self.decay, (1 + t) / (10 + t)) if t else 0.0

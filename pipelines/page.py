@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jinja2 import Environment
 from markupsafe import Markup
 
 from fer.data.datasets import DATASETS
-from fer.metrics import BINS
+from fer.metrics import bin_of
 from fer.run_folder import data_name, read_rows
 from fer.statistics import Interval
 from pipelines import comparison, report
@@ -185,7 +186,7 @@ def _reliability(side: Side, colour: str) -> Markup:
     """Accuracy over confidence in bins, as ECE has them; the area of a dot is its share of the predictions."""
     confidence = side.probabilities.max(2).ravel()
     right = (side.probabilities.argmax(2) == side.labels).ravel()
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = bin_of(torch.from_numpy(confidence)).numpy()
     axis, up = Axis(0, 100, 44, WIDTH - 28), Axis(0, 100, 316, 26)
     parts = [_line(44, at, WIDTH - 28, at) + _text(38, at + 4, shown, "end") for at, shown in up.ticks()]
     parts += [_line(at, 26, at, 316) + _text(at, 332, shown) for at, shown in axis.ticks()]

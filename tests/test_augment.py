@@ -172,6 +172,8 @@ def test_mixup_is_the_weighted_mean_of_neighbours_and_cutmix_takes_a_rectangle()
         wanted = images.clone()
         wanted[:, :, 2:5, 0:7] = images[partners, :, 2:5, 0:7]
         assert torch.equal(Mixture(0.9, (slice(2, 5), slice(0, 7)))(images), wanted)
+        turned = Mixture(0.9, (slice(2, 5), slice(0, 7)), own=True)(images[partners])  # its own patch, the rest around
+        assert torch.equal(turned, wanted)
 
 
 def test_shares_are_drawn_from_beta_and_the_box_of_cutmix_has_its_share() -> None:
@@ -186,6 +188,10 @@ def test_shares_are_drawn_from_beta_and_the_box_of_cutmix_has_its_share() -> Non
     for one in found:
         assert one.box is not None
         assert all(0 <= side.start <= side.stop <= 40 for side in one.box)
-        assert one.share == 1 - math.prod(side.stop - side.start for side in one.box) / 1600
-    assert 0.45 <= min(one.share for one in found) < 0.6  # half, but for rounding to whole pixels
+        area = math.prod(side.stop - side.start for side in one.box) / 1600
+        assert (one.share, one.own) == (max(area, 1 - area), area > 0.5)
+    assert 0.5 <= min(one.share for one in found) < 0.55
+    # a patch of side h, h^2 uniform, around a random place keeps h - h^2 / 4 of each side: on average .321 of the area
+    areas = [one.share if one.own else 1 - one.share for seed in range(2000) if (one := mixture(seed, 96, cutmix=1.0))]
+    assert abs(sum(areas) / 2000 - (1 / 2 - 1 / 5 + 1 / 48)) < 4 * 0.19 / 2000**0.5
     assert mixture(3, cutmix=1.0) == mixture(3, cutmix=1.0) != mixture(4, cutmix=1.0)  # the seed decides

@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ import pytest
 from test_comparison import CLASSES, LABELS, right, write_run
 
 from pipelines.comparison import pairs, side
-from pipelines.page import compared
+from pipelines.page import _reliability, compared
 
 ONE, OTHER = right(0.9, 1), right(0.8, 2)
 
@@ -83,6 +85,12 @@ def test_a_page_needs_nothing_beside_it_and_tells_what_the_predictions_tell(runs
     share = 100 * np.array([ONE.mean(), OTHER.mean()])  # all predictions have probability .8
     found = [re.search(r"^400 predictions, confidence 80.0 %, right ([\d.]+) %$", text) for text in page.texts]
     assert [float(match[1]) for match in found if match] == pytest.approx(share, abs=0.05)
+
+
+def test_bins_of_confidence_are_those_of_the_calibration_error() -> None:
+    """.8 is the upper end of the bin that begins at .733."""
+    one: Any = SimpleNamespace(probabilities=np.float32([[[0.8, 0.2], [0.75, 0.25]]]), labels=np.array([0, 0]))
+    assert _reliability(one, "red").count("<circle") == 1
 
 
 def test_seeds_are_one_side_with_a_line_for_each(runs: Path) -> None:

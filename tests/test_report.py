@@ -41,7 +41,7 @@ def test_a_row_is_a_run_in_numbers(summary: dict[str, Any]) -> None:
         summary[f"test_{key}"]["accuracy"] = accuracy
     assert row(summary) == {
         "run": "x-s1-abcdef01", "val": "61.23", "test": "75.00", "unleaked": "70.00", "exact": "71.00",
-        "papers": "72.00",
+        "unseen": "72.00",
         "UAR": "50.00", "F1": "25.00", "ECE": "0.046", "params": "1.23M", "epoch": "3/12", "min": "1.5",
     }  # fmt: skip
     for column in set(COLUMNS) - {"run", "params"}:

@@ -109,3 +109,18 @@ def test_rows_against_one_of_them_and_what_all_runs_mistake(tmp_path: Path) -> N
     assert [row[1:4] for row in rows if "leaked alone" in row] == [["leaked alone", "25.00", "100.00"]]
     # without them a's runs have the second image or none, b's none; nobody has the first: UAR 0 and 50 against 0
     assert [row[2:5] for row in rows if row[1] == "UAR, unleaked"] == [["0.00", "25.00", "+25.00"]]
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # runs that score the same
+def test_rows_that_keep_other_training_images_are_compared_on_the_images_that_none_has_leaked(tmp_path: Path) -> None:
+    """The last image, which both runs of a have right, is leaked for those of b alone, of which the second has it."""
+    folder = written(tmp_path / "results", "")
+    table = pd.read_csv(folder / results.INDEX)
+    for run in ("b0", "b1"):
+        path = folder / f"{run}.csv"
+        pd.read_csv(path, keep_default_na=False).assign(leaked=["", "", "", "near"]).to_csv(path, index=False)
+        for name, value in results.numbers(run, folder).items():
+            table.loc[table["run"] == run, name] = round(value, 2)
+    table.to_csv(folder / results.INDEX, index=False)
+    assert [row[2:4] for row in compared(folder) if row[1] == "unleaked"] == [["0.00", "50.00"]]  # not 62.50
+    assert results.minus(["x: a"], ["x: b"], folder)[3].startswith("| unleaked | 2 and 2 | 50.00 | 0.00 | ")

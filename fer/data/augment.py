@@ -42,7 +42,7 @@ class Augment(Section):
     mixup: NonNegative = 0.0
     """a of Beta(a, a), from which the weight of the other image is drawn, e.g. 0.2; 0: off."""
     cutmix: NonNegative = 0.0
-    """a of Beta(a, a), from which the other image's share of the area is drawn, e.g. 1.0; with mixup, one is chosen."""
+    """a of Beta(a, a), from which the area of another image's patch is drawn, e.g. 1.0; with mixup, one is chosen."""
 
     @property
     def changes_images(self) -> bool:
@@ -170,7 +170,8 @@ class Mixture:
     """How a batch is mixed: each image with its neighbour, a random one since the order is shuffled."""
 
     share: float  # weight of the image itself, in pixels and loss: .5 to 1, of a patch after rounding to whole pixels
-    box: tuple[slice, slice] | None  # CutMix: rows and columns taken from the neighbour; None: mixup
+    box: tuple[slice, slice] | None  # CutMix: rows and columns of the patch; None: mixup
+    own: bool = False  # whether the patch is of the image itself, and the neighbour around it
 
     @staticmethod
     def partner(images: Tensor) -> Tensor:
@@ -182,8 +183,9 @@ class Mixture:
         others = images[self.partner(images)]
         if self.box is None:
             return torch.lerp(others, images, self.share)
-        mixed = images.clone()
-        mixed[:, :, *self.box] = others[:, :, *self.box]
+        around, within = (others, images) if self.own else (images, others)
+        mixed = around.clone()
+        mixed[:, :, *self.box] = within[:, :, *self.box]
         return mixed
 
 
@@ -191,7 +193,8 @@ def draw_mixture(settings: Augment, side: int, seed: int) -> Mixture | None:
     """Mixup (Zhang et al. 2018, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899) of one batch.
 
     If both are on, one is chosen at random for each batch, with odds cutmix : mixup. `share` is the larger of the two
-    parts, which is no restriction, since either image may come first.
+    parts, which is no restriction, since either image may come first: a patch that fills more than half is the image's
+    own, with the neighbour around it.
     """
     if not (settings.mixup or settings.cutmix):
         return None
@@ -199,12 +202,11 @@ def draw_mixture(settings: Augment, side: int, seed: int) -> Mixture | None:
     cut = random.random() < settings.cutmix / (settings.cutmix + settings.mixup) if settings.cutmix else False
     alpha = settings.cutmix if cut else settings.mixup
     share = random.beta(alpha, alpha)
-    share = max(share, 1 - share)
     if not cut:
-        return Mixture(share, None)
+        return Mixture(max(share, 1 - share), None)
     half = side * (1 - share) ** 0.5 / 2
     rows, columns = (
         slice(round(max(0, centre - half)), round(min(side, centre + half))) for centre in side * random.random(2)
     )
-    area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return Mixture(1 - area / side**2, (rows, columns))
+    area = (rows.stop - rows.start) * (columns.stop - columns.start) / side**2
+    return Mixture(max(area, 1 - area), (rows, columns), area > 0.5)
