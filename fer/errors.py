@@ -68,12 +68,12 @@ STRANGE = {
 
 def disk_error(error: OSError, where: str | os.PathLike) -> UserError | None:
     """The UserError for a full, read-only or forbidden disk, or for the wrong kind of file; None for other errors."""
+    place = error.filename2 or error.filename or where  # of a file that cannot be copied or renamed, its new name
     if error.errno in STRANGE:
-        place = error.filename2 or error.filename or where  # of a file that cannot be renamed, its new name
         return UserError(f"cannot use {place}: {STRANGE[error.errno]}; move it away")
     if error.errno not in DISK_FAULTS:
         return None
-    return UserError(f"cannot write {error.filename or where}: {DISK_FAULTS[error.errno]} and run the command again")
+    return UserError(f"cannot write {place}: {DISK_FAULTS[error.errno]} and run the command again")
 
 
 def without_password(uri: str) -> str:

@@ -25,10 +25,10 @@ from fer.formats import format_of, read_run
 from fer.losses import build_loss
 from fer.made_by import UNKNOWN
 from fer.metrics import Counts
-from fer.models import build_model, origin
+from fer.models import build_model, origin, weights_files
 from fer.resources import Resources
 from fer.run import FORMAT, Run, about, balanced_by, chain_faults, resource_faults, run_id
-from fer.run_folder import BEST, CONFIG, LAST, Progress, write_rows
+from fer.run_folder import BEST, CONFIG, LAST, Progress, read_config, write_rows
 from fer.schedule import lr_at
 from fer.signals import Agreement, Request, Stopped, StopSignal
 from fer.step import Stepper
@@ -147,7 +147,9 @@ class Trainer:
         if meta is not None:
             self._resume(meta)
         if self.rank == 0:
-            first = {"starts_from": origin(run.model, run.init_from), "start": start}
+            known = meta is not None and (folder / CONFIG).exists()
+            weights = read_config(folder).get("weights", {}) if known else weights_files(run.model)
+            first = {"starts_from": origin(run.model, run.init_from), "start": start, "weights": weights}
             write_json(folder / CONFIG, {**self.about, **first, "resources": resources.model_dump()})
             write_rows(folder, self.history)
         self.progress = Progress(folder, run.epochs) if self.rank == 0 else None

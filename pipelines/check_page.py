@@ -117,8 +117,15 @@ def _copies(found: dict[str, Any]) -> list[Finding]:
 
 def _subjects(subjects: dict[str, Any]) -> Finding:
     if not any(subjects["subjects"].values()):
-        return Finding("note", "subjects", "Unknown; data.subject_pattern takes them from file names that tell them.")
+        return Finding(
+            "note", "subjects", "Unknown; data.subject_pattern takes them from file names that tell them, "
+            "and a table from its column subject."
+        )  # fmt: skip
     shared = {where: part for where, part in subjects["shared"].items() if part["subjects"]}
+    unknown = sum(subjects["images_without"].values())
+    if unknown and not shared:
+        text = f"{unknown:,} images name none, so people may be on two sides"
+        return Finding("look", "subjects", f"{_list(subjects['subjects'])}; {text}.")
     if not shared:
         return Finding("ok", "subjects", f"{_list(subjects['subjects'])}; nobody is on two sides.")
     shown = ", ".join(

@@ -135,15 +135,19 @@ def verdicts(pairs: Sequence[Pair]) -> list[str]:
 def side(word: str, runs: Path) -> Side:
     """The finished runs that `word` names: a run id, or the start of several that differ in their seed alone.
 
-    Raises UserError if there are none, or they are of several recipes, of one seed, or of several test splits.
+    Several ids or starts of ids have commas between them. Raises UserError if one names no run, or the runs are of
+    several recipes, of one seed, or of several test splits.
     """
-    found = [(folder, summary) for folder in named(runs, word) if (summary := read_summary(folder)) is not None]
-    if not found:
+    finished = {one: [(path, s) for path in named(runs, one) if (s := read_summary(path))] for one in word.split(",")}
+    found = list({folder: (folder, summary) for part in finished.values() for folder, summary in part}.values())
+    for one in [one for one, part in finished.items() if not part]:
         known = ", ".join(path.name for path in named(runs, "") if (path / SUMMARY).exists()) or "none yet"
-        raise UserError(f"{word}: no finished run in {runs}; finished: {known}")
+        raise UserError(f"{one}: no finished run in {runs}; finished: {known}")
     recipes = {_recipe(folder): folder.name for folder, _ in found}
     if len(recipes) > 1:
-        raise UserError(f"{word}: names runs of several recipes, give more of the id: {_apart(recipes)}")
+        raise UserError(
+            f"{word}: names runs of several recipes, give more of the id, or several with commas: {_apart(recipes)}"
+        )
     seeds = {_seed(folder): folder.name for folder, _ in found}
     if len(seeds) < len(found):  # as what they start from differs, or how they are called
         names = ", ".join(folder.name for folder, _ in found)

@@ -29,9 +29,9 @@ from fer.data.folds import fold_of
 from fer.errors import UserError, disk_error
 from fer.evaluate import outdated
 from fer.files import held, is_held, write_json
-from fer.models import build_model, named_weights
+from fer.models import build_model, named_weights, weights_files
 from fer.run import run_id
-from fer.run_folder import LAST, SUMMARY, read_summary
+from fer.run_folder import LAST, SUMMARY, read_config, read_summary
 from fer.teacher import check_teacher
 from pipelines import experiments, flow_page, launch, report
 from pipelines.data_sets import folder_of
@@ -111,6 +111,7 @@ def _jobs(found: dict[str, Experiment], data: Mapping[str, DataSet]) -> Jobs:
         start = jobs[run.init_from].folder.name if run.init_from else None
         folder = RUNS / run_id(name, run, data[name].hash, start)
         jobs[name] = Job(name, run, experiment.resources, data[name].folder, folder, start)
+        check_same_weights(jobs[name])
     return jobs
 
 
@@ -129,6 +130,19 @@ def _check_weights(job: Job, classes: int) -> None:
     if wanted and not os.environ.get("RAY_ADDRESS") and not (job.folder / LAST).exists():
         sys.stdout.write(f"{job.name}: reads its weights ({', '.join(wanted)}), or fetches them\n")
         build_model(job.run.model, job.run.input, classes)
+
+
+def check_same_weights(job: Job) -> None:
+    """Raises UserError if a file of pretrained weights has changed since the run was trained: its id has the name."""
+    if not any((job.folder / file).exists() for file in (LAST, SUMMARY)):
+        return
+    noted = read_config(job.folder).get("weights", {})
+    for name, digest in weights_files(job.run.model).items():
+        if noted.get(name, digest) != digest:
+            raise UserError(
+                f"{job.name}: {name} has changed since {job.folder} was trained with it: give the file another name, "
+                "or delete that folder to train again"
+            )
 
 
 def recorded(job: Job, tracker: Tracker) -> bool:

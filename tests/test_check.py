@@ -161,6 +161,19 @@ def test_images_without_a_face_are_named_where_they_are_looked_for(folder: Path,
     )  # fmt: skip
 
 
+def test_people_who_are_not_named_may_be_on_two_sides(found: dict[str, Any]) -> None:
+    alone = {where: {"subjects": 0, "names": []} for where in found["subjects"]["shared"]}
+    known = found | {"subjects": found["subjects"] | {"shared": alone}}
+    said = {line.topic: (line.mark, line.text) for line in check_page.findings(known)}
+    unknown = sum(found["subjects"]["images_without"].values())
+    text = f"2 train, 2 val, 2 test; {unknown} images name none, so people may be on two sides."
+    assert unknown
+    assert said["subjects"] == ("look", text)
+    known["subjects"] |= {"images_without": dict.fromkeys(("train", "val", "test"), 0)}
+    said = {line.topic: (line.mark, line.text) for line in check_page.findings(known)}
+    assert said["subjects"] == ("ok", "2 train, 2 val, 2 test; nobody is on two sides.")
+
+
 def test_hard_labels_and_no_subjects(folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
     source = data / "raw" / "source.json"
@@ -171,7 +184,9 @@ def test_hard_labels_and_no_subjects(folder: Path, tmp_path: Path) -> None:
     found = check(data)
     assert (found["votes"], found["subjects"]["subjects"]) == ({}, {"train": 0, "val": 0, "test": 0})
     said = {line.topic: line.text for line in check_page.findings(found)}
-    assert said["subjects"] == "Unknown; data.subject_pattern takes them from file names that tell them."
+    assert said["subjects"] == (
+        "Unknown; data.subject_pattern takes them from file names that tell them, and a table from its column subject."
+    )
     assert "label noise" not in said
     assert said["doubted labels"].startswith("Not looked for; `fer train EXPERIMENT data=NAME --folds 10`")
     assert "Doubtful" not in check_page.write(found, tmp_path)[1].read_text()

@@ -93,10 +93,24 @@ def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
     assert mixed.p is None
 
 
+def test_seeds_are_named_one_by_one_where_a_start_names_too_many(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path, "one", seed, right(0.9, seed))
+        write_run(tmp_path, "one", seed, right(0.8, seed), lr=0.2)
+    assert "several recipes" in refusal(side, "one-", tmp_path)
+    ids = [side(path.name, tmp_path) for path in sorted(tmp_path.glob("one-*"))]
+    for rate in (0.1, 0.2):
+        chosen = [one.name for one in ids if f'"lr": {rate}' in (one.folders[0] / "config.json").read_text()]
+        both = side(",".join(chosen), tmp_path)
+        assert ([path.name for path in both.folders], both.name) == (chosen, "one (2 seeds)")
+        assert side(",".join([*chosen, chosen[0]]), tmp_path) == both  # named twice, counted once
+        assert refusal(side, f"{chosen[0]},nothing", tmp_path).startswith("nothing: no finished run in ")
+
+
 def test_what_is_not_to_be_compared_is_named(tmp_path: Path) -> None:
     first = write_run(tmp_path, "one", 1, right(0.9, 1))
     second = write_run(tmp_path, "one", 2, right(0.9, 1), lr=0.2)
-    several = "one: names runs of several recipes, give more of the id: "
+    several = "one: names runs of several recipes, give more of the id, or several with commas: "
     assert refusal(side, "one", tmp_path) == f"{several}{first} (optimizer.lr=0.1); {second} (optimizer.lr=0.2)"
     for name, hashed in (("again", ["t", "t"]), ("moved", ["t", "u"])):
         for seed, test_hash in enumerate(hashed):

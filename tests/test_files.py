@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -142,3 +143,17 @@ def test_a_run_waits_for_the_process_of_an_earlier_try(tmp_path: Path) -> None:
         threading.Timer(0.2, other.stdin.close).start()
         with held(tmp_path, patience=250):
             assert other.wait() is not None
+
+
+def test_a_copy_that_does_not_fit_names_the_file_that_is_written(tmp_path: Path) -> None:
+    """And not the one that is read, which is as it should be."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * 10_000)
+    code = (
+        "import resource, shutil, sys; from fer.errors import disk_error\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: shutil.copyfile(*sys.argv[1:])\n"
+        "except OSError as error: print(disk_error(error, 'data'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, target], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"cannot write {target}: the file would exceed the size limit: ")

@@ -38,6 +38,16 @@ def test_columns_by_the_names_that_people_give_them(header: str, row: str, tmp_p
     assert (source.classes, source.labels, source.read) == (("a", "b"), "hard", ["labels.csv"])
 
 
+def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """Such as a subject under a name that is not known here, without which people are on two sides."""
+    lines = [f"{name},{'ab'[n % 2]},p{n // 3},{n}" for n, name in enumerate(NAMES)]
+    source = read(write(tmp_path, "path,label,participant,age", *lines), table.read)
+    assert source.left_out == {"no column that is read here": ["participant", "age"]}
+    lines = [f"{name},{'ab'[n % 2]},{['p', 'nan', '<NA>'][n % 3]}" for n, name in enumerate(NAMES)]
+    source = read(write(tmp_path, "path,label,subject", *lines), table.read)
+    assert [subject for _, subject, _, _ in rows(source).values()] == ["p", "", ""] * 2
+
+
 def test_parquet_and_paths_relative_to_the_table_or_data_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, NAMES)
     frame = pd.DataFrame({"path": NAMES, "label": [7, 7, 8, 8, 9, 9], "subject": ["a", None, "b", "b", "c", "c"]})
@@ -133,6 +143,7 @@ MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
     ("faces/[12].png", None, "/labels.csv line 3: faces/1.png is not there (2 of 6 pictures are missing): restore it"),
     (TABLE, swap("faces/0", "../0"), "/labels.csv line 2: ../0.png is not there: restore it, or give its path"),
     (TABLE, swap("0.png,a", "0.png,"), "/labels.csv line 2: has no label: add it or delete the row"),
+    (TABLE, swap("0.png,a", "0.png,NaN"), "/labels.csv line 2: has no label: add it or delete the row"),
     (TABLE, swap("faces/1", "faces/0"), "/labels.csv line 3: faces/0.png has another label in labels.csv line 2:"),
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,trian\n", "/labels.csv line 2: split is 'trian': must be"),
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,train\nfaces/1.png,a,val\n",

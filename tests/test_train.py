@@ -147,7 +147,7 @@ def test_the_files_of_a_run(uncut: dict[str, Path], bars: Path) -> None:
         "data_hash": data.hash, "made_by": about["made_by"],
         "classes": summary.pop("classes"), "class_prior": summary.pop("class_prior"), "data": summary,
     }  # fmt: skip
-    own = {"resources": PARTS.model_dump(), "start": None, "starts_from": ["random weights"]}
+    own = {"resources": PARTS.model_dump(), "start": None, "starts_from": ["random weights"], "weights": {}}
     assert about == common | own
     assert (folder.name, about["made_by"]["device"], len(rows)) == (about["run_id"], "cpu", 3)
     best = max(rows, key=lambda row: row["val_accuracy"])["epoch"]

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, NO_AUGMENT, small_run, wait_for
+from safetensors.torch import save_file
 
 from fer.data.dataset import open_data
 from fer.errors import UserError
+from fer.models.small_resnet import SmallResnetBackbone
 from fer.run import run_id
 from fer.signals import Stopped, ask_to_stop
 from fer.train import NonFiniteLoss
 from pipelines import work as works
 from pipelines.experiments import Job
+from pipelines.flow import check_same_weights
 from pipelines.work import LOG, Ended, logged, work
 
 
@@ -137,3 +140,28 @@ def test_a_limit_on_the_size_of_files_is_the_users_to_raise(data: Path, tmp_path
     assert {path.name for path in made.folder.iterdir()} == {path.name for path in whole.iterdir()}
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert (made.folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_weights_file_that_has_changed_is_not_taken_for_the_old_one(data: Path, tmp_path: Path) -> None:
+    """The id of a run has the name of its weights: other bytes under it would be answered with the old numbers."""
+    backbone = {"name": "small_resnet", "width": 8, "blocks": [1]}
+    network = SmallResnetBackbone(width=8, blocks=[1]).build(16, 1)
+    weights = tmp_path / "w.safetensors"
+    save_file(network.state_dict(), weights)
+    model = {
+        "name": "classifier",
+        "stn": False,
+        "resizer": {"name": "none"},
+        "backbone": backbone | {"weights": str(weights)},
+    }
+    made = job(data, model=model)
+    check_same_weights(made)  # not trained yet
+    assert work(made) == Ended("done")
+    check_same_weights(made)
+    save_file({name: tensor + 1 for name, tensor in network.state_dict().items()}, weights)
+    assert work(made) == Ended("done")  # trains nothing, and notes no other bytes
+    told = f"{made.name}: {weights} has changed since {made.folder} was trained with it: "
+    with pytest.raises(UserError, match=re.escape(told)):
+        check_same_weights(made)
+    weights.unlink()
+    check_same_weights(made)

@@ -1,9 +1,11 @@
 """The table of models. A new model is a section of settings that builds a network, and a row here."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fer.files import sha256
 from fer.input import Input
 from fer.models.backbones import BACKBONES, other_pixels, starts_from
 from fer.models.classifier import Classifier
@@ -31,6 +33,11 @@ def build_model(model: ModelKind, settings: Input, num_labels: int, pretrained: 
 def named_weights(model: ModelKind) -> list[str]:
     """The weights that the model's backbones start from, as their settings name them."""
     return [backbone.weights for backbone in model.backbones().values() if backbone.weights is not None]
+
+
+def weights_files(model: ModelKind) -> dict[str, str]:
+    """SHA-256 of each file among `named_weights` that is there, by its name."""
+    return {name: sha256(name) for name in named_weights(model) if Path(name).is_file()}
 
 
 def packages(model: ModelKind) -> list[str]:

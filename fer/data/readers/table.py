@@ -37,6 +37,7 @@ COLUMNS = {  # what a column is -> its possible names
     "box": ("box", "bbox"),
 }
 INDEX = re.compile(r"|unnamed: \d+|__index_level_\d+__", re.IGNORECASE)  # names that pandas gives to the rows' numbers
+NOT_A_NUMBER = ("nan", "<na>")  # what pandas writes for a missing value that was made text
 REMEDY = "; one table has a row for every picture, with a column split"
 
 
@@ -61,6 +62,8 @@ def read(found: Found, wanted: Wanted) -> Source:
     rows = list(_rows(entry))
     if not rows:
         raise UserError(f"{entry}: holds no row: add a row for each picture")
+    for _, row in rows:
+        row.update({name: "" for name, text in row.items() if name in known() and text.lower() in NOT_A_NUMBER})
     columns = {kind: next((name for name in names if name in rows[0][1]), None) for kind, names in COLUMNS.items()}
     if columns["path"] is None:
         raise UserError(f"{entry}: has no column {COLUMNS['path'][0]}: add it, with the path of each picture")
@@ -77,6 +80,8 @@ def read(found: Found, wanted: Wanted) -> Source:
         votes = _votes(names, rows)
         kept = _first_of_each(entries, boxes, votes.tolist(), rows, reasons)
         return _voted(found, entry, wanted, names, votes, entries, usages, subjects, boxes, kept, reasons)
+    if others:
+        reasons["no column that is read here"] = others
     if len(emotions) > 1 and all(whole(row[name]) is not None for _, row in rows for name in emotions):
         raise UserError(
             f"{entry}: has both a column {columns['label']} and votes for {', '.join(emotions)}: leave one of the two "
