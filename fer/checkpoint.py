@@ -20,6 +20,7 @@ from fer.weights import DAMAGE, check_fit
 
 WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
 SUMS = "SHA256SUMS"  # of the files of an exported checkpoint, as sha256sum writes them
+CHANGED = "the network's code has changed since: go back to the commit in its checkpoint.json, or train again"
 BACKBONE = "backbone."  # the prefix of its tensors in every model that has one
 
 
@@ -81,6 +82,8 @@ def load_meta(folder: Path) -> dict[str, Any]:
 
 def _again(folder: Path) -> str:
     """The remedy for a damaged checkpoint. Without best/ a trained run cannot be evaluated, so all of it has to go."""
+    if folder.name not in (BEST, LAST):  # not of a run here
+        return "fetch or export it again"
     whole = folder.name == BEST and (folder.parent / CONFIG).exists()
     return f"delete {folder.parent if whole else folder} and train again"
 
@@ -88,7 +91,7 @@ def _again(folder: Path) -> str:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load model.safetensors into `model`. Raises UserError if it is missing, damaged or does not fit."""
     found = _read(folder)
-    check_fit(model.state_dict(), found, str(folder / WEIGHTS))
+    check_fit(model.state_dict(), found, str(folder / WEIGHTS), CHANGED)
     model.load_state_dict(found)
 
 
@@ -96,7 +99,7 @@ def load_backbone(folder: Path, model: nn.Module) -> None:
     """Load the tensors `backbone.*` of another run's checkpoint into `model`. Raises UserError if they do not fit."""
     found = {name: tensor for name, tensor in _read(folder).items() if name.startswith(BACKBONE)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
-    check_fit(wanted, found, str(folder / WEIGHTS))
+    check_fit(wanted, found, str(folder / WEIGHTS), CHANGED)
     model.load_state_dict(found, strict=False)
 
 

@@ -176,16 +176,18 @@ def misfit(report: dict[str, Any]) -> str | None:
     return f"tensor {bad[0]} {what} ({len(bad)} tensors in all)"
 
 
-def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:
+def check_fit(
+    wanted: dict[str, Tensor], found: dict[str, Tensor], source: str, remedy: str = "name a file of this very model"
+) -> None:
     """Raises UserError, beginning with `source`, for the first tensor that is missing, unknown or of another shape."""
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing; the file belongs to another model")
+            raise UserError(f"{source}: tensor {name} is missing; {remedy}")
         if name not in wanted:
-            raise UserError(f"{source}: tensor {name} is not in this model; the file belongs to another one")
+            raise UserError(f"{source}: tensor {name} is not in this model; {remedy}")
         if wanted[name].shape != found[name].shape:
             shapes = f"{list(found[name].shape)}, the model needs {list(wanted[name].shape)}"
-            raise UserError(f"{source}: tensor {name} has shape {shapes}")
+            raise UserError(f"{source}: tensor {name} has shape {shapes}; {remedy}")
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> None:

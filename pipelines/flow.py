@@ -128,7 +128,7 @@ def _check_weights(job: Job, classes: int) -> None:
     """
     wanted = named_weights(job.run.model)
     if wanted and not os.environ.get("RAY_ADDRESS") and not (job.folder / LAST).exists():
-        sys.stdout.write(f"{job.name}: reads its weights ({', '.join(wanted)}), or fetches them\n")
+        sys.stdout.write(f"{job.name}: loads its weights: {', '.join(wanted)}\n")
         build_model(job.run.model, job.run.input, classes)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import filled, refusal
 from efficientnet_lite_pytorch import EfficientNet
+from pydantic import ValidationError
 from sklearn.datasets import load_sample_images
 from test_models import IR50, LITE0, MOBILENET, RESNET, RESNET18, SWIN, VIT
 from torch import Tensor, nn
@@ -87,6 +88,20 @@ def test_small_resnet_starts_from_a_checkpoint_of_the_model(tmp_path: Path) -> N
     torch.testing.assert_close(whole.classifier(part(images)), whole.eval()(images))
     told = refusal(build, {"name": "small_resnet", "width": 16, "weights": weights})
     assert told.startswith(f"{KEY}.weights: {weights}: tensor features.")
+    whole.features[0].weight.data[0, 0, 0, 0] = torch.nan  # else the first step would blame the learning rate
+    checkpoint.save(tmp_path / "best", whole.state_dict(), {}, None)
+    told = refusal(build, {"name": "small_resnet", "width": 8, "weights": weights})
+    assert told == (
+        f"{KEY}.weights: {weights}: features.0.weight holds NaN or infinity; fetch it again or name another"
+    )
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "resnet18", "ir50"])
+def test_networks_too_narrow_for_torch_are_refused(name: str) -> None:
+    """Gradients of strided 1x1 convolutions of fewer than 8 channels never end in torch 2.13 on AVX2."""
+    backbone({"name": name, "weights": None}, width=8)
+    with pytest.raises(ValidationError, match="greater than or equal to 8"):
+        backbone({"name": name, "weights": None}, width=7)
 
 
 @torch.inference_mode()

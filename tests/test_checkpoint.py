@@ -15,7 +15,7 @@ from test_weights import network as model
 from torch import nn
 
 from fer import checkpoint
-from fer.checkpoint import META, TRAINING, WEIGHTS
+from fer.checkpoint import CHANGED, META, TRAINING, WEIGHTS
 
 ABOUT = {
     "name": "x", "run_id": "x-s1", "classes": ["a", "b"], "class_prior": [[1.0, 0.0], [0.0, 1.0]],
@@ -76,14 +76,14 @@ def test_the_backbone_of_another_run_alone_is_loaded(tmp_path: Path) -> None:
     checkpoint.load_backbone(tmp_path / "best", network)
     assert equal(network.backbone.state_dict(), other.backbone.state_dict())  # batch-norm statistics too
     assert equal(network.backbonehead.state_dict(), head)
-    message = "tensor backbone.0.bias has shape [3], the model needs [4]"
+    message = f"tensor backbone.0.bias has shape [3], the model needs [4]; {CHANGED}"
     assert refused(checkpoint.load_backbone, tmp_path / "best", Parts(4)) == f"{tmp_path}/best/{WEIGHTS}: {message}"
 
 
 def test_weights_that_are_cut_or_of_another_model(folder: Path) -> None:
     path = folder / WEIGHTS
     assert refused(checkpoint.load_weights, folder, nn.Sequential(*model(), nn.Linear(2, 2))) == (
-        f"{path}: tensor 4.bias is missing; the file belongs to another model"
+        f"{path}: tensor 4.bias is missing; {CHANGED}"
     )
     os.truncate(path, path.stat().st_size - 10)
     message = refused(checkpoint.load_weights, folder, model())
@@ -117,12 +117,16 @@ def test_a_training_state_of_a_gpu_is_read_on_a_cpu(folder: Path) -> None:
 
 
 def test_files_that_are_not_there(folder: Path) -> None:
-    none, runs = folder.parent / "none", folder.parent
+    none, runs = folder.parent / "elsewhere" / "best", folder.parent
     train, there = f"not found; delete {none} and train again", f"no checkpoint there ({META} is missing)"
     assert refusal(checkpoint.load_meta, none) == f"{none}: {there}; train the run first"
     for load in (checkpoint.load_weights, checkpoint.load_backbone):
         assert refusal(load, none, model()) == f"{none}/{WEIGHTS}: {train}"
     assert refusal(checkpoint.load_training, none) == f"{none}/{TRAINING}: {train}"
+    exported = runs / "exported"  # whoever was given it cannot train it
+    exported.mkdir()
+    assert refusal(checkpoint.load_meta, exported) == f"{exported}: {there}; fetch or export it again"
+    assert refusal(checkpoint.load_weights, exported, model()).endswith("; fetch or export it again")
     # the last epoch is there, so the same command would train nothing and then miss the best one again
     (runs / "config.json").touch()
     assert refusal(checkpoint.load_meta, runs / "best") == f"{runs}/best: {there}; delete {runs} and train again"

@@ -143,7 +143,7 @@ def test_a_file_is_loaded_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Other tensors, damage and code in a file: test_weights.py."""
     model, path = small(seed=3), tmp_path / "dic.pth"
     torch.save({"epoch": 1, "netG": model.state_dict()}, path)
-    message = "tensor HG.compress_in.bias has shape [16], the model needs [512]"
+    message = "tensor HG.compress_in.bias has shape [16], the model needs [512]; name a file of this very model"
     assert refusal(load_dic, path, KEY) == f"{KEY}: {path}: {message}"
     monkeypatch.setattr("fer.super_resolution.dic.PUBLISHED", SMALL)
     loaded = load_dic(str(path), KEY)

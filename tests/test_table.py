@@ -138,6 +138,8 @@ def test_several_faces_in_a_picture_and_a_row_twice(tmp_path: Path) -> None:
 
 TABLE = "labels.csv"
 MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
+    (TABLE, lambda text: "picture,label\nfaces/0.png,a\n",
+     ": holds no csv or parquet with a column path (labels.csv has picture, label): put it there or correct the path"),
     (TABLE, None, ": holds no csv or parquet with a column path: put it there or correct the path in params.yaml"),
     ("more.csv", lambda text: "path,label\nx,y\n", ": holds several tables with paths: labels.csv, more.csv: keep one"),
     ("faces/[12].png", None, "/labels.csv line 3: faces/1.png is not there (2 of 6 pictures are missing): restore it"),

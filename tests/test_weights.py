@@ -23,6 +23,7 @@ from fer.weights import load_strictly, read_tensors
 KEY = "model.backbone.weights"
 ALONE = "give a file of named tensors alone, such as a saved state_dict"
 NOT_WHOLE = "not a whole weights file of its kind; fetch it again or name another"
+REMEDY = "name a file of this very model"
 CODE = "which is code and never run"
 
 
@@ -256,11 +257,11 @@ def test_tensors_are_taken_if_all_of_them_fit() -> None:
     load_strictly(model, {name: tensor.double() for name, tensor in STATE.items()}, "weights.pth")
     assert equal(model.state_dict(), STATE)  # in the model's own types
     missing = {name: tensor for name, tensor in STATE.items() if name not in ("3.weight", "1.running_mean")}
-    assert misfit(missing) == "weights.pth: tensor 1.running_mean is missing; the file belongs to another model"
+    assert misfit(missing) == f"weights.pth: tensor 1.running_mean is missing; {REMEDY}"
     extra = STATE | {"4.weight": torch.ones(1), "2.weight": torch.ones(1)}
-    assert misfit(extra) == "weights.pth: tensor 2.weight is not in this model; the file belongs to another one"
+    assert misfit(extra) == f"weights.pth: tensor 2.weight is not in this model; {REMEDY}"
     for other in (STATE["3.weight"].T, STATE["3.weight"].reshape(1, 2, 3)):
-        message = f"weights.pth: tensor 3.weight has shape {list(other.shape)}, the model needs [2, 3]"
+        message = f"weights.pth: tensor 3.weight has shape {list(other.shape)}, the model needs [2, 3]; {REMEDY}"
         assert misfit(STATE | {"3.weight": other}) == message
     body = network(seed=1)[:3]  # a classifier that is not wanted is left out
     load_strictly(body, STATE, "weights.pth", ("3.", "aux."))

@@ -43,14 +43,14 @@ def table(entry: Entry) -> Iterator[Table]:
         yield Table(entry, stream)
 
 
-def header(entry: Entry) -> set[str]:
+def header(entry: Entry) -> list[str]:
     """The names in the first row of what may be a csv, in lower case; empty if there is none."""
     lines = entry.head.decode("utf-8-sig", "replace").splitlines()
     first = next((line for line in lines if line.strip()), "")
     try:
-        return {name.strip(" \"'").lower() for name in next(csv.reader([first], delimiter=_delimiter(first)))}
+        return [name.strip(" \"'").lower() for name in next(csv.reader([first], delimiter=_delimiter(first)))]
     except (csv.Error, StopIteration):
-        return set()
+        return []
 
 
 def rows(entry: Entry, stream: IO[bytes]) -> Iterator[tuple[str, list[str]]]:

@@ -235,13 +235,16 @@ def other_pixels(backbone: Backbone, settings: Input) -> str | None:
 def build_backbone(backbone: Backbone, size: int, channels: int, key: str, pretrained: bool) -> Any:
     """The network; with `pretrained` it gets the weights that `backbone` names, if any.
 
-    Raises UserError naming `key` if they cannot be obtained or do not fit.
+    Raises UserError naming `key` if they cannot be obtained, do not fit or are no finite numbers.
     """
     network: Any = backbone.build(size, channels)
     if pretrained and backbone.weights is not None:
         weights = f"{key}.weights"
         source = _published(backbone, weights) if backbone.weights == PRETRAINED else backbone.weights
         network.load_pretrained(source, weights)
+        for name, tensor in network.state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(f"{weights}: {source}: {name} holds NaN or infinity; fetch it again or name another")
     return network
 
 

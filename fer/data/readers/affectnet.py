@@ -43,7 +43,7 @@ def read(found: Found, wanted: Wanted) -> Source:
 
 
 def _is_ours(entry: Entry) -> bool:
-    return {"subdirectory_filepath", "expression"} <= header(entry)
+    return {"subdirectory_filepath", "expression"} <= set(header(entry))
 
 
 def _from_tables(found: Found, tables: dict[str, Entry], wanted: Wanted) -> Source:

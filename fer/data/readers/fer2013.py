@@ -58,7 +58,7 @@ def read(found: Found, wanted: Wanted) -> Source:
 def pixel_tables(found: Found) -> list[Entry]:
     """The csv files that say of themselves that they hold pixels and the usage of each image, or else by name."""
     tables = found.tables()
-    return [entry for entry in tables if {"pixels", "usage"} <= header(entry)] or [
+    return [entry for entry in tables if {"pixels", "usage"} <= set(header(entry))] or [
         entry for entry in tables if entry.base.lower() in IMAGE_CSVS
     ]
 

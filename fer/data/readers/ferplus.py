@@ -95,7 +95,7 @@ def look_for(found: Found) -> Places:
 def vote_tables(found: Found) -> list[Entry]:
     """The csv files that say of themselves that they are fer2013new.csv, also beside a path that is a file."""
     entries = [*found.tables(), *(entry for entry in beside(found) if entry.base.lower() == VOTES_CSV)]
-    return [entry for entry in entries if entry.base.lower() == VOTES_CSV or {"usage", "neutral"} <= header(entry)]
+    return [entry for entry in entries if entry.base.lower() == VOTES_CSV or {"usage", "neutral"} <= set(header(entry))]
 
 
 def _refuse(found: Found, places: Places) -> None:

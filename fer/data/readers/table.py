@@ -38,6 +38,7 @@ COLUMNS = {  # what a column is -> its possible names
 }
 INDEX = re.compile(r"|unnamed: \d+|__index_level_\d+__", re.IGNORECASE)  # names that pandas gives to the rows' numbers
 NOT_A_NUMBER = ("nan", "<na>")  # what pandas writes for a missing value that was made text
+MOST = 8  # columns named in a message
 REMEDY = "; one table has a row for every picture, with a column split"
 
 
@@ -55,7 +56,7 @@ def read(found: Found, wanted: Wanted) -> Source:
     tables = [[entry] for entry in found.entries if _is_table(entry)]
     if not tables:
         raise found.nothing(
-            f"holds no csv or parquet with a column {COLUMNS['path'][0]}: put it there or correct "
+            f"holds no csv or parquet with a column {COLUMNS['path'][0]}{_others(found)}: put it there or correct "
             "the path in params.yaml"
         )
     entry = one_of(tables, "tables with paths", REMEDY)[0]
@@ -100,8 +101,18 @@ def read(found: Found, wanted: Wanted) -> Source:
 def _is_table(entry: Entry) -> bool:
     if entry.head.startswith(b"PAR1"):
         return True
-    names = header(entry) if entry.base.lower().endswith((".csv", ".tsv", ".txt")) else set()
-    return bool(names & set(COLUMNS["path"])) and len(names) > 1
+    names = header(entry) if entry.base.lower().endswith((".csv", ".tsv", ".txt")) else []
+    return bool({*names} & {*COLUMNS["path"]}) and len(names) > 1
+
+
+def _others(found: Found) -> str:
+    """The columns of a csv that is there, though none of them is known as the path."""
+    for entry in found.entries:
+        names = header(entry) if entry.base.lower().endswith((".csv", ".tsv")) else []
+        if len(names) > 1 and all(name.isprintable() for name in names):
+            more = ", ..." if len(names) > MOST else ""
+            return f" ({printable(entry.name)} has {', '.join(names[:MOST])}{more})"
+    return ""
 
 
 def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
