@@ -68,6 +68,11 @@ class Side:
         """Test accuracy of each run, 0 to 1."""
         return [summary["test"]["accuracy"] for summary in self.summaries]
 
+    @cached_property
+    def balanced(self) -> list[float]:
+        """UAR of each run on test, 0 to 1."""
+        return [summary["test"]["balanced_accuracy"] for summary in self.summaries]
+
     def scores(self) -> dict[str, float]:
         """Means over the runs: accuracy, UAR, log loss, Brier score, ECE, and the temperature that val asks for."""
         per_run = []
@@ -104,7 +109,8 @@ class Pair:
     balanced_accuracy: Interval
     differing: float  # share of the images on which one of them alone is right; over seeds, of two of their runs
     detectable: float  # difference in accuracy that would stand out from chance
-    p: float | None  # exact McNemar for two runs, Welch over seeds; None with one run on one side alone
+    p: float | None  # of accuracy: exact McNemar for two runs, Welch over seeds; None with one run on one side alone
+    balanced_p: float | None  # of UAR: Welch over seeds, else None
     test: str
 
     @property
@@ -200,13 +206,14 @@ def _pair(one: Side, other: Side, alike: np.ndarray) -> Pair:
     alone = len(one.folders) == len(other.folders) == 1
     seeds = min(len(one.folders), len(other.folders))
     differing = float((one.right * (1 - other.right) + other.right * (1 - one.right)).mean())
-    p, test = None, ""
+    p, balanced_p, test = None, None, ""
     if alone:
         p, test = statistics.mcnemar(one.right > 0.5, other.right > 0.5), "McNemar"
     elif seeds > 1:
         p, test = statistics.between_seeds(one.accuracies, other.accuracies)[1], "Welch"
+        balanced_p = statistics.between_seeds(one.balanced, other.balanced)[1]
     accuracy, balanced = (
         statistics.difference(one.right, other.right, one.labels, alike, balanced) for balanced in (False, True)
     )
     detectable = statistics.detectable(len(one.labels), float(np.square(one.right - other.right).mean()))
-    return Pair(one, other, accuracy, balanced, differing, detectable, p, test)
+    return Pair(one, other, accuracy, balanced, differing, detectable, p, balanced_p, test)

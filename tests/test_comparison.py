@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from conftest import refusal
 
 from pipelines.comparison import Side, pairs, side, verdicts
@@ -58,7 +59,7 @@ def test_one_run_against_another(tmp_path: Path) -> None:
     assert clear.accuracy.value == pytest.approx(gap)
     assert gap in clear.accuracy
     assert 0 not in clear.accuracy
-    assert (clear.test, clear.p < 1e-6) == ("McNemar", True)
+    assert (clear.test, clear.p < 1e-6, clear.balanced_p) == ("McNemar", True, None)
     assert clear.verdict() == f"{good} is better than {bad} by {100 * gap:.2f} points"
     assert close.differing == pytest.approx(0.01)
     assert close.verdict() == "not told apart: they differ on 1.0 % of 400 images, where 1.0 points would stand out"
@@ -85,12 +86,15 @@ def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
     assert pair.accuracy.value == pytest.approx(np.mean(ours.accuracies) - np.mean(theirs.accuracies))
     assert pair.accuracy.low > 0
     assert pair.test == "Welch"
+    found = scipy.stats.ttest_ind(*([np.mean(one["test"]["recall"]) for one in s.summaries] for s in (ours, theirs)),
+                                  equal_var=False)  # fmt: skip
+    assert pair.balanced_p == pytest.approx(found.pvalue)
     assert pair.verdict().startswith("not told apart over seeds: ")
     assert pair.detectable == pytest.approx((pair.accuracy.high - pair.accuracy.low) / 2, rel=0.1)
     runs = [(one, other) for one in right_of(ours) for other in right_of(theirs)]
     assert pair.differing == pytest.approx(np.mean([(one != other).mean() for one, other in runs]))
     (mixed,) = pairs([ours, side(theirs.folders[0].name, tmp_path)], None)
-    assert mixed.p is None
+    assert (mixed.p, mixed.balanced_p) == (None, None)
 
 
 def test_seeds_are_named_one_by_one_where_a_start_names_too_many(tmp_path: Path) -> None:

@@ -218,9 +218,10 @@ def _print_pairs(pairs: list[Any]) -> None:
     rows = []
     for pair in pairs:
         p = "-" if pair.p is None else f"{pair.p:.2g} ({pair.test})"
+        balanced_p = "-" if pair.balanced_p is None else f"{pair.balanced_p:.2g}"
         gaps = (percents(gap, sign="+") for gap in (pair.accuracy, pair.balanced_accuracy))
-        rows.append((f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p))
-    print_rows(("difference, 95 %", "accuracy", "UAR", "differ on", "p"), rows)
+        rows.append((f"{pair.one.name} - {pair.other.name}", *gaps, f"{100 * pair.differing:.1f} %", p, balanced_p))
+    print_rows(("difference, 95 %", "accuracy", "UAR", "differ on", "p", "p of UAR"), rows)
     for line in verdicts(pairs):
         console.print(line, highlight=False)
 
