@@ -23,6 +23,7 @@ class LossKind(Section):
 
     name: str
     needs_prior: ClassVar[bool] = False  # without it `prior` is the identity where the data have none
+    of_votes: ClassVar[bool] = False  # whether it is of `targets`, and meant for shares of votes
 
     def build(self, prior: Tensor, counts: Tensor) -> Loss:
         """The loss per image, [B], of logits, labels and targets.
@@ -112,6 +113,7 @@ class CompensatedFocalPdls(LossKind):
 class VoteCrossEntropy(LossKind):
     """-sum_j t_j log p_j against the votes t of each image (Barsoum et al. 2016, section 3.4, cross-entropy loss)."""
 
+    of_votes = True
     name: Literal["vote_cross_entropy"] = "vote_cross_entropy"
 
     def build(self, prior: Tensor, counts: Tensor) -> Loss:
@@ -121,6 +123,7 @@ class VoteCrossEntropy(LossKind):
 class VoteSampling(LossKind):
     """-log p[k] with k redrawn in each step from the votes of each image (Barsoum et al. 2016, section 3.3)."""
 
+    of_votes = True
     name: Literal["vote_sampling"] = "vote_sampling"
 
     def build(self, prior: Tensor, counts: Tensor) -> Loss:
@@ -139,6 +142,7 @@ class VoteSampling(LossKind):
 class MultiTarget(LossKind):
     """-log max_j t_j p_j, t = .999 where an emotion has votes, else 0, plus .001 (Barsoum et al. 2016, section 3.2)."""
 
+    of_votes = True
     name: Literal["multi_target"] = "multi_target"
 
     def build(self, prior: Tensor, counts: Tensor) -> Loss:

@@ -143,6 +143,19 @@ def chain_pixels(run: Run, start: Run) -> str | None:
     return f"{run.init_from} was trained with {trained}, not with {', '.join(str(ours[key]) for key in other)}"
 
 
+def data_doubts(run: Run, data: DataSet) -> list[str]:
+    """What `run` asks for in vain of `data`, and what these cannot tell; a line for each."""
+    counts, found = data.summary["counts"], []
+    if run.loss.of_votes and data.summary["label_mode"] == "majority":
+        found.append(f"loss {run.loss.name} learns from votes, and these data have whole labels (split.label_mode)")
+    if run.batch_size > data.summary["totals"]["train"]:
+        found.append(f"batch_size {run.batch_size} is more than the {data.summary['totals']['train']} training images")
+    for split in ("val", "test"):
+        if absent := [name for name in data.classes if not counts[split][name]]:
+            found.append(f"{split} holds no image of {', '.join(absent)}, so its numbers say nothing of that")
+    return found
+
+
 def run_id(name: str, run: Run, data_hash: str, start: str | None = None) -> str:
     """`<name>-s<seed>-<8 hex>`: the same for the same settings and data, on any machine and number of workers.
 

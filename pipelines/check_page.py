@@ -140,7 +140,11 @@ def _labels(found: dict[str, Any]) -> list[Finding]:
     ratio = train[most] / train[least]
     text = f"The largest class of train is {most} ({train[most]:,}), the smallest {least} ({train[least]:,})."
     lines = [Finding("look" if ratio >= UNEVEN else "ok", "balance", text)]
-    few = {name: count for name, count in test.items() if count < FEW}
+    for split in ("val", "test"):
+        if absent := [name for name, count in found["balance"][split].items() if not count]:
+            text = f"{split} holds no image of {', '.join(absent)}, so its numbers say nothing of that."
+            lines.append(Finding("look", "absent classes", text))
+    few = {name: count for name, count in test.items() if 0 < count < FEW}
     if few:
         named = ", ".join(f"{name} ({count})" for name, count in few.items())
         text = f"Few test images of {named}: their recalls are rough numbers."

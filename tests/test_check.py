@@ -128,6 +128,10 @@ def test_what_is_said(found: dict[str, Any]) -> None:
     said = {line.topic: line.text for line in check_page.findings(found | {"tiny": tiny})}
     assert "tiny images" not in {line.topic for line in check_page.findings(found)}
     assert said["tiny images"] == "4 have less than half the side that all are resized to, such as a.png, b.png."
+    assert "absent classes" not in said
+    lacking = found["balance"] | {"val": {"happy": 4, "sad": 0}}
+    said = {line.topic: line.text for line in check_page.findings(found | {"balance": lacking})}
+    assert said["absent classes"] == "val holds no image of sad, so its numbers say nothing of that."
     known = found | {"published": {"train": 7, "val": 4, "test": 5}}
     assert check_page.findings(known)[0].text == "7 train, 4 val, 4 test; published: 7 train, 4 val, 5 test."
 

@@ -9,10 +9,11 @@ import pytest
 from conftest import RESNET, ROOT, SMALL, doe, small_run
 
 from fer.data.augment import Augment
+from fer.data.dataset import open_data
 from fer.losses import LOSSES
 from fer.models.embedding_difference import PAIRINGS
 from fer.resources import Resources
-from fer.run import FORMAT, Run, chain_pixels, resource_faults, run_id
+from fer.run import FORMAT, Run, chain_pixels, data_doubts, resource_faults, run_id
 from fer.settings import Section, check, differing, section_at, table_of
 from pipelines import experiments
 from pipelines.commands.training import warn_of_weights
@@ -210,6 +211,19 @@ def test_a_run_that_continues_one_of_other_pixels_says_so(capsys: pytest.Capture
     warn_of_weights({"first": first, **{f"run{number}": run for number, run in enumerate(later)}})
     told = "first was trained with input.equalize False, input.std [0.25], not with True, [0.5]"
     assert capsys.readouterr().out.replace("\n", " ").split() == ["run2:", *told.split()]
+
+
+def test_what_a_run_asks_of_its_data_in_vain(data: Path) -> None:
+    whole, votes = open_data(data), "loss vote_cross_entropy learns from votes, and these data have whole labels "
+    assert data_doubts(small_run(batch_size=96), whole) == []
+    ours = small_run(batch_size=97, loss={"name": "vote_cross_entropy"})
+    many = "batch_size 97 is more than the 96 training images"
+    assert data_doubts(ours, whole) == [f"{votes}(split.label_mode)", many]
+    whole.summary["label_mode"] = "probability"
+    whole.summary["counts"]["test"] |= {"contempt": 0, "fear": 0}
+    assert data_doubts(ours, whole) == [
+        many, "test holds no image of fear, contempt, so its numbers say nothing of that"
+    ]  # fmt: skip
 
 
 def test_patience_ends_a_run_that_gets_no_better() -> None:

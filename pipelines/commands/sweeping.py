@@ -16,7 +16,14 @@ from rich.table import Column, Table
 from fer.errors import UserError
 from fer.files import is_held
 from pipelines.commands.terminal import bold, console, doing, with_torch
-from pipelines.commands.training import STARTING, failures, first_failure, start_frameworks, warn_of_weights
+from pipelines.commands.training import (
+    STARTING,
+    failures,
+    first_failure,
+    start_frameworks,
+    warn_of_data,
+    warn_of_weights,
+)
 
 
 @with_torch
@@ -47,6 +54,7 @@ def _sweep(words: list[str], new: bool) -> None:
         if sweep_folder.complete(plan):
             console.print(f"{plan.folder.name}: complete, but not in MLflow's store; recording it")
         warn_of_weights({plan.base.name: plan.base.run})
+        warn_of_data(plan.base.name, plan.base.run, plan.data)
         with _Board(plan.folder), flow.flow_page.server_needed():
             state = flow.sweep(words, new, return_state=True)
         failed = failures(state)

@@ -68,6 +68,8 @@ def _train(words: list[str], folds: str | None) -> None:
         console.print(f"Nothing to do: {len(folders)} run(s) are finished and recorded.")
     else:
         warn_of_weights({name: job.run for name, job in jobs.items()})
+        for name, job in jobs.items() if folds is None else ():
+            warn_of_data(name, job.run, job.data)
         with _Bars(folders), flow.flow_page.server_needed():
             state = flow.train(words, folds, return_state=True)
         failed = failures(state)
@@ -171,6 +173,15 @@ def warn_of_weights(runs: dict[str, Any]) -> None:
         view = worse_view(run, RUNS) if run.teacher is not None and (RUNS / run.teacher).exists() else None
         for line in [*mistaken_pixels(run.model, run.input), *(line for line in (start, view) if line)]:
             console.print(f"{name}: {line}", style="yellow", highlight=False)
+
+
+def warn_of_data(name: str, run: Any, data: Path) -> None:
+    """A line for each thing that a run asks of its data in vain, or that these cannot tell."""
+    from fer.data.dataset import open_data
+    from fer.run import data_doubts
+
+    for line in data_doubts(run, open_data(data)):
+        console.print(f"{name}: {line}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def failures(state: Any) -> dict[str, BaseException]:
