@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fer import checkpoint
 from fer.input import Input
 from fer.models import MODELS, build_model, mistaken_pixels, origin, random_backbones
-from fer.models.backbones import BACKBONES
+from fer.models.backbones import BACKBONES, build_backbone
 from fer.models.cost import cost
 from fer.models.embedding_difference import DifferenceOfEmbeddingsNetwork, SameSubject
 from fer.models.network import ModelKind, Network
@@ -262,11 +262,33 @@ def test_vgg13_is_the_published_one() -> None:
     assert [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)] == [0.25] * 4 + [0.5] * 2
 
 
+def shown(section: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """The module that a section of CONTRIBUTING.md shows."""
+    name = section.lower().replace(" ", "_")
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## {section}\n")[2]
+    (folder / f"{name}.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    patch.syspath_prepend(folder)
+    return importlib.import_module(name)
+
+
+@torch.inference_mode()
+def test_the_backbone_that_contributing_shows_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the weights of a file, but for those of a classifier."""
+    kind = shown("A new backbone", tmp_path, monkeypatch).TwoConvolutions
+    file, key, images = tmp_path / "weights.pth", "model.backbone", torch.rand(2, 1, 8, 8)
+    other = build_backbone(kind(width=4), 8, 1, key, True)
+    torch.save({**other.state_dict(), "fc.weight": torch.ones(3, 8)}, file)
+    network = build_backbone(kind(width=4, weights=str(file)), 8, 1, key, True)
+    assert torch.equal(network(images), other(images))
+    assert network(images).shape == (2, network.num_features)
+    assert refusal(build_backbone, kind(weights=str(file)), 8, 1, key, True).startswith(
+        f"{key}.weights: {file}: tensor first.bias has shape [4], the model needs [32]"
+    )
+    assert [str(fault) for fault in kind().faults(3)] == ["images of 3 px are too small: at least 4"]
+
+
 def test_the_model_that_contributing_shows_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    (tmp_path / "tiny_cnn.py").write_text(text.partition("```python\n")[2].partition("```")[0])
-    monkeypatch.syspath_prepend(tmp_path)
-    kind = importlib.import_module("tiny_cnn").TinyCnn(width=4)
+    kind = shown("A new model", tmp_path, monkeypatch).TinyCnn(width=4)
     # 4 and 8 kernels of 3x3 with a bias each, and 8 weights and a bias for each class
     assert cost(kind, Input(channels=1), 3).parameters == 4 * (9 + 1) + 8 * (4 * 9 + 1) + 3 * (8 + 1)
 
