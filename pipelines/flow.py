@@ -30,7 +30,7 @@ from fer.errors import UserError, disk_error
 from fer.evaluate import outdated
 from fer.files import held, is_held, write_json
 from fer.models import build_model, named_weights, weights_files
-from fer.run import run_id
+from fer.run import Run, run_id
 from fer.run_folder import LAST, SUMMARY, read_config, read_summary
 from fer.teacher import check_teacher
 from pipelines import experiments, flow_page, launch, report
@@ -66,6 +66,8 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
     data = _opened(found, params)
     jobs = _jobs(found, data) if folds is None else jobs_of(found, data, folds, RUNS)
     asked = asked if folds is None else set(jobs)
+    for name, job in jobs.items():
+        check_same_weights(name, job.run, job.folder)
     open_jobs = {name for name, job in jobs.items() if not done(job.folder, data[job.name])}
     for name in reversed(jobs):
         first = jobs[name].run.init_from
@@ -111,7 +113,6 @@ def _jobs(found: dict[str, Experiment], data: Mapping[str, DataSet]) -> Jobs:
         start = jobs[run.init_from].folder.name if run.init_from else None
         folder = RUNS / run_id(name, run, data[name].hash, start)
         jobs[name] = Job(name, run, experiment.resources, data[name].folder, folder, start)
-        check_same_weights(jobs[name])
     return jobs
 
 
@@ -132,15 +133,15 @@ def _check_weights(job: Job, classes: int) -> None:
         build_model(job.run.model, job.run.input, classes)
 
 
-def check_same_weights(job: Job) -> None:
-    """Raises UserError if a file of pretrained weights has changed since the run was trained: its id has the name."""
-    if not any((job.folder / file).exists() for file in (LAST, SUMMARY)):
+def check_same_weights(name: str, run: Run, folder: Path) -> None:
+    """Raises UserError if a file of pretrained weights has changed since `folder` was trained: its id has the name."""
+    if not any((folder / file).exists() for file in (LAST, SUMMARY)):
         return
-    noted = read_config(job.folder).get("weights", {})
-    for name, digest in weights_files(job.run.model).items():
-        if noted.get(name, digest) != digest:
+    noted = read_config(folder).get("weights", {})
+    for file, digest in weights_files(run.model).items():
+        if noted.get(file, digest) != digest:
             raise UserError(
-                f"{job.name}: {name} has changed since {job.folder} was trained with it: give the file another name, "
+                f"{name}: {file} has changed since {folder} was trained with it: give the file another name, "
                 "or delete that folder to train again"
             )
 
@@ -363,6 +364,8 @@ def prepare_sweep(words: list[str], new: bool) -> tuple[Plan, Tracker]:
     params = load()
     plan = sweeps.plan(words, machine(params), lambda base: open_data(_folder_of(base, params)))
     sweeps.check_same(plan, new)
+    for folder in plan.folder.glob("runs/*"):
+        check_same_weights(plan.name, plan.base.run, folder)
     flow_page.check_server()
     with _starting(), _prefect_starting(not sweeps.complete(plan)):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)

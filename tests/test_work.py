@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, NO_AUGMENT, small_run, wait_for
+from conftest import CPU, DATA, NO_AUGMENT, experiment, refusal, small_run, wait_for
 from safetensors.torch import save_file
 
 from fer.data.dataset import open_data
@@ -21,9 +22,12 @@ from fer.models.small_resnet import SmallResnetBackbone
 from fer.run import run_id
 from fer.signals import Stopped, ask_to_stop
 from fer.train import NonFiniteLoss
+from pipelines import experiments
 from pipelines import work as works
 from pipelines.experiments import Job
-from pipelines.flow import check_same_weights
+from pipelines.flow import check_same_weights, prepare, prepare_sweep
+from pipelines.folds import jobs_of
+from pipelines.sweeps import folder as sweeps
 from pipelines.work import LOG, Ended, logged, work
 
 
@@ -142,26 +146,33 @@ def test_a_limit_on_the_size_of_files_is_the_users_to_raise(data: Path, tmp_path
         assert (made.folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_weights_file_that_has_changed_is_not_taken_for_the_old_one(data: Path, tmp_path: Path) -> None:
-    """The id of a run has the name of its weights: other bytes under it would be answered with the old numbers."""
-    backbone = {"name": "small_resnet", "width": 8, "blocks": [1]}
+def test_a_weights_file_that_has_changed_is_not_taken_for_the_old_one(project: Path) -> None:
+    """The id of a run has the name of its weights: other bytes under it would be answered with the old numbers.
+
+    The same for a fold, and for a trial of a sweep.
+    """
     network = SmallResnetBackbone(width=8, blocks=[1]).build(16, 1)
-    weights = tmp_path / "w.safetensors"
+    weights = project / "w.safetensors"
     save_file(network.state_dict(), weights)
-    model = {
-        "name": "classifier",
-        "stn": False,
-        "resizer": {"name": "none"},
-        "backbone": backbone | {"weights": str(weights)},
-    }
-    made = job(data, model=model)
-    check_same_weights(made)  # not trained yet
-    assert work(made) == Ended("done")
-    check_same_weights(made)
+    backbone = {"name": "small_resnet", "width": 8, "blocks": [1], "weights": str(weights)}
+    parts = {"name": "classifier", "stn": False, "resizer": {"name": "none"}, "backbone": backbone}
+    run, data = experiment(project, "small", model=parts), open_data(DATA)
+    runs, found = project / "data/runs", experiments.load(["small"], {})
+    (fold, *_) = jobs_of(found, {"small": data}, "2", runs).values()
+    made = Job("small", run, CPU, DATA, runs / run_id("small", run, data.hash))
+    check_same_weights(made.name, made.run, made.folder)  # not trained yet
+    assert [work(one) for one in (made, fold)] == [Ended("done"), Ended("done")]
+    check_same_weights(made.name, made.run, made.folder)
+    asked = ["sample", "base=small", "grace_epochs=1", "space={batch_size: {choice: [8, 16]}}"]
+    swept = sweeps.plan(asked, {}, lambda base: data)
+    trial = shutil.copytree(made.folder, swept.folder / "runs" / "trial")
     save_file({name: tensor + 1 for name, tensor in network.state_dict().items()}, weights)
     assert work(made) == Ended("done")  # trains nothing, and notes no other bytes
-    told = f"{made.name}: {weights} has changed since {made.folder} was trained with it: "
-    with pytest.raises(UserError, match=re.escape(told)):
-        check_same_weights(made)
+    told = f"{weights} has changed since"
+    assert refusal(prepare, ["small"]).startswith(
+        f"small: {told} {made.folder.relative_to(project)} was trained with it: "
+    )
+    assert refusal(prepare, ["small"], "2").startswith(f"small.fold1of2: {told} ")
+    assert refusal(prepare_sweep, asked, False).startswith(f"sample: {told} {trial} was ")
     weights.unlink()
-    check_same_weights(made)
+    check_same_weights(made.name, made.run, made.folder)
