@@ -149,6 +149,9 @@ def _labels(found: dict[str, Any]) -> list[Finding]:
         named = ", ".join(f"{name} ({count})" for name, count in few.items())
         text = f"Few test images of {named}: their recalls are rough numbers."
         lines.append(Finding("look", "small classes", text))
+    if wrong := found["wrong_labels"]:
+        text = f"{_share(wrong, sum(train.values()))} of train ({wrong:,}) have a wrong label, by split.label_noise."
+        lines.append(Finding("note", "wrong labels", text))
     if found["votes"]:
         parts = [f"{100 * part['minority']:.0f} % in {split}" for split, part in found["votes"].items()]
         unanimous = f"{100 * found['votes']['train']['unanimous']:.0f} %"

@@ -123,12 +123,22 @@ class Splitting(Section):
     prior_min_votes: Positive
     train_share: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
+    label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training images of each class that get another label at random, to see what training makes of it."""
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.94
     """Cosine of two thumbnails from which images count as the same photograph; null: only exact copies do."""
     val_share: Share = 0.1
     """Share of train, or of all images, that becomes val where the data set has none."""
     test_share: Share = 0.2
     """Share of all images that becomes test where the data set has no splits."""
+
+    @model_validator(mode="after")
+    def _noise_is_of_whole_labels(self) -> "Splitting":
+        if self.label_noise and self.label_mode != "majority":
+            raise Unfit(
+                [Fault("label_noise", f"is of whole labels: set label_mode to majority, not {self.label_mode}")]
+            )
+        return self
 
 
 class Recipe(Section):

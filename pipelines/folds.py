@@ -69,6 +69,10 @@ def jobs_of(found: Mapping[str, Experiment], data: Mapping[str, DataSet], folds:
     made = {}
     for name, one in found.items():
         whole = data[name]
+        if noise := whole.summary.get("label_noise"):
+            raise UserError(
+                f"{name}: --folds would test on wrong labels (split.label_noise: {noise:g}); take other data"
+            )
         if whole.folder not in views:
             views[whole.folder] = {fold: fold_of(whole, fold) for fold in folds_of(whole, folds)}
         for fold, view in views[whole.folder].items():

@@ -20,6 +20,7 @@ DATA_PARAMS = {  # summary.json of the splits -> params
     "label_mode": "split.label_mode",
     "prior_min_votes": "split.prior_min_votes",
     "train_share": "split.train_share",
+    "label_noise": "split.label_noise",
     "seed": "split.seed",
     "dropped_leaked_train": "split.dropped_leaked_train",
 }

@@ -132,6 +132,8 @@ def test_what_is_said(found: dict[str, Any]) -> None:
     lacking = found["balance"] | {"val": {"happy": 4, "sad": 0}}
     said = {line.topic: line.text for line in check_page.findings(found | {"balance": lacking})}
     assert said["absent classes"] == "val holds no image of sad, so its numbers say nothing of that."
+    said = {line.topic: line.text for line in check_page.findings(found | {"wrong_labels": 3})}
+    assert said["wrong labels"] == "50.0 % of train (3) have a wrong label, by split.label_noise."
     known = found | {"published": {"train": 7, "val": 4, "test": 5}}
     assert check_page.findings(known)[0].text == "7 train, 4 val, 4 test; published: 7 train, 4 val, 5 test."
 

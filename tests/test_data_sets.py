@@ -50,6 +50,8 @@ def test_every_reader_has_a_file_and_each_file_is_read(params: Params) -> None:
          "data.faces_margin: has no effect without faces: delete it"),
         ({"data__sample__test": 10**7}, "data.sample.test: should be less than or equal to 1000000, got 10000000"),
         ({"data__sample__tran": 100}, "data.sample.tran: unknown key, did you mean 'train'?"),
+        ({"split__label_mode": "probability", "split__label_noise": 0.1},
+         "split.label_noise: is of whole labels: set label_mode to majority, not probability"),
         ({"split__val_share": 0}, "split.val_share: should be greater than 0, got 0"),
         ({"super_resolution__scale": 2}, "super_resolution.scale: must be 1, as method none keeps the size, got 2"),
         ({"super_resolution": {"method": "swin2sr", "scale": 3, "hub_id": None, "precision": "fp32"}},

@@ -183,6 +183,9 @@ def test_no_fold_starts_or_learns_from_another_run(recipes: Path) -> None:
     found = experiments.load(["first", "teacher=x-s1-01234567"], {})
     line = refusal(jobs_of, found, {"first": data}, "5", recipes / "data/runs")
     assert line.startswith("first: teacher: a fold cannot learn from x-s1-01234567, which was trained on its test ")
+    data.summary["label_noise"] = 0.2
+    line = refusal(jobs_of, experiments.load(["first"], {}), {"first": data}, "5", recipes / "data/runs")
+    assert line == "first: --folds would test on wrong labels (split.label_noise: 0.2); take other data"
 
 
 @pytest.mark.slow

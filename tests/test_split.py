@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from conftest import DATA, prepared
 from PIL import Image
 
@@ -185,6 +186,31 @@ def test_a_smaller_share_is_part_of_a_larger_one_and_val_test_and_prior_stay() -
     np.random.seed(2)
     assert train_rows(splits_of(rows, train_share=0.55, seed=3)) == train_rows(middle)
     assert train_rows(splits_of(rows, train_share=0.55, seed=4)) != train_rows(middle)
+
+
+def test_label_noise_is_a_share_of_each_class_and_grows_without_changing_its_mind() -> None:
+    rows = large_set()
+    whole, some, more = (splits_of(rows, label_noise=noise, seed=3) for noise in (0.0, 0.1, 0.5))
+    labels = [np.array(found.tables["train"]["label"]) for found in (whole, some, more)]
+    wrong = [found != labels[0] for found in labels]
+    # of 41 neutral, 25 happiness, 4 contempt and 1 each of the five others, which stay
+    for found, changed, counts in zip((whole, some, more), wrong, ([0, 0, 0], [4, 2, 0], [20, 12, 2])):
+        by_class = np.bincount(labels[0][changed], minlength=8)
+        assert [by_class[CLASSES.index(name)] for name in ("neutral", "happiness", "contempt")] == counts
+        assert found.wrong == sum(counts) == by_class.sum()
+        for name in ("val", "test"):
+            same = ["row", "label", *CLASSES]
+            pd.testing.assert_frame_equal(found.tables[name][same], whole.tables[name][same])
+        np.testing.assert_array_equal(found.class_prior, whole.class_prior)
+    assert (wrong[1] <= wrong[2]).all()
+    assert (labels[1] == labels[2])[wrong[1]].all()
+    np.testing.assert_array_equal(more.tables["train"][list(CLASSES)], np.eye(8)[labels[2]])  # no loss sees the votes
+    assert (splits_of(rows, label_noise=0.5, seed=4).tables["train"]["label"] != labels[2]).any()
+    pair = [row("train", str(i), **{CLASSES[i % 2]: 10}) for i in range(6_000)]
+    told = splits_of(small_set(*pair), label_noise=0.5).tables["train"]["label"].to_numpy()
+    zero = np.bincount(told[8:][::2], minlength=8)
+    assert abs(zero[0] - 1_500) <= 1  # the one of the small set may be among them
+    assert scipy.stats.chisquare(zero[1:]).pvalue > 1e-3  # each of the others is as likely
 
 
 def test_only_kept_training_images_are_duplicates() -> None:
@@ -379,6 +405,13 @@ def test_every_setting_reaches_the_splits(stage_input: pd.DataFrame) -> None:
     assert pd.read_csv(DATA / "splits/train.csv")["row"].tolist() == train_rows(expected)
     summary = json.loads((DATA / "splits/summary.json").read_text())
     np.testing.assert_array_equal(summary["class_prior"], expected.class_prior)
+    changes |= {"label_mode": "majority", "label_noise": 0.5}
+    split(params(near_duplicates=None, **changes))
+    expected = splits_of(rows, **changes)
+    summary = json.loads((DATA / "splits/summary.json").read_text())
+    assert (summary["label_noise"], summary["wrong_labels"]) == (0.5, expected.wrong)
+    assert expected.wrong > 0
+    assert pd.read_csv(DATA / "splits/train.csv")["label"].tolist() == expected.tables["train"]["label"].tolist()
 
 
 def test_plots_are_the_class_balance_and_training_images_but_no_real_face(stage_input: pd.DataFrame) -> None:

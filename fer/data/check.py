@@ -76,6 +76,7 @@ def check(folder: str | Path, faces: Callable[[np.ndarray], Sequence[Any]] | Non
         "labelled": {split: len(table) for split, table in tables.items()},
         "before_labels": data.summary.get("raw_rows", {}),
         "held_out": data.summary.get("held_out", {}),
+        "wrong_labels": data.summary.get("wrong_labels", 0),
         "balance": {split: count_classes(table, data.classes) for split, table in tables.items()},
         "pixels": _pixels(images, rows, tables),
         **({} if faces is None else {"faceless": _faceless(images, tables, faces)}),

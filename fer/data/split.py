@@ -42,6 +42,7 @@ class SplitRules:
     near_duplicates: float | None = SAME
     prior_min_votes: int = 5
     train_share: float = 1.0
+    label_noise: float = 0.0
     seed: int = 0
     val_share: float = 0.1
     test_share: float = 0.2
@@ -54,6 +55,7 @@ class Splits:
     tables: dict[str, pd.DataFrame]  # by split, with `Kind.columns`
     class_prior: np.ndarray | None  # float64 [C, C], row = label; None for hard labels without a confusion
     dropped: int  # training images left out because val or test hold them as well
+    wrong: int  # training images to which `label_noise` gave another label
     raw_rows: dict[str, int]  # images of each split before the vote rule
     held_out: dict[str, str]  # split that the data set lacks -> what it was taken from
 
@@ -99,6 +101,9 @@ def make_splits(rows: pd.DataFrame, images: Images, kind: Kind, settings: SplitR
     `drop_leaked_train` removes from train every image of which val or test hold an exact copy, or a near one.
     Of the rest, train keeps the fraction `train_share` (in (0, 1]) of each class: round(share n) images, at least one,
     drawn with `seed`; a smaller share is a subset of a larger one. Images left out do not count as duplicates.
+    Of these `label_noise` gives a fraction of each class, also drawn with `seed`, one of the other labels, each as
+    likely: symmetric noise as in Wang et al. 2020 (SCN, arXiv 2002.10392, section 4.3). The images of a smaller noise
+    are wrong in the same way under a larger one. Targets are then the labels, so that no loss sees the true one.
     The prior comes from all raw rows of train but the leaked ones, by the published recipe (`labels.class_prior`). It
     describes the voters, so `train_share` does not change it. Hard labels have that of `kind.confusion`, or none.
     Raises UserError for an empty split or a class without a training image, with the numbers and what took them.
@@ -115,7 +120,8 @@ def make_splits(rows: pd.DataFrame, images: Images, kind: Kind, settings: SplitR
     train = raw["train"]
     train = train[~_leaked(train, tables, settings.drop_leaked_train, looks)]
     _refuse_gaps(tables, raw, leaked, kind, settings)
-    tables["train"] = _share(tables["train"][~leaked], len(kind.classes), settings)
+    clean = _share(tables["train"][~leaked], len(kind.classes), settings)
+    tables["train"] = _noisy(clean, kind.classes, settings) if settings.label_noise else clean
     if kind.hard:
         prior = None if kind.confusion is None else np.array(kind.confusion, np.float64)
     else:
@@ -123,7 +129,8 @@ def make_splits(rows: pd.DataFrame, images: Images, kind: Kind, settings: SplitR
         prior = class_prior(votes, train["name"].to_numpy(), settings.prior_min_votes, kind.classes)
     counts = {split: len(part) for split, part in raw.items()}
     marked = {split: table[kind.columns] for split, table in _mark_near(_mark_copies(tables), looks).items()}
-    return Splits(marked, prior, int(leaked.sum()), counts, held_out)
+    wrong = int((tables["train"]["label"] != clean["label"]).sum())
+    return Splits(marked, prior, int(leaked.sum()), wrong, counts, held_out)
 
 
 def count_classes(table: pd.DataFrame, classes: Sequence[str]) -> dict[str, int]:
@@ -214,6 +221,20 @@ def _share(train: pd.DataFrame, classes: int, settings: SplitRules) -> pd.DataFr
         order = rng.permutation(np.flatnonzero(train["label"] == label))
         kept.append(order[: max(1, round(settings.train_share * len(order)))])
     return train.iloc[np.sort(np.concatenate(kept))]
+
+
+def _noisy(train: pd.DataFrame, classes: Sequence[str], settings: SplitRules) -> pd.DataFrame:
+    """`train` with wrong labels, one image of each class at least keeping its own, and the labels as targets."""
+    rng, labels = np.random.default_rng([settings.seed, 1]), train["label"].to_numpy()
+    others = (labels + rng.integers(1, len(classes), len(labels))) % len(classes)
+    found = labels.copy()
+    for label in range(len(classes)):
+        order = rng.permutation(np.flatnonzero(labels == label))
+        wrong = order[: min(round(settings.label_noise * len(order)), len(order) - 1)]
+        found[wrong] = others[wrong]
+    noisy = train.assign(label=found)
+    noisy[list(classes)] = np.eye(len(classes))[found]
+    return noisy
 
 
 class _Looks:

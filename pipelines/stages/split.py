@@ -39,6 +39,7 @@ def split(one: Prepared) -> None:
             "train_share": config.train_share,
             "seed": config.seed,
             "near_duplicates": config.near_duplicates,
+            **({"label_noise": config.label_noise, "wrong_labels": splits.wrong} if config.label_noise else {}),
             "super_resolution": _facts(upscaled / "upscale.json", "upscale", "method", "scale"),
         }
         _write(folder / "summary.json", summary)
