@@ -120,13 +120,6 @@ def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.square(probabilities - hot).sum(1).mean())
 
 
-def divergence(targets: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of the probabilities from the voters' shares, both float [n, C], in nats."""
-    floor = np.finfo(np.float32).tiny
-    logs = np.log(np.maximum(targets, floor)) - np.log(np.maximum(probabilities, floor))
-    return float((targets * logs).sum(1).mean())
-
-
 def temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """The T that minimises the log loss of softmax(log p / T) (Guo et al. 2017, 1706.04599); float [n, C], int [n].
 

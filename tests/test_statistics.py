@@ -14,7 +14,6 @@ from fer.statistics import (
     brier,
     detectable,
     difference,
-    divergence,
     even,
     mcnemar,
     mean,
@@ -128,14 +127,12 @@ def test_95_percent_intervals_hold_the_truth_95_times_in_100(balanced: bool, mon
     assert 0.93 <= hits / 600 <= 0.97
 
 
-def test_scores_agree_with_scikit_learn_and_scipy() -> None:
-    probabilities, targets = RNG.dirichlet([1] * 4, (2, 200))
+def test_scores_agree_with_scikit_learn() -> None:
+    probabilities = RNG.dirichlet([1] * 4, 200)
     labels = RNG.integers(0, 4, 200)
     assert negative_log_likelihood(probabilities, labels) == pytest.approx(log_loss(labels, probabilities))
     assert brier(probabilities, labels) == pytest.approx(brier_score_loss(labels, probabilities, labels=range(4)))
     assert negative_log_likelihood(np.array([[0.0, 1.0]]), np.array([0])) > 80  # finite
-    targets[0] = [0, 0, 1, 0]
-    assert divergence(targets, probabilities) == pytest.approx(stats.entropy(targets, probabilities, axis=1).mean())
 
 
 @pytest.mark.parametrize("true", [0.5, 2.5])
