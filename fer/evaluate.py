@@ -25,7 +25,7 @@ from fer.models import build_model, origin
 from fer.models.ensemble import Ensemble
 from fer.resources import Resources
 from fer.run import FORMAT, training_images
-from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary, write_summary
+from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary
 from fer.statistics import even, temperature
 
 
@@ -52,7 +52,7 @@ def evaluate(folder: str | Path, data_dir: str | Path, resources: Resources) -> 
     if summary is None or summary["test_hash"] != data.test_hash:
         summary = _evaluated(folder, meta, data, resources)
     summary |= _leaks(folder, data) | {"finished": time.time()}
-    write_summary(folder, summary)
+    write_json(folder / SUMMARY, summary)
     return summary
 
 

@@ -189,11 +189,6 @@ def read_progress(folder: Path) -> dict[str, int] | None:
         return None
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write summary.json, atomically."""
-    write_json(folder / SUMMARY, summary)
-
-
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """summary.json, or None if the run is not finished; keys of earlier versions get their current names.
 

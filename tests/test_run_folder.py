@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from conftest import refusal
 
-from fer.run_folder import Progress, named, read_progress, read_rows, read_summary, write_rows, write_summary
+from fer.files import write_json
+from fer.run_folder import SUMMARY, Progress, named, read_progress, read_rows, read_summary, write_rows
 
 ROW = dict.fromkeys(("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "time"), 1 / 3)
 ROWS = [{"epoch": 1, **ROW}, {"epoch": 2, **ROW, "val_accuracy": 0.5, "beside": 1.0}]
@@ -59,9 +60,9 @@ def test_progress_is_written_once_a_second_and_at_the_end_of_an_epoch(
 
 def test_a_summary_of_format_1_has_the_names_of_today(tmp_path: Path) -> None:
     shared = {key: FINISHED[key] for key in FINISHED if not key.startswith("test_")}
-    write_summary(tmp_path, {**shared, "format": 1, "test_without_leaked": SCORES})
+    write_json(tmp_path / SUMMARY, {**shared, "format": 1, "test_without_leaked": SCORES})
     assert read_summary(tmp_path) == {**shared, "format": 1, "test_without_train": SCORES}
-    write_summary(tmp_path, FINISHED)
+    write_json(tmp_path / SUMMARY, FINISHED)
     assert read_summary(tmp_path) == json.loads((tmp_path / "summary.json").read_text()) == FINISHED
 
 
