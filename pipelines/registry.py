@@ -396,14 +396,11 @@ def _record(
 
 def until_done(change: Callable[[], Result]) -> Result:
     """Try again if it fails: when two changes reach its store at once, MLflow refuses one of them."""
-    for left in reversed(range(TRIES)):
-        try:
+    for _ in range(TRIES - 1):
+        with suppress(MlflowException):
             return change()
-        except MlflowException:
-            if not left:
-                raise
-            time.sleep(random.random() / 2)
-    raise AssertionError("unreachable")
+        time.sleep(random.random() / 2)
+    return change()
 
 
 def _log_model(run_id: str, folder: Path, summary: dict[str, Any]) -> ModelInfo:

@@ -351,11 +351,7 @@ class Tracker:
         return run_id
 
     def _describe(self, run_id: str, name: str, run: Run, data: dict[str, Any]) -> None:
-        given = _data_inputs(data)
-        try:
-            self.client.log_inputs(run_id, given)
-        except MlflowException:  # another run was creating the same entries; now they exist
-            self.client.log_inputs(run_id, given)
+        until_done(partial(self.client.log_inputs, run_id, _data_inputs(data)))
         values = {"experiment": name, **data_params(data), **run_params(run)}
         self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
 
