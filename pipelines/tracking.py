@@ -305,16 +305,13 @@ class Tracker:
         query = f"tags.`{RUN_ID}` = '{ours}'"
         return next(iter(self.client.search_runs([self.experiment], query, ViewType.ACTIVE_ONLY, 1)), None)
 
-    def close_abandoned(self) -> list[str]:
-        """Mark runs of dead processes of this host (killed, or before a reboot) as FAILED; returns their run ids."""
-        closed = []
+    def close_abandoned(self) -> None:
+        """Mark runs of dead processes of this host (killed, or before a reboot) as FAILED."""
         query = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
         for found in self.client.search_runs([self.experiment], query):
             if ended(found.data.tags.get(PROCESS, "")):
                 self.client.set_tag(found.info.run_id, ERROR, "the process was killed; run the command again")
                 self.client.set_terminated(found.info.run_id, "FAILED")
-                closed.append(found.data.tags[RUN_ID])
-        return closed
 
     def _open(
         self, ours: str, name: str, run: Run, data: dict[str, Any], about: Mapping[str, str] | None = None

@@ -220,7 +220,7 @@ def test_runs_of_dead_processes_are_closed_and_those_of_live_ones_left(folder: P
     def inside() -> None:
         (run,) = tracker.client.search_runs([tracker.experiment], f"tags.`fer.run_id` = '{dead.name}'")
         tracker.client.set_tag(run.info.run_id, "fer.process", "999999999:1")
-        assert tracker.close_abandoned() == [dead.name]
+        tracker.close_abandoned()
         assert statuses(tracker) == {live.name: "RUNNING", dead.name: "FAILED"}
 
     with ThreadPoolExecutor(1) as other:  # as a flow's tasks
