@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,11 +216,7 @@ class Tracker:
 
     def describe_sweep(self, run_id: str, text: str, numbers: dict[str, float], files: list[Path]) -> None:
         """Log the result of a sweep: a note in Markdown, metrics and artifacts."""
-        self.client.set_tag(run_id, NOTE, text)
-        for key, value in numbers.items():
-            self.client.log_metric(run_id, key, value)
-        for path in files:
-            self.client.log_artifact(run_id, str(path))
+        self._log(run_id, numbers, time.time(), {NOTE: text}, files)
 
     def recorded(self, folder: Path) -> bool:
         """Whether this experiment of this server already has the finished run in `folder`, as last evaluated."""
