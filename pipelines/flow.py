@@ -62,31 +62,29 @@ def prepare(words: list[str], folds: str | None = None) -> tuple[Jobs, Tracker]:
     """
     params = load()
     found = {name: experiments.taught(one, RUNS) for name, one in experiments.load(words, machine(params)).items()}
-    asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]}
     data = _opened(found, params)
     jobs = _jobs(found, data) if folds is None else jobs_of(found, data, folds, RUNS)
-    asked = asked if folds is None else set(jobs)
     for name, job in jobs.items():
         check_same_weights(name, job.run, job.folder)
+    asked = {experiments.path_of(name).stem for name in experiments.split(words)[0]} if folds is None else set(jobs)
     open_jobs = {name for name, job in jobs.items() if not done(job.folder, data[job.name])}
     for name in reversed(jobs):
         first = jobs[name].run.init_from
         if name in asked and name in open_jobs and first is not None:
             asked.add(first)
     jobs = {name: job for name, job in jobs.items() if name in asked}
-    for name in open_jobs & jobs.keys():
-        job = jobs[name]
+    left = [job for name, job in jobs.items() if name in open_jobs]
+    for job in left:
         if read_summary(job.folder) is None:
             check_teacher(job.run, data[job.name], RUNS)
     for job in jobs.values():
         data[job.name].prior(job.run.loss.needs_prior)
-    unfinished = any(name in open_jobs for name in jobs)
     flow_page.check_server()
-    with _starting(), _prefect_starting(unfinished):
+    with _starting(), _prefect_starting(bool(left)):
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
-        for job in {jobs[name].name: jobs[name] for name in open_jobs & jobs.keys()}.values():
+        for job in {job.name: job for job in left}.values():
             _check_weights(job, len(data[job.name].classes))
-        if unfinished:
+        if left:
             launch.start_ray()
             launch.check_resources({job.name: job for job in jobs.values()}.values())
     return jobs, tracker
