@@ -142,17 +142,18 @@ def check_resources(jobs: Iterable[Job]) -> None:
         if asked.device == "cuda" and not have.get("GPU"):
             lines.append(f"{where}.device: cuda, but there is no GPU; set it to auto or cpu")
             continue
+        share = _per_worker(asked)
         short = [
-            f"{where}: {asked.workers} worker(s) need {need:g} {kind}s, "
+            f"{where}: {asked.workers} worker(s) need {asked.workers * count:g} {kind}s, "
             f"there are {have.get(kind, 0):g}; lower workers or set RAY_ADDRESS to a larger cluster"
-            for kind, need in _needs(asked).items()
-            if need > have.get(kind, 0)
+            for kind, count in share.items()
+            if asked.workers * count > have.get(kind, 0)
         ]
         lines += short
         if not short and (room := _room(asked)) < asked.workers:
-            share = " and ".join(f"{count:g} {kind}s" for kind, count in _per_worker(asked).items())
+            needs = " and ".join(f"{count:g} {kind}s" for kind, count in share.items())
             lines.append(
-                f"{where}: a worker needs {share} on one machine; there is room for {room} of {asked.workers} "
+                f"{where}: a worker needs {needs} on one machine; there is room for {room} of {asked.workers} "
                 "worker(s); lower cpus_per_worker or gpus_per_worker"
             )
     if lines:
@@ -389,7 +390,3 @@ def _per_worker(asked: Resources) -> dict[str, float]:
     if _uses_gpu(asked):
         share["GPU"] = asked.gpus_per_worker
     return share
-
-
-def _needs(asked: Resources) -> dict[str, float]:
-    return {kind: asked.workers * count for kind, count in _per_worker(asked).items()}
