@@ -160,8 +160,8 @@ def _result(folder: Path) -> dict[str, Any] | None:
     """result.json, if it is of the budget that the sweep has now."""
     from pipelines.sweeps.files import read_about, read_result
 
-    result, budget = read_result(folder), read_about(folder).get("budget")
-    return result if result is None or budget in (None, result["budget"]) else None
+    result = read_result(folder)
+    return result if result is not None and result["budget"] == read_about(folder)["budget"] else None
 
 
 def _print_result(folder: Path) -> None:
