@@ -163,8 +163,8 @@ def _budget(plan: Plan) -> dict[str, Any]:
 
 def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     before, prefix = read_about(other), f"sweep {plan.name}"
-    theirs, faults = check(Run, before["run"])
-    if before.get("layout") != LAYOUT or format_of(before) != FORMAT or theirs is None or faults:
+    theirs = check(Run, before["run"])[0]
+    if before.get("layout") != LAYOUT or format_of(before) != FORMAT or theirs is None:
         return f"{prefix}: {other} was begun by another version of this program; use --new to start another"
     now, then = _flat(plan.base, plan.base.run, about), _flat(plan.base, theirs, before)
     names = [key for key in {**now, **then} if now.get(key) != then.get(key)]
@@ -206,11 +206,6 @@ def end_trial(folder: Path, error: str | None = None) -> None:
     write_json(folder / NOTE, {**read_note(folder), **ended})
 
 
-def read_error(folder: Path) -> str | None:
-    """Why a trial failed; None if it did not."""
-    return read_note(folder)["error"]
-
-
 def drop_weights(folder: Path) -> None:
     """Delete the weights of all trials: only their metrics matter, and dozens of checkpoints would fill the disk."""
     for name in (LAST, BEST):
@@ -248,11 +243,6 @@ def best_of(trials: list[Trial]) -> Trial | None:
     if whole:
         return max(whole, key=lambda trial: (trial.best or 0.0, -trial.number))
     return max(fit, key=lambda trial: trial.rank, default=None)
-
-
-def spent(trials: list[Trial], at_once: int) -> float:
-    """Seconds of search so far: training time of all trials, of which `at_once` run in parallel."""
-    return sum(trial.seconds for trial in trials) / at_once
 
 
 def best_run(folder: Path, result: dict[str, Any]) -> Run:

@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import warnings
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fer.files import held
 from fer.run import resource_faults
 from fer.run_folder import LAST, read_rows
 from pipelines.sweeps import folder as disk
+from pipelines.sweeps.files import read_note
 from pipelines.sweeps.folder import FAILED, Plan, Trial, read_trials
 from pipelines.sweeps.space import Point, changed, grid
 from pipelines.work import enter, work
@@ -85,22 +86,23 @@ def search(plan: Plan) -> list[Trial]:
 
 
 def _seconds_left(plan: Plan, before: list[Trial]) -> float:
-    hours = plan.sweep.hours
-    return math.inf if hours is None else max(0.0, 3600 * hours - disk.spent(before, trials_at_once(plan)))
+    """Of the search, which takes the training time of all trials divided by how many run in parallel."""
+    hours, spent = plan.sweep.hours, sum(trial.seconds for trial in before)
+    return math.inf if hours is None else max(0.0, 3600 * hours - spent / trials_at_once(plan))
 
 
 def _run(plan: Plan, known: list[Point], wanted: int, seconds: float | None) -> None:
     """Search with Tune until there are `wanted` trials, of which the `known` points come first."""
     sweep, storage = plan.sweep, plan.folder.resolve()
     shutil.rmtree(storage / TUNE, ignore_errors=True)  # of the last start; Tune would silently continue it
-    mistake = _Mistake()
+    mistake, space = _Mistake(), partial(_draw_point, plan)  # which Tune pickles, as it cannot an inner function
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_trial, plan=plan), {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial}
         ),
         tune_config=tune.TuneConfig(
             search_alg=OptunaSearch(
-                _Draw(plan), metric=METRIC, mode="max", points_to_evaluate=known, sampler=_sampler(plan, len(known))
+                space, metric=METRIC, mode="max", points_to_evaluate=known, sampler=_sampler(plan, len(known))
             ),
             scheduler=_scheduler(plan),
             metric=METRIC,
@@ -128,14 +130,9 @@ def _run(plan: Plan, known: list[Point], wanted: int, seconds: float | None) -> 
             disk.end_trial(plan.job(result.config).folder, "its process died more often than `restarts` allows")
 
 
-@dataclass(frozen=True)
-class _Draw:
+def _draw_point(plan: Plan, drawn: optuna.Trial) -> None:
     """Optuna's define-by-run function: draws a point, without the ranges of choices that are not taken."""
-
-    plan: Plan
-
-    def __call__(self, drawn: optuna.Trial) -> None:
-        changed(self.plan.base.run, self.plan.space, drawn)
+    changed(plan.base.run, plan.space, drawn)
 
 
 def trials_at_once(plan: Plan) -> int:
@@ -202,7 +199,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
     job = plan.job(config)
     disk.begin_trial(job.folder, config)
     with held(job.folder, math.inf):  # by another trial at the same point, whose epochs are on disk then
-        rows, error = read_rows(job.folder), disk.read_error(job.folder)
+        rows, error = read_rows(job.folder), read_note(job.folder)["error"]
     reported: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any]) -> None:
