@@ -227,15 +227,10 @@ class Registry:
         if known is None:
             known = self._new_history(name)
             until_done(partial(self.client.set_registered_model_tag, name, HISTORY, known))
-        self._restore(known)
-        return known
-
-    def _restore(self, run_id: str) -> None:
-        """Bring back the run of a history, or its experiment, that was deleted in MLflow."""
-        info = self.client.get_run(run_id).info
-        if info.lifecycle_stage != "active":
+        if self.client.get_run(known).info.lifecycle_stage != "active":  # it or its experiment was deleted in MLflow
             self._experiment()
-            self.client.restore_run(run_id)
+            self.client.restore_run(known)
+        return known
 
     def _new_history(self, name: str) -> str:
         made = self.client.create_run(self._experiment(), run_name=name).info.run_id
