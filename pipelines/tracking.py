@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -408,7 +409,7 @@ class _Follower:
     ):
         """`followed`: MLflow run id and folder of each run to follow, asked every second; `on_rows`: see `record`."""
         self.client, self.followed, self.on_rows = client, followed, on_rows
-        self.sent: dict[str, int] = {}  # MLflow run id -> number of lines sent
+        self.sent = Counter[str]()  # MLflow run id -> number of lines sent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -428,9 +429,10 @@ class _Follower:
     def _send(self) -> bool:
         try:
             for run_id, folder in self.followed():
-                for part in _batches(read_rows(folder)[self.sent.get(run_id, 0) :]):
+                rows = read_rows(folder)
+                while part := rows[self.sent[run_id] :][:AT_ONCE]:
                     self.client.log_batch(run_id, metrics=[point for row in part for point in _points(row)])
-                    self.sent[run_id] = self.sent.get(run_id, 0) + len(part)
+                    self.sent[run_id] += len(part)
                     self.on_rows(part)
         except MlflowException:
             return False
@@ -491,11 +493,6 @@ class _Trials:
         if best is not None and best.best is not None:
             self.client.log_metric(self.parent, BEST_VAL, best.best, step=len(self.ended))
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
-
-
-def _batches(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of metrics.jsonl, as many as go into one call of MLflow."""
-    return (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE))
 
 
 def _points(row: dict[str, Any]) -> list[Metric]:
