@@ -72,7 +72,7 @@ def _rate(work: Work, seconds: float) -> float:
 
 def machine(device: torch.device) -> str:
     """Date, commit, hardware and versions of a measurement."""
-    about = made_by(device, torch.get_num_threads())
+    about = made_by(device)
     name = about["cpu"] if device.type == "cpu" else about["device"]
     commit = about["commit"][:7] + (" with changes" if about["changed"] is True else "")
     versions = f"Python {about['python']}, torch {about['torch']}"

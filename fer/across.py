@@ -87,7 +87,7 @@ def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto")
         **_coverage(found, data.classes, split),
         "all_classes": every,
         "shared_classes": shared,
-        "made_by": made_by(predictor.device, torch.get_num_threads()),
+        "made_by": made_by(predictor.device),
         "finished": time.time(),
     }
     images = {"row": split.rows[kept], "name": [split.names[i] for i in kept]}

@@ -107,7 +107,7 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
         "best_epoch": meta["epoch"],
         "train_seconds": sum(row["seconds"] for row in last["history"]),
         "trained_by": meta["made_by"],
-        "made_by": made_by(device, torch.get_num_threads()),
+        "made_by": made_by(device),
     }
     for name in ("val", "test"):
         split = data.split(name)

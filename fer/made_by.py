@@ -13,7 +13,7 @@ UNKNOWN = "unknown"
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def made_by(device: torch.device, threads: int) -> dict[str, Any]:
+def made_by(device: torch.device) -> dict[str, Any]:
     """Code, versions and machine of a run on `device`, ready for JSON; what cannot be found out is "unknown"."""
     commit, changed = repository()
     return {
@@ -23,7 +23,7 @@ def made_by(device: torch.device, threads: int) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "cpu": _cpu(),
     }
 

@@ -202,5 +202,5 @@ def about(name: str, run_id: str, run: Run, data: DataSet, device: torch.device)
         "data": {key: value for key, value in summary.items() if key not in ("classes", "class_prior")},
         "data_hash": data.hash,
         "config": run.model_dump(),
-        "made_by": made_by(device, torch.get_num_threads()),
+        "made_by": made_by(device),
     }

@@ -33,7 +33,7 @@ def module_of(project: Path) -> ModuleType:
 
 
 def noted(project: Path) -> tuple[Any, Any, str]:
-    made = module_of(project).made_by(CPU, 1)
+    made = module_of(project).made_by(CPU)
     assert len(made["fer"]) == 12
     return made["commit"], made["changed"], made["fer"]
 
@@ -89,7 +89,7 @@ def test_the_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
             return text if path == Path("/proc/cpuinfo") else read(path, *words, **named)
 
         monkeypatch.setattr(Path, "read_text", read_text)
-        made = module_of(ROOT).made_by(torch.device("cuda", 1), 3)
-        assert (made["device"], made["threads"], made["cpu"]) == ("GPU 1", 3, name)
+        made = module_of(ROOT).made_by(torch.device("cuda", 1))
+        assert (made["device"], made["threads"], made["cpu"]) == ("GPU 1", torch.get_num_threads(), name)
         assert (made["torch"], made["python"]) == (torch.__version__, platform.python_version())
         assert json.loads(json.dumps(made)) == made
