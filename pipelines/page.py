@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from fer.data.datasets import DATASETS
@@ -46,8 +47,9 @@ def compared(sides: Sequence[Side], pairs: Sequence[Pair]) -> str:
     """The page, as HTML."""
     colours = [COLOURS[place % len(COLOURS)] for place in range(len(sides))]
     runs = [summary for side in sides for summary in side.summaries]
-    draw = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
-    return draw.render(
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("compare.html").render(
         title=" and ".join(side.name for side in sides),
         data=f"{data_name(runs[0]['data'])}, {len(sides[0].labels):,} test images, data {runs[0]['data_hash']}",
         sides=list(zip(sides, colours)),
@@ -244,112 +246,3 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", fill: str = "cu
 
 def _line(x: float, y: float, to_x: float, to_y: float, colour: str = "var(--line)") -> str:
     return f'<path d="M{x} {y}L{to_x} {to_y}" stroke="{colour}"/>'
-
-
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<meta name="color-scheme" content="light dark">
-<style>
-:root { --ink: #222; --soft: #555; --line: #ddd; --back: #fff }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adbb; --line: #39414d; --back: #14181e } }
-body { color: var(--ink); background: var(--back); font: 15px/1.5 system-ui, sans-serif }
-body { max-width: 1320px; margin: 0 auto; padding: 12px 16px }
-h1 { font-size: 1.35rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
-h3 { font-size: .95rem; margin: .4rem 0; overflow-wrap: anywhere } p { margin: .3rem 0 }
-.note { color: var(--soft); font-size: .87rem; max-width: 75ch } .verdict { font-size: 1.05rem; font-weight: 600 }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 8px 32px }
-.wide { overflow-x: auto } svg { width: 100%; max-width: 560px; height: auto; display: block; font-size: 12px }
-table { border-collapse: collapse; font-size: .87rem; white-space: nowrap }
-th, td { padding: 2px 12px 2px 0; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child, .words td, .words th { text-align: left }
-i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .35em }
-.key span { display: inline-block; margin-right: 1.4em; overflow-wrap: anywhere }
-.words th { white-space: normal; vertical-align: bottom; min-width: 6em }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p class="note">{{ data }}</p>
-{% for line in verdicts %}
-<p class="verdict">{{ line }}</p>
-{% endfor %}
-{% macro key() %}
-<p class="key">{% for side, colour in sides %}<span><i style="background:{{ colour }}"></i>{{ side.name }}</span>
-{% endfor %}</p>
-{% endmacro %}
-
-<h2>Runs</h2>
-<div class="wide"><table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for run in runs %}
-<tr>{% for column in columns %}<td>{{ run[column] }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-<p class="note">{{ legend }}</p>
-<div class="wide"><table><tr><th>mean over seeds, on test</th>
-{% for name in scores[0][1] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for name, values in scores %}
-<tr><td>{{ name }}</td>{% for value in values.values() %}<td>{{ "%.4f"|format(value) }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-
-{% if published and published.published %}
-<h2>Published on this data set</h2>
-<p class="note">{{ published.protocol }}; as the papers state it, with their own weights to start from.</p>
-<div class="wide"><table><tr><th>method</th><th>test accuracy</th><th>starts from</th></tr>
-{% for name, accuracy, start in published.published %}
-<tr><td>{{ name }}</td><td>{{ "%.2f"|format(accuracy) }}</td><td>{{ start }}</td></tr>
-{% endfor %}
-</table></div>
-{% endif %}
-
-{% if gaps %}
-<h2>Differences on test</h2>
-<p class="note">In points, with their 95 % intervals (BCa bootstrap of groups of duplicates). An interval that leaves
-out 0 tells the two apart on these images; whether other seeds would say the same is for the test over seeds.</p>
-<div class="grid">{% for name, chart in gaps %}<div><h3>{{ name }}</h3>{{ chart }}</div>{% endfor %}</div>
-{% endif %}
-
-<h2>Recall of each class on test</h2>
-<p class="note">In %, with Wilson intervals of 95 %; in parentheses the number of images.</p>
-{{ key() }}
-<div>{{ recalls }}</div>
-
-<h2>Learning curves</h2>
-<p class="note">Val solid, train dashed (with augmentation); the dot is the epoch that val chose.</p>
-{{ key() }}
-<div class="grid">{% for name, chart in curves %}<div><h3>{{ name }}</h3>{{ chart }}</div>{% endfor %}</div>
-
-<h2>Confusion on test</h2>
-<p class="note">A row for each true class, a column for each prediction: share of the row in %, below it the number of
-images.</p>
-<div class="grid">{% for name, many, chart in confusions %}<div>
-<h3>{{ name }}{% if many > 1 %}: sums over {{ many }} runs{% endif %}</h3>{{ chart }}</div>{% endfor %}</div>
-
-<h2>Reliability on test</h2>
-<p class="note">How often predictions are right, in %, by how sure they are. On the diagonal the two are equal; above
-it the network is too modest, below it too sure. The area of a dot is the share of the predictions.</p>
-<div class="grid">{% for name, chart in reliability %}<div><h3>{{ name }}</h3>{{ chart }}</div>{% endfor %}</div>
-
-{% for pair in disagreements %}
-<h2>Where {{ pair.title }} disagree</h2>
-<p>Both are right on {{ "{:,}".format(pair.both) }} images and both wrong on {{ "{:,}".format(pair.none) }}.</p>
-<div class="grid">
-{% for name, many, rows in pair.alone %}
-<div><h3>{{ name }} alone is right on {{ "{:,}".format(many) }}{% if many > rows|length %}; the {{ rows|length }} on
-which both are surest{% endif %}</h3>
-<div class="wide"><table class="words"><tr><th>image</th><th>label</th><th>{{ pair.names[0] }}</th>
-<th>{{ pair.names[1] }}</th></tr>
-{% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div></div>
-{% endfor %}
-</div>
-{% endfor %}
-</body>
-</html>
-"""
