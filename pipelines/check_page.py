@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from fer.data.aliases import doubles
 from fer.data.images import Images
 from fer.data.split import SPLITS
 from fer.files import write_bytes, write_json
@@ -136,10 +137,14 @@ def _subjects(subjects: dict[str, Any]) -> Finding:
 
 def _labels(found: dict[str, Any]) -> list[Finding]:
     train, test = found["balance"]["train"], found["balance"]["test"]
+    lines = [
+        Finding("look", "classes", f"{one} and {other} look like one: give their images one label if they are.")
+        for one, other in doubles(found["classes"])
+    ]
     most, least = max(train, key=train.__getitem__), min(train, key=train.__getitem__)
     ratio = train[most] / train[least]
     text = f"The largest class of train is {most} ({train[most]:,}), the smallest {least} ({train[least]:,})."
-    lines = [Finding("look" if ratio >= UNEVEN else "ok", "balance", text)]
+    lines.append(Finding("look" if ratio >= UNEVEN else "ok", "balance", text))
     for split in ("val", "test"):
         if absent := [name for name, count in found["balance"][split].items() if not count]:
             text = f"{split} holds no image of {', '.join(absent)}, so its numbers say nothing of that."

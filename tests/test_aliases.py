@@ -2,7 +2,7 @@
 
 import pytest
 
-from fer.data.aliases import match
+from fer.data.aliases import doubles, match
 
 OURS = ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt"]
 SAME = {
@@ -25,6 +25,15 @@ def test_what_is_no_alias() -> None:
         assert match(OURS, [name, "sad"]).theirs == [-1, 3]
     found = match(["0", "1", "2"], ["0", "1", "2"])
     assert (found.names, found.theirs, found.shared) == (["0", "1", "2"], [-1, -1, -1], [])
+
+
+def test_two_classes_that_may_be_one() -> None:
+    """As where two people have labelled, or one has mistyped."""
+    for one, other in (("happy", "happiness"), ("Angry", "anger"), ("happiness", "hapiness"), ("Smiling", "smilling")):
+        assert doubles(["fear", one, other, "bored"]) == [(one, other)]
+    assert doubles(OURS) == []
+    for one, other in (("class 1", "class 2"), ("sad", "bad"), ("positive", "negative"), ("contempt", "content")):
+        assert doubles(["fear", one, other]) == []
 
 
 def test_a_name_that_both_have_means_itself() -> None:

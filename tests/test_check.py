@@ -128,7 +128,9 @@ def test_what_is_said(found: dict[str, Any]) -> None:
     said = {line.topic: line.text for line in check_page.findings(found | {"tiny": tiny})}
     assert "tiny images" not in {line.topic for line in check_page.findings(found)}
     assert said["tiny images"] == "4 have less than half the side that all are resized to, such as a.png, b.png."
-    assert "absent classes" not in said
+    assert {"absent classes", "classes"}.isdisjoint(said)
+    twice = {line.topic: line.text for line in check_page.findings(found | {"classes": ["happy", "Happiness", "sad"]})}
+    assert twice["classes"] == "happy and Happiness look like one: give their images one label if they are."
     lacking = found["balance"] | {"val": {"happy": 4, "sad": 0}}
     said = {line.topic: line.text for line in check_page.findings(found | {"balance": lacking})}
     assert said["absent classes"] == "val holds no image of sad, so its numbers say nothing of that."

@@ -164,6 +164,11 @@ def test_class_folders_become_arrays_of_one_size_with_subjects(project: Path, ca
     assert lines[0] == "row,name,usage,subject,happy,sad,sha1"
     assert lines[12] == f"11,sad/P1_sad.webp,,P1,0,1,{hashlib.sha1(images[11].tobytes()).hexdigest()}"
     assert (source()["labels"], source()["classes"], source()["images"]) == ("hard", ["happy", "sad"], {"": 20})
+    (project / "faces/saad").mkdir()
+    (project / "faces/sad/P0_sad.webp").rename(project / "faces/saad/P0_sad.webp")
+    download(asked(**HAPPY))
+    told = "classes: happy, saad, sad\nsaad and sad look like one class: give their images one label if they are\n"
+    assert told in capfd.readouterr().out
     assert "tiny" not in source()
     download(asked(**HAPPY | {"size": 42}))  # those of 20x20 and 21x20 have less than half of it
     assert source()["tiny"] == {"count": 20, "first": [f"happy/P{person}_happy.webp" for person in range(3)]}

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import combinations
 
 from fer.data.labels import emotion
 
+SLIP = 0.85  # likeness of two names from which one may be a slip of the other: hapiness, happiness have .94
 CALM = {"calm": "neutral", "natural": "neutral"}  # some data sets have calm beside neutral: then it is no alias
 
 
@@ -45,6 +48,18 @@ def match(ours: Sequence[str], theirs: Sequence[str]) -> Match:
         [place[meaning(name) or name] for name in ours],
         [place.get(meaning(name), -1) for name in theirs],
     )
+
+
+def doubles(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Classes of one data set that may be the same: happy and happiness, or a misspelt label beside the right one."""
+
+    def alike(one: str, other: str) -> bool:
+        if emotion(one) and emotion(other):
+            return emotion(one) == emotion(other)
+        numbered = re.search(r"\d", one + other)  # class 1 and class 2
+        return not numbered and SequenceMatcher(None, one.lower(), other.lower()).ratio() >= SLIP
+
+    return [pair for pair in combinations(classes, 2) if alike(*pair)]
 
 
 def _plain(name: str) -> str:

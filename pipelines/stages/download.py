@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fer.data.aliases import doubles
 from fer.data.boxes import read_boxes
 from fer.data.datasets import DATASETS, counted
 from fer.data.encoded import Shards
@@ -158,6 +159,8 @@ def _report(path: Path, dataset: str, source: Source) -> None:
     place = f"{', '.join(source.read)} in {path}" if source.read != ["."] else path
     lines = [f"{dataset}: {images}{counted(dataset, counts)}; read {place}{agrees}"]
     lines.append(f"classes: {', '.join(source.classes)}")
+    for one, other in doubles(source.classes):
+        lines.append(f"{one} and {other} look like one class: give their images one label if they are")
     if resized := getattr(source.images, "resized", 0):
         side = f"{source.images.shape[2]}x{source.images.shape[1]}"
         lines.append(f"resized to {side} pixels: {resized:,} of {len(source.images):,} images (data.size)")
