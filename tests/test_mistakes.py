@@ -40,6 +40,8 @@ LONG = "x" * 5000
         (["predict", ".", "--out", "/dev/x.txt"], "--out /dev/x.txt: name a file that ends in .csv or .parquet"),
         (["predict", "/dev/zero"], "/dev/zero: no regular file; give pictures"),
         (["registry"], "tracking.uri: sqlite:///"),
+        (["export", "champion"], "tracking.uri: sqlite:///"),  # which is asked who that is
+        (["explain", "champion", "--out", "maps"], "tracking.uri: sqlite:///"),
         (["compare", "x", "--report", "params.yaml"], "--report params.yaml: name a file that ends in .html or .htm"),
         (["compare", "x", "--report", "experiments"], "--report experiments: name a file that ends in .html"),
         (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),

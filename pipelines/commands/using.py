@@ -43,6 +43,7 @@ Even = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 FACES = 8  # that are explained
+CHAMPION = (None, "champion")  # as the name of a run
 _SO_FAR = (*Progress.get_default_columns(), TextColumn("{task.fields[news]}"))
 
 
@@ -188,7 +189,7 @@ def serve(
     with closing(serving.listen(port)) as listener:
         serving.set_up()
         detector = build_detector(yunet, min_face)
-        folder = None if run is None else _model(run)
+        folder = None if run in CHAMPION else _model(run)
         find = _champion() if folder is None else lambda: (folder, None)
         models = Models(find, detector, device, even)
         console.print(f"{models.now.names['run']} answers: http://127.0.0.1:{port}. Ctrl-C stops it.", highlight=False)
@@ -225,7 +226,7 @@ def explain(
         raise UserError("--names: is for test images; leave it out, or the pictures")
     if faces is not None and (paths or names is not None):
         raise UserError("--faces: draws test images; leave it out, or name none")
-    folder = _model(None if run == "champion" else run)
+    folder = _model(run)
     predictor = Predictor(folder, device)
     chosen = writing.read(paths, predictor) if paths else _test_faces(folder, faces or FACES, names, seed)
     if why := explaining.no_grad_cam(predictor):
@@ -262,7 +263,7 @@ def export(
     """Write a finished run as a folder that `Predictor` loads, or as an ONNX file for other programs."""
     from fer import export as exporting
 
-    folder = _model(None) if run is None else find_run(run)
+    folder = _model(run) if run in CHAMPION else find_run(run)
     target = out or Path("exports") / (folder.name if to == "folder" else f"{folder.name}.onnx")
     with doing(f"Writing {target}"):
         if to == "folder":
@@ -276,7 +277,7 @@ def export(
 
 def _model(run: str | None) -> Path:
     """The folder of a checkpoint: of the run that is named, else of the champion of the current data set."""
-    return _champion()()[0] if run is None else find_model(run)
+    return _champion()()[0] if run in CHAMPION else find_model(run)
 
 
 def _champion() -> Callable[[], tuple[Path, str]]:
