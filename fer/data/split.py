@@ -102,7 +102,7 @@ def make_splits(rows: pd.DataFrame, images: Images, kind: Kind, settings: SplitR
     Of the rest, train keeps the fraction `train_share` (in (0, 1]) of each class: round(share n) images, at least one,
     drawn with `seed`; a smaller share is a subset of a larger one. Images left out do not count as duplicates.
     Of these `label_noise` gives a fraction of each class, also drawn with `seed`, one of the other labels, each as
-    likely: symmetric noise as in Wang et al. 2020 (SCN, arXiv 2002.10392, section 4.3). The images of a smaller noise
+    likely: symmetric noise as in Wang et al. 2020 (SCN, arXiv 2002.10392). The images of a smaller noise
     are wrong in the same way under a larger one. Targets are then the labels, so that no loss sees the true one.
     The prior comes from all raw rows of train but the leaked ones, by the published recipe (`labels.class_prior`). It
     describes the voters, so `train_share` does not change it. Hard labels have that of `kind.confusion`, or none.
