@@ -20,7 +20,10 @@ from fer.weights import DAMAGE, check_fit
 
 WEIGHTS, TRAINING, META = "model.safetensors", "training.pt", "checkpoint.json"
 SUMS = "SHA256SUMS"  # of the files of an exported checkpoint, as sha256sum writes them
-CHANGED = "the network's code has changed since: go back to the commit in its checkpoint.json, or train again"
+CHANGED = (
+    "the network's code has changed since, or the file is another's: go back to the commit in its checkpoint.json, "
+    "or train again"
+)
 BACKBONE = "backbone."  # the prefix of its tensors in every model that has one
 
 

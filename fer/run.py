@@ -146,7 +146,7 @@ def chain_pixels(run: Run, start: Run) -> str | None:
 def data_doubts(run: Run, data: DataSet) -> list[str]:
     """What `run` asks for in vain of `data`, and what these cannot tell; a line for each."""
     counts, found = data.summary["counts"], []
-    if run.loss.of_votes and data.summary.get("labels") == "hard":
+    if run.loss.of_votes and (data.summary.get("labels") == "hard" or data.summary.get("label_noise")):
         found.append(f"loss {run.loss.name} learns from votes, and these data have a single label an image")
     if run.batch_size > data.summary["totals"]["train"]:
         found.append(f"batch_size {run.batch_size} is more than the {data.summary['totals']['train']} training images")

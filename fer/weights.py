@@ -179,7 +179,7 @@ def misfit(report: dict[str, Any]) -> str | None:
 def check_fit(
     wanted: dict[str, Tensor], found: dict[str, Tensor], source: str, remedy: str = "name a file of this very model"
 ) -> None:
-    """Raises UserError, beginning with `source`, for the first tensor that is missing, unknown or of another shape."""
+    """Raises UserError, `source` first and `remedy` last, for a tensor that is missing, unknown or of another shape."""
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{source}: tensor {name} is missing; {remedy}")

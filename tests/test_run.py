@@ -214,17 +214,17 @@ def test_a_run_that_continues_one_of_other_pixels_says_so(capsys: pytest.Capture
 
 
 def test_what_a_run_asks_of_its_data_in_vain(data: Path) -> None:
-    whole, votes = (
-        open_data(data),
-        "loss vote_cross_entropy learns from votes, and these data have a single label an image",
-    )
+    votes = "loss vote_cross_entropy learns from votes, and these data have a single label an image"
+    whole = open_data(data)
     assert data_doubts(small_run(batch_size=96), whole) == []
     ours = small_run(batch_size=97, loss={"name": "vote_cross_entropy"})
     many = "batch_size 97 is more than the 96 training images"
     assert data_doubts(ours, whole) == [many]  # of the majority's labels the targets are votes all the same
     whole.summary["labels"] = "hard"
     assert data_doubts(ours, whole) == [votes, many]
-    whole.summary["labels"] = "votes"
+    whole.summary.update(labels="votes", label_noise=0.1)  # which are no targets then
+    assert data_doubts(ours, whole) == [votes, many]
+    whole.summary["label_noise"] = 0.0
     whole.summary["counts"]["test"] |= {"contempt": 0, "fear": 0}
     assert data_doubts(ours, whole) == [
         many, "test holds no image of fear, contempt, so its numbers say nothing of that"
