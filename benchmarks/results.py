@@ -1,6 +1,7 @@
 """docs/results: the test predictions of the runs that the README reports, and every number recomputed from them."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.measure import ROOT
 from fer.data.dataset import open_data
 from fer.evaluate import metrics
 from fer.run_folder import PREDICTIONS, read_rows, read_summary
-from fer.statistics import LEVEL, even, share
+from fer.statistics import LEVEL, even, mcnemar, share
 
 FOLDER = ROOT / "docs" / "results"
 INDEX = "index.csv"
@@ -38,7 +39,10 @@ def predictions(run: str, folder: Path = FOLDER) -> tuple[torch.Tensor, torch.Te
 
 def numbers(run: str, folder: Path = FOLDER) -> dict[str, float]:
     """The test numbers of a row of the index, in %, from the predictions."""
-    probabilities, labels, leaked = predictions(run, folder)
+    return _numbers(*predictions(run, folder))
+
+
+def _numbers(probabilities: torch.Tensor, labels: torch.Tensor, leaked: np.ndarray) -> dict[str, float]:
     found = {}
     for name, kinds in KEPT.items():
         rows = torch.from_numpy(np.isin(leaked, kinds))
@@ -193,6 +197,36 @@ def _by_leak(probabilities: torch.Tensor, labels: torch.Tensor, copies: torch.Te
     return {name: 100 * value for name, value in (found | {"test_leaked": on_copies}).items()}
 
 
+def together(runs: list[str], folder: Path = FOLDER) -> list[str]:
+    """The test numbers of the mean of several runs' probabilities, in %. A run that is named twice counts twice."""
+    found = _on_same_images(runs, folder)
+    leaked = np.where(np.any([one[2] != "" for one in found], 0), "near", "")
+    scores = _numbers(torch.stack([one[0] for one in found]).mean(0), found[0][1], leaked)
+    names = ("test", "test_near_unleaked", "uar")
+    return ["| test | unleaked | UAR |", "|---|---|---|", f"| {' | '.join(f'{scores[name]:.2f}' for name in names)} |"]
+
+
+def pair(run: str, other: str, folder: Path = FOLDER) -> list[str]:
+    """Two single runs: their accuracy on test, the images that one of them alone has right, and the exact McNemar p."""
+    both = _on_same_images([run, other], folder)
+    first, second = ((probabilities.argmax(1) == labels).numpy() for probabilities, labels, _ in both)
+    means = f"{100 * first.mean():.2f} | {100 * second.mean():.2f}"
+    alone = f"{(first & ~second).sum()} and {(second & ~first).sum()} of {len(first)}"
+    head = "| test | the other's | right alone | p |"
+    return [head, "|---|---|---|---|", f"| {means} | {alone} | {mcnemar(first, second):.3f} |"]
+
+
+def _on_same_images(runs: list[str], folder: Path) -> list[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+    for run in runs:
+        if not (folder / f"{run}.csv").exists():
+            raise SystemExit(f"{folder}: has no {run}.csv")
+    found = [predictions(run, folder) for run in runs]
+    for run, (_, labels, _) in zip(runs, found):
+        if not labels.equal(found[0][1]):
+            raise SystemExit(f"{folder / run}.csv: has other test images than {runs[0]}.csv")
+    return found
+
+
 def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
     """A line for each test image that every run of a row gets wrong, the surest mistakes first; names, no pictures."""
     table = index(folder)
@@ -232,24 +266,24 @@ def main() -> None:
     parser.add_argument("--minus", nargs="+", metavar="ROW")
     parser.add_argument("--even", metavar="ROW", help="its runs with the classes evened out")
     parser.add_argument("--data", type=Path, help="with --even: the prepared data, such as data/sets/ferplus_votes")
+    parser.add_argument("--together", nargs="+", metavar="RUN", help="the mean of their predictions")
+    parser.add_argument("--pair", nargs=2, metavar="RUN", help="two single runs")
     asked = parser.parse_args()
-    if (asked.even is None) != (asked.data is None):
-        parser.error("give both --even and --data, or neither")
-    if (asked.mean_of is None) != (asked.minus is None):
-        parser.error("give both --mean-of and --minus, or neither")
-    if asked.even is not None:
-        print("\n".join(evened(asked.even, asked.data)))  # noqa: T201
-        return
-    if asked.minus is not None:
-        print("\n".join(minus(asked.mean_of, asked.minus)))  # noqa: T201
-        return
+    for one, other in (("even", "data"), ("mean_of", "minus")):
+        if (getattr(asked, one) is None) != (getattr(asked, other) is None):
+            parser.error(f"give both --{one.replace('_', '-')} and --{other}, or neither")
     if asked.add is not None:
         if None in (asked.row, asked.kind, asked.command):
             parser.error("--add needs --row, --kind and --command")
         add(asked.add, asked.row, asked.kind, asked.command)
-    for table in (recalls, mistaken, against):
-        if row := getattr(asked, table.__name__):
-            print("\n".join(table(row)))  # noqa: T201
+    asked_for: dict[Callable[..., list[str]], list[Any]] = {
+        recalls: [asked.recalls], mistaken: [asked.mistaken], against: [asked.against],
+        evened: [asked.even, asked.data], minus: [asked.mean_of, asked.minus],
+        together: [asked.together], pair: asked.pair or [None],
+    }  # fmt: skip
+    for table, values in asked_for.items():
+        if values[0] is not None:
+            print("\n".join(table(*values)))  # noqa: T201
             return
     for group in dict.fromkeys(index()["row"].map(_group)):
         print("\n".join([*lines(group=group), ""]))  # noqa: T201

@@ -124,3 +124,17 @@ def test_rows_that_keep_other_training_images_are_compared_on_the_images_that_no
     table.to_csv(folder / results.INDEX, index=False)
     assert [row[2:4] for row in compared(folder) if row[1] == "unleaked"] == [["0.00", "50.00"]]  # not 62.50
     assert results.minus(["x: a"], ["x: b"], folder)[3].startswith("| unleaked | 2 and 2 | 50.00 | 0.00 | ")
+
+
+def test_single_runs_together_and_against_each_other(tmp_path: Path) -> None:
+    """By hand, of the images w x y z: a0 has the last two right, a1 the last three, b0 none, b1 the last."""
+    folder = written(tmp_path / "results", ["", "", "", "near"])
+    # of w, labelled b, both give .1; of x .6 and .4 for b; of y .3; of z .2
+    assert results.together(["a0", "a1", "a1"], folder)[2] == "| 75.00 | 66.67 | 50.00 |"
+    assert results.together(["a0", "a0", "a1"], folder)[2] == "| 50.00 | 33.33 | 33.33 |"
+    assert results.pair("a1", "b0", folder)[2] == "| 75.00 | 0.00 | 3 and 0 of 4 | 0.250 |"  # 2 / 2^3
+    with pytest.raises(SystemExit, match="has no c0.csv"):
+        results.pair("a1", "c0", folder)
+    change(folder, "b0.csv", swap("w,b", "w,a"))
+    with pytest.raises(SystemExit, match="b0.csv: has other test images than a1.csv"):
+        results.together(["a1", "b0"], folder)
