@@ -234,7 +234,7 @@ def sweep_line(result: dict[str, Any]) -> str:
     which = f"Trial {best['number']} of sweep {result['sweep']}. Own score: val"
     if found is None:
         return f"{which} {_percent(best['val_accuracy'])} %, not confirmed"
-    return f"{which} {_mean(found['best'])} %, {result['base']} {_mean(found['base'])} % ({len(result['seeds'])} seeds)"
+    return f"{which} {_mean(found['best'])} %, {result['base']} {_mean(found['base'])} % ({_seeds(result)})"
 
 
 def sweep_note(result: dict[str, Any]) -> str:
@@ -252,9 +252,10 @@ def sweep_note(result: dict[str, Any]) -> str:
     found = result["confirmed"]
     if found:
         ours, base, pair = found["best"], found["base"], found["difference"]
+        meaning = "val" if pair["sd"] is None else "mean +- standard deviation, val"
         lines.append(
-            f"With {len(result['seeds'])} other seeds: best {_mean(ours)} %, {result['base']} {_mean(base)} %, "
-            f"paired difference **{_mean(pair)}** points (mean +- standard deviation, val)."
+            f"With {_seeds(result, 'other ')}: best {_mean(ours)} %, {result['base']} {_mean(base)} %, "
+            f"paired difference **{_mean(pair)}** points ({meaning})."
         )
     elif best["number"] == 1:
         lines.append(f"Nothing is better than {result['base']} unchanged.")
@@ -265,5 +266,11 @@ def sweep_note(result: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def _seeds(result: dict[str, Any], which: str = "") -> str:
+    count = len(result["seeds"])
+    return f"{count} {which}seed{'s' if count > 1 else ''}"
+
+
 def _mean(values: dict[str, Any]) -> str:
-    return f"{100 * values['mean']:.2f} +- {100 * values['sd']:.2f}"
+    spread = "" if values["sd"] is None else f" +- {100 * values['sd']:.2f}"  # None: of one seed
+    return f"{100 * values['mean']:.2f}{spread}"

@@ -150,7 +150,7 @@ def test_a_sweep_from_search_to_model(
     assert (changed.returncode, len(changed.stderr.splitlines())) == (2, 1)
     assert changed.stderr.startswith(f"error: sweep sample: seed differs from the sweep in data/sweeps/{folder.name}; ")
     shown = here("sweep", "status").stdout
-    assert all(text in shown for text in ["With 1 other seeds: best ", *(f" {trial.number} " for trial in found)])
+    assert all(text in shown for text in ["With 1 other seed: best ", *(f" {trial.number} " for trial in found)])
     assert here("sweep", "apply", "sample", "--as", "better").returncode == 0
     assert experiments.load(["better"], {})["better"].run == plan(*words).run(best.point)
 

@@ -138,10 +138,19 @@ def test_best_and_base_are_compared_on_seeds_that_the_search_did_not_use() -> No
     # sqrt((.03^2 + .01^2 + .02^2) / 2)
     assert (found["best"]["mean"], found["best"]["sd"]) == pytest.approx((0.83, 0.0264575))
     assert (found["difference"]["mean"], found["difference"]["sd"]) == pytest.approx((0.03, 0.01))
-    assert sweeps.compared([0.5], [0.4])["difference"]["sd"] == 0.0
+    assert sweeps.compared([0.5], [0.4])["difference"]["sd"] is None
     assert plan().base.run.seed == 1111
     assert sweeps.seeds(plan(), trial(2, DONE)) == [1112, 1113, 1114]
     assert sweeps.seeds(plan(), trial(1, DONE)) == []  # the base itself is the best
+
+
+def test_one_other_seed_has_no_standard_deviation() -> None:
+    _, result = concluded(["tiny"], {"loss.alpha": 0.5})
+    result |= {"seeds": [1112], "confirmed": sweeps.compared([0.5], [0.4])}
+    assert report.sweep_line(result).endswith("Own score: val 50.00 %, swin_nr_fpdls_tiny 40.00 % (1 seed)")
+    shown = "With 1 other seed: best 50.00 %, swin_nr_fpdls_tiny 40.00 %, paired difference **10.00** points (val)."
+    assert shown in report.sweep_note(result)
+    assert {key for key in sweeps.numbers(result) if key.endswith("_sd")} == set()
 
 
 def test_trials_are_listed_with_the_best_first_and_how_far_they_are() -> None:

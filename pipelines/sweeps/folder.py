@@ -252,11 +252,11 @@ def best_run(folder: Path, result: dict[str, Any]) -> Run:
 
 
 def compared(ours: list[float], base: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, of best and base and of their paired differences."""
+    """Mean and standard deviation over seeds, of best and base and of their paired differences; of one seed no sd."""
     differences = [one - other for one, other in zip(ours, base)]
 
     def both(values: list[float]) -> dict[str, Any]:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = statistics.stdev(values) if len(values) > 1 else None
         return {"values": values, "mean": statistics.fmean(values), "sd": spread}
 
     return {"best": both(ours), "base": both(base), "difference": both(differences)}
@@ -317,5 +317,7 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
     """The metrics of the sweep's MLflow run."""
     values = {"final/best_val_accuracy": result["best"]["val_accuracy"], "final/epochs": result["epochs"]}
     for name, found in (result["confirmed"] or {}).items():
-        values |= {f"final/{name}_mean": found["mean"], f"final/{name}_sd": found["sd"]}
+        values[f"final/{name}_mean"] = found["mean"]
+        if found["sd"] is not None:
+            values[f"final/{name}_sd"] = found["sd"]
     return values
