@@ -110,7 +110,9 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what is no text
     try:
-        app()
+        sys.exit(app(prog_name="fer", standalone_mode=False))
+    except typer.TyperException as error:  # of the words themselves
+        _fail(_misused(error), 2)
     except UserError as error:
         _fail(error, 2)
     except RuntimeError as error:
@@ -122,6 +124,14 @@ def main() -> None:
         _fail(known, 2)
     finally:
         gc.freeze()  # a last garbage collection of all that Ray, MLflow and torch left would take seconds
+
+
+def _misused(error: typer.TyperException) -> UserError:
+    """A command line that fits no command, in one line; none where typer has printed the help instead."""
+    said, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
+    if not said or context is None:
+        return UserError(said)
+    return UserError(f"{context.command_path}: {said} (`{context.command_path} --help`)")
 
 
 def _fail(error: BaseException, status: int) -> None:

@@ -44,6 +44,11 @@ LONG = "x" * 5000
         (["explain", "champion", "--out", "maps"], "tracking.uri: sqlite:///"),
         (["compare", "x", "--report", "params.yaml"], "--report params.yaml: name a file that ends in .html or .htm"),
         (["compare", "x", "--report", "experiments"], "--report experiments: name a file that ends in .html"),
+        (["train", "--sed", "3"], "fer train: No such option: --sed (`fer train --help`)\n"),
+        (["evaluate"], "fer evaluate: Missing argument 'run' (`fer evaluate --help`)\n"),
+        (["evalute"], "fer: No such command 'evalute'. Did you mean 'evaluate'? (`fer --help`)\n"),
+        (["export", "x", "--to", "y"], "fer export: Invalid value for '--to': Value error, 'y' is not one of 'folder'"),
+        (["ui", "--prefect-port", "0"], "fer ui: Invalid value for '--prefect-port': Input should be greater than or"),
         (["config", LONG], f"experiments/{LONG}.yaml: no such experiment"),
         (["sweep", LONG], f"sweeps/{LONG}.yaml: no such sweep"),
         (["train", "doe", "--folds", "1"], "folds 1: should be 2 or more, or `subjects` to leave one subject out"),
@@ -69,11 +74,13 @@ def test_a_broken_experiment_hides_no_other_model(project: Path, here: Here) -> 
     assert done.stderr == "error: experiments/broken.yaml: epoch: unknown key, did you mean 'epochs'?\n"
 
 
-def test_a_port_that_is_none_and_the_version(here: Here) -> None:
-    for option, port in (("--mlflow-port", "99999999"), ("--prefect-port", "0")):
-        done = here("ui", option, port)
-        assert done.returncode == 2
-        assert option in done.stderr
+def test_help_is_shown_where_a_command_is_missing(here: Here) -> None:
+    done = here("sweep")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage: fer sweep [OPTIONS] COMMAND" in done.stdout
+
+
+def test_a_port_that_is_taken_and_the_version(here: Here) -> None:
     port = str(free_port())
     done = here("ui", "--mlflow-port", port, "--prefect-port", port)
     assert (done.returncode, done.stderr) == (
