@@ -32,6 +32,7 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
         dataset=data_name(data),
         targets=f" (label rule: {targets})" if targets else "",
         starts_from=summary.get("starts_from", ["not stated"]),
+        members=summary.get("members"),
         teacher=meta["config"].get("teacher"),
         parameters=f"{summary['parameters']:,}",
         splits=[_scores(title, summary[name]) for name, title in SPLITS.items() if summary.get(name, {}).get("images")],

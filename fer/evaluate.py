@@ -25,7 +25,7 @@ from fer.models import build_model, origin
 from fer.models.ensemble import Ensemble
 from fer.resources import Resources
 from fer.run import FORMAT, training_images
-from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_summary
+from fer.run_folder import BEST, LAST, PREDICTIONS, SUMMARY, read_config, read_summary
 from fer.statistics import even, temperature
 
 
@@ -109,6 +109,9 @@ def _evaluated(folder: Path, meta: dict[str, Any], data: DataSet, resources: Res
         "trained_by": meta["made_by"],
         "made_by": made_by(device),
     }
+    if isinstance(run.model, Ensemble):
+        runs = read_config(folder).get("starts_from", ["not stated"])
+        summary |= {"members": len(run.model.members), "starts_from": runs}
     for name in ("val", "test"):
         split = data.split(name)
         logits, _ = predict_split(model, Feed(model, run, resources, split, data.classes, device))

@@ -12,8 +12,8 @@ from pipelines.sweeps.folder import RUNNING, Trial, best_of
 
 COLUMNS = ("run", "val", "test", "unleaked", "exact", "unseen", "UAR", "F1", "ECE", "params", "epoch", "min")
 LEGEND = (
-    "Accuracy in %: val (chose the epoch), test (read once), unleaked (test images of which neither train nor val "
-    "holds a copy or a near duplicate), exact (without exact copies alone), "
+    "Accuracy in %: val (chose the epoch, and the shares of an ensemble), test (read once), unleaked (test images of "
+    "which neither train nor val holds a copy or a near duplicate), exact (without exact copies alone), "
     "unseen (without exact copies of training images alone); published numbers are on all of test, copies included. "
     "UAR: mean recall of the classes; "
     "F1: macro; ECE: calibration error; epoch: best / all; min: minutes of training. "
@@ -94,12 +94,15 @@ def note(summary: dict[str, Any]) -> str:
     test, data = summary["test"], summary["data"]
     unleaked = summary.get("test_unleaked", summary["test_unleaked_exact"])
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
-    best, made = f"epoch {summary['best_epoch']} of {summary['epochs']}", summary.get("trained_by", {})
+    made, networks = summary.get("trained_by", {}), summary.get("members")  # the latter of an ensemble alone
+    chose = f"which chose epoch {summary['best_epoch']} of {summary['epochs']}"
+    if networks:
+        chose = f"to which temperatures and shares of the {networks} networks were fitted"
     return (
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
         f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} "
         f"of which neither train nor val holds a copy; "
-        f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, which chose {best}.\n\n"
+        f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, {chose}.\n\n"
         f"Data: {data_name(data)} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
         f"Metrics in `final/` are those of the best epoch; the others are curves. "
         f"Code: commit {made.get('commit', 'unknown')}{' (with changes)' if made.get('changed') is True else ''}."
@@ -216,8 +219,9 @@ def _shown(value: Any) -> str:
 def progress(trials: list[Trial], about: dict[str, Any], running: bool) -> str:
     """How far a sweep is, and the best trial so far. `about`: sweep.json."""
     ended, best = [trial for trial in trials if trial.state != RUNNING], best_of(trials)
-    parts = [f"{len(ended)} of {about['budget']['trials']} trials finished"]
-    if running and len(ended) >= about["budget"]["trials"]:
+    wanted = about.get("wanted", about["budget"]["trials"])  # earlier versions do not have it
+    parts = [f"{len(ended)} of {wanted} trials finished"]
+    if running and len(ended) >= wanted:
         parts[0] += ", confirming the best"
     if best is not None:
         parts.append(f"best so far {_percent(best.best)} % (trial {best.number})")
@@ -247,7 +251,7 @@ def sweep_note(result: dict[str, Any]) -> str:
         f"{result['trials']} trials ({counts}), {result['minutes']:.1f} min of training, {result['epochs']} of "
         f"{result['epochs_of_all']} epochs ({share:.0f} %).",
         f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} unchanged: "
-        f"{_percent(first['val_accuracy'])} %{stopped}. Both with the seed of the search.",
+        f"{_percent(first['val_accuracy'])} %{stopped}. Both with the seed of {result['base']}.",
     ]
     found = result["confirmed"]
     if found:

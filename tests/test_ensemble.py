@@ -10,6 +10,8 @@ import pytest
 from conftest import CPU, change, doe, lines, make_data, refusal, small_run
 from scipy.special import softmax
 
+from fer.card import card
+from fer.checkpoint import load_meta
 from fer.data.dataset import open_data
 from fer.ensemble import combine, fitted
 from fer.evaluate import evaluate, read_predictions
@@ -20,6 +22,7 @@ from fer.models.ensemble import Ensemble
 from fer.predict import Predictor
 from fer.run_folder import read_rows, read_summary
 from fer.train import fit
+from pipelines.report import note
 
 OTHER: dict[str, Any] = {
     "model": {"name": "small_resnet", "width": 16, "blocks": [1, 1]}, "precision": "bf16", "epochs": 1,
@@ -70,6 +73,18 @@ def test_it_predicts_the_mean_of_what_its_members_predict(members: list[Path], b
     for key in ("parameters", "train_seconds"):
         assert summary[key] == pytest.approx(sum(summary_of(member)[key] for member in members))
     assert (cost(run.model, run.input, 8).parameters, packages(run.model)) == (summary["parameters"], [])
+
+
+def test_its_card_and_its_note_say_what_it_is_made_of_and_what_val_was_for(members: list[Path], bars: Path) -> None:
+    folder = combine(members[:2], bars, CPU)
+    text = " ".join(card(summary_of(folder), load_meta(folder / "best")).split())
+    assert f"The weighted mean of 2 networks: {members[0].name}, {members[1].name}." in text
+    assert "Val chose the epoch of each network, and their temperatures and shares were fitted to it; test" in text
+    assert "val images, to which temperatures and shares of the 2 networks were fitted." in note(summary_of(folder))
+    text = " ".join(card(summary_of(members[0]), load_meta(members[0] / "best")).split())
+    assert "Initial weights: random weights." in text
+    assert "## Results Val chose the epoch; test was read once. |" in text
+    assert "val images, which chose epoch" in note(summary_of(members[0]))
 
 
 def test_mirrored_faces_count_as_much_as_the_faces(members: list[Path], bars: Path, faces: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from fer.files import held, write_json
 from fer.losses import FocalPdls
 from pipelines import experiments, report
 from pipelines.sweeps import folder as sweeps
+from pipelines.sweeps.files import read_about, read_result
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
 
 pytestmark = pytest.mark.usefixtures("recipes")
@@ -145,8 +146,10 @@ def test_best_and_base_are_compared_on_seeds_that_the_search_did_not_use() -> No
 
 
 def test_one_other_seed_has_no_standard_deviation() -> None:
-    _, result = concluded(["tiny"], {"loss.alpha": 0.5})
-    result |= {"seeds": [1112], "confirmed": sweeps.compared([0.5], [0.4])}
+    plan, result = concluded(["tiny"], {"loss.alpha": 0.5})
+    write_json(plan.folder / "result.json", {**result, "seeds": [1112], "confirmed": sweeps.compared([0.5], [0.4])})
+    result = read_result(plan.folder)
+    assert result is not None
     assert report.sweep_line(result).endswith("Own score: val 50.00 %, swin_nr_fpdls_tiny 40.00 % (1 seed)")
     shown = "With 1 other seed: best 50.00 %, swin_nr_fpdls_tiny 40.00 %, paired difference **10.00** points (val)."
     assert shown in report.sweep_note(result)
@@ -162,6 +165,20 @@ def test_trials_are_listed_with_the_best_first_and_how_far_they_are() -> None:
         "3 of 6 trials finished; best so far 70.00 % (trial 3); 5 epochs, 0.1 min of training; "
         "not running; `fer sweep tiny` resumes it"
     )
+
+
+def test_trials_are_counted_against_those_of_the_grid_or_those_that_a_search_came_to() -> None:
+    grid = plan("search=grid", "space={loss.alpha: {choice: [0.5, 0.6, 0.8]}}", "trials=99")
+    sweeps.begin(grid)
+    assert read_about(grid.folder)["wanted"] == 3
+    drawn = plan("trials=16")
+    sweeps.begin(drawn)
+    found = [trial(1, DONE, 0.5), trial(2, DONE, 0.6)]
+    assert report.progress(found, read_about(drawn.folder), running=True).startswith("2 of 16 trials finished; best")
+    sweeps.searched(drawn, 2)  # points drawn twice are one trial
+    shown = report.progress(found, read_about(drawn.folder), running=True)
+    assert shown.startswith("2 of 2 trials finished, confirming the best; best so far 60.00 % (trial 2)")
+    assert sweeps.complete(drawn) is False
 
 
 def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:

@@ -1,6 +1,7 @@
 """The space of a sweep: every mistake in it is one line before anything starts, and a point gives the run it says."""
 
 import json
+from datetime import date
 from typing import Any
 
 import optuna
@@ -143,6 +144,8 @@ def test_ranges_in_a_table_without_a_name_go_by_its_number() -> None:
     point = {"model.resizer": first, "model.resizer.1.channels": 12, "model.resizer.blocks": 2}
     resizer = base().model.resizer.model_copy(update={"size": 48, "channels": 12, "blocks": 2})
     assert changed(given, point).model == base().model.model_copy(update={"resizer": resizer})
+    dated = read({"model.resizer": {"choice": [{"size": date(2001, 1, 1)}, {"size": 5}]}})  # as YAML reads 2001-01-01
+    assert any("model.resizer" in str(fault) for fault in dated[1])
 
 
 def test_a_section_of_another_name_starts_anew_and_one_of_the_same_name_keeps_the_bases_keys() -> None:

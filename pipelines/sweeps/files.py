@@ -67,7 +67,7 @@ class Mean(Stored):
     """Of one number over several seeds."""
 
     mean: float
-    sd: NonNegative
+    sd: NonNegative | None  # None: of one seed
 
 
 class Confirmed(Stored):

@@ -144,11 +144,18 @@ def check_same(plan: Plan, new: bool) -> None:
 
 
 def begin(plan: Plan) -> None:
-    """Create the folder, and write sweep.json with the current budget."""
+    """Create the folder, and write sweep.json with the current budget and the number of trials that it asks for."""
     (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
     about = _about(plan.name, plan.sweep, plan.base.run, plan.data_hash)
     beside = {"epochs": plan.base.run.epochs, "first": plan.id_of(plan.published), "budget": _budget(plan)}
-    write_json(plan.folder / ABOUT, {**about, **beside})
+    points = [plan.published, *spaces.grid(plan.space)] if plan.sweep.search == "grid" else []
+    wanted = len({plan.id_of(point) for point in points}) or plan.sweep.trials
+    write_json(plan.folder / ABOUT, {**about, **beside, "wanted": wanted})
+
+
+def searched(plan: Plan, trials: int) -> None:
+    """Write down that the search is over with so many trials: points drawn twice are one, and the time may be up."""
+    write_json(plan.folder / ABOUT, {**read_about(plan.folder), "wanted": trials})
 
 
 def complete(plan: Plan) -> bool:

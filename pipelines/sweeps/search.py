@@ -82,6 +82,7 @@ def search(plan: Plan) -> list[Trial]:
     after = read_trials(plan.folder)
     if after and all(trial.state == FAILED for trial in after):
         raise RuntimeError(f"sweep {plan.name}: all {len(after)} trials failed; the first: {after[0].error}")
+    disk.searched(plan, len(after))
     return after
 
 

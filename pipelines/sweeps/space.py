@@ -101,7 +101,7 @@ def _labels(values: list[Any]) -> list[Any]:
         name = value.get("name") if isinstance(value, dict) else None
         if name is not None and (len(value) == 1 or names.count(name) == 1):
             return name
-        return json.dumps(value) if isinstance(value, dict | list) else value
+        return json.dumps(value, default=str) if isinstance(value, dict | list) else value
 
     return [label(value) for value in values]
 
