@@ -93,14 +93,14 @@ def _again(folder: Path) -> str:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load model.safetensors into `model`. Raises UserError if it is missing, damaged or does not fit."""
-    found = _read(folder)
+    found = read_weights(folder)
     check_fit(model.state_dict(), found, str(folder / WEIGHTS), CHANGED)
     model.load_state_dict(found)
 
 
 def load_backbone(folder: Path, model: nn.Module) -> None:
     """Load the tensors `backbone.*` of another run's checkpoint into `model`. Raises UserError if they do not fit."""
-    found = {name: tensor for name, tensor in _read(folder).items() if name.startswith(BACKBONE)}
+    found = {name: tensor for name, tensor in read_weights(folder).items() if name.startswith(BACKBONE)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(BACKBONE)}
     check_fit(wanted, found, str(folder / WEIGHTS), CHANGED)
     model.load_state_dict(found, strict=False)
@@ -118,7 +118,8 @@ def check_sums(folder: Path) -> None:
             raise UserError(f"{file}: is not the file that {SUMS} lists; fetch the folder again")
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors by their names. Raises UserError if it is missing or damaged."""
     path = folder / WEIGHTS
     try:
         return load_file(path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fer.card import card
-from fer.checkpoint import META, SUMS, WEIGHTS, load_meta
+from fer.checkpoint import META, SUMS, WEIGHTS, load_meta, read_weights
 from fer.errors import UserError, first_line
 from fer.files import new_folder, sha256
 from fer.formats import read_run
@@ -38,9 +38,10 @@ def requirements(run: Run) -> list[str]:
 def write_folder(run_folder: Path, target: Path) -> None:
     """Write the best checkpoint of a finished run with model card, requirements and checksums to the folder `target`.
 
-    Raises UserError if the run is not finished, or `target` exists.
+    Raises UserError if the run is not finished, its weights are missing or damaged, or `target` exists.
     """
     summary, meta = _finished(run_folder), load_meta(run_folder / BEST)
+    read_weights(run_folder / BEST)  # which tells if they are damaged
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --out")
     with new_folder(target) as partial:

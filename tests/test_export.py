@@ -1,6 +1,7 @@
 """A run given away: what it holds, that it is checked, and that it answers as the run does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, CPU, doe, refusal, small_run
+from conftest import CLASSES, CPU, change, doe, refusal, small_run
 from huggingface_hub import ModelCard
 from scipy.special import softmax
 
@@ -105,6 +106,11 @@ def test_what_cannot_be_given_away_is_said(
         assert "is not finished" in refusal(write, unfinished, tmp_path / "given")
     compares = finished(bars, tmp_path / "runs", **doe("same_subject"))
     assert "needs a neutral face with every image" in refusal(write_onnx, compares, tmp_path / "given")
+    broken = shutil.copytree(run, tmp_path / "runs/broken")
+    change(broken, "best/model.safetensors", lambda _: "junk" * 500)
+    assert "model.safetensors: not a whole safetensors file" in refusal(write_folder, broken, tmp_path / "given")
+    (broken / "best/model.safetensors").unlink()
+    assert "model.safetensors: not found; delete" in refusal(write_folder, broken, tmp_path / "given")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     told = "onnxruntime is not installed: pip install -c constraints.txt -e '.[onnx]'"
     assert told in refusal(write_onnx, run, tmp_path / "given")
