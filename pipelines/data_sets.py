@@ -3,13 +3,16 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fer.errors import UserError
 from fer.settings import Fault, Positive, Section, Seed, Unfit, check, differing, nearest
 from pipelines.params import Params, Upscaling, read_yaml
+
+if TYPE_CHECKING:
+    from fer.data.source import Wanted
 
 FOLDER = Path("datasets")
 SETS = Path("data/sets")  # what the stages make: a folder for each
@@ -82,6 +85,13 @@ class Data(Section):
         if found:
             raise Unfit(found)
         return self
+
+    def wanted(self) -> "Wanted":
+        """What its reader is asked for."""
+        from fer.data.source import Wanted  # with pandas, which takes a moment
+
+        classes = None if self.classes is None else tuple(self.classes)
+        return Wanted(self.label_source, self.subject_pattern, self.size, classes)
 
     @field_validator("subject_pattern")
     @classmethod

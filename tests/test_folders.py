@@ -106,6 +106,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["val/a/1.png", "test/b/1.png"], ": has test, val and no train: name the folder above them"),
     ([*BOTH, "val/happy/1.png"], ": has train and val and no test: rename val to test (split.val_share of train"),
     ([*BOTH, "test/Happy/1.png"], ": test has a folder Happy and train has none, but happy, sad: give them the same"),
+    (["left/1.png", "right/1.png"], ": a class cannot be called left, as a column is: rename it"),
     (["row/1.png", "sad/1.png"], ": a class cannot be called row, as a column is: rename it"),
     ([f"{a}/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: give the "),
     ([f"{a}/train/{b}/1.png" for a in "ab" for b in CLASSES], ": holds several folders with class folders: a, b: give"),

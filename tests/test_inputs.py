@@ -65,6 +65,13 @@ def test_every_link_to_nothing_is_named(faces: Path) -> None:
     assert refused("faces") == [f"faces/old0, faces/old1, faces/old2 and 2 more: {remedy}"]
 
 
+def test_a_pipe_is_named_before_dvc_waits_for_it(faces: Path) -> None:
+    os.mkfifo(faces / "happy/pipe")
+    assert refused("faces") == [
+        "faces/happy/pipe: is no file, such as a named pipe, for which DVC would wait: delete it"
+    ]
+
+
 def test_a_name_that_dvc_cannot_write_outside_of_the_project(faces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_name(faces, b"\xfc.txt")
     (faces.parent / "project").mkdir()

@@ -109,6 +109,22 @@ def test_a_box_that_the_data_give_is_kept() -> None:
     assert len(np.load(SET.parent / "table/raw/images.npy")) == 2
 
 
+def test_it_looks_at_the_pictures_that_are_read_alone() -> None:
+    """Of the wanted classes, and of a table whose other columns are no votes."""
+    photographs()
+    faces(asked(classes=["a", "b"]))
+    for name in ("c/broken.png", "list.csv"):
+        Path("faces", name).parent.mkdir(exist_ok=True)
+    Path("faces/c/broken.png").write_bytes(b"\x89PNG\r\n")
+    faces(asked(classes=["a", "b"]))
+    assert "c/broken" not in (SET / "faces/boxes.csv").read_text()
+    rows = [f"{label}/{n}.png,{2 * (label == 'a')},{2 * (label == 'b')},30" for label in "ab" for n in range(4)]
+    Path("faces/list.csv").write_text("\n".join(["path,happiness,sadness,age", *rows]))
+    faces(prepared("table", "faces", data={"faces": "haar", "classes": ["happiness", "sadness"]}))
+    assert (SET.parent / "table/faces/boxes.csv").read_text().count("\n") == 1 + 8
+    assert refusal(faces, asked(classes=[])).startswith("data.classes: two or more different classes are needed; known")
+
+
 def test_off_it_is_an_empty_table_and_users_mistakes_are_one_line() -> None:
     faces(prepared("sample"))
     assert Path("data/sets/sample/faces/boxes.csv").read_text() == "file,left,top,right,bottom,score,faces\n"

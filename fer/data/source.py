@@ -18,6 +18,7 @@ TEXT_COLUMNS = ("name", "usage", "subject")
 # of the tables that are made, in which a class has a column of its own
 TAKEN = {*TEXT_COLUMNS, "row", "sha1", "label", "class", "prediction", "prediction_shared", "leaked"}
 TAKEN |= {"duplicate_of", "duplicate_in", "duplicate_kind", "fold", "right"}
+TAKEN |= {"file", "frame", "seconds", "face", "left", "top", "width", "height", "score", "note", "track", "smoothed"}
 FACELESS = "no face found (data.faces)"
 UNUSED = "no part of the data set"
 UNWANTED = "of a class that data.classes leaves out"

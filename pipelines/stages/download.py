@@ -24,7 +24,7 @@ from fer.data.sample import write_sample
 from fer.data.source import TEXT_COLUMNS, Source, Wanted, cropped
 from fer.errors import UserError
 from fer.files import new_folder
-from pipelines.data_sets import Data, Prepared, Sample
+from pipelines.data_sets import Prepared, Sample
 from pipelines.stages import fetch, run
 
 NAMED = 3  # of what was left out or is tiny, in source.json
@@ -41,7 +41,7 @@ def download(one: Prepared) -> None:
         return
     fetch.ensure(path, data)
     with look(path) as found:
-        source = DATASETS[data.dataset].read(found, _wanted(data))
+        source = DATASETS[data.dataset].read(found, data.wanted())
         if data.faces is not None:
             boxes, faces = read_boxes(one.folder / "faces")
             source = cropped(source, boxes)
@@ -61,10 +61,6 @@ def _sample(size: Sample, target: Path) -> None:
         write_sample(Path(name), size.train, size.val, size.test, size.seed)
         with look(Path(name)) as found:
             _write(target, ferplus.read(found, Wanted()), "sample", None)
-
-
-def _wanted(data: Data) -> Wanted:
-    return Wanted(data.label_source, data.subject_pattern, data.size, tuple(data.classes) if data.classes else None)
 
 
 def _write(

@@ -15,7 +15,6 @@ from fer.data.datasets import DATASETS
 from fer.data.decode import around
 from fer.data.found import Entry, look
 from fer.data.picture_files import AT_ONCE, Pictures, upright
-from fer.data.source import Wanted
 from fer.errors import UserError
 from fer.files import new_folder
 from pipelines.data_sets import Data, Prepared
@@ -38,7 +37,7 @@ def faces(one: Prepared) -> None:
 
 def _seen(path: Path, data: Data, finder: "Finder") -> Iterator[Seen]:
     with look(path) as found:
-        pictures = DATASETS[data.dataset].read(found, Wanted(data.label_source)).images
+        pictures = DATASETS[data.dataset].read(found, data.wanted()).images
         if not isinstance(pictures, Pictures):
             raise UserError(f"data.faces: {data.dataset} is of cropped faces; remove it")
         wanted = [entry for entry, box in zip(pictures.entries, pictures.boxes) if box is None]

@@ -76,6 +76,8 @@ def _is_inside(path: Path) -> bool:
 def _fault(name: str) -> str | None:
     if not os.path.exists(name):
         return "is a link to nothing: delete it, or restore what it points to"
+    if not (os.path.isfile(name) or os.path.isdir(name)):
+        return "is no file, such as a named pipe, for which DVC would wait: delete it"
     if printable(name) != name and not _is_inside(Path(name)):
         return "has a name that is not UTF-8, which DVC cannot write outside of the project: rename it"
     if not os.access(name, os.R_OK):
