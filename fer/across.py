@@ -77,7 +77,9 @@ def evaluate_across(folder: str | Path, other: str | Path, device: str = "auto")
     predictor.temperature = 1.0  # as in the run's own tables, so that both calibration errors are of the network
     if any(predictor.run.model.images_beside().values()):
         raise UserError(f"{folder}: needs a neutral face of the same person beside each face, and {other} has none")
-    every, shared, chosen = scores(_probabilities(predictor, split, kept, folder, other), split.labels[kept], found)
+    plain = data.summary.get("super_resolution", {}).get("method", "none") == "none"
+    probabilities = _probabilities(predictor, split, kept, plain, folder, other)
+    every, shared, chosen = scores(probabilities, split.labels[kept], found)
     result = {
         "run_id": about["run_id"],
         "name": about["name"],
@@ -176,12 +178,15 @@ def _refuse_other_making(other: Path, data: DataSet, own: dict[str, Any]) -> Non
         )
 
 
-def _probabilities(predictor: Predictor, split: Split, kept: np.ndarray, folder: Path, other: Path) -> Tensor:
-    """float32 [n, C] of the images at positions `kept`."""
+def _probabilities(
+    predictor: Predictor, split: Split, kept: np.ndarray, plain: bool, folder: Path, other: Path
+) -> Tensor:
+    """float32 [n, C] of the images at positions `kept`; `plain`: they are not upscaled yet, whatever their size."""
     found = []
     for first in range(0, len(kept), AT_ONCE):
         try:
-            found.append(predictor.probabilities(split.images[split.rows[kept[first : first + AT_ONCE]]]))
+            images = split.images[split.rows[kept[first : first + AT_ONCE]]]
+            found.append(predictor.probabilities(images, photographed=plain))
         except UserError as error:  # images that cannot be made like those of the run
             raise UserError(f"{other}: {error}") from None
     probabilities = torch.from_numpy(np.concatenate(found))

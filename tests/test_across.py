@@ -22,6 +22,7 @@ from fer.data.dataset import open_data
 from fer.evaluate import evaluate
 from fer.export import write_folder
 from fer.files import sha256
+from fer.predict import Predictor
 from fer.train import fit
 from pipelines.experiments import Job
 from pipelines.tracking import Tracker
@@ -104,6 +105,21 @@ def test_other_names_size_and_colour(folder: Path, tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == found
     shutil.rmtree(folder / "best")
     assert evaluate_across(folder, moods, "cpu") == found
+
+
+def test_images_that_are_as_large_as_enlarged_ones_are_made_like_them(tmp_path: Path) -> None:
+    """A run on 8 px enlarged to 16, and other faces of 16 px that nobody enlarged."""
+    making = {"method": "bicubic", "scale": 2, "raw_shape": [8, 8]}
+    data = made(tmp_path / "data", super_resolution=making)
+    folder = fit("x", small_run(epochs=1, batch_size=4), CPU, data, tmp_path / "runs")
+    evaluate(folder, data, CPU)
+    other = made(tmp_path / "other", super_resolution={"method": "none"})
+    found = evaluate_across(folder, other, "cpu")
+    predictor, images = Predictor(folder, "cpu"), open_data(other).split("test").pixels(np.arange(33)).numpy()
+    predictor.temperature = 1.0
+    shown = pd.read_csv(folder / "on" / f"other-{found['hash']}.csv")[CLASSES].to_numpy()
+    np.testing.assert_allclose(shown, predictor.probabilities(images, photographed=True), atol=1e-6)
+    assert abs(shown - predictor.probabilities(images)).max() > 1e-4
 
 
 def test_its_own_data_and_equal_labels_of_other_images(folder: Path, trained: Path, tmp_path: Path) -> None:
@@ -200,8 +216,10 @@ def test_the_command_prints_a_table_and_records_a_child_once(
     assert files == {path.name, path.with_suffix(".csv").name}
     assert mlflow.artifacts.load_dict(f"{child.info.artifact_uri}/{path.name}") == result
     assert tracker.recorded(folder)
+    (project / "sample").mkdir()  # beside the data set of that name, which is meant
+    assert here("evaluate", "one", "--on", "sample").returncode == 0
     write_folder(folder, project / "given")
     done = here("evaluate", "given", "--on", other)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Not recorded in MLflow: given is no run of this project" in done.stdout
-    assert len(tracker.client.search_runs([tracker.experiment])) == 2
+    assert len(tracker.client.search_runs([tracker.experiment])) == 3
