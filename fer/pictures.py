@@ -1,5 +1,6 @@
 """Pictures of faces as people have them, made like the training data: layout, colour, size, super-resolution."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,11 +24,15 @@ OBLONG = 2  # a picture whose sides differ by a larger factor is no face
 def batch_of(pictures: Picture | Iterable[Picture]) -> np.ndarray | list[Picture]:
     """One picture or many, as something with a length that can be sliced: uint8 [B, H, W], [B, H, W, 3], or a list.
 
-    Raises UserError for an array of another layout or type of number.
+    Raises UserError for an array of another layout or type of number, and for what is no picture.
     """
     if isinstance(pictures, np.ndarray) and pictures.dtype != object:
         return _layout(_bytes(pictures))
-    return [pictures] if isinstance(pictures, str | Path | bytes) else list(pictures)
+    if isinstance(pictures, str | Path | bytes):
+        return [pictures]
+    if not isinstance(pictures, Iterable):
+        raise UserError(f"images: {type(pictures).__name__}; wanted: {LAYOUTS}, the path of a picture, or a list")
+    return list(pictures)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
     Raises UserError if the file is missing, damaged, or has 16 bits per pixel, and before it decodes what is too large.
     """
     name = "picture" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
+    if not isinstance(source, bytes) and not os.path.isfile(source):  # of a name that is too long, too
         raise UserError(f"{name}: not a file; give the path of a picture")
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:

@@ -121,14 +121,17 @@ def _plain(pictures: Any) -> Any:
     """Arrays for nested lists of numbers, bytes for base64, a list for a column."""
     if isinstance(pictures, str | Path | bytes):
         return _one(pictures)
-    if isinstance(pictures, np.ndarray) and pictures.dtype.kind not in "OU":
+    if not isinstance(pictures, Iterable) or (isinstance(pictures, np.ndarray) and pictures.dtype.kind not in "OU"):
         return pictures
     return [_one(picture) for picture in pictures]
 
 
 def _one(picture: Any) -> Any:
     if isinstance(picture, list):
-        return np.asarray(picture)
+        try:
+            return np.asarray(picture)
+        except ValueError:
+            raise UserError("images: a nested list whose rows differ in length") from None
     if not isinstance(picture, str) or not picture.startswith("data:"):
         return picture
     try:

@@ -323,12 +323,12 @@ def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatc
     table = tmp_path / "b/own.csv"
     table.write_text(
         table.read_text() + "b/c.png,0,0,10,10,3.0\nb/c.png,0,0,8,10,\nd.png,,,,,\nother.png,1,1,2,2,\n"
-        "x.png,0,0,999,9,7\n"
+        "x.png,0,0,999,9,7\n../d.png,3,3,9,9,1\n"
     )
     boxes = Boxes(table, [Path("b/x.png"), Path("b/c.png"), Path("d.png")])
     assert boxes.of("b/x.png", 0) == [Face(2, 4, 16, 16, 1)]
     assert [face.width for face in boxes.of("b/c.png", 3)] == [8, 10]
-    assert (len(boxes.of("b/c.png", 2)), boxes.of("d.png", 0)) == (1, [])
+    assert (len(boxes.of("b/c.png", 2)), boxes.of("d.png", 0), len(boxes.of("d.png", 1))) == (1, [], 1)
     pixels, predictor = frame(0, 0).pixels, Predictor(run, "cpu")
     assert pixels is not None
     pictures = [Frame(name, 0, None, pixels) for name in ("b/x.png", "d.png")]

@@ -89,6 +89,9 @@ def test_json_may_hold_pictures_as_base64_and_paths_in_every_form_that_mlflow_ta
         ):
             pd.testing.assert_frame_equal(served.predict(infer_and_parse_data(body)), wanted)
     assert refusal(served.predict, ["data:image/png;base64,?"]).startswith("images: no base64 after `data:image/")
+    assert refusal(served.predict, {"images": None}).startswith("images: NoneType; wanted: uint8 [H, W], [B, H, W]")
+    assert refusal(served.predict, {"images": [[[1, 2], [3]]]}) == "images: a nested list whose rows differ in length"
+    assert refusal(served.predict, ["x" * 5000]).endswith("x: not a file; give the path of a picture")
     for table, told in (
         (
             pd.DataFrame({"images": [text], "photographed": [True]}),

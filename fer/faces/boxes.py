@@ -1,6 +1,7 @@
 """A user's own boxes of faces, in place of a detector's."""
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Boxes:
     margin = 1.0
 
     def __init__(self, path: Path, files: Iterable[Path]):
-        known = {file.absolute(): printable(str(file)) for file in files}
+        known = {os.path.abspath(file): printable(str(file)) for file in files}
         self.faces: dict[tuple[str, int | None], list[Face]] = {}
         try:
             with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -39,8 +40,8 @@ class Boxes:
         if not self.faces:
             raise UserError(f"--boxes {path}: names none of the files to predict in its column file")
 
-    def _add(self, row: dict[str, str], path: Path, line: int, known: dict[Path, str]) -> None:
-        named = (known.get(folder / (row["file"] or "")) for folder in (Path.cwd(), path.absolute().parent))
+    def _add(self, row: dict[str, str], path: Path, line: int, known: dict[str, str]) -> None:
+        named = (known.get(os.path.abspath(folder / (row["file"] or ""))) for folder in (Path.cwd(), path.parent))
         name = next((found for found in named if found is not None), None)
         if name is None or not row["left"]:
             return
@@ -56,5 +57,5 @@ class Boxes:
         self.faces.setdefault((name, frame), []).append(Face(left, top, right - left, bottom - top, 1.0))
 
     def of(self, file: str, frame: int) -> list[Face]:
-        """The boxes of a frame, in the order of the table."""
+        """The boxes of a frame: those for all frames, then its own, each in the order of the table."""
         return [*self.faces.get((file, None), []), *self.faces.get((file, frame), [])]
