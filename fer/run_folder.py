@@ -170,15 +170,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def named(runs: Path, word: str) -> list[Path]:
-    """The folder in `runs` whose name is `word`, or else all whose names begin with it, sorted.
+    """The folder in `runs` whose name is `word`, or else all whose names begin with it, sorted; none for no word.
 
     Runs on folds, whose names have a dot, are among them only if `word` has one.
     """
     word = word.removeprefix(f"{runs}/").removesuffix("/")  # as a shell completes it
-    known = sorted(path for path in runs.glob("*") if path.is_dir())
-    return [path for path in known if path.name == word] or [
-        path for path in known if path.name.startswith(word) and ("." in word or "." not in path.name)
-    ]
+    known = all_runs(runs, folds="." in word) if word else []
+    return [path for path in known if path.name == word] or [path for path in known if path.name.startswith(word)]
+
+
+def all_runs(runs: Path, folds: bool = False) -> list[Path]:
+    """The folders in `runs`, sorted; those of runs on folds, whose names have a dot, only if asked for."""
+    return sorted(path for path in runs.glob("*") if path.is_dir() and (folds or "." not in path.name))
 
 
 def read_progress(folder: Path) -> dict[str, int] | None:

@@ -18,7 +18,7 @@ from fer.data.near import SAME
 from fer.errors import UserError
 from fer.evaluate import read_evaluated
 from fer.formats import format_of, read_run
-from fer.run_folder import CONFIG, PREDICTIONS, SUMMARY, named, read_config, read_summary
+from fer.run_folder import CONFIG, PREDICTIONS, SUMMARY, all_runs, named, read_config, read_summary
 from fer.settings import flatten
 from fer.statistics import Interval
 
@@ -147,8 +147,8 @@ def side(word: str, runs: Path) -> Side:
     finished = {one: [(path, s) for path in named(runs, one) if (s := read_summary(path))] for one in word.split(",")}
     found = list({folder: (folder, summary) for part in finished.values() for folder, summary in part}.values())
     for one in [one for one, part in finished.items() if not part]:
-        known = ", ".join(path.name for path in named(runs, "") if (path / SUMMARY).exists()) or "none yet"
-        raise UserError(f"{one}: no finished run in {runs}; finished: {known}")
+        known = ", ".join(path.name for path in all_runs(runs) if (path / SUMMARY).exists()) or "none yet"
+        raise UserError(f"{one or 'an empty name'}: no finished run in {runs}; finished: {known}")
     recipes = {_recipe(folder): folder.name for folder, _ in found}
     if len(recipes) > 1:
         raise UserError(

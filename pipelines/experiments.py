@@ -15,7 +15,7 @@ from fer.errors import UserError
 from fer.files import write_bytes
 from fer.resources import Resources
 from fer.run import Run, chain_faults, resource_faults
-from fer.run_folder import SUMMARY, named
+from fer.run_folder import SUMMARY, all_runs, named
 from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
 from pipelines.params import NAME, parse_value, read_text, read_yaml, yaml_of
 
@@ -276,7 +276,7 @@ def taught(one: Experiment, runs: Path) -> Experiment:
     found = [folder.name for folder in named(runs, word) if (folder / SUMMARY).exists()]
     asks = f"{one.origins['teacher']}: teacher: {word}"
     if not found:
-        known = [folder.name for folder in named(runs, "") if (folder / SUMMARY).exists()]
+        known = [folder.name for folder in all_runs(runs) if (folder / SUMMARY).exists()]
         raise UserError(f"{asks}: no finished run in {runs}; finished: {', '.join(known) or 'none yet'}")
     if len(found) > 1:
         raise UserError(f"{asks}: names several runs, give more of the id: {', '.join(found)}")

@@ -117,7 +117,7 @@ class Registry:
             if number == before:
                 raise UserError(f"models:/{name}/{number}: is champion already")
             rule = self._verdict(new, old)
-            said = reason[:LONGEST] or f"the rule says {rule.outcome}: {rule.reason}"
+            said = reason or f"the rule says {rule.outcome}: {rule.reason}"
             return _record(promotion.HAND, new, before, number, promotion.PROMOTE, said, _evidence(new, old))
 
         return self._by_hand(name, move)
@@ -131,7 +131,7 @@ class Registry:
             if target is None:
                 raise UserError(f"models:/{name}: no earlier champion is left; name a version: `fer promote VERSION`")
             new, old = versions[target], versions.get(now.champion or "")
-            said = reason[:LONGEST] or "back to the champion before"
+            said = reason or "back to the champion before"
             return _record(promotion.ROLLBACK, new, now.champion, target, promotion.PROMOTE, said, _evidence(new, old))
 
         return self._by_hand(name, move)
@@ -383,7 +383,7 @@ def _record(
     commit, changed = repository()
     return Record(
         id=uuid.uuid4().hex, what=what, version=str(new.version), run=new.tags.get(RUN_ID, ""), before=before,
-        champion=after, outcome=outcome, reason=reason, who=f"{getpass.getuser()}@{socket.gethostname()}",
+        champion=after, outcome=outcome, reason=reason[:LONGEST], who=f"{getpass.getuser()}@{socket.gethostname()}",
         when=time.time(), commit=commit[:12] + ("+" if changed is True else ""), evidence=evidence,
         data_hash=new.tags.get("data_hash", ""),
     )  # fmt: skip

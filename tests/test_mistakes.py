@@ -35,6 +35,8 @@ LONG = "x" * 5000
         (["evaluate", "**"], "**: no such run in data/runs; runs: none yet"),
         (["evaluate", "../../outside"], "../../outside: no such run in data/runs"),
         (["compare", "../../outside"], "../../outside: no finished run in data/runs"),
+        (["compare", ""], "an empty name: no finished run in data/runs; finished: none yet"),
+        (["evaluate", ""], "an empty name: no such run in data/runs; runs: none yet"),
         (["registry", "--dataset", "a/b"], "--dataset a/b: should be the name of a data set, as sample"),
         (["predict", ".", "--out", "nix/p.csv"], "--out nix/p.csv: name a file in a folder that exists"),
         (["predict", ".", "--out", "/dev/x.txt"], "--out /dev/x.txt: name a file that ends in .csv or .parquet"),
@@ -72,6 +74,14 @@ def test_a_broken_experiment_hides_no_other_model(project: Path, here: Here) -> 
     broken.unlink()
     assert (done.returncode, "small_resnet_nr" in done.stdout, "vgg13_small" in done.stdout) == (2, True, True)
     assert done.stderr == "error: experiments/broken.yaml: epoch: unknown key, did you mean 'epochs'?\n"
+
+
+def test_brackets_in_names_are_shown(project: Path, here: Here) -> None:
+    folder = project / "[old] x"
+    folder.mkdir()
+    shutil.copy(project / "experiments/vgg13_small.yaml", folder / "mine.yaml")
+    done = here("config", f"{folder}/mine.yaml")
+    assert (done.returncode, "[old] x" in done.stdout) == (0, True)
 
 
 def test_help_is_shown_where_a_command_is_missing(here: Here) -> None:

@@ -206,6 +206,14 @@ def test_other_data_displace_no_champion_and_versions_of_others_are_none_of_ours
     assert [(one.what, one.champion) for one in registry.history("fer-x")[-2:]] == [("deleted", "5"), ("run", "5")]
 
 
+def test_a_long_reason_is_cut_before_mlflow_cuts_what_cannot_be_read_then(shop: Shop) -> None:
+    registry, *made = shop
+    for name in "ab":
+        record(registry, "fer-x", *made, 0.5, classes=name * 3500)
+    assert registry.history("fer-x")[1].reason.startswith(f"version 1 was made with other classes ({'a' * 400}")
+    assert registry.promote("fer-x", "2", "x" * 9999).reason == "x" * 500
+
+
 def test_a_store_of_an_earlier_version_keeps_its_champion(shop: Shop) -> None:
     registry, *made = shop
     for accuracy in ("0.5", "0.7"):

@@ -75,7 +75,8 @@ def _evaluate_on(run: str, on: str) -> None:
     from pipelines.params import load
 
     folder, params = find_model(run), load()
-    other = Path(on) if Path(on).is_dir() else data_sets.folder_of(params, on, "--on")
+    is_folder = on not in params.data and Path(on).is_dir()
+    other = Path(on) if is_folder else data_sets.folder_of(params, on, "--on")
     with held(folder):
         with doing(f"Evaluating {folder.name} on {on}"):
             result = evaluate_across(folder, other, params.resources.device)
@@ -208,8 +209,9 @@ def _attach(page: Path, folders: list[Path]) -> None:
         console.print(f"Not logged to the runs in MLflow: {error}", style="yellow", highlight=False)
         return
     console.print(
-        f"MLflow: artifact compare/{page.name} of {known} of {len(folders)} runs", style="dim", highlight=False
-    )
+        f"MLflow: artifact compare/{page.name} of {known} of {len(folders)} runs",
+        style="dim", highlight=False, markup=False,
+    )  # fmt: skip
 
 
 def _print_pairs(pairs: list[Any]) -> None:
@@ -285,4 +287,5 @@ def print_champions(tracker: Any, runs: list[str]) -> None:
             console.print(f"models:/{name}@champion: version {tags['version']}, {run}, val {accuracy:.2f} %")
             for record in decided:
                 if record.champion != record.version:
-                    console.print(f"{record.run}: version {record.version}, {record.reason}", style="dim")
+                    said = f"{record.run}: version {record.version}, {record.reason}"
+                    console.print(said, style="dim", markup=False)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fer.errors import UserError
-from fer.run_folder import named
+from fer.run_folder import all_runs, named
 
 RUNS = Path("data/runs")
 NARROWEST = 18  # characters of a column of names that does not fit
@@ -118,8 +118,8 @@ def find_runs(run: str) -> list[Path]:
     """The folders of the runs whose id starts with `run`, at least one."""
     if found := named(RUNS, run):
         return found
-    names = ", ".join(path.name for path in named(RUNS, ""))
-    raise UserError(f"{run}: no such run in {RUNS}; runs: {names or 'none yet'}")
+    names = ", ".join(path.name for path in all_runs(RUNS))
+    raise UserError(f"{run or 'an empty name'}: no such run in {RUNS}; runs: {names or 'none yet'}")
 
 
 def data_of(folder: Path) -> Path:

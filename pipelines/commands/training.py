@@ -262,10 +262,10 @@ def _print_settings(found: Any) -> None:
     for path, value, source, meaning in experiments.values(found):
         own = source != experiments.DEFAULT
         shown = json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
-        table.add_row(path, escape(shown), source if own else "", escape(meaning), style="bold" if own else "")
+        table.add_row(path, escape(shown), escape(source) if own else "", escape(meaning), style="bold" if own else "")
     console.print(table)
     for line in found.dropped:
-        console.print(f"dropped: {line}", style="yellow", highlight=False)
+        console.print(f"dropped: {line}", style="yellow", highlight=False, markup=False)
 
 
 @with_torch
