@@ -94,9 +94,9 @@ def lines(folder: Path = FOLDER, group: str = "") -> list[str]:
 
 def recalls(row: str, folder: Path = FOLDER) -> list[str]:
     """A line for each class: mean recall over the seeds of a row, and Wilson's 95 % interval of so many hits."""
-    table = index(folder)
-    runs = [predictions(run, folder) for run in table.loc[table["row"] == row, "run"]]
-    names = pd.read_csv(folder / f"{table['run'].iloc[0]}.csv", nrows=1).columns[FIRST:]
+    known = _runs(row, folder)
+    runs = [predictions(run, folder) for run in known]
+    names = pd.read_csv(folder / f"{known[0]}.csv", nrows=1).columns[FIRST:]
     found = ["| class | images | recall % | 95 % |", "|---|---|---|---|"]
     for number, name in enumerate(names):
         hits = [int((probabilities[labels == number].argmax(1) == number).sum()) for probabilities, labels, _ in runs]
@@ -115,10 +115,7 @@ def evened(row: str, data: Path, folder: Path = FOLDER) -> list[str]:
     """
     known = open_data(data)
     images = torch.bincount(known.split("train").labels, minlength=len(known.classes)).numpy()
-    table = index(folder)
-    runs = table.loc[table["row"] == row, "run"]
-    if runs.empty:
-        raise SystemExit(f"{folder / INDEX}: has no row {row}")
+    runs = _runs(row, folder)
     found = ["| run | even | accuracy | UAR |", "|---|---|---|---|"]
     for run in runs:
         if list(pd.read_csv(folder / f"{run}.csv", nrows=0).columns[FIRST:]) != known.classes:
@@ -138,6 +135,7 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
     which takes one variance from all rows of the group. Every row needs two runs or more. An image counts as leaked if
     it is so for one of the runs.
     """
+    _runs(control, folder)  # tells if there is no such row
     table = index(folder)
     group = _with_leaked(table[table["row"].map(_group) == _group(control)], folder)
     rows = [row for row in dict.fromkeys(group["row"]) if row != control]
@@ -161,9 +159,9 @@ def minus(rows: list[str], others: list[str], folder: Path = FOLDER) -> list[str
     Differences of the means over runs in points, with the 95 % interval and p of Welch's t test (1947). An image counts
     as leaked if it is so for one of the runs.
     """
+    for row in (*rows, *others):
+        _runs(row, folder)
     table = index(folder)
-    if unknown := {*rows, *others} - set(table["row"]):
-        raise SystemExit(f"{folder / INDEX}: has no row {', '.join(sorted(unknown))}")
     both = _with_leaked(table[table["row"].isin([*rows, *others])], folder)
     sides = [both[both["row"].isin(names)] for names in (rows, others)]
     found = ["| on | runs | mean | the others' | difference | 95 % | p |", f"|{7 * '---|'}"]
@@ -229,8 +227,7 @@ def _on_same_images(runs: list[str], folder: Path) -> list[tuple[torch.Tensor, t
 
 def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
     """A line for each test image that every run of a row gets wrong, the surest mistakes first; names, no pictures."""
-    table = index(folder)
-    runs = table.loc[table["row"] == row, "run"]
+    runs = _runs(row, folder)
     whole = [pd.read_csv(folder / f"{run}.csv", keep_default_na=False) for run in runs]
     classes = whole[0].columns[FIRST:]
     mean = np.mean([one[classes].to_numpy() for one in whole], 0)
@@ -241,6 +238,15 @@ def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
         taken = classes[mean[place].argmax()]
         found.append(f"| {whole[0]['name'][place]} | {labels[place]} | {taken} | {mean[place].max():.2f} |")
     return found
+
+
+def _runs(row: str, folder: Path) -> list[str]:
+    """The runs of a row."""
+    table = pd.read_csv(folder / INDEX)
+    runs = table.loc[table["row"] == row, "run"].tolist()
+    if not runs:
+        raise SystemExit(f"{folder / INDEX}: has no row {row}")
+    return runs
 
 
 def _group(row: str) -> str:
