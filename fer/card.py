@@ -31,6 +31,7 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
         classes=summary["classes"],
         dataset=data_name(data),
         targets=f" (label rule: {targets})" if targets else "",
+        train=_train(data),
         starts_from=summary.get("starts_from", ["not stated"]),
         members=summary.get("members"),
         teacher=meta["config"].get("teacher"),
@@ -46,6 +47,18 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
         commit=commit_of(meta.get("made_by", {})),
     )
     return str(found)
+
+
+def _train(data: dict[str, Any]) -> str:
+    """How many images it was trained on, and what was done to them on purpose; empty if that is not known."""
+    share, wrong, dropped = (data.get(key) for key in ("train_share", "wrong_labels", "dropped_leaked_train"))
+    made = [
+        f"{share:g} of each class" if share not in (None, 1) else "",
+        f"{wrong:,} of them with a wrong label, on purpose" if wrong else "",
+        f"without {dropped:,} that val or test hold as well" if dropped else "",
+    ]
+    images, told = data.get("totals", {}).get("train"), "; ".join(filter(None, made))
+    return f", {images:,} images{f' ({told})' if told else ''}" if images else ""
 
 
 def commit_of(made: dict[str, Any]) -> str:

@@ -183,8 +183,8 @@ def confusion_picture(summary: dict[str, Any], path: Path) -> Path:
     for i, line in enumerate(confusion):
         for j, count in enumerate(line):
             axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     test, dataset = summary["test"], data_name(summary["data"])

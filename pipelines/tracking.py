@@ -250,7 +250,7 @@ class Tracker:
             if found is not None and finished.items() <= found.data.tags.items() and found.info.status == "FINISHED":
                 return
             tags = {RUN_ID: ours, ON: result["dataset"], "experiment": result["name"], "dataset": result["dataset"]}
-            tags |= {**_here(), **_source(f"fer evaluate {folder.name} --on")}
+            tags |= {**_here(), **_source(f"fer evaluate {folder.name} --on {result['dataset']}")}
             if found is None:
                 found = self.client.create_run(self.experiment, run_name=ours, tags=tags)
             run_id = found.info.run_id

@@ -81,8 +81,11 @@ def test_its_card_and_its_note_say_what_it_is_made_of_and_what_val_was_for(membe
     assert f"The weighted mean of 2 networks: {members[0].name}, {members[1].name}." in text
     assert "Val chose the epoch of each network, and their temperatures and shares were fitted to it; test" in text
     assert "val images, to which temperatures and shares of the 2 networks were fitted." in note(summary_of(folder))
-    text = " ".join(card(summary_of(members[0]), load_meta(members[0] / "best")).split())
-    assert "Initial weights: random weights." in text
+    meta = load_meta(members[0] / "best")
+    text = " ".join(card(summary_of(members[0]), meta).split())
+    assert f", {meta['data']['totals']['train']} images. Initial weights: random weights." in text
+    meta["data"] |= {"train_share": 0.25, "wrong_labels": 3}
+    assert " images (0.25 of each class; 3 of them with a wrong label, on purpose). " in card(summary_of(folder), meta)
     assert "## Results Val chose the epoch; test was read once. |" in text
     assert "val images, which chose epoch" in note(summary_of(members[0]))
 
