@@ -25,13 +25,14 @@ def write_json(path: Path, content: Any, durable: bool = True) -> None:
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace `path` atomically; with `durable`, the content survives a power failure once this returns."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    if durable:
-        _sync(partial)
     try:
+        partial.write_bytes(content)
+        if durable:
+            _sync(partial)
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
         raise
     if durable:
         _sync(path.parent)

@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever happens while they are written; one process at a time works on a folder."""
 
+import errno
 import fcntl
 import json
 import math
@@ -111,14 +112,17 @@ def test_json_replaces_the_old_file_or_leaves_it(tmp_path: Path, monkeypatch: py
         write_json(tmp_path / "a.json", {})
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "x.json"]
 
-    def cut(self: Path, content: bytes) -> int:
-        real(self, content[:3])
-        raise KeyboardInterrupt
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "the disk is full")):
 
-    monkeypatch.setattr(Path, "write_bytes", cut)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"b": "ä"}
+        def cut(self: Path, content: bytes, error: BaseException = error) -> int:
+            real(self, content[:3])
+            raise error
+
+        monkeypatch.setattr(Path, "write_bytes", cut)
+        with pytest.raises(type(error)):
+            write_json(path, {"a": 1})
+        assert json.loads(path.read_text()) == {"b": "ä"}
+        assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "x.json"]
 
 
 def test_one_process_at_a_time_works_on_a_folder_and_lookers_do_not_hold_it(tmp_path: Path) -> None:
