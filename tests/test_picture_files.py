@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from conftest import refusal, tells
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fer.data.found import look
 from fer.data.picture_files import Box, Pictures
 from fer.errors import UserError
 from fer.faces.detect import Face, crop
-from fer.pictures import Faces
+from fer.pictures import Faces, read_picture
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 KINDS: dict[str, dict] = {
@@ -67,6 +68,34 @@ def test_exif_is_turned_upright(kind: str, tmp_path: Path) -> None:
         exif[0x0112] = orientation
         images, _ = read(tmp_path, [encoded(Image.fromarray(np.ascontiguousarray(pixels)), kind, exif=exif)])
         assert np.abs(images.reshape(16, 24, -1)[..., 0].astype(int) - upright).mean() < 3, orientation
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_whole_picture_whose_exif_cannot_be_read_is_upright(kind: str, tmp_path: Path) -> None:
+    content = encoded(picture("RGB"), kind, exif=b"Exif\0\0rubbish")
+    images, _ = read(tmp_path, [content])
+    assert images.shape == (1, 20, 30, 3)
+    np.testing.assert_array_equal(images[0], read_picture(content))
+
+
+def exif_behind_the_pixels(content: bytes) -> bytes:
+    """A PNG whose chunk eXIf has been moved to the end."""
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4])
+    last = content.index(b"IEND") - 4
+    return content[:start] + content[end:last] + content[start:end] + content[last:]
+
+
+def test_a_png_that_names_its_rotation_elsewhere_is_upright_in_training_and_in_prediction(tmp_path: Path) -> None:
+    exif, xmp = Image.Exif(), PngInfo()
+    exif[0x0112] = 6
+    xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    whole = encoded(picture("RGB"), exif=exif)
+    rotated = {whole: True, exif_behind_the_pixels(whole): False, encoded(picture("RGB"), pnginfo=xmp): False}
+    for content, is_turned in rotated.items():
+        images, _ = read(tmp_path, [content])
+        assert images.shape == ((1, 30, 20, 3) if is_turned else (1, 20, 30, 3))
+        np.testing.assert_array_equal(images[0], read_picture(content))
 
 
 def test_sizes_that_differ_become_one_and_the_same_size_is_kept(tmp_path: Path) -> None:

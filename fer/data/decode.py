@@ -76,8 +76,7 @@ def misplaced(box: tuple[float, float, float, float], size: tuple[int, int]) -> 
 
 def upright(content: bytes, mode: str) -> Image.Image:
     """A picture, turned as EXIF says, in a mode of Pillow. Raises one of UNREADABLE."""
-    image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-    image = turned(image) if has_exif(image) else image  # known before the pixels are read
+    image = turned(Image.open(io.BytesIO(content), formats=FORMATS))
     image.load()
     return image if image.mode == mode else image.convert(mode)  # which would copy it
 
@@ -89,11 +88,14 @@ def turned(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """As EXIF counts it, 1 to 8; 1 for a TIFF, which Pillow turns when it decodes it."""
-    found = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+    """As EXIF counts it, 1 to 8; 1 where that cannot be read, and for a TIFF, which Pillow turns when it decodes it.
+
+    Of a PNG only what stands before the pixels counts: to look behind them it would have to be decoded.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:  # no EXIF, though it is called so
+        return 1
     return found if found in UPRIGHT else 1
-
-
-def has_exif(image: Image.Image) -> bool:
-    """Whether there may be a rotation; of a PNG it would have to be decoded to look behind the pixels."""
-    return image.format != "PNG" or "exif" in image.info

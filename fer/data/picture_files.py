@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fer.data import decode
-from fer.data.decode import FORMATS, UNREADABLE, Box, around, decoded, has_exif, misplaced, orientation
+from fer.data.decode import FORMATS, UNREADABLE, Box, around, decoded, misplaced, orientation
 from fer.data.found import Entry, what_it_is
 from fer.errors import UserError
 
@@ -133,7 +133,7 @@ def _survey(entry: Entry, box: Box | None) -> tuple[tuple[int, int], str]:
                 if image.mode.startswith(("I", "F")):
                     raise UserError(f"{entry}: has more than 8 bits a pixel: convert it to 8")
                 size = image.size
-                if has_exif(image) and orientation(image) > 4:  # it lies on its side
+                if orientation(image) > 4:  # it lies on its side
                     size = size[::-1]
                 mode = image.mode
         except UNREADABLE as error:
