@@ -136,6 +136,16 @@ def test_several_faces_in_a_picture_and_a_row_twice(tmp_path: Path) -> None:
     assert source.left_out == left_out
 
 
+@pytest.mark.parametrize(("label", "of_one"), [("label", "a"), ("happy,sad", "3,1")])
+@pytest.mark.parametrize(("column", "one", "other"), [("split", "train", "test"), ("subject", "p", "q")])
+def test_a_picture_twice_with_another_split_or_subject(
+    label: str, of_one: str, column: str, one: str, other: str, tmp_path: Path
+) -> None:
+    text = [f"faces/{n}.png,{of_one},{value}" for n, value in ((0, one), (1, one), (0, other))]
+    told = "/labels.csv line 4: faces/0.png has another label, split or subject in labels.csv line 2: delete one of"
+    tells(tmp_path, told, read, write(tmp_path, f"path,{label},{column}", *text), table.read)
+
+
 TABLE = "labels.csv"
 MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
     (TABLE, lambda text: "picture,label\nfaces/0.png,a\n",
@@ -146,7 +156,7 @@ MISTAKES: list[tuple[str, Callable[[str], str] | None, str]] = [
     (TABLE, swap("faces/0", "../0"), "/labels.csv line 2: ../0.png is not there: restore it, or give its path"),
     (TABLE, swap("0.png,a", "0.png,"), "/labels.csv line 2: has no label: add it or delete the row"),
     (TABLE, swap("0.png,a", "0.png,NaN"), "/labels.csv line 2: has no label: add it or delete the row"),
-    (TABLE, swap("faces/1", "faces/0"), "/labels.csv line 3: faces/0.png has another label in labels.csv line 2:"),
+    (TABLE, swap("faces/1", "faces/0"), "/labels.csv line 3: faces/0.png has another label, split or subject in "),
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,trian\n", "/labels.csv line 2: split is 'trian': must be"),
     (TABLE, lambda text: "path,label,split\nfaces/0.png,a,train\nfaces/1.png,a,val\n",
      "/labels.csv line 2: the table has train and val and no test: write test for val"),

@@ -79,7 +79,7 @@ def read(found: Found, wanted: Wanted) -> Source:
         single = all(sorted(whole(row[name]) or 0 for name in others)[-2:] == [0, 1] for _, row in rows)
         names = others if single else _vote_columns(entry, others, emotions, wanted.classes)
         votes = _votes(names, rows)
-        kept = _first_of_each(entries, boxes, votes.tolist(), rows, reasons)
+        kept = _first_of_each(entries, boxes, list(zip(votes.tolist(), usages, subjects)), rows, reasons)
         return _voted(found, entry, wanted, names, votes, entries, usages, subjects, boxes, kept, reasons)
     if others:
         reasons["no column that is read here"] = others
@@ -92,7 +92,7 @@ def read(found: Found, wanted: Wanted) -> Source:
     for (where, _), label in zip(rows, labels):
         if not label:
             raise UserError(f"{where}: has no label: add it or delete the row")
-    kept = _first_of_each(entries, boxes, labels, rows, reasons)
+    kept = _first_of_each(entries, boxes, list(zip(labels, usages, subjects)), rows, reasons)
     faces = [Face(entries[i], usages[i], printable(labels[i]), subjects[i], boxes[i]) for i in kept]
     classes = sorted({face.label for face in faces}, key=in_order)
     return of_faces(found, faces, classes, "table", [printable(entry.name)], wanted, reasons, [entry])
@@ -249,18 +249,21 @@ def _votes(names: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> 
 
 
 def _first_of_each(
-    entries: Sequence[Entry], boxes: Sequence[Box | None], labels: Sequence[Any],
+    entries: Sequence[Entry], boxes: Sequence[Box | None], said: Sequence[Any],
     rows: Sequence[tuple[str, dict[str, str]]], reasons: dict[str, list[str]],
 ) -> list[int]:  # fmt: skip
-    """The rows but those that say the same of the same face again. Raises UserError where they say something else."""
+    """The rows but those that say the same of the same face again. Raises UserError where they say something else.
+
+    `said`: what each row says of its face.
+    """
     seen: dict[tuple[str, Box | None], int] = {}
     for number, (entry, box) in enumerate(zip(entries, boxes)):
         first = seen.setdefault((entry.name, box), number)
-        if labels[first] != labels[number]:
+        if said[first] != said[number]:
             other = rows[first][0].rpartition("/")[2]
             raise UserError(
-                f"{rows[number][0]}: {entry.place} has another label in {other}: delete one of them, or if each row is "
-                "a vote, count them in a column for each class (docs/real-data.md)"
+                f"{rows[number][0]}: {entry.place} has another label, split or subject in {other}: delete one "
+                "of them, or if each row is a vote, count them in a column for each class (docs/real-data.md)"
             )
         if first != number:
             reasons.setdefault("a row that stands twice", []).append(rows[number][0].rpartition("/")[2])
