@@ -228,3 +228,13 @@ def test_ckplus_has_subjects_and_no_splits(tmp_path: Path) -> None:
     assert (source.classes, set(source.table["usage"])) == (ckplus.CLASSES, {""})
     assert source.table["subject"].value_counts().to_dict() == {"S005": 21, "S130": 21}
     assert [row[2] for row in rows(source).values()].count("happiness") == 6
+
+
+def test_folders_whose_accents_are_written_in_two_ways_are_one_class(tmp_path: Path) -> None:
+    joined, parted = "fr\u00f6h", "fro\u0308h"
+    labels = {"1": joined, "2": parted, "3": "sad"}
+    put(tmp_path, [f"{label}/{who}_{n}.png" for n, label in labels.items() for who in (parted, joined)])
+    source = read(tmp_path, subject_pattern="(.*)_")
+    assert (set(source.classes), set(source.table["subject"])) == ({joined, "sad"}, {joined})
+    assert source.table[joined].tolist() == [1, 1, 1, 1, 0, 0]
+    assert read(tmp_path, classes=("sad", parted)).classes == ("sad", joined)

@@ -119,6 +119,28 @@ def test_paths_of_another_system(tmp_path: Path) -> None:
     assert [row[2:] for row in rows(read(tmp_path, table.read)).values()] == [("x", 0), ("x", 1), ("y", 2)]
 
 
+def test_a_class_and_a_person_are_one_however_their_accents_are_written(tmp_path: Path) -> None:
+    """Joined as most programs write them, or in two parts as on macOS."""
+    joined, parted = "fr\u00f6h", "fro\u0308h"
+
+    def written(*text: str) -> Path:
+        (put(tmp_path, NAMES) / "labels.csv").write_text("\n".join(text))
+        return tmp_path
+
+    text = [f"{name},{[joined, parted, 'sad'][n % 3]},{[joined, parted][n % 2]}" for n, name in enumerate(NAMES)]
+    twice = f"{NAMES[0]},{parted},{parted}"
+    for classes in (None, ("sad", parted)):
+        source = read(written("path,label,subject", *text, twice), table.read, classes=classes)
+        assert source.classes == ((joined, "sad") if classes is None else ("sad", joined))
+        assert [row[1:3] for row in rows(source).values()] == [(joined, joined), (joined, joined), (joined, "sad")] * 2
+        assert source.left_out == {"a row that stands twice": ["labels.csv line 8"]}
+    text = [f"{name},{n},9,{[joined, parted][n % 2]}" for n, name in enumerate(NAMES)]
+    source = read(written(f"path,{parted},sad,subject", *text), table.read, classes=("sad", parted))
+    assert (source.vote_columns, set(source.table["subject"])) == (("sad", joined), {joined})
+    told = f"/labels.csv: has two columns {joined}: rename or delete one"
+    tells(tmp_path, told, read, written(f"path,{joined},{parted},subject", *text), table.read)
+
+
 def test_subjects_from_names_beside_a_column_of_subjects(tmp_path: Path) -> None:
     written = write(tmp_path, "path,label,subject", *(f"{name},{'ab'[n % 2]},p{n}" for n, name in enumerate(NAMES)))
     told = "data.subject_pattern: the data set names its subjects itself: remove one of the two"

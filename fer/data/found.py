@@ -12,6 +12,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
@@ -220,6 +221,11 @@ def what_it_is(head: bytes) -> str | None:
 def printable(name: str) -> str:
     """`name` with what is no UTF-8 written as escapes, so that it can be printed and stored."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def joined(name: str) -> str:
+    """`name` with letters and their accents joined, as some systems write them and others do not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _walk(found: Found, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fer.data.decode import Box
-from fer.data.found import Entry, Found, printable
+from fer.data.found import Entry, Found, joined, printable
 from fer.data.picture_files import CHUNK, Pictures
 from fer.errors import UserError
 
@@ -78,12 +78,15 @@ def of_faces(
 
     Raises UserError for no picture at all, and where `data.subject_pattern` finds no subject.
     """
+    classes = list(dict.fromkeys(map(joined, classes)))
+    faces = [replace(face, label=joined(face.label), subject=joined(face.subject)) for face in faces]
     check_names(found, classes)
     reasons = dict(left_out or {})
     if wanted.classes is not None:
-        check_classes(wanted.classes, classes)
-        reasons[UNWANTED] = [face.entry.name for face in faces if face.label not in wanted.classes]
-        classes, faces = wanted.classes, [face for face in faces if face.label in wanted.classes]
+        chosen = [joined(name) for name in wanted.classes]
+        check_classes(chosen, classes)
+        reasons[UNWANTED] = [face.entry.name for face in faces if face.label not in chosen]
+        classes, faces = chosen, [face for face in faces if face.label in chosen]
     if not faces:
         raise found.nothing("holds no picture of the data set: correct the path in params.yaml")
     images = Pictures([face.entry for face in faces], wanted.size, [face.box for face in faces])
@@ -188,4 +191,4 @@ def subjects_of(entries: Sequence[Entry], pattern: str, known: Sequence[str]) ->
             f"data.subject_pattern: '{pattern}' finds no subject in {len(missing)} of {len(texts)} file names, "
             f"as {printable(missing[0])}: correct it"
         )
-    return [printable(match[1]) for match in matches if match]
+    return [joined(printable(match[1])) for match in matches if match]

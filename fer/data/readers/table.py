@@ -3,7 +3,6 @@
 import io
 import posixpath
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fer.data.decode import Box
-from fer.data.found import Entry, Found, one_of, printable
+from fer.data.found import Entry, Found, joined, one_of, printable
 from fer.data.labels import NO_EMOTION, USAGES, emotion
 from fer.data.picture_files import Pictures
 from fer.data.readers.folders import in_order
@@ -70,7 +69,7 @@ def read(found: Found, wanted: Wanted) -> Source:
         raise UserError(f"{entry}: has no column {COLUMNS['path'][0]}: add it, with the path of each picture")
     entries = _pictures(found, entry, [(where, row[columns["path"]]) for where, row in rows])
     usages = _usages([(where, row[columns["split"]]) for where, row in rows]) if columns["split"] else [""] * len(rows)
-    subjects = [printable(row[columns["subject"]]) if columns["subject"] else "" for _, row in rows]
+    subjects = [joined(printable(row[columns["subject"]])) if columns["subject"] else "" for _, row in rows]
     boxes = [_box(row[columns["box"]], where) if columns["box"] else None for where, row in rows]
     reasons: dict[str, list[str]] = {}
     others = [name for name in rows[0][1] if name not in columns.values() and not INDEX.fullmatch(name)]
@@ -88,7 +87,7 @@ def read(found: Found, wanted: Wanted) -> Source:
             f"{entry}: has both a column {columns['label']} and votes for {', '.join(emotions)}: leave one of the two "
             "out of the table"
         )
-    labels = [row[columns["label"]] for _, row in rows]
+    labels = [joined(row[columns["label"]]) for _, row in rows]
     for (where, _), label in zip(rows, labels):
         if not label:
             raise UserError(f"{where}: has no label: add it or delete the row")
@@ -119,7 +118,7 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
     """File and row, and the text of each column by its name in lower case; class names keep their case."""
     if not entry.head.startswith(b"PAR1"):
         with table(entry) as content:
-            names = [name if name in known() else written for name, written in zip(content.header, content.written)]
+            names = [_name(written) for written in content.written]
             _refuse_doubles(entry, names)
             for where, fields in content:
                 yield where, dict(zip(names, fields))
@@ -132,7 +131,7 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(
             f"{entry}: is no parquet that can be read ({str(error).splitlines()[0]}): write it again"
         ) from None
-    names = [str(name).lower() if str(name).lower() in known() else str(name) for name in frame.columns]
+    names = [_name(str(name)) for name in frame.columns]
     _refuse_doubles(entry, names)
     for name in frame.columns:
         given = frame[name].dropna()
@@ -140,6 +139,11 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
             raise UserError(f"{entry}: column {name} holds the pictures themselves: write files, and their paths here")
     for number, values in enumerate(frame.itertuples(index=False), start=1):
         yield f"{entry} row {number}", dict(zip(names, map(_text, values)))
+
+
+def _name(written: str) -> str:
+    """The name of a column; that of one that says something else than votes in lower case."""
+    return written.lower() if written.lower() in known() else joined(written)
 
 
 def _refuse_doubles(entry: Entry, names: Sequence[str]) -> None:
@@ -187,8 +191,8 @@ def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> 
 
 
 def _folded(place: str) -> str:
-    """A path without case, and with letters and accents joined as some systems do and others do not."""
-    return unicodedata.normalize("NFC", place).casefold()
+    """A path without case and with joined accents."""
+    return joined(place).casefold()
 
 
 def _usages(values: Sequence[tuple[str, str]]) -> list[str]:
@@ -217,6 +221,7 @@ def _box(text: str, where: str) -> Box:
 def _vote_columns(entry: Entry, others: list[str], emotions: list[str], classes: tuple[str, ...] | None) -> list[str]:
     """Those of the columns `others` that hold votes; `emotions`: those named after one."""
     if classes is not None:
+        classes = tuple(map(joined, classes))
         check_classes(classes, [name for name in others if name not in NO_EMOTION])
         if lost := [name for name in emotions if name not in classes]:
             raise UserError(
