@@ -97,6 +97,13 @@ def test_a_name_in_utf8_without_the_mark_of_it_and_one_with_a_line_break(tmp_pat
     tells(tmp_path, "/x.zip/a\\nb.png: its name has a line break: unpack the archive and rename it", there, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a/w\udcfctend.png", "w\udcfctend/a.png", "notes \udcfc.txt"])
+def test_a_name_in_a_tar_that_is_not_utf8(name: str, tmp_path: Path) -> None:
+    put(tmp_path, {"x.tar": tarred({**FILES, name: b""})})
+    told = name.replace("\udcfc", "\\udcfc")
+    tells(tmp_path, f"/x.tar/{told}: its name is not UTF-8: unpack the archive and rename it", there, tmp_path)
+
+
 def test_a_single_file_compressed_zipped_or_misnamed(tmp_path: Path) -> None:
     put(tmp_path, {"1.csv.gz": gzip.compress(b"a,b\n"), "2.csv.zip": zipped({"2.csv": b"a,b\n"}), "3.tar.gz": b"a,b\n"})
     with look(tmp_path) as found:
@@ -149,6 +156,10 @@ USELESS: dict[str, tuple[bytes, str]] = {
     "excel.csv": ("a,b\n".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
     "noise.zip": (b"\0\1\2\3", "is no archive, or damaged: download it again"),
     "cut.zip": (zipped(FILES)[:-30], "is truncated or damaged ( ... ): download it again"),
+    "name.zip": (
+        zipped({"\u00fc": b""}).replace("\u00fc".encode(), b"\xfc\xfc"),
+        "is truncated or damaged ( ... ): download it again",
+    ),
     "cut.tar.gz": (gzip.compress(tarred(FILES))[:-20], "is truncated or damaged ( ... ): download it again"),
 }
 

@@ -149,7 +149,7 @@ def look(path: Path) -> Iterator[Found]:
         packed = []
         for name in files:
             entry = _plain(found, name)
-            if fault := "is not UTF-8" if name != printable(name) else "has a line break" if BREAK.search(name) else "":
+            if fault := _fault(name):
                 if entry.is_picture or name.lower().endswith((".csv", ".parquet", *_ARCHIVES)):
                     raise UserError(f"{entry}: its name {fault}: rename it")
                 found.left_out[f"a name that {fault}"].append(printable(name))
@@ -257,6 +257,13 @@ def is_own(name: str) -> bool:
     return not (name.startswith((".", "~$")) or name.lower() in FOREIGN or name.lower().endswith(UNFINISHED))
 
 
+def _fault(name: str) -> str:
+    """Why a file of this name cannot stand in a table; empty if it can."""
+    if name != printable(name):
+        return "is not UTF-8"
+    return "has a line break" if BREAK.search(name) else ""
+
+
 def _plain(found: Found, name: str) -> Entry:
     path = os.path.join(found.root, name)
     return Entry(found.root, name, name, os.path.getsize(path), lambda: open(path, "rb"))
@@ -290,7 +297,7 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
     """The files in an archive; none if they all lie beside it as well, or if it is damaged."""
     try:
         members = _members(found, archive)
-    except _DAMAGED as error:
+    except (*_DAMAGED, UnicodeError) as error:  # that of a zip with a name that is not UTF-8 and should be
         if isinstance(error, OSError) and disk_error(error, archive.name):
             raise  # no room to unpack it
         found.useless[str(archive)] = damage(error)
@@ -334,8 +341,8 @@ def _members(found: Found, archive: Entry) -> list[Member]:
         if not all(map(is_own, parts)):
             found.left_out[HIDDEN].append(printable(f"{archive.name}/{clean}"))
             continue
-        if BREAK.search(clean):
-            raise UserError(f"{archive}/{clean}: its name has a line break: unpack the archive and rename it")
+        if fault := _fault(clean):
+            raise UserError(f"{archive}/{printable(clean)}: its name {fault}: unpack the archive and rename it")
         if clean in kept:
             found.left_out["replaced by a later file of that name in the archive"].append(f"{archive.name}/{clean}")
         kept[clean] = (clean, size, source)
