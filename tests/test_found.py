@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import tells
 
@@ -171,6 +172,25 @@ def test_what_a_file_is_instead_is_said_where_nothing_else_is_there(name: str, t
             raise found.nothing("no data")
 
     tells(tmp_path, f"/{name}: {USELESS[name][1]}", nothing)
+
+
+def test_a_tar_that_is_cut_or_has_a_damaged_header_is_not_read_as_if_whole(tmp_path: Path) -> None:
+    """Wherever the cut is: between two files, in a header, in the names that are too long for one."""
+    path, members = tmp_path / "x.tar", {**FILES, "set/empty.csv": b"", f"set/{'long' * 40}.csv": b"name\n" * 300}
+    whole = tarred(members)
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # of the last file
+    cuts = [*range(512, end + 512, 512), *np.random.default_rng(0).integers(300, end + 512, 200).tolist()]
+    damaged = [whole[:cut] for cut in cuts]
+    damaged += [gzip.compress(content) for content in damaged[:5]]
+    damaged.append(whole.replace(b"set/b/2.csv", b"set/b/3.csv"))  # its checksum is another
+    for content in damaged:
+        path.write_bytes(content)
+        with look(tmp_path) as found:
+            assert found.entries == []
+            assert list(found.useless) == [str(path)]
+            assert found.useless[str(path)].startswith("is truncated or damaged (")
+    path.write_bytes(whole[: end + 512])
+    assert len(there(tmp_path)[0]) == len(members)
 
 
 def test_an_encrypted_or_damaged_member_is_named(tmp_path: Path) -> None:

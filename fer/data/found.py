@@ -361,9 +361,19 @@ def _zip_members(found: Found, path: str) -> Iterator[Member]:
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[Member]:
-    for member in tar.getmembers():
+    for member in _listed(tar):
         if member.isfile():
             yield member.name, member.size, lambda member=member: tar.extractfile(member)  # type: ignore[misc]
+
+
+def _listed(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """All that is in a tar. Raises TarError where it is cut or damaged; tarfile takes what is no header for the end."""
+    members = tar.getmembers()
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end is missing")
+    return members
 
 
 def _packed_members(found: Found, archive: Entry, path: str) -> Iterator[Member]:
