@@ -7,7 +7,7 @@ import lzma
 import os
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,17 @@ def zipped(members: dict[str, bytes], packing: int = zipfile.ZIP_DEFLATED) -> by
     return packed.getvalue()
 
 
-def tarred(members: dict[str, bytes]) -> bytes:
+def tarred(members: dict[str, bytes], links: Sequence[tuple[str, bytes, str]] = ()) -> bytes:
+    """`links`: name, kind and target of each."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+        for name, entry.type, entry.linkname in links:
+            entry.name, entry.size = name, 0
+            tar.addfile(entry)
     return packed.getvalue()
 
 
@@ -124,6 +128,45 @@ def test_links_are_followed_and_what_is_hidden_or_foreign_is_left_out_with_the_r
     assert there(root) == (FILES, {HIDDEN: 7, **dict.fromkeys(reasons, 1)})
     Path(os.fsdecode(os.fsencode(root) + b"/\xfc.png")).write_text("x")
     tells(root, "/\\udcfc.png: its name is not UTF-8: rename it", there, root)
+
+
+LEADING = [
+    ("./set/hard.csv", tarfile.LNKTYPE, "./set/a/1.csv"),
+    ("set/b/soft.csv", tarfile.SYMTYPE, "../a/./1.csv"),
+    ("set/b/again.csv", tarfile.SYMTYPE, "soft.csv"),
+    ("set/c/hard.csv", tarfile.LNKTYPE, "set/b/again.csv"),  # a link to soft.csv, which is not beside it
+    ("set/b/hard.csv", tarfile.LNKTYPE, "set/b/again.csv"),
+]
+ASTRAY = [
+    ("set/gone.csv", tarfile.SYMTYPE, "nowhere"),
+    ("set/b/up.csv", tarfile.SYMTYPE, "../1.csv"),
+    ("set/out.csv", tarfile.SYMTYPE, "/etc/hostname"),
+    ("set/above.csv", tarfile.SYMTYPE, "../../x.tar"),
+    ("set/never.csv", tarfile.LNKTYPE, "set/d.csv"),
+    ("set/folder", tarfile.SYMTYPE, "a"),
+    ("set/itself.csv", tarfile.SYMTYPE, "itself.csv"),
+    ("set/itself too.csv", tarfile.LNKTYPE, "set/itself too.csv"),
+    ("set/round.csv", tarfile.SYMTYPE, "trip.csv"),
+    ("set/trip.csv", tarfile.SYMTYPE, "round.csv"),
+]
+
+
+@pytest.mark.parametrize("dot", ["", "./"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_links_in_a_tar_to_its_files_are_read_like_files(dot: str, pack: Callable, tmp_path: Path) -> None:
+    pipe = ("set/pipe", tarfile.FIFOTYPE, "")
+    members = {dot + name: content for name, content in FILES.items()}
+    put(tmp_path, {"x.tar": pack(tarred(members, [*LEADING, *ASTRAY, pipe]))})
+    linked = ["set/hard.csv", "set/b/soft.csv", "set/b/again.csv", "set/b/hard.csv"]
+    with look(tmp_path) as found:
+        content = {entry.place: (entry.read(), entry.size) for entry in found.entries}
+        left_out = dict(found.left_out)
+    assert content == {
+        name: (data, len(data)) for name, data in {**FILES, **dict.fromkeys(linked, FILES["set/a/1.csv"])}.items()
+    }
+    astray = sorted(["set/c/hard.csv", *(name for name, _, _ in ASTRAY)])
+    assert sorted(left_out.pop("a link to no file in the archive")) == [f"x.tar/{name}" for name in astray]
+    assert left_out == {"no file": ["x.tar/set/pipe"]}
 
 
 @pytest.mark.parametrize(

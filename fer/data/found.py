@@ -7,6 +7,7 @@ import bz2
 import gzip
 import lzma
 import os
+import posixpath
 import re
 import shutil
 import stat
@@ -25,6 +26,7 @@ from typing import IO, Any
 
 from fer.errors import UserError, disk_error
 
+LINKS = 40  # that are followed one after another, as in Linux
 HEAD = 4096  # bytes that tell what a file is
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")
 PICTURE_MARKS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
@@ -331,7 +333,7 @@ def _members(found: Found, archive: Entry) -> list[Member]:
     if archive.head.startswith(b"PK"):
         listed = _zip_members(found, path)
     elif _is_tar(archive.head):
-        listed = _tar_members(found.open_files.enter_context(tarfile.open(path, "r:")))  # noqa: SIM115
+        listed = _tar_members(found, archive, found.open_files.enter_context(tarfile.open(path, "r:")))  # noqa: SIM115
     else:
         listed = _packed_members(found, archive, path)
     kept: dict[str, Member] = {}
@@ -360,10 +362,33 @@ def _zip_members(found: Found, path: str) -> Iterator[Member]:
             yield name, info.file_size, lambda info=info: archive.open(info)  # type: ignore[misc]
 
 
-def _tar_members(tar: tarfile.TarFile) -> Iterator[Member]:
+def _tar_members(found: Found, archive: Entry, tar: tarfile.TarFile) -> Iterator[Member]:
+    """Its files and, under their own names, the links to files in it."""
+    lies: dict[str, tarfile.TarInfo] = {}  # what lies at a path
+    named = []
     for member in _listed(tar):
-        if member.isfile():
-            yield member.name, member.size, lambda member=member: tar.extractfile(member)  # type: ignore[misc]
+        path = posixpath.normpath(member.name)
+        lies[path] = lies.get(posixpath.normpath(member.linkname), member) if member.islnk() else member
+        named.append((member.name, lies[path]))
+    for name, member in named:
+        file = _followed(name, member, lies)
+        if file.isfile():
+            yield name, file.size, lambda file=file: tar.extractfile(file)  # type: ignore[misc]
+        elif not member.isdir():
+            is_link = member.issym() or member.islnk()
+            reason = "a link to no file in the archive" if is_link else "no file"
+            found.left_out[reason].append(printable(f"{archive.name}/{posixpath.normpath(name)}"))
+
+
+def _followed(name: str, member: tarfile.TarInfo, lies: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """What a member of a tar leads to; a link if that is not in it, or the links go round in a circle."""
+    path = posixpath.normpath(name)
+    for _ in range(LINKS):
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
+        if not member.issym() or path not in lies:
+            break
+        member = lies[path]
+    return member
 
 
 def _listed(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
@@ -387,7 +412,7 @@ def _packed_members(found: Found, archive: Entry, path: str) -> Iterator[Member]
     start = whole.read(HEAD)
     whole.seek(0)
     if _is_tar(start):
-        return _tar_members(found.open_files.enter_context(tarfile.open(fileobj=whole, mode="r:")))
+        return _tar_members(found, archive, found.open_files.enter_context(tarfile.open(fileobj=whole, mode="r:")))
     whole.close()
     return iter([(archive.base.rpartition(".")[0] or archive.base, size, lambda: unpack(path, "rb"))])
 
