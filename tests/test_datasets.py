@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import change
+from conftest import change, tells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_found import USELESS, put, zipped
 
 from fer.data.datasets import DATASETS, counted
-from fer.data.found import PICTURES, look
+from fer.data.found import ARCHIVES, PICTURES, look
 from fer.data.source import Source, Wanted
 from fer.errors import UserError
 
@@ -160,6 +161,24 @@ def test_no_reader_reads_less_than_is_there_without_a_word(dataset: str, data: s
             there = sum(str(file.relative_to(root)) not in left_out for file in pictures)
         assert len(source.table) == there
         assert labels.items() <= before.items()
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_an_archive_that_cannot_be_read_is_refused_beside_a_whole_data_set(dataset: str, tmp_path: Path) -> None:
+    """A class or the test split may be in it; but of RAR and 7z people leave what they have unpacked."""
+    made(dataset, tmp_path)
+    for name, (content, reason) in USELESS.items():
+        (tmp_path / name).write_bytes(content)
+        if name.endswith(ARCHIVES) and not name.endswith(".rar"):
+            tells(tmp_path, f"/{name}: {reason}, or delete it", read, dataset, tmp_path)
+        (tmp_path / name).unlink()
+    unread = {"x.rar": b"Rar!\x1a\7\0", "y.7Z": b"7z\xbc\xaf\x27\x1c\0", "z.zip": b"Rar!\0"}
+    put(tmp_path, {**unread, "model.pt": zipped({"a": b""})[:-5], "none.zip": zipped({})})
+    assert read(dataset, tmp_path)[0].left_out == {
+        "an archive that is not read": ["x.rar", "y.7Z", "z.zip"],
+        "a damaged archive under another name": ["model.pt"],
+        "an archive without files": ["none.zip"],
+    }
 
 
 def test_counts_are_said_beside_the_published_ones() -> None:

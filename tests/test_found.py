@@ -191,8 +191,9 @@ def test_several_candidates_are_named_unless_they_are_the_same(tmp_path: Path) -
         tells(tmp_path, many.format("a (1 file), c (2 files)"), one_of, [[one], [other, more]], "tables")
 
 
+LFS = "is a git-lfs pointer, not the file: run `git lfs pull` in the clone it comes from"
 USELESS: dict[str, tuple[bytes, str]] = {
-    "fer.csv": (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer, not the file: run `git lfs"),
+    "fer.csv": (b"version https://git-lfs.github.com/spec/v1\n", LFS),
     "annex.csv": (b"/annex/objects/SHA256E-s3--0.csv\n", "is a git-annex pointer, not the file: run `git annex get`"),
     "page.zip": (b"\n<!DOCTYPE html><html>", "is a web page, not the file: sign in there and download it again"),
     "x.rar": (b"Rar!\x1a\x07\0", "is a RAR archive, which is not read: unpack it and delete it"),
@@ -205,6 +206,9 @@ USELESS: dict[str, tuple[bytes, str]] = {
         "is truncated or damaged ( ... ): download it again",
     ),
     "cut.tar.gz": (gzip.compress(tarred(FILES))[:-20], "is truncated or damaged ( ... ): download it again"),
+    "cut.tar": (tarred(FILES)[:1024], "is truncated or damaged (its end is missing): download it again"),
+    "empty.zip": (b"", "is empty: download it again"),
+    "fer.zip": (b"version https://git-lfs.github.com/spec/v1\n", LFS),
 }
 
 

@@ -40,10 +40,13 @@ HIDDEN = "hidden, half downloaded, or left by the operating system"
 
 BREAK = re.compile("[\n\r]")
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
-_MARKS = {  # first bytes -> what the file is, and the remedy
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
+_UNREAD = {  # first bytes -> what the file is, and the remedy
     b"Rar!": "is a RAR archive, which is not read: unpack it and delete it",
     b"7z\xbc\xaf": "is a 7z archive, which is not read: unpack it and delete it",
+}  # fmt: skip
+_MARKS = {
+    **_UNREAD,
     b"version https://git-lfs": "is a git-lfs pointer, not the file: run `git lfs pull` in the clone it comes from",
     b"/annex/objects": "is a git-annex pointer, not the file: run `git annex get` in the clone it comes from",
     b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
@@ -139,6 +142,15 @@ class Found:
         name, reason = next(iter(self.useless.items()), (str(self.path), wanted))
         return UserError(f"{name}: {reason}")
 
+    def refuse_damaged(self) -> None:
+        """Raise UserError for the first archive that should have been read and cannot be.
+
+        One of RAR or 7z is none of these: people unpack it and leave it there.
+        """
+        for name, reason in self.useless.items():
+            if name.lower().endswith(ARCHIVES) and reason not in _UNREAD.values():
+                raise UserError(f"{name}: {reason}, or delete it")
+
 
 @contextmanager
 def look(path: Path) -> Iterator[Found]:
@@ -152,16 +164,20 @@ def look(path: Path) -> Iterator[Found]:
         for name in files:
             entry = _plain(found, name)
             if fault := _fault(name):
-                if entry.is_picture or name.lower().endswith((".csv", ".parquet", *_ARCHIVES)):
+                if entry.is_picture or name.lower().endswith((".csv", ".parquet", *ARCHIVES)):
                     raise UserError(f"{entry}: its name {fault}: rename it")
                 found.left_out[f"a name that {fault}"].append(printable(name))
                 continue
-            if not entry.is_picture and _is_archive(entry.head):
+            head = b"" if entry.is_picture else entry.head
+            if _is_archive(head):
                 packed.append(entry)
+                continue
+            plain[name] = entry.size
+            _judge(found, entry)
+            if head.startswith(tuple(_UNREAD)):
+                found.left_out["an archive that is not read"].append(name)
             else:
-                plain[name] = entry.size
                 found.entries.append(entry)
-                _judge(found, entry)
         for entry in packed:
             found.entries += _unpacked(found, entry, plain)
         found.entries.sort(key=lambda entry: entry.name)
@@ -274,10 +290,10 @@ def _plain(found: Found, name: str) -> Entry:
 def _judge(found: Found, entry: Entry) -> None:
     """Note a file that is something else than its name promises."""
     suffix = PurePosixPath(entry.base.lower()).suffix
-    if entry.is_picture or suffix not in (".csv", ".parquet", ".txt", *_ARCHIVES):
+    if entry.is_picture or suffix not in (".csv", ".parquet", ".txt", *ARCHIVES):
         return
     reason = what_it_is(entry.head)
-    if reason is None and suffix in _ARCHIVES and not _is_text(entry.head):
+    if reason is None and suffix in ARCHIVES and not _is_text(entry.head):
         reason = "is no archive, or damaged: download it again"
     if reason is not None:
         found.useless[str(entry)] = reason
@@ -303,7 +319,11 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
         if isinstance(error, OSError) and disk_error(error, archive.name):
             raise  # no room to unpack it
         found.useless[str(archive)] = damage(error)
+        if not archive.base.lower().endswith(ARCHIVES):  # others are refused
+            found.left_out["a damaged archive under another name"].append(archive.name)
         return []
+    if not members:
+        found.left_out["an archive without files"].append(archive.name)
     above = archive.place[: -len(archive.base)]
     stem = _stem(archive.base)
     inner = {name: size for name, size, _ in members}
@@ -322,7 +342,7 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
 
 def _stem(name: str) -> str:
     """The name of an archive without .zip, .tar.gz ..."""
-    while name.lower().endswith(_ARCHIVES):
+    while name.lower().endswith(ARCHIVES):
         name = name.rpartition(".")[0]
     return name
 

@@ -168,7 +168,11 @@ def hard_table(
 
 
 def left_over(found: Found, used: Iterable[Entry], reasons: dict[str, list[str]]) -> dict[str, list[str]]:
-    """By reason, all that was found and not `used`; `reasons` has those that the reader knows."""
+    """By reason, all that was found and not `used`; `reasons` has those that the reader knows.
+
+    Raises UserError for an archive that cannot be read, in which the rest of the data set may be.
+    """
+    found.refuse_damaged()
     known = {name for names in reasons.values() for name in names} | {entry.name for entry in used}
     other = [printable(entry.name) for entry in found.entries if entry.name not in known]
     result = {**found.left_out, **reasons, UNUSED: other}
