@@ -32,7 +32,7 @@ def put(root: Path, names: list[str]) -> Path:
 def read(path: Path, reader: Callable = folders.read, **wanted: Any) -> Source:
     with look(path) as found:
         source = reader(found, Wanted(**wanted))
-        return Source(np.asarray(source.images), *list(vars(source).values())[1:])
+        return Source(np.concatenate([*source.chunks()]), *list(vars(source).values())[1:])
 
 
 def rows(source: Source) -> dict[str, tuple[str, str, str, int]]:

@@ -37,7 +37,7 @@ def read(folder: Path, files: list[bytes], size: int | None = None, boxes: list[
         (folder / f"{number}.png").write_bytes(content)
     with look(folder) as found:
         pictures = Pictures(found.entries[: len(files)], size, boxes)
-        images = np.asarray(pictures)
+        images = np.concatenate([*pictures.chunks()])
         assert pictures.shape == images.shape
         return images, pictures.resized
 

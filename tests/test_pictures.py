@@ -113,7 +113,7 @@ def of_data_set(folder: Path, content: bytes) -> np.ndarray:
     """The picture as the stage download reads it."""
     (folder / "one.png").write_bytes(content)
     with look(folder) as found:
-        return np.asarray(Pictures(found.entries))[0]
+        return np.concatenate([*Pictures(found.entries).chunks()])[0]
 
 
 @pytest.mark.parametrize("faces", [GREY, COLOUR])
@@ -122,7 +122,7 @@ def test_pictures_of_any_size_become_what_they_are_in_a_data_set(faces: Faces, t
         picture = RNG.integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(picture).convert("L" if faces is GREY else "RGB").save(tmp_path / f"{number}.png")
     with look(tmp_path) as found:
-        wanted = np.asarray(Pictures(found.entries, size=48))
+        wanted = np.concatenate([*Pictures(found.entries, size=48).chunks()])
     np.testing.assert_array_equal(prepared(faces, sorted(tmp_path.iterdir())), wanted)
 
 

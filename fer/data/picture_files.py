@@ -101,9 +101,6 @@ class Pictures:
         except UNREADABLE as error:
             raise UserError(f"{self.entries[row]}: {fault(content, error)}") from None
 
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate([np.zeros((0, *self.shape[1:]), np.uint8), *self.chunks()])
-
 
 def upright(entry: Entry, content: bytes, mode: str) -> Image.Image:
     """The picture in `entry`, whose file is `content`, turned as EXIF says, in a mode of Pillow.
