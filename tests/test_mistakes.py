@@ -77,10 +77,9 @@ def test_a_broken_experiment_hides_no_other_model(project: Path, here: Here) -> 
 
 
 def test_brackets_in_names_are_shown(project: Path, here: Here) -> None:
-    folder = project / "[old] x"
-    folder.mkdir()
-    shutil.copy(project / "experiments/vgg13_small.yaml", folder / "mine.yaml")
-    done = here("config", f"{folder}/mine.yaml")
+    Path("[old] x").mkdir()
+    shutil.copy("experiments/vgg13_small.yaml", "[old] x/mine.yaml")
+    done = here("config", "[old] x/mine.yaml")
     assert (done.returncode, "[old] x" in done.stdout) == (0, True)
 
 
