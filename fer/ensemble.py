@@ -14,7 +14,7 @@ from fer.data.dataset import DataSet, open_data
 from fer.device import pick_device
 from fer.errors import UserError
 from fer.evaluate import evaluate, predict_split, read_predictions
-from fer.files import write_json
+from fer.files import held, write_json
 from fer.formats import format_of, read_run
 from fer.input import Input
 from fer.losses import CrossEntropy, build_loss
@@ -35,7 +35,8 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
 
     From the runs' stored predictions of val each network gets its temperature, then the shares minimise the
     cross-entropy. Test is read once, at the end.
-    Raises UserError if a run is not finished, was trained on other data or cannot be a member.
+    Raises UserError if a run is not finished, was trained on other data or cannot be a member, and if another process
+    makes the same ensemble.
     """
     data = open_data(data_dir)
     metas = [finished(folder, data) for folder in folders]
@@ -52,9 +53,10 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
     )
     start = "+".join(meta["run_id"] for meta in metas)
     folder = folders[0].parent / run_id(NAME, run, data.hash, start)
-    if read_summary(folder) is None:
-        _write(folder, run, start, folders, data, resources)
-    evaluate(folder, data_dir, resources)
+    with held(folder):
+        if read_summary(folder) is None:
+            _write(folder, run, start, folders, data, resources)
+        evaluate(folder, data_dir, resources)
     return folder
 
 
@@ -133,7 +135,6 @@ def _write(folder: Path, run: Run, start: str, folders: list[Path], data: DataSe
     history = [{"epoch": 1, **val, "seconds": spent, "time": time.time()}]
     balanced = balanced_by(*(checkpoint.load_meta(source / BEST) for source in folders))
     header = about(NAME, folder.name, run, data, device) | {"balanced": balanced}
-    folder.mkdir(parents=True, exist_ok=True)
     names = [source.name for source in folders]
     write_json(folder / CONFIG, {**header, "starts_from": names, "start": start, "resources": resources.model_dump()})
     checkpoint.save(folder / BEST, model.state_dict(), {**header, "epoch": 1, "history": history}, training=None)

@@ -1,6 +1,7 @@
 """An ensemble is the mean of its members: as one network, in files like any other run, with shares fitted on val."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fer.checkpoint import load_meta
 from fer.data.dataset import open_data
 from fer.ensemble import combine, fitted
 from fer.evaluate import evaluate, read_predictions
-from fer.files import sha256
+from fer.files import held, sha256
 from fer.models import packages
 from fer.models.cost import cost
 from fer.models.ensemble import Ensemble
@@ -102,6 +103,8 @@ def test_made_again_it_is_the_same_run_and_others_are_other_runs(members: list[P
     before = (first / "summary.json").read_bytes()
     assert combine(members[:2], bars, CPU) == first
     assert (first / "summary.json").read_bytes() == before
+    with held(first):
+        assert f"another process ({os.getpid()} on" in refusal(combine, members[:2], bars, CPU)
     assert len({first, combine(members[::2], bars, CPU), combine(members[:2], bars, CPU, mirror=True)}) == 3
 
 

@@ -84,6 +84,11 @@ def test_subjects_are_found_in_file_names(tmp_path: Path) -> None:
     tells(tmp_path, told, read, tmp_path, subject_pattern=r"(\d{3})")
 
 
+def test_accents_that_a_system_writes_apart_change_neither_names_nor_order(tmp_path: Path) -> None:
+    """As macOS hands them over: a and an accent would come before b, but \u00e4 comes after it."""
+    assert read(put(tmp_path, ["a\u0308/1.png", "b/1.png"])).classes == ("b", "\u00e4")
+
+
 def test_what_is_no_picture_is_left_out_and_said(tmp_path: Path) -> None:
     put(tmp_path, ["happy/1.png", "happy/.hidden.png", "sad/1.png", "sad/without suffix"])
     (tmp_path / "sad" / "notes.txt").write_text("x")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fer.data.found import Entry, Found, printable
+from fer.data.found import Entry, Found, joined, printable
 from fer.data.labels import USAGES, emotion
 from fer.data.source import Face, Source, Wanted, of_faces
 from fer.errors import UserError
@@ -182,4 +182,5 @@ def _root(entry: Entry, depth: int) -> str:
 
 def in_order(name: str) -> tuple[bool, int, str, str]:
     """The order of class names: numbers, then words."""
+    name = joined(name)  # the same order on all systems
     return not name.isdecimal(), int(name) if name.isdecimal() else 0, name.lower(), name
