@@ -129,7 +129,7 @@ def _refuse_shared_gpus() -> None:
         ray.shutdown()
         raise UserError(
             f"process {others[0]} already trains on the GPUs of this machine; wait for it, or let both share one Ray: "
-            "`ray start --head`, and RAY_ADDRESS=auto for each"
+            "start it as docs/clusters.md says, and set RAY_ADDRESS=auto for each"
         )
 
 

@@ -93,6 +93,7 @@ def note(summary: dict[str, Any]) -> str:
     """The result of a run in a few sentences, as Markdown."""
     test, data = summary["test"], summary["data"]
     unleaked = summary.get("test_unleaked", summary["test_unleaked_exact"])
+    double = "a copy or a near duplicate" if "test_unleaked" in summary else "a copy"  # of an earlier version
     labels = ", ".join(str(data[key]) for key in ("label_source", "label_mode") if key in data)
     made, networks = summary.get("trained_by", {}), summary.get("members")  # the latter of an ensemble alone
     chose = f"which chose epoch {summary['best_epoch']} of {summary['epochs']}"
@@ -101,7 +102,7 @@ def note(summary: dict[str, Any]) -> str:
     return (
         f"**{_percent(test['accuracy'])} %** of {test['images']} test images, "
         f"**{_percent(unleaked.get('accuracy'))} %** of the {unleaked['images']} "
-        f"of which neither train nor val holds a copy; "
+        f"of which neither train nor val holds {double}; "
         f"{_percent(summary['val']['accuracy'])} % of {summary['val']['images']} val images, {chose}.\n\n"
         f"Data: {data_name(data)} ({labels}), {_images(data)}, hash {summary['data_hash']}. "
         f"Metrics in `final/` are those of the best epoch; the others are curves. "

@@ -82,7 +82,7 @@ class Split:
 
     @property
     def leaked(self) -> torch.Tensor:
-        """bool [n]: the same pixels were seen in training or when the best epoch was selected."""
+        """bool [n]: the same pixels or a near duplicate were seen in training or when the best epoch was selected."""
         return self.in_train | self.in_val | self.near
 
     def pixels(self, index: np.ndarray) -> torch.Tensor:
@@ -127,7 +127,7 @@ class DataSet:
 
     @cached_property
     def leak_hash(self) -> str:
-        """16 hex digits of which test images are also in train and which in val."""
+        """16 hex digits of which test images are also in train, in val, or have a near duplicate there."""
         digest, test = hashlib.sha256(), self.split("test")
         feed(digest, "in_train", test.in_train.numpy())
         feed(digest, "in_val", test.in_val.numpy())

@@ -18,7 +18,7 @@ def data_check(
     name: Prepared = None,
     faces: Annotated[
         str | None,
-        typer.Option(metavar="haar|FILE", help="Name images without a face, by Haar cascade or YuNet's file."),
+        typer.Option(metavar="haar|hub|FILE", help="Name images without a face, by Haar cascade or YuNet."),
     ] = None,
 ) -> None:
     """Look for copies, doubtful labels, blank images and people on two sides; write check.json and check.html."""

@@ -40,7 +40,7 @@ class Sweep(Section):
     trials: Positive = 16
     """Number of trials."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Stop all trials after this time of search, measured by their epochs; null: no limit."""
+    """Stop all trials after this time of search (that of earlier starts is taken from their epochs); null: no limit."""
     at_once: Positive | None = None
     """Trials in parallel; null: as many as there is room for."""
     cpus_per_trial: Positive = 1

@@ -250,7 +250,7 @@ def _refuse_other_rows(content: Rows, votes: pd.DataFrame, votes_file: Entry) ->
 def agreement(content: Rows, votes: pd.DataFrame, votes_file: Entry) -> float | None:
     """Share of images whose column emotion is the majority of their votes; None if that column says nothing.
 
-    Raises UserError where fewer than AGREEMENT of BLOCK images in a row agree: then the rows are not the same images.
+    Raises UserError where fewer than AGREEMENT of a block of BLOCK images or more agree: they are not the same then.
     """
     keep, label, _ = label_distribution(votes[list(VOTE_COLUMNS)].to_numpy(), "majority", len(CLASSES))
     number = np.array([CLASSES.index(name) for name in EMOTIONS])[content.emotions]
