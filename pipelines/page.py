@@ -44,8 +44,8 @@ class Axis:
 
 
 def compared(sides: Sequence[Side], pairs: Sequence[Pair]) -> str:
-    """The page, as HTML."""
-    colours = [COLOURS[place % len(COLOURS)] for place in range(len(sides))]
+    """The page, as HTML; of as many sides as there are COLOURS at most."""
+    colours = COLOURS[: len(sides)]
     runs = [summary for side in sides for summary in side.summaries]
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

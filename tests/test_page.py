@@ -152,6 +152,10 @@ def test_the_command(runs: Path, here: Callable[..., subprocess.CompletedProcess
     assert list(Path().glob("*.partial")) == []
     for words, told in (
         (("one", "--report", "no/page.html"), "no/page.html: name a file in a folder that exists"),
+        (
+            (*"abcdefg", "--report", "p.html"),
+            "p.html: a page shows 6 sides at most, each in a colour of its own; name fewer than 7",
+        ),
         (("--report", "p.html"), "p.html: name the runs to compare, `fer compare RUN RUN --report p.html`"),
     ):
         failed = here("compare", *words)

@@ -163,10 +163,13 @@ def compare(
 
 def _compare_pairs(words: list[str], report: Path | None) -> None:
     from fer.data.dataset import open_data
-    from pipelines import comparison
+    from pipelines import comparison, page
 
     if report is not None:
         check_target("--report", report, (".html", ".htm"))
+        if len(words) > len(page.COLOURS):
+            few = f"a page shows {len(page.COLOURS)} sides at most, each in a colour of its own"
+            raise UserError(f"--report {report}: {few}; name fewer than {len(words)}")
     sides = [comparison.side(word, RUNS) for word in words]
     print_table([summary for side in sides for summary in side.summaries])
     try:
@@ -185,9 +188,7 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
     if pairs:
         _print_pairs(pairs)
     if report is not None:
-        from pipelines.page import compared
-
-        write_bytes(report, compared(sides, pairs).encode())
+        write_bytes(report, page.compared(sides, pairs).encode())
         console.print(bold(report), soft_wrap=True)
         _attach(report, [folder for side in sides for folder in side.folders])
 
