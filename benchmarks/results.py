@@ -94,7 +94,7 @@ def lines(folder: Path = FOLDER, group: str = "") -> list[str]:
 
 def recalls(row: str, folder: Path = FOLDER) -> list[str]:
     """A line for each class: mean recall over the seeds of a row, and Wilson's 95 % interval of so many hits."""
-    known = _runs(row, folder)
+    known = _runs(index(folder), row, folder)
     runs = [predictions(run, folder) for run in known]
     names = pd.read_csv(folder / f"{known[0]}.csv", nrows=1).columns[FIRST:]
     found = ["| class | images | recall % | 95 % |", "|---|---|---|---|"]
@@ -115,7 +115,7 @@ def evened(row: str, data: Path, folder: Path = FOLDER) -> list[str]:
     """
     known = open_data(data)
     images = torch.bincount(known.split("train").labels, minlength=len(known.classes)).numpy()
-    runs = _runs(row, folder)
+    runs = _runs(index(folder), row, folder)
     found = ["| run | even | accuracy | UAR |", "|---|---|---|---|"]
     for run in runs:
         if list(pd.read_csv(folder / f"{run}.csv", nrows=0).columns[FIRST:]) != known.classes:
@@ -135,8 +135,8 @@ def against(control: str, folder: Path = FOLDER) -> list[str]:
     which takes one variance from all rows of the group. Every row needs two runs or more. An image counts as leaked if
     it is so for one of the runs.
     """
-    _runs(control, folder)  # tells if there is no such row
     table = index(folder)
+    _runs(table, control, folder)  # tells if there is no such row
     group = _with_leaked(table[table["row"].map(_group) == _group(control)], folder)
     rows = [row for row in dict.fromkeys(group["row"]) if row != control]
     found = [f"| {control} against | on | its mean | the other's | difference | 95 % | p |", f"|{7 * '---|'}"]
@@ -159,9 +159,9 @@ def minus(rows: list[str], others: list[str], folder: Path = FOLDER) -> list[str
     Differences of the means over runs in points, with the 95 % interval and p of Welch's t test (1947). An image counts
     as leaked if it is so for one of the runs.
     """
-    for row in (*rows, *others):
-        _runs(row, folder)
     table = index(folder)
+    for row in (*rows, *others):
+        _runs(table, row, folder)  # tells if there is no such row
     both = _with_leaked(table[table["row"].isin([*rows, *others])], folder)
     sides = [both[both["row"].isin(names)] for names in (rows, others)]
     found = ["| on | runs | mean | the others' | difference | 95 % | p |", f"|{7 * '---|'}"]
@@ -227,7 +227,7 @@ def _on_same_images(runs: list[str], folder: Path) -> list[tuple[torch.Tensor, t
 
 def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
     """A line for each test image that every run of a row gets wrong, the surest mistakes first; names, no pictures."""
-    runs = _runs(row, folder)
+    runs = _runs(index(folder), row, folder)
     whole = [pd.read_csv(folder / f"{run}.csv", keep_default_na=False) for run in runs]
     classes = whole[0].columns[FIRST:]
     mean = np.mean([one[classes].to_numpy() for one in whole], 0)
@@ -240,9 +240,8 @@ def mistaken(row: str, folder: Path = FOLDER) -> list[str]:
     return found
 
 
-def _runs(row: str, folder: Path) -> list[str]:
-    """The runs of a row."""
-    table = pd.read_csv(folder / INDEX)
+def _runs(table: pd.DataFrame, row: str, folder: Path) -> list[str]:
+    """The runs of a row of the index, `table`."""
     runs = table.loc[table["row"] == row, "run"].tolist()
     if not runs:
         raise SystemExit(f"{folder / INDEX}: has no row {row}")

@@ -8,7 +8,7 @@ import pytest
 from conftest import refusal
 
 from fer.files import write_json
-from fer.run_folder import SUMMARY, Progress, named, read_progress, read_rows, read_summary, write_rows
+from fer.run_folder import SUMMARY, Progress, all_runs, named, read_progress, read_rows, read_summary, write_rows
 
 ROW = dict.fromkeys(("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "time"), 1 / 3)
 ROWS = [{"epoch": 1, **ROW}, {"epoch": 2, **ROW, "val_accuracy": 0.5, "beside": 1.0}]
@@ -39,6 +39,13 @@ def test_runs_on_folds_are_meant_only_by_a_word_with_a_dot(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
     for word, found in (("x", names[:1]), ("x.", names[1:]), ("x.fold2", names[2:]), (names[1], names[1:2])):
         assert [path.name for path in named(tmp_path, word)] == found
+
+
+def test_no_word_means_no_run(tmp_path: Path) -> None:
+    for name in ("x-s1", "x.fold1of2-s1"):
+        (tmp_path / name).mkdir()
+    assert [named(tmp_path, word) for word in ("", "/", f"{tmp_path}/")] == [[], [], []]
+    assert [path.name for path in all_runs(tmp_path)] == ["x-s1"]
 
 
 def test_progress_is_written_once_a_second_and_at_the_end_of_an_epoch(
