@@ -1,10 +1,12 @@
-"""Reads tensors from third-party files: safetensors, torch files, pickled numpy arrays. Never runs code in them."""
+"""Reads tensors from third-party files: safetensors, torch and dlib files, pickled arrays. Never runs their code."""
 
 import io
+import math
 import pickle
 import pickletools
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ ALONE = "give a file of named tensors alone, such as a saved state_dict"
 
 
 def read_tensors(path: str | Path, key: str) -> dict[str, Tensor]:
-    """The named tensors of a `.safetensors`, a `.pkl` (numpy arrays) or, by any other suffix, a `torch.save` file.
+    """The named tensors of a `.safetensors`, a `.pkl` (numpy arrays), a `.dat` (dlib) or, else, a `torch.save` file.
 
     From a torch file the value of `state_dict`, `model` or `netG` is taken, if there is one, and a prefix `module.` is
     removed if all names have it. Raises UserError, beginning with the setting's `key`, for a file that is missing or
@@ -108,7 +110,43 @@ def _from_pickle(path: Path) -> Any:
     return {name: value.tensor(repr(name)) if isinstance(value, _Array) else value for name, value in content.items()}
 
 
-READERS: dict[str, Callable[[Path], Any]] = {".safetensors": load_file, ".pkl": _from_pickle}
+def _from_dlib(path: Path) -> dict[str, Tensor]:
+    """The layers of a network that dlib wrote, counted in their order: con0.weight [O, I, h, w], con0.bias, fc0.weight.
+
+    Integers have a byte that holds their length, and tensors are a version, four sides and as many floats
+    (dlib/serialize.h, dlib/dnn/layers.h and dlib/cuda/tensor.h).
+    """
+    data, counts = path.read_bytes(), Counter[str]()
+    found: dict[str, np.ndarray] = {}
+    for mark in re.finditer(rb"\x01[\x04-\x07](con|affine|fc)_\d?", data):
+        file, kind = io.BytesIO(data), mark[1].decode()
+        file.seek(mark.end())
+        name = f"{kind}{counts[kind]}"
+        counts[kind] += 1
+        outputs = _dlib_integers(file, 2)[0] if kind == "fc" else 0
+        flat = _dlib_tensor(file)
+        if kind == "con":
+            outputs, height, width = _dlib_integers(file, 3)
+            found[f"{name}.weight"] = flat[:-outputs].reshape(outputs, -1, height, width)
+            found[f"{name}.bias"] = flat[-outputs:]
+        elif kind == "affine":
+            found[f"{name}.weight"], found[f"{name}.bias"] = flat.reshape(2, -1)
+        else:
+            found[f"{name}.weight"] = flat.reshape(-1, outputs).T
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in found.items()}
+
+
+def _dlib_integers(file: io.BytesIO, count: int) -> list[int]:
+    return [int.from_bytes(file.read(file.read(1)[0] & 15), "little") for _ in range(count)]
+
+
+def _dlib_tensor(file: io.BytesIO) -> np.ndarray:
+    _, *sides = _dlib_integers(file, 5)
+    size = math.prod(sides)
+    return np.frombuffer(file.read(4 * size), "<f4", size)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {".safetensors": load_file, ".pkl": _from_pickle, ".dat": _from_dlib}
 
 
 class _Dtype:

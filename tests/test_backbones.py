@@ -16,12 +16,14 @@ import torch
 from conftest import filled, refusal
 from efficientnet_lite_pytorch import EfficientNet
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
-from test_models import IR50, LITE0, MOBILENET, RESNET, RESNET18, SWIN, VIT
+from test_models import DLIB, IR50, LITE0, MOBILENET, RESNET, RESNET18, SWIN, VIT
 from torch import Tensor, nn
 
 from fer import checkpoint
 from fer.input import Input, model_input
+from fer.models import dlib_resnet
 from fer.models.backbones import BACKBONE, BACKBONES, backbone_faults, build_backbone, starts_from
 from fer.models.depthwise import DepthwiseConv2d
 from fer.models.ir50 import Ir50Network
@@ -40,6 +42,7 @@ PUBLISHED = {
     "swin_small_patch4_window7_224": 48.84, "swin_base_patch4_window7_224": 86.74,
     "swin_large_patch4_window7_224": 195.00, "mobilenet_v3_large": 2.97, "resnet18": 11.18, "resnet34": 21.28,
     "resnet50": 23.51, "efficientnet_lite0": 3.37, "efficientnet_lite2": 4.81,
+    "dlib_resnet": 5.57,
 }  # fmt: skip
 
 
@@ -352,6 +355,55 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         assert missing.replace("_", "-") in message
 
 
+# dlib 20.0.1's descriptor of the waves below, from the file in the package
+DESCRIPTOR = [-0.05399534851312637, 0.08289197087287903, 0.03890795633196831, -0.036337658762931824]
+
+
+def test_dlibs_descriptors_are_those_of_dlib() -> None:
+    network, file = build({"name": "dlib_resnet"}, 150, 3), dlib_resnet.packaged_weights(KEY)
+    numbers = torch.arange(150 * 150 * 3, dtype=torch.float64)
+    images = (127.5 + 127 * torch.sin(1e-3 * numbers**1.5)).round().reshape(1, 150, 150, 3).permute(0, 3, 1, 2)
+    prepared = (images.float() - torch.tensor([122.782, 117.001, 104.298]).view(3, 1, 1)) / 256
+    with torch.inference_mode():
+        found = network(prepared) @ read_tensors(file, KEY)["fc0.weight"].T
+    torch.testing.assert_close(found[0, :4], torch.tensor(DESCRIPTOR), rtol=0, atol=2e-6)
+    assert (found.shape, found.argmax().item(), found.norm().item()) == (
+        (1, 128),
+        76,
+        pytest.approx(1.3194903, abs=1e-5),
+    )
+    mean, std = BACKBONES["dlib_resnet"].pixels or ([], [])
+    again = model_input(images.permute(0, 2, 3, 1).to(torch.uint8), Input(image_size=150, mean=mean, std=std))
+    torch.testing.assert_close(again, prepared, rtol=0, atol=1e-4)
+
+
+def test_files_of_dlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As weights: the package's file, or a checkpoint of this network; not another network of dlib, nor a half."""
+    whole, mine = Path(dlib_resnet.packaged_weights(KEY)), tmp_path / "mine.safetensors"
+    network, images = build({"name": "dlib_resnet"}, 103, 3), torch.rand(1, 3, 103, 103)
+    save_file(network.state_dict(), mine)
+    for weights in (whole, mine):
+        assert torch.equal(build({"name": "dlib_resnet", "weights": str(weights)}, 103, 3)(images), network(images))
+    half = tmp_path / "half.dat"
+    half.write_bytes(whole.read_bytes()[:10_000_000])
+    for file, why in (
+        (half, "not a whole weights file of its kind; fetch it again or name another"),
+        (whole.with_name("mmod_human_face_detector.dat"),
+            "holds other layers than dlib's network for face recognition; name its file"),
+    ):  # fmt: skip
+        assert refusal(build, DLIB, 103, 3, weights=str(file), width=32) == f"model.backbone.weights: {file}: {why}"
+    narrow = refusal(build, DLIB, 103, 3, weights="pretrained")
+    assert narrow.startswith(
+        f"model.backbone.weights: {whole}: tensor blocks.0.first.bias has shape [32], the model needs"
+    )
+    monkeypatch.setitem(sys.modules, "face_recognition_models", None)
+    message = refusal(build, DLIB, 103, 3, weights="pretrained")
+    assert message == (
+        "model.backbone.weights: the package face_recognition_models is missing; "
+        "install the extra `dlib`: pip install -c constraints.txt -e '.[dlib]'"
+    )
+
+
 def test_a_file_with_a_classifier(tmp_path: Path) -> None:
     """Damage and other networks: test_weights.py."""
     path, images = tmp_path / "weights.pth", torch.randn(2, 1, 32, 32)
@@ -399,6 +451,7 @@ MISFITS = [
     (SWIN | {"num_heads": [1]}, 16, 1, ".num_heads: has 1 stages but depths has 2"),
     *((row, 31, 1, ": images of 31 px are too small: at least 32") for row in (MOBILENET, RESNET, RESNET18, LITE0)),
     (IR50, 3, 1, ": images of 3 px are too small: at least 4"),
+    (DLIB, 102, 1, ": images of 102 px are too small: at least 103"),
     ({"name": "small_resnet"}, 7, 1, ": images of 7 px are too small: at least 8"),
     ({"name": "small_resnet", "weights": "pretrained"}, 48, 1,
         ".weights: small_resnet has none to fetch; name a file, or set it to null"),

@@ -37,6 +37,7 @@ MOBILENET = backbone("mobilenet_v3_large", width=0.25)
 RESNET = backbone("resnet50", layers=[1, 1, 1, 1], width=8)
 RESNET18 = backbone("resnet18", layers=[1, 1, 1, 1], width=8, max_pool=False)
 IR50 = backbone("ir50", layers=[1, 2], width=8)
+DLIB = backbone("dlib_resnet", width=8)
 LITE0, LITE2 = backbone("efficientnet_lite0"), backbone("efficientnet_lite2")
 VGG: dict[str, Any] = {"width": 0.125, "batch_norm": True, "conv_dropout": 0.1, "dense_dropout": 0.1}
 HALF = {"head": [16], "head_dropout": 0.1}
@@ -63,6 +64,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet of basic blocks": classifier(RESNET18, 32),
     "ir50, dense": classifier(IR50),
     "ir50, mean": classifier(IR50 | {"pool": "mean"}),
+    "dlib's": classifier(DLIB, 103),
     "lite0": classifier(LITE0, 32),
     "lite2": classifier(LITE2, 32),
     "stn, neural resizer, head": classifier(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 from fer.input import Input
+from fer.models import dlib_resnet
 from fer.models.efficientnet_lite import Lite, packaged_weights
 from fer.models.ir50 import Ir50
 from fer.models.mobilenet_v3 import MobileNetV3
@@ -26,6 +27,7 @@ _TORCHVISION = "https://download.pytorch.org/models/"
 # (input.mean, input.std) with which published weights were trained
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _HALF = ([0.5], [0.5])
+_DLIB = ([0.4815, 0.4588, 0.409], [1.0039])  # 122.782, 117.001, 104.298 and 256 of 255
 
 
 class Torchvision(nn.Module):
@@ -193,6 +195,7 @@ BACKBONES: dict[str, Row] = dict(
         ),
         _lite("lite0"),
         _lite("lite2"),
+        ("dlib_resnet", Row(dlib_resnet.DlibResnet, dlib_resnet.PACKAGE, _DLIB)),
         ("ir50", Row(Ir50, RANDOM)),
         ("small_resnet", Row(SmallResnetBackbone, RANDOM)),
     ]
@@ -260,6 +263,8 @@ def _published(backbone: Backbone, key: str) -> str:
     source = BACKBONES[backbone.name].source
     if isinstance(backbone, Lite):
         return packaged_weights(backbone.variant, key)
+    if isinstance(backbone, dlib_resnet.DlibResnet):
+        return dlib_resnet.packaged_weights(key)
     return _downloaded(source, key) if source.startswith("https://") else source
 
 
