@@ -141,9 +141,10 @@ def between_seeds(values: list[float], others: list[float]) -> tuple[Interval, f
     """
     if min(len(values), len(others)) < 2:
         raise ValueError("two runs or more on each side")
-    gap = float(np.mean(values) - np.mean(others))
     if len(set(values)) == len(set(others)) == 1:  # nothing varies
+        gap = values[0] - others[0]
         return Interval(gap, gap, gap), float(gap == 0)
+    gap = float(np.mean(values) - np.mean(others))
     found = scipy.stats.ttest_ind(values, others, equal_var=False)
     bounds = found.confidence_interval(LEVEL)
     return Interval(gap, float(bounds.low), float(bounds.high)), float(found.pvalue)
