@@ -153,6 +153,20 @@ def test_one_damaged_run_leaves_the_others_to_be_compared(project: Path, here: H
     assert (done.returncode, done.stderr) == (2, told)
 
 
+def test_runs_evaluated_on_different_test_splits_stand_apart(project: Path, here: Here) -> None:
+    run = experiment(project, "one", {"device": "cpu"}, epochs=1)
+    folders = [fit(name, run, CPU, DATA, "data/runs") for name in ("one", "two")]
+    for folder in folders:
+        evaluate(folder, DATA, CPU)
+    assert here("compare").stdout.count("data ") == 1
+    path = project / DATA / "splits/test.csv"
+    path.write_text(path.read_text().replace("136,136.png,0,", "136,136.png,1,"))
+    evaluate(folders[0], DATA, CPU)
+    assert here("compare").stdout.count("test split ") == 2
+    assert here("ensemble", "one", "two").returncode == 0
+    assert here("compare").stdout.count("test split ") == 0
+
+
 def test_a_test_split_that_is_wrong_is_told_before_anything_starts(project: Path, here: Here) -> None:
     path = project / DATA / "splits/test.csv"
     path.write_text(path.read_text().replace("136,136.png,0,", "136,136.png,99,"))

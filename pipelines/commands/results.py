@@ -106,6 +106,7 @@ def ensemble(
     Its shares of the networks are fitted on val.
     """
     from fer.ensemble import combine
+    from fer.evaluate import evaluate
     from pipelines.params import load
 
     chosen = [folder for word in runs for folder in find_runs(word)]
@@ -114,6 +115,8 @@ def ensemble(
     params = load()
     with doing(f"Averaging {', '.join(folder.name for folder in chosen)} ..."):
         folder = combine(chosen, data_of(chosen[0]), params.resources, mirror)
+        for one in chosen:
+            evaluate(one, data_of(one), params.resources)  # again, if test has changed since
     _record_made(folder, params)
     found = [summary for one in (*chosen, folder) if (summary := read_summary(one)) is not None]
     print_table(found)
@@ -242,12 +245,16 @@ def _compare_all() -> None:
     print_folds(sums)
     if not summaries and not damaged and not sums:
         raise UserError(f"{RUNS}: no finished run; train one with `fer train`")
-    by_data: dict[str, list[dict[str, Any]]] = {}
+    by_data: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for summary in summaries:
-        by_data.setdefault(summary["data_hash"], []).append(summary)
-    for data_hash, group in by_data.items():
+        key = summary["data_hash"], summary.get("test_hash", ""), summary.get("leak_hash", "")
+        by_data.setdefault(key, []).append(summary)
+    trained_on = [data_hash for data_hash, _, _ in by_data]
+    for (data_hash, test_hash, leak_hash), group in by_data.items():
         data = group[0]["data"]
         title = f"{data_name(data)}, {data.get('label_mode', '')} labels, data {data_hash}"
+        if trained_on.count(data_hash) > 1:
+            title += f", test split {test_hash}, leaks {leak_hash}; `fer evaluate RUN` takes the present ones"
         print_table(group, title=title + ("" if format_of(group[0]) == FORMAT else f", format {format_of(group[0])}"))
         row = DATASETS.get(data["dataset"])
         if row is not None and row.published:
