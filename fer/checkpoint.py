@@ -64,7 +64,8 @@ def save(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any], trainin
     """
     with new_folder(folder) as partial:
         # plain writes: on a full disk the libraries' own raise errors that look like a damaged file
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        copied = {"memory_format": torch.contiguous_format}  # each, as parts of a network may share their weights
+        plain = {name: tensor.detach().cpu().clone(**copied) for name, tensor in weights.items()}
         (partial / WEIGHTS).write_bytes(save_tensors(plain))
         if training is not None:
             buffer = io.BytesIO()

@@ -37,6 +37,14 @@ def refused(load: Callable, folder: Path, network: nn.Module) -> str:
     return message
 
 
+def test_parts_that_share_weights_come_back(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 3)
+    tied, other = nn.Sequential(layer, nn.ReLU(), layer), nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    checkpoint.save(tmp_path / "best", tied.state_dict(), ABOUT, None)
+    checkpoint.load_weights(tmp_path / "best", other)
+    assert equal(other.state_dict(), tied.state_dict())
+
+
 def test_round_trip_of_weights_training_state_and_meta(tmp_path: Path) -> None:
     network, meta = model(), ABOUT | {"beside": "kept"}
     network.register_buffer("view", torch.arange(12.0).reshape(3, 4).t())

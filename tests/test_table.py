@@ -57,6 +57,8 @@ def test_parquet_and_paths_relative_to_the_table_or_data_path(tmp_path: Path, mo
     source = read(tmp_path, table.read)
     assert rows(source) == {name: ("", "a bbcc"[n].strip(), "778899"[n], n) for n, name in enumerate(NAMES)}
     assert source.images.shape == (6, 4, 4)
+    frame.set_index("path").to_parquet(tmp_path / "faces" / "all.parquet")
+    assert rows(read(tmp_path, table.read)) == rows(source)
     frame.assign(sha=b"x").to_parquet(tmp_path / "faces" / "all.parquet")  # not of the pictures
     assert read(tmp_path, table.read).images.shape == (6, 4, 4)
     held = pd.DataFrame({"image": [None, *[{"bytes": b"x", "path": None}] * 5], "label": frame["label"]})

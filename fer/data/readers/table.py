@@ -131,6 +131,8 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(
             f"{entry}: is no parquet that can be read ({str(error).splitlines()[0]}): write it again"
         ) from None
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
     names = [_name(str(name)) for name in frame.columns]
     _refuse_doubles(entry, names)
     for name in frame.columns:
