@@ -20,13 +20,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.data.schema import TensorDatasetSchema
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.types import Schema, TensorSpec
 
@@ -94,9 +95,12 @@ class Tracker:
                 f"tracking.experiment: '{experiment}' was deleted; bring it back with "
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}` or name another one"
             )
-        if found is None and self.uri.startswith(SQLITE):  # MLflow's own choice is a folder of the working directory
+        if self.uri.startswith(SQLITE):  # MLflow's own choice is a folder of the working directory
             artifacts = Path(self.uri.removeprefix(SQLITE)).parent / "mlruns" / quote(experiment, safe="")
-            self.client.create_experiment(experiment, artifacts.as_uri())
+            if found is None:
+                self.client.create_experiment(experiment, artifacts.as_uri())
+            else:
+                _refuse_moved(found, artifacts)
         # once, before there are threads: concurrent first use breaks the store
         chosen = mlflow.set_experiment(experiment).experiment_id
         view = {"selectedColumns": COLUMNS, "columnOrder": COLUMNS, "orderByKey": COLUMNS[0], "orderByAsc": False}
@@ -493,6 +497,17 @@ class _Trials:
         if best is not None and best.best is not None:
             self.client.log_metric(self.parent, BEST_VAL, best.best, step=len(self.ended))
         self.client.log_metric(self.parent, "epochs", sum(other.epoch for other in trials), step=len(self.ended))
+
+
+def _refuse_moved(experiment: Experiment, here: Path) -> None:
+    """Raise UserError if the experiment's files were in a project that is gone, as MLflow would write there again."""
+    place = urlsplit(experiment.artifact_location)
+    there = Path(url2pathname(place.path))
+    if place.scheme == "file" and there != here and not there.exists():
+        raise UserError(
+            f"tracking.experiment: MLflow keeps the files of '{experiment.name}' in {there}, which is gone; if the "
+            f"project was moved, `ln -s {here.parents[1]} {there.parents[1]}`, else name another experiment"
+        )
 
 
 def _points(row: dict[str, Any]) -> list[Metric]:

@@ -89,6 +89,20 @@ def points(tracker: Tracker) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in history]
 
 
+def test_a_project_that_was_moved(folder: Path, tmp_path: Path, empty_store: Path) -> None:
+    """MLflow would go on writing where it was; with a link there, it writes to where it is now."""
+    here, there = tmp_path / "moved", tmp_path / "project"
+    files = here / "mlruns/a%20b"
+    files.mkdir(parents=True)
+    uri = f"sqlite:///{shutil.copy(empty_store, here / 'mlflow.db')}"
+    mlflow.MlflowClient(uri).create_experiment("a b", (there / "mlruns/a%20b").as_uri())  # as it was made there
+    told = f"'a b' in {there}/mlruns/a%20b, which is gone; if the project was moved, `ln -s {here} {there}`, else name"
+    assert told in refusal(Tracker, uri, "a b")
+    there.symlink_to(here)
+    record(Tracker(uri, "a b"), folder)
+    assert [*files.glob("*/artifacts")]
+
+
 def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_predicts(folder: Path, tracker: Tracker):
     """Recorded or evaluated again, it gets no second run, version or point."""
     data, summary = folder.parents[1], json.loads((folder / "summary.json").read_text())
