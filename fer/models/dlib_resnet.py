@@ -92,9 +92,10 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found = self.second(F.relu(self.first(x)))
         skip = F.avg_pool2d(x, 2) if self.halves else x
-        down, across = (skip.shape[side] - found.shape[side] for side in (2, 3))  # the skip is as large or 1 larger
-        more = found.shape[1] - skip.shape[1]
-        return F.relu(F.pad(found, (0, across, 0, down)) + F.pad(skip, (0, 0, 0, 0, 0, more)))
+        if skip.shape != found.shape:  # it has fewer channels, or is 1 larger
+            more, down, across = (abs(skip.shape[i] - found.shape[i]) for i in (1, 2, 3))
+            found, skip = F.pad(found, (0, across, 0, down)), F.pad(skip, (0, 0, 0, 0, 0, more))
+        return F.relu(found + skip)
 
 
 def packaged_weights(key: str) -> str:
