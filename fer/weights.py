@@ -133,6 +133,8 @@ def _from_dlib(path: Path) -> dict[str, Tensor]:
             found[f"{name}.weight"], found[f"{name}.bias"] = flat.reshape(2, -1)
         else:
             found[f"{name}.weight"] = flat.reshape(-1, outputs).T
+    if not found:
+        raise ValueError("no layer with weights")
     return {name: torch.from_numpy(array.astype(np.float32)) for name, array in found.items()}
 
 

@@ -198,6 +198,25 @@ def test_a_file_does_not_get_the_memory_that_it_claims(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_layers_of_a_file_of_dlib_by_hand(tmp_path: Path) -> None:
+    """Cut anywhere within a layer it is damaged."""
+    numbers = np.arange(13, dtype="<f4")
+    con = b"\1\5con_4" + b"\1\2\1\x0a\1\1\1\1\1\1" + numbers[:10].tobytes()  # version 2, 10 x 1 x 1 x 1
+    con += b"\1\2" + b"\2\2\0\1\1"  # two filters of 2 x 1: what is left of 8 weights are two channels
+    affine = b"\1\7affine_" + b"\1\2\1\4\1\1\1\1\1\1" + numbers[:4].tobytes()
+    fc = b"\1\4fc_2" + b"\1\2\1\3" + b"\1\2\1\3\1\2\1\1\1\1" + numbers[:6].tobytes()  # from 3 to 2
+    path = tmp_path / "net.dat"
+    path.write_bytes(b"anything" + con + b"between" + affine + fc)
+    found = {name: tensor.tolist() for name, tensor in read_tensors(path, KEY).items()}
+    assert found == {
+        "con0.weight": [[[[0], [1]], [[2], [3]]], [[[4], [5]], [[6], [7]]]], "con0.bias": [8, 9],
+        "affine0.weight": [0, 1], "affine0.bias": [2, 3], "fc0.weight": [[0, 2, 4], [1, 3, 5]],
+    }  # fmt: skip
+    for length in range(len(con)):
+        path.write_bytes(con[:length])
+        assert not length or refused(path) == NOT_WHOLE, length
+
+
 # Mistakes
 
 
@@ -213,7 +232,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
         b"version https://git-lfs.github.com/spec/v1\n": LFS, b"\0" * 64: NOT_WHOLE, b"epoch,loss\n1,0.5\n": NOT_WHOLE,
         b"\x80\x02\x95" + b"\xff" * 8 + b"N.": NOT_WHOLE,
     }.items():  # fmt: skip
-        for suffix in (".pth", ".pkl", ".safetensors"):
+        for suffix in (".pth", ".pkl", ".safetensors", ".dat"):
             path = tmp_path / f"weights{suffix}"
             path.write_bytes(content)
             assert refused(path) == expected
