@@ -503,7 +503,8 @@ def _refuse_moved(experiment: Experiment, here: Path) -> None:
     """Raise UserError if the experiment's files were in a project that is gone, as MLflow would write there again."""
     place = urlsplit(experiment.artifact_location)
     there = Path(url2pathname(place.path))
-    if place.scheme == "file" and there != here and not there.exists():
+    ours = place.scheme == "file" and there.parts[-2:] == here.parts[-2:]
+    if ours and there != here and not there.exists():
         raise UserError(
             f"tracking.experiment: MLflow keeps the files of '{experiment.name}' in {there}, which is gone; if the "
             f"project was moved, `ln -s {here.parents[1]} {there.parents[1]}`, else name another experiment"
