@@ -14,7 +14,7 @@ install: $(READY)  ## Create .venv with every package at its pinned version
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=..."; exit 2; }
-	@echo "Installing into $(VENV): 2.4 GB, a few minutes"
+	@echo "Installing into $(VENV): 2.8 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --no-compile --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[pipeline,faces,lite,dlib,onnx,dev]'
 	@# in as many processes as there are cores, where pip would take one; what is for another Python does not compile
