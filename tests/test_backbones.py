@@ -392,6 +392,9 @@ def test_files_of_dlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "holds other layers than dlib's network for face recognition; name its file"),
     ):  # fmt: skip
         assert refusal(build, DLIB, 103, 3, weights=str(file), width=32) == f"model.backbone.weights: {file}: {why}"
+    layers = {name: tensor.contiguous() for name, tensor in read_tensors(str(whole), KEY).items()}
+    save_file(layers | {"affine3.weight": torch.ones(7)}, mine)  # scales of another number than the convolution has
+    assert "holds other layers than dlib's" in refusal(build, DLIB, 103, 3, weights=str(mine), width=32)
     narrow = refusal(build, DLIB, 103, 3, weights="pretrained")
     assert narrow.startswith(
         f"model.backbone.weights: {whole}: tensor blocks.0.first.bias has shape [32], the model needs"

@@ -4,6 +4,7 @@ Its weights, in the public domain (CC0), are in the package face_recognition_mod
 """
 
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -62,8 +63,9 @@ class DlibResnetNetwork(nn.Module):
     def _folded(self, layers: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """The layers of dlib's file, which has them in their order, by this network's names."""
         names = [name for name, module in self.named_modules() if isinstance(module, nn.Conv2d)]
-        parts = [f"{kind}{i}.{part}" for kind in ("con", "affine") for i in range(len(names)) for part in PARTS]
-        if sorted(layers) != sorted([*parts, "fc0.weight"]):
+        parts = [[f"{kind}{i}.{part}" for kind in ("con", "affine") for part in PARTS] for i in range(len(names))]
+        known = sorted(layers) == sorted(["fc0.weight", *chain(*parts)])
+        if not known or any(len({len(layers[part]) for part in own}) > 1 for own in parts):
             raise UserError(f"{source}: holds other layers than dlib's network for face recognition; name its file")
         folded = {}
         for i, name in enumerate(names):
