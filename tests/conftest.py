@@ -58,7 +58,7 @@ def unpacked(target: Path, *options: str) -> Path:
     """The official FER+ folder layout in `target`, from FERPLUS_DIR."""
     source = os.environ.get("FERPLUS_DIR")
     if not source:
-        pytest.skip("FERPLUS_DIR is not set: it names the folder with the real FER+ parquet files and unpack.py")
+        pytest.skip("FERPLUS_DIR is not set: it names a folder with fer2013new.csv and unpack.py (CONTRIBUTING.md)")
     subprocess.run([sys.executable, Path(source) / "unpack.py", target, *options], check=True, capture_output=True)
     return target
 
