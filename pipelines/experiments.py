@@ -6,17 +6,19 @@ layer that changes the `name` of a section resets it: what lower layers set in t
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fer.errors import UserError
 from fer.files import write_bytes
+from fer.models import MODELS
+from fer.models.network import ModelKind
 from fer.resources import Resources
 from fer.run import Run, chain_faults, resource_faults
 from fer.run_folder import SUMMARY, all_runs, named
-from fer.settings import Fault, Section, check, differing, nearest, section_at, table_of
+from fer.settings import Fault, OneOf, Section, check, differing, nearest, section_at, table_of
 from pipelines.params import NAME, parse_value, read_text, read_yaml, yaml_of
 
 FOLDER = Path("experiments")
@@ -29,6 +31,8 @@ SUFFIXES = (".yaml", ".yml")
 class Recipe(Run):
     """The keys that an experiment's file may have."""
 
+    model: Annotated[ModelKind, OneOf(MODELS)]  # no ensemble, which is not trained
+    """The network."""
     base: str | None = None
     """Experiment that this one changes."""
     data: str | None = None
@@ -200,13 +204,19 @@ def values(experiment: Experiment) -> Iterator[tuple[str, Any, str, str]]:
     yield from _values(experiment.resources, "resources.", experiment.origins)
 
 
-def _values(section: Section, prefix: str, origins: Mapping[str, str]) -> Iterator[tuple[str, Any, str, str]]:
+def _values(
+    section: Section, prefix: str, origins: Mapping[str, str], choices: Iterable[str] = ()
+) -> Iterator[tuple[str, Any, str, str]]:
+    """`choices`: the names of the sections that this one was chosen from."""
+    kind = Recipe if isinstance(section, Run) else type(section)
     for key, about in type(section).model_fields.items():
         value, path = getattr(section, key), prefix + key
         if isinstance(value, Section):
-            yield from _values(value, f"{path}.", origins)
+            yield from _values(value, f"{path}.", origins, table_of(kind, key))
         else:
             meaning = about.description or (type(section).__doc__ or "").partition("\n")[0]
+            if others := [name for name in choices if name != value and key == "name"]:
+                meaning += f" Others: {', '.join(others)}."
             yield path, value, origins.get(path, DEFAULT), meaning
 
 

@@ -15,6 +15,7 @@ from fer.models import MODELS
 from fer.optimizer import OPTIMIZERS
 from fer.resources import Resources
 from fer.run import Run
+from fer.schedule import SCHEDULES
 from pipelines import experiments, params
 from pipelines.experiments import COMMAND_LINE, DEFAULT, MACHINE, Experiment, Recipe, load, values, write
 from pipelines.params import yaml_of
@@ -142,6 +143,7 @@ KNOWN = ", ".join(sorted(Recipe.model_fields))
 WRONG: dict[str, list[str]] = {
     "optimizer.lr.x=3": ["optimizer.lr: should be a valid number"],
     "loss=": ["loss: should be a table of keys, got None"],
+    "model=ensemble": [f"model.name: unknown model 'ensemble'; known: {', '.join(sorted(MODELS))}"],
     "batch_size=16; resources.workers=3": ["batch_size: 16 does not divide by resources.workers 3"],
     "epochs=0; optimizer=sdg; optimizer.lrr=3; zzz=1": [
         f"zzz: unknown key; known: {KNOWN}",
@@ -315,6 +317,13 @@ def test_every_setting_is_shown_once_with_its_value_and_meaning() -> None:
         for path, _, source, meaning in shown:
             assert meaning.endswith((".", ")")), path
             assert source == DEFAULT or (Path(source).exists() and path in found.origins)
+        others = {path: meaning.rpartition("Others: ")[2].rstrip(".").split(", ") for path, _, _, meaning in shown}
+        for path, chosen, table in (
+            ("model.name", found.run.model, MODELS),  # without the ensemble, which is not trained
+            ("loss.name", found.run.loss, LOSSES),
+            ("schedule.name", found.run.schedule, SCHEDULES),
+        ):
+            assert sorted([chosen.name, *others[path]]) == sorted(table)
     experiment("x", "# One.\n#  Two.\n#Three.\n#\n\n# no more\nmodel: vgg13  # nor this\n")
     assert one("x").head == "One.\n Two.\nThree.\n"
 
