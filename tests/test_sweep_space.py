@@ -57,6 +57,11 @@ def changed(given: dict[str, Any], point: spaces.Point, run: Run | None = None) 
         ("batch_size", {"int": [1.5, 64]}, "int needs whole numbers, got [1.5, 64]"),
         ("batch_size", {"choice": [*range(1, 20_001)]}, "choice has 20,000 values, 100 at most; use a range"),
         ("loss", {"choice": ["pdls", {"name": "focal_pdls", "alpha": {"factor": [0, 1]}}]}, "a factor cannot be"),
+        ("optimizer.lr", {"choice": [{"factor": [0.5, 2.0]}, 5e-4]}, "a factor cannot be inside a choice"),
+        ("augment", {"choice": [{"factor": [0.0, 1.5]}, {"rotation": 5.0}]}, "a factor cannot be inside a choice"),
+        ("optimizer.lr", {"choice": [{"float": [0.5]}, 5e-4]}, "float needs two numbers, [low, high], got [0.5]"),
+        ("optimizer.weight_decay", {"choice": [{"log": [0.0, 0.1]}, 0.05]}, "a log range must start above 0, got 0.0"),
+        ("input", {"choice": [{"image_size": {"int": [64, 32]}}, {}]}, "the range [64, 32] is empty"),
         # its values
         ("loss.alpha", {"float": [0.5, 2]}, "2 cannot work: loss.alpha: should be less than or equal to 1, got 2"),
         ("loss", {"choice": ["focal_pdls", "fokal"]}, "'fokal' cannot work: loss.name: unknown loss 'fokal', did you"),
@@ -104,6 +109,18 @@ def test_the_point_of_the_base_gives_the_base_back_and_a_grid_has_every_point_on
         assert spaces.changed(experiment.run, dimensions, Known(point)) == (experiment.run, [])
     points = list(spaces.grid(settings.load(["sample"], {})[3]))
     assert len({tuple(point.values()) for point in points}) == len(points) == 4 * 2 * 2
+
+
+def test_a_grid_has_the_points_of_a_choice_inside_a_choice() -> None:
+    focal = {"name": "focal", "gamma": {"choice": [0.0, 2.0, 4.0]}}
+    space, mistakes = read({"loss": {"choice": ["focal_pdls", focal]}, "batch_size": {"choice": [32, 64]}})
+    points = list(spaces.grid(space))
+    gammas = [{"loss": "focal", "loss.focal.gamma": gamma} for gamma in (0.0, 2.0, 4.0)]
+    losses = [{"loss": "focal_pdls"}, *gammas]
+    expected = [{**loss, "batch_size": size} for loss in losses for size in (32, 64)]
+    assert (mistakes, points, spaces.size(space)) == ([], expected, 8)
+    runs = [spaces.changed(base(), space, Known(point))[0] for point in points]
+    assert [getattr(run.loss, "gamma") for run in runs if run and run.loss.name == "focal"] == [0, 0, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize("kind", ["float", "log"])

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,7 +132,7 @@ def _space(sweep: Sweep, base: Experiment, origins: Mapping[str, str], sources: 
     if sweep.search == "grid" and ranges:
         where = f"{origins['search']}: search"
         found.append(f"{where}: grid needs choices only, {ranges[0]} has a range; use tpe or random")
-    elif sweep.search == "grid" and (points := prod(len(given["choice"]) for given in space.values())) > MOST_POINTS:
+    elif sweep.search == "grid" and (points := spaces.size(space)) > MOST_POINTS:
         where = f"{origins['search']}: search"
         found.append(f"{where}: grid has {points:,} points, {MOST_POINTS:,} at most; use tpe or random")
     if found:

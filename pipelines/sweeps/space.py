@@ -7,7 +7,8 @@ loss brings its own settings: {choice: [{name: focal_pdls, gamma: {float: [0, 4]
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from fer.run import Run
@@ -148,13 +149,35 @@ def _params(given: Any, name: str, value: Any) -> Point | None:
     if not isinstance(value, dict) or not given.keys() <= value.keys():
         return None
     found = [_params(inner, f"{name}.{key}", value[key]) for key, inner in given.items()]
-    return None if None in found else {name: value for one in found for name, value in one.items()}  # type: ignore
+    return None if None in found else _joined(found)  # type: ignore[arg-type]
 
 
 def grid(space: Space) -> Iterator[Point]:
-    """Yield every point of a space of choices without ranges in them."""
-    for labels in itertools.product(*(_labels(given["choice"]) for given in space.values())):
-        yield dict(zip(space, labels))
+    """Yield every point of a space of choices, which may hold further choices, but no ranges."""
+    for parts in itertools.product(*(_points(given, key) for key, given in space.items())):
+        yield _joined(parts)
+
+
+def _points(given: Any, name: str) -> list[Point]:
+    kind, values = _range(given)
+    if kind == "choice":
+        labels = _labels(values)
+        below = [_points(value, _below(name, labels, place)) for place, value in enumerate(values)]
+        return [{name: label, **point} for label, points in zip(labels, below) for point in points]
+    inner = given.items() if isinstance(given, dict) else ()
+    return [_joined(parts) for parts in itertools.product(*(_points(value, f"{name}.{key}") for key, value in inner))]
+
+
+def _joined(parts: Iterable[Point]) -> Point:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def size(given: Any) -> int:
+    """The number of points of such a space, or of a part of it."""
+    kind, values = _range(given)
+    if kind == "choice":
+        return sum(map(size, values))
+    return math.prod(map(size, given.values())) if isinstance(given, dict) else 1
 
 
 def ranges(given: Any, name: str) -> list[str]:
@@ -206,8 +229,8 @@ def _form_fault(given: Any) -> str | None:
             return f"choice needs at least two values, got {values}"
         if len(values) > MOST:
             return f"choice has {len(values):,} values, {MOST} at most; use a range"
-        inner = [part for value in values if isinstance(value, dict) for part in value.values()]
-        faults = [_form_fault(part) for part in inner if _range(part)[0] is not None]
+        inner = [part for value in values for part in _inside(value)]
+        faults = [_form_fault(part) for part in inner]
         faults += ["a factor cannot be inside a choice" for part in inner if _range(part)[0] == "factor"]
         return next(filter(None, faults), None)
     if len(values) != 2 or not all(_is_number(value) for value in values):
@@ -222,6 +245,15 @@ def _form_fault(given: Any) -> str | None:
     if kind == "int" and not all(isinstance(value, int) for value in values):
         return f"int needs whole numbers, got {values}"
     return None
+
+
+def _inside(given: Any) -> Iterator[Any]:
+    """The outermost ranges in a value of a choice: itself, or those in its table."""
+    if _range(given)[0] is not None:
+        yield given
+    elif isinstance(given, dict):
+        for value in given.values():
+            yield from _inside(value)
 
 
 def _key_fault(tree: dict[str, Any], key: str, given: dict[str, Any]) -> str | None:
