@@ -33,6 +33,7 @@ from fer.models import build_model, named_weights, weights_files
 from fer.run import Run, run_id
 from fer.run_folder import LAST, SUMMARY, read_config, read_summary
 from fer.teacher import check_teacher
+from fer.train import NonFiniteLoss
 from pipelines import experiments, flow_page, launch, report
 from pipelines.data_sets import folder_of
 from pipelines.experiments import Experiment, Job
@@ -418,12 +419,8 @@ def _sweep(plan: Plan, tracker: Tracker, words: list[str]) -> State:
         found = search_trials(plan)
         jobs = _confirming(plan, found)
         failed = _train_all({job.folder.name: job for job in jobs}, tracker, launcher, {SWEEP: plan.name})
-        if failed:
-            name, error = next(iter(failed.items()))
-            if isinstance(error, UserError):
-                raise UserError(*(f"{name}: {line}" for line in error.lines)) from error
-            raise RuntimeError(f"{name}: {error}") from error
-        result = sweeps.conclude(plan, found, [job.folder for job in jobs])
+        confirmed, diverged = without_diverged(jobs, failed)
+        result = sweeps.conclude(plan, found, [job.folder for job in confirmed], diverged)
         register_result(plan, found, result, tracker, run_id)
     create_table_artifact(
         report.trial_rows(found, plan.base.run.epochs), key="trials", description=report.sweep_note(result)
@@ -455,6 +452,23 @@ def _confirming(plan: Plan, found: list[Trial]) -> list[Job]:
             folder = RUNS / run_id(name, seeded, plan.data_hash)
             jobs.append(Job(name, seeded, base.resources, plan.data, folder))
     return jobs
+
+
+def without_diverged(jobs: list[Job], failed: Mapping[str, BaseException]) -> tuple[list[Job], dict[int, str]]:
+    """The confirming runs of the seeds with which neither best nor base diverged, and what was said of the others.
+
+    `failed`: run id -> error. Raises UserError or RuntimeError if a run failed in another way, after which the same
+    command can go on.
+    """
+    errors = [(job.run.seed, failed.get(job.folder.name)) for job in jobs]
+    diverged = {seed: str(error) for seed, error in errors if isinstance(error, NonFiniteLoss)}
+    left = [job for job in jobs if job.run.seed not in diverged]
+    for name in (job.folder.name for job in left if job.folder.name in failed):
+        error = failed[name]
+        if isinstance(error, UserError):
+            raise UserError(*(f"{name}: {line}" for line in error.lines)) from error
+        raise RuntimeError(f"{name}: {error}") from error
+    return left, diverged
 
 
 @task(task_run_name="register", cache_policy=NO_CACHE, persist_result=False)

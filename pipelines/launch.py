@@ -24,6 +24,7 @@ from fer.errors import UserError, first_line, one_line
 from fer.files import is_held
 from fer.resources import Resources
 from fer.signals import Sigterm, Stopped, ask_to_stop
+from fer.train import NonFiniteLoss
 from pipelines.experiments import Job
 from pipelines.processes import other_drivers
 from pipelines.work import Ended, enter, work
@@ -198,7 +199,7 @@ class Launcher:
 
         A run whose process or machine dies is restarted up to `resources.restarts` times, from its last checkpoint. A
         run that saved its state after SIGTERM is restarted as well, and that does not count. Raises UserError for what
-        a user can fix, RuntimeError for everything else.
+        a user can fix, such as NonFiniteLoss, and RuntimeError for everything else.
         """
         deaths = 0
         self.running.add(job.folder)
@@ -210,7 +211,8 @@ class Launcher:
                 if ended.kind == "stopped" or (ended.kind == "terminated" and self.stopping):
                     raise Stopped(ended.message)
                 if ended.kind in ("mistake", "diverged"):
-                    raise UserError(*ended.message.splitlines())
+                    kind = NonFiniteLoss if ended.kind == "diverged" else UserError
+                    raise kind(*ended.message.splitlines())
                 deaths += ended.kind == "died"
                 if ended.kind == "fault" or deaths > job.resources.restarts:
                     raise RuntimeError(ended.message)

@@ -245,14 +245,16 @@ def sweep_line(result: dict[str, Any]) -> str:
 def sweep_note(result: dict[str, Any]) -> str:
     """The result of a sweep, as Markdown."""
     best, states, first = result["best"], result["states"], result["first"]
-    stopped = f" when stopped after epoch {first['epoch']}" if first["epoch"] < first["epochs"] else ""
+    how = "before it failed" if first.get("failed") else f"when stopped after epoch {first['epoch']}"
+    stopped = f" {how}" if first["epoch"] < first["epochs"] else ""
+    base = f"{_percent(first['val_accuracy'])} %{stopped}" if first["epoch"] else "no whole epoch of it"
     share = 100 * result["epochs"] / result["epochs_of_all"]
     counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     lines = [
         f"{result['trials']} trials ({counts}), {result['minutes']:.1f} min of training, {result['epochs']} of "
         f"{result['epochs_of_all']} epochs ({share:.0f} %).",
         f"Best: trial {best['number']}, **{_percent(best['val_accuracy'])} %** on val; {result['base']} unchanged: "
-        f"{_percent(first['val_accuracy'])} %{stopped}. Both with the seed of {result['base']}.",
+        f"{base}. Both with the seed of {result['base']}.",
     ]
     found = result["confirmed"]
     if found:
@@ -264,6 +266,8 @@ def sweep_note(result: dict[str, Any]) -> str:
         )
     elif best["number"] == 1:
         lines.append(f"Nothing is better than {result['base']} unchanged.")
+    if result.get("diverged"):
+        lines.append(f"Left out, as best or base came to no number there: {'; '.join(result['diverged'])}.")
     if result.get("importance"):
         ranked = ", ".join(f"{key} {100 * share:.0f} %" for key, share in result["importance"].items())
         lines.append(f"Importance for the rank of a trial: {ranked}.")

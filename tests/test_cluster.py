@@ -21,6 +21,7 @@ from fer.data.dataset import open_data
 from fer.errors import UserError
 from fer.resources import Resources
 from fer.run import run_id
+from fer.train import NonFiniteLoss
 from pipelines import launch
 from pipelines.experiments import Job
 from pipelines.launch import FREE_MEMORY, GRAVITY, Launcher, NotDone, end_of_group
@@ -275,7 +276,7 @@ def test_a_run_that_fits_no_machine_is_refused_though_all_together_would_do(monk
         ("terminated died terminated died", 1, RuntimeError),
         ("fault", 2, RuntimeError),
         ("died mistake", 2, UserError),
-        ("diverged", 2, UserError),
+        ("diverged", 2, NonFiniteLoss),
         ("stopped", 2, UserError),
         ("leaving", 2, UserError),  # SIGTERM came to every process, the command among them
     ],

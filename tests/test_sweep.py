@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -323,6 +324,23 @@ def test_trials_at_the_same_time(project: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(search.ray, "nodes", lambda: machines({"CPU": 8.0, "GPU": 2.0}))
     for gpus, at_once, count in ((0, "null", 8), (0.5, "null", 4), (0.1, "null", 8), (0.5, 3, 3)):
         assert search.trials_at_once(plan(f"gpus_per_trial={gpus}", f"at_once={at_once}")) == count
+
+
+def test_a_search_that_is_over_is_not_begun_again(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its five points may be fewer trials; a process that dies before it writes anything is a failed one."""
+    monkeypatch.setattr(search.ray, "nodes", lambda: machines({"CPU": 2.0}))
+    died = SimpleNamespace(error=RuntimeError("killed"), config={**plan().published, "optimizer.lr": 4e-3})
+    starts: list[int] = []
+    monkeypatch.setattr(search.tune, "Tuner", lambda *_, **__: SimpleNamespace(fit=lambda: starts.append(1) or [died]))
+    sweeps.begin(begun := plan())
+    sweeps.begin_trial(folder := begun.job(begun.published).folder, begun.published)
+    sweeps.end_trial(folder)
+    for _ in range(2):
+        assert [trial.state for trial in search.search(begun)] == [DONE, FAILED]
+        sweeps.begin(begun)
+    assert len(starts) == 1
+    search.search(plan("trials=6"))
+    assert len(starts) == 2
 
 
 def test_a_second_command_leaves_the_budget_of_a_sweep_that_runs(project: Path, ray_here, empty_store: Path):

@@ -1,6 +1,7 @@
 """A sweep on disk: what continues it, what makes it another one, and what is the best of it."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +9,14 @@ from typing import Any
 import pytest
 from conftest import change, refusal, swap
 
+from fer.errors import UserError
 from fer.files import held, write_json
 from fer.losses import FocalPdls
+from fer.resources import Resources
+from fer.train import NonFiniteLoss
 from pipelines import experiments, report
+from pipelines.experiments import Job
+from pipelines.flow import without_diverged
 from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps.files import read_about, read_result
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, RUNNING, Plan, Trial
@@ -48,6 +54,7 @@ def test_a_larger_budget_or_another_machine_is_the_same_sweep() -> None:
     [
         ({"words": "space.optimizer.lr={log: [1e-4, 1e-2]}"}, "space.optimizer.lr differs"),
         ({"words": "grace_epochs=5"}, "grace_epochs differs"),
+        ({"words": "space.loss.alpha={float: [0.5, 1]}"}, "space.loss.alpha differs"),  # 1.0 before
         ({"words": "changes={optimizer: {weight_decay: 0.1}, model: {backbone: {depths: [2, 2, 1]}}}"},
          "swin_nr_fpdls_tiny.model.backbone.depths, swin_nr_fpdls_tiny.optimizer.weight_decay differ"),
         ({"data": "e" * 16}, "the data differs"),
@@ -128,6 +135,38 @@ def test_the_best_is_of_the_trials_that_ended_whole() -> None:
         assert getattr(sweeps.best_of(found), "number", None) == best
 
 
+def test_without_the_base_no_trial_is_taken_for_it() -> None:
+    """As after its damaged folder was deleted, when the time was up."""
+    sweeps.begin(sweep := plan("changes.epochs=4"))
+    points = [sweep.published, {**sweep.published, "loss.alpha": 0.5}]
+    beside = dict.fromkeys(("lr", "train_loss", "train_accuracy", "val_loss", "time"), 0.5)
+    for point in points:
+        sweeps.begin_trial(folder := sweep.job(point).folder, point)
+        row = {"epoch": 1, **beside, "val_accuracy": 0.75, "seconds": 2.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        sweeps.end_trial(folder)
+    shutil.rmtree(sweep.job(sweep.published).folder)
+    (left,) = found = sweeps.read_trials(sweep.folder)
+    assert (left.number, left.point, sweeps.seeds(sweep, left)) == (2, points[1], [1112, 1113, 1114])
+    write_json(sweep.folder / "result.json", sweeps.conclude(sweep, found, []))
+    note = report.sweep_note(read_result(sweep.folder) or {})
+    assert "Best: trial 2, **75.00 %** on val; swin_nr_fpdls_tiny unchanged: no whole epoch of it." in note
+    assert "Nothing is better" not in note
+
+
+def test_a_search_that_is_over_stays_so_until_the_budget_grows() -> None:
+    sweeps.begin(sweep := plan("trials=5"))
+    assert not sweeps.is_searched(sweep)
+    sweeps.searched(sweep, 3)  # two points were drawn twice
+    for same in (sweep, plan("trials=5", "confirm_seeds=0")):
+        sweeps.begin(same)
+        assert (sweeps.is_searched(same), read_about(same.folder)["wanted"]) == (True, 3)
+    for more in (plan("trials=6"), plan("trials=5", "hours=9")):
+        assert not sweeps.is_searched(more)
+    sweeps.begin(more := plan("trials=6"))
+    assert (sweeps.is_searched(more), read_about(more.folder)["wanted"]) == (False, 6)
+
+
 def test_a_trial_that_patience_ended_early_may_be_the_best_by_rank() -> None:
     short, long, cut = trial(1, DONE, 0.5, 0.9), trial(2, DONE, *[0.6] * 9), trial(3, PRUNED, *[0.95] * 4)
     assert sorted([short, long, cut], key=lambda one: one.rank) == [cut, long, short]
@@ -154,6 +193,26 @@ def test_one_other_seed_has_no_standard_deviation() -> None:
     shown = "With 1 other seed: best 50.00 %, swin_nr_fpdls_tiny 40.00 %, paired difference **10.00** points (val)."
     assert shown in report.sweep_note(result)
     assert {key for key in sweeps.numbers(result) if key.endswith("_sd")} == set()
+
+
+def test_seeds_with_which_a_run_diverged_are_left_out_of_the_confirmation_and_named() -> None:
+    sweep, _ = concluded(["tiny"], {"loss.alpha": 0.5})
+    jobs = [
+        Job(name, sweep.base.run.model_copy(update={"seed": seed}), Resources(), Path(), Path(f"{name}-s{seed}"))
+        for seed in (1112, 1113)
+        for name in ("best", "base")
+    ]
+    nan = NonFiniteLoss("best-s1112: loss is nan")
+    left, diverged = without_diverged(jobs, {"best-s1112": nan, "base-s1112": RuntimeError("died")})
+    assert (left, diverged) == (jobs[2:], {1112: "best-s1112: loss is nan"})
+    assert without_diverged(jobs, {}) == (jobs, {})
+    assert refusal(without_diverged, jobs, {"base-s1113": UserError("disk is full")}) == "base-s1113: disk is full"
+    with pytest.raises(RuntimeError, match="base-s1113: died"):
+        without_diverged(jobs, {"base-s1113": RuntimeError("died")})
+    trials = [trial(1, DONE, 0.5, point=sweep.published), trial(2, DONE, 0.6, point={**sweep.published})]
+    result = sweeps.conclude(sweep, trials, [], diverged)
+    assert (result["confirmed"], result["diverged"]) == (None, ["seed 1112: best-s1112: loss is nan"])
+    assert "came to no number there: seed 1112: best-s1112: loss is nan." in report.sweep_note(result)
 
 
 def test_trials_are_listed_with_the_best_first_and_how_far_they_are() -> None:
@@ -187,6 +246,8 @@ def test_the_note_says_what_was_found_and_where_the_base_was_stopped() -> None:
     assert "2 trials (1 done, 1 pruned), 0.3 min of training, 21 of 40 epochs (52 %)." in note
     assert "swin_nr_fpdls_tiny unchanged: 50.00 % when stopped after epoch 1." in note
     assert "Importance for the rank of a trial: loss.alpha 75 %." in note
+    failed = report.sweep_note({**result, "first": {**result["first"], "failed": True}})
+    assert "swin_nr_fpdls_tiny unchanged: 50.00 % before it failed." in failed
     base = experiments.load(["swin_nr_fpdls_tiny"], {})["swin_nr_fpdls_tiny"].run
     assert sweeps.best_run(sweep.folder, result) == base.model_copy(update={"loss": FocalPdls(alpha=0.5, gamma=2.0)})
     assert (result["base"], result["best_name"]) == ("swin_nr_fpdls_tiny", "tiny_best")

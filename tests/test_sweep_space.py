@@ -120,7 +120,7 @@ def test_a_grid_has_the_points_of_a_choice_inside_a_choice() -> None:
     expected = [{**loss, "batch_size": size} for loss in losses for size in (32, 64)]
     assert (mistakes, points, spaces.size(space)) == ([], expected, 8)
     runs = [spaces.changed(base(), space, Known(point))[0] for point in points]
-    assert [getattr(run.loss, "gamma") for run in runs if run and run.loss.name == "focal"] == [0, 0, 2, 2, 4, 4]
+    assert [run.loss.gamma for run in runs if run and run.loss.name == "focal"] == [0, 0, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize("kind", ["float", "log"])

@@ -58,9 +58,10 @@ class Numbered(Best):
 
 
 class First(Best):
-    """The first trial of a result."""
+    """The base as a trial; epoch 0: not run."""
 
     epochs: Positive
+    failed: bool = False
 
 
 class Mean(Stored):
@@ -96,6 +97,7 @@ class Result(Stored):
     run: dict[str, Any]
     seeds: list[int]
     confirmed: Confirmed | None
+    diverged: list[str] = []
     importance: dict[str, float] = {}
 
 

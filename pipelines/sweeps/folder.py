@@ -9,7 +9,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ SWEEPS = Path("data/sweeps")
 LAYOUT = 3  # of a sweep's folder; 1 and 2 had trials/<number>/ and other schedulers
 # states of a trial; pruned: stopped by the scheduler, or interrupted
 RUNNING, DONE, PRUNED, FAILED = "running", "done", "pruned", "failed"
+SEARCHED = "searched"  # in sweep.json: the part of the budget for which the search is over
 # settings that make it another sweep if they change; the budget may grow and the machine may change
 SAME = ("base", "seed", "search", "scheduler", "grace_epochs", "reduction", "space")
 
@@ -77,7 +78,7 @@ class Plan:
 class Trial:
     """A trial: its point, and how far it got."""
 
-    number: int  # the first is 1, the base
+    number: int  # 1 is the base
     point: Point
     state: str
     error: str | None
@@ -144,18 +145,33 @@ def check_same(plan: Plan, new: bool) -> None:
 
 
 def begin(plan: Plan) -> None:
-    """Create the folder, and write sweep.json with the current budget and the number of trials that it asks for."""
+    """Create the folder, and write sweep.json with the current budget and the number of trials that it asks for.
+
+    If this budget has been searched already, that stays noted there.
+    """
     (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
     about = _about(plan.name, plan.sweep, plan.base.run, plan.data_hash)
     beside = {"epochs": plan.base.run.epochs, "first": plan.id_of(plan.published), "budget": _budget(plan)}
     points = [plan.published, *spaces.grid(plan.space)] if plan.sweep.search == "grid" else []
     wanted = len({plan.id_of(point) for point in points}) or plan.sweep.trials
-    write_json(plan.folder / ABOUT, {**about, **beside, "wanted": wanted})
+    before = read_about(plan.folder) if is_searched(plan) else {"wanted": wanted}
+    over = {key: before[key] for key in ("wanted", SEARCHED) if key in before}
+    write_json(plan.folder / ABOUT, {**about, **beside, **over})
 
 
 def searched(plan: Plan, trials: int) -> None:
     """Write down that the search is over with so many trials: points drawn twice are one, and the time may be up."""
-    write_json(plan.folder / ABOUT, {**read_about(plan.folder), "wanted": trials})
+    over = {"wanted": trials, SEARCHED: _to_search(plan)}
+    write_json(plan.folder / ABOUT, {**read_about(plan.folder), **over})
+
+
+def is_searched(plan: Plan) -> bool:
+    """Whether the search of the current budget is over, though its best may not be confirmed."""
+    return (plan.folder / ABOUT).exists() and read_about(plan.folder).get(SEARCHED) == _to_search(plan)
+
+
+def _to_search(plan: Plan) -> dict[str, Any]:
+    return {key: getattr(plan.sweep, key) for key in ("trials", "hours")}
 
 
 def complete(plan: Plan) -> bool:
@@ -174,7 +190,7 @@ def _changed(plan: Plan, about: dict[str, Any], other: Path) -> str:
     if before.get("layout") != LAYOUT or format_of(before) != FORMAT or theirs is None:
         return f"{prefix}: {other} was begun by another version of this program; use --new to start another"
     now, then = _flat(plan.base, plan.base.run, about), _flat(plan.base, theirs, before)
-    names = [key for key in {**now, **then} if now.get(key) != then.get(key)]
+    names = [key for key in {**now, **then} if json.dumps(now.get(key)) != json.dumps(then.get(key))]
     verb = "differ" if len(names) > 1 else "differs"
     return (
         f"{prefix}: {', '.join(names)} {verb} from the sweep in {other}; "
@@ -229,9 +245,10 @@ def read_trials(folder: Path) -> list[Trial]:
     for run in sorted(path.parent for path in folder.glob(f"runs/*/{NOTE}")):
         found.append((read_note(run), run, tuple(read_rows(run, without(run)))))
     found.sort(key=lambda one: (one[1].name != sweep.get("first"), one[0]["began"], one[1].name))
+    start = 1 if found and found[0][1].name == sweep.get("first", found[0][1].name) else 2  # not 1 without the base
     return [
         Trial(number, about["point"], _state(about, run), about["error"], run, rows)
-        for number, (about, run, rows) in enumerate(found, 1)
+        for number, (about, run, rows) in enumerate(found, start)
     ]
 
 
@@ -279,13 +296,19 @@ def seeds(plan: Plan, best: Trial) -> list[int]:
     return [] if best.number == 1 else [plan.base.run.seed + 1 + i for i in range(plan.sweep.confirm_seeds)]
 
 
-def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str, Any]:
-    """Content of result.json. `confirmed`: folders of finished runs of best and base, alternating, a pair per seed."""
+def conclude(
+    plan: Plan, trials: list[Trial], confirmed: list[Path], diverged: Mapping[int, str] = {}
+) -> dict[str, Any]:
+    """Content of result.json.
+
+    `confirmed`: folders of finished runs of best and base, alternating, a pair per seed; `diverged`: seeds that have no
+    such pair, as the loss of one of the two was infinite or not a number, with what was said of it.
+    """
     best = best_of(trials)
     assert best is not None
     summaries = [summary for folder in confirmed if (summary := read_summary(folder)) is not None]
     values = [summary["val"]["accuracy"] for summary in summaries]
-    first = trials[0]
+    first = next((trial for trial in trials if trial.number == 1), None)
     return {
         "format": FORMAT,
         "sweep": plan.folder.name,
@@ -298,10 +321,16 @@ def conclude(plan: Plan, trials: list[Trial], confirmed: list[Path]) -> dict[str
         "epochs": sum(trial.epoch for trial in trials),
         "epochs_of_all": len(trials) * plan.base.run.epochs,
         "minutes": sum(trial.seconds for trial in trials) / 60,
-        "first": {"val_accuracy": first.best, "epoch": first.epoch, "epochs": plan.base.run.epochs},
+        "first": {
+            "val_accuracy": first.best if first else None,
+            "epoch": first.epoch if first else 0,
+            "epochs": plan.base.run.epochs,
+            "failed": first is not None and first.state == FAILED,
+        },
         "best": {"number": best.number, "val_accuracy": best.best, "epoch": best.epoch, "point": best.point},
         "run": plan.run(best.point).model_dump(),
-        "seeds": seeds(plan, best) if values else [],
+        "seeds": [seed for seed in seeds(plan, best) if seed not in diverged] if values else [],
+        "diverged": [f"seed {seed}: {line}" for seed, line in diverged.items()],
         "runs": [folder.name for folder in confirmed],
         "confirmed": compared(values[::2], values[1::2]) if values else None,
     }

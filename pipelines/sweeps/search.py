@@ -76,7 +76,7 @@ def search(plan: Plan) -> list[Trial]:
     wanted = len(known) if plan.sweep.search == "grid" else max(plan.sweep.trials, len(known))
     seconds = _seconds_left(plan, before)
     whole = len(before) == wanted and not list(plan.folder.glob(f"runs/*/{LAST}"))
-    if seconds > 0 and not whole:
+    if seconds > 0 and not whole and not disk.is_searched(plan):
         _run(plan, list(known.values()), wanted, None if seconds == math.inf else seconds)
         disk.drop_weights(plan.folder)
     after = read_trials(plan.folder)
@@ -128,7 +128,9 @@ def _run(plan: Plan, known: list[Point], wanted: int, seconds: float | None) -> 
     for index in range(len(found)):
         result = found[index]
         if result.error is not None and result.config is not None:
-            disk.end_trial(plan.job(result.config).folder, "its process died more often than `restarts` allows")
+            folder = plan.job(result.config).folder
+            disk.begin_trial(folder, result.config)  # if it died before it did so
+            disk.end_trial(folder, "its process died more often than `restarts` allows")
 
 
 def _draw_point(plan: Plan, drawn: optuna.Trial) -> None:
