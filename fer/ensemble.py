@@ -51,6 +51,8 @@ def combine(folders: list[Path], data_dir: str | Path, resources: Resources, mir
         epochs=1,
         schedule=Constant(warmup_epochs=0),
     )
+    with torch.device("meta"):  # refuses what cannot be a member, before there is a folder
+        build_model(run.model, run.input, len(data.classes), pretrained=False)
     start = "+".join(meta["run_id"] for meta in metas)
     folder = folders[0].parent / run_id(NAME, run, data.hash, start)
     with held(folder):

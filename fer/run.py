@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from fer.data.augment import Augment
-from fer.data.dataset import DataSet
+from fer.data.dataset import DataSet, seen_before
 from fer.errors import UserError
 from fer.input import Input
 from fer.losses import LOSSES, CrossEntropy, LossKind
@@ -143,8 +143,11 @@ def chain_pixels(run: Run, start: Run) -> str | None:
     return f"{run.init_from} was trained with {trained}, not with {', '.join(str(ours[key]) for key in other)}"
 
 
-def data_doubts(run: Run, data: DataSet) -> list[str]:
-    """What `run` asks for in vain of `data`, and what these cannot tell; a line for each."""
+def data_doubts(run: Run, data: DataSet, start: DataSet | None = None) -> list[str]:
+    """What `run` asks for in vain of `data`, and what these cannot tell; a line for each.
+
+    `start`: the data of the run that its `init_from` names, if they are others.
+    """
     counts, found = data.summary["counts"], []
     if run.loss.of_votes and (data.summary.get("labels") == "hard" or data.summary.get("label_noise")):
         found.append(f"loss {run.loss.name} learns from votes, and these data have a single label an image")
@@ -153,6 +156,11 @@ def data_doubts(run: Run, data: DataSet) -> list[str]:
     for split in ("val", "test"):
         if absent := [name for name in data.classes if not counts[split][name]]:
             found.append(f"{split} holds no image of {', '.join(absent)}, so its numbers say nothing of that")
+    if start is not None and (seen := seen_before(data, start)):
+        found.append(
+            f"{run.init_from}, from which it starts, is trained on {start.summary['set']}, whose train and val hold "
+            f"{seen} of the test images that count as unleaked here; divide both data sets alike"
+        )
     return found
 
 

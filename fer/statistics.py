@@ -3,6 +3,7 @@
 Images of a group, such as copies of one photograph, are not independent: resampling draws groups, not images.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,16 +135,17 @@ def temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def between_seeds(values: list[float], others: list[float]) -> tuple[Interval, float]:
+def between_seeds(values: list[float], others: list[float]) -> tuple[Interval, float | None]:
     """Difference of the means of two sets of runs, and p: Welch's t test, as equal seeds do not pair two recipes.
 
+    Without a variance on either side a difference has neither p nor an interval: two runs may agree by chance.
     Raises ValueError for fewer than two runs on a side.
     """
     if min(len(values), len(others)) < 2:
         raise ValueError("two runs or more on each side")
     if len(set(values)) == len(set(others)) == 1:  # nothing varies
         gap = values[0] - others[0]
-        return Interval(gap, gap, gap), float(gap == 0)
+        return (Interval(gap, -math.inf, math.inf), None) if gap else (Interval(0, 0, 0), 1.0)
     gap = float(np.mean(values) - np.mean(others))
     found = scipy.stats.ttest_ind(values, others, equal_var=False)
     bounds = found.confidence_interval(LEVEL)

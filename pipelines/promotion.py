@@ -115,10 +115,10 @@ class Record:
 
 @dataclass(frozen=True)
 class State:
-    """The champions until now, the present one last, and the challenger."""
+    """The champions until now, the present one last, and those that challenged it, the best first."""
 
     champions: tuple[str, ...] = ()
-    challenger: str | None = None
+    challengers: tuple[str, ...] = ()
 
     @property
     def champion(self) -> str | None:
@@ -131,25 +131,26 @@ class State:
 
     def aliases(self, existing: Collection[str]) -> dict[str, str]:
         """Alias -> version, of the versions that exist."""
-        found = {"champion": self.champion, "challenger": self.challenger, "previous": self.previous(existing)}
+        challenger = next((one for one in self.challengers if one in existing), None)
+        found = {"champion": self.champion, "challenger": challenger, "previous": self.previous(existing)}
         return {alias: version for alias, version in found.items() if version is not None and version in existing}
 
 
 def state(records: Iterable[Record]) -> State:
     """What the decisions lead to. A rollback takes back champions, everything else adds one."""
-    champions, challenger, best = list[str](), None, 0.0
+    champions, challenges = list[str](), list[Record]()
     for record in records:
-        accuracy = record.evidence.get("val_accuracy", 0.0)
         if record.what == ROLLBACK:
             while champions[-1:] not in ([], [record.champion]):
                 champions.pop()
         elif record.champion is not None and champions[-1:] != [record.champion]:
             champions.append(record.champion)
         if record.champion != record.before:
-            challenger, best = None, 0.0
-        elif record.outcome == CHALLENGE and accuracy > best:
-            challenger, best = record.version, accuracy
-    return State(tuple(champions), challenger)
+            challenges = []
+        elif record.outcome == CHALLENGE:
+            challenges.append(record)
+    challenges.sort(key=lambda record: -record.evidence.get("val_accuracy", 0.0))  # of equal ones the first stays first
+    return State(tuple(champions), tuple(record.version for record in challenges))
 
 
 def best_left(deleted: str | None, left: Sequence[tuple[str, Candidate]]) -> str | None:

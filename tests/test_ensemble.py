@@ -142,7 +142,9 @@ def test_what_cannot_be_a_member_or_be_trained(members: list[Path], bars: Path, 
             "networks with a frozen encoder, which take embeddings, cannot be averaged or teach",
         ),
     ):
+        before = set(folders[0].parent.iterdir())
         assert told in refusal(combine, folders, data, CPU)
+        assert set(folders[0].parent.iterdir()) == before  # no folder of a run that will never be
     told = "an ensemble is not trained; make one of finished runs with `fer ensemble`"
     assert told in refusal(fit, "x", Predictor(whole).run, CPU, bars, tmp_path)
     for weights in ([0.5, 0.4], [1.0]):

@@ -91,7 +91,7 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], str, str]] = {  # existing vers
     "the champion deleted": (RISE, "12", "--2"),
     "the champion deleted, the best left": ([*RISE, record(1, 1, what="deleted")], "12", "1-2"),
     "the better challenger": (CHALLENGED, "123", "12-"),
-    "a challenger deleted": (CHALLENGED, "13", "1--"),
+    "a challenger deleted": (CHALLENGED, "13", "13-"),
     "a challenger by hand": ([*CHALLENGED, record(2, 2, what="by hand")], "123", "2-1"),
 }
 

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
-from conftest import RESNET, ROOT, SMALL, doe, small_run
+from conftest import RESNET, ROOT, SMALL, doe, make_data, small_run
 
 from fer.data.augment import Augment
 from fer.data.dataset import open_data
@@ -229,6 +230,25 @@ def test_what_a_run_asks_of_its_data_in_vain(data: Path) -> None:
     assert data_doubts(ours, whole) == [
         many, "test holds no image of fear, contempt, so its numbers say nothing of that"
     ]  # fmt: skip
+
+
+def test_test_images_that_the_run_it_starts_from_has_learned_are_counted(tmp_path: Path) -> None:
+    """The same images divided the other way round: 40 test images, of which four have the mark of a leak."""
+    ours, theirs = (open_data(make_data(tmp_path / name)) for name in ("ours", "theirs"))
+    run = small_run().model_copy(update={"init_from": "first"})
+    assert data_doubts(run, ours, theirs) == []  # without raw/labels.csv there is nothing to compare
+    for one, sign in ((ours, ""), (theirs, "other ")):
+        (one.folder / "raw").mkdir()
+        hashes = pd.DataFrame({"row": range(176), "sha1": [f"{sign}{row}" for row in range(176)]})
+        hashes.to_csv(one.folder / "raw" / "labels.csv", index=False)
+    assert data_doubts(run, ours, theirs) == []
+    hashes["sha1"] = [str(175 - row) for row in range(176)]
+    hashes.to_csv(theirs.folder / "raw" / "labels.csv", index=False)
+    assert data_doubts(run, ours, theirs) == [
+        "first, from which it starts, is trained on theirs, whose train and val hold 36 of the test images that count "
+        "as unleaked here; divide both data sets alike"
+    ]
+    assert data_doubts(run, ours) == []
 
 
 def test_patience_ends_a_run_that_gets_no_better() -> None:

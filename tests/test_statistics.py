@@ -101,7 +101,7 @@ def test_the_same_gain_everywhere_has_no_width() -> None:
     assert difference(ones, zeros, nobody, np.arange(40), balanced=True) == Interval(1, 1, 1)
     assert between_seeds([0.9, 0.9], [0.9, 0.9]) == (Interval(0, 0, 0), 1.0)
     assert between_seeds([0.7] * 3, [0.7] * 2) == (Interval(0, 0, 0), 1.0)  # their means differ by rounding
-    assert between_seeds([1.0, 1.0], [0.5, 0.5]) == (Interval(0.5, 0.5, 0.5), 0.0)
+    assert between_seeds([1.0, 1.0], [0.5, 0.5]) == (Interval(0.5, -np.inf, np.inf), None)  # by chance, perhaps
 
 
 def test_copies_of_a_photograph_count_as_one() -> None:

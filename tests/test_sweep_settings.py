@@ -116,6 +116,13 @@ def test_the_same_mistake_on_the_command_line_and_in_the_file(change: str, messa
     assert mistakes(write("mine", **tree)) == [f"sweeps/mine.yaml: {message}"]
 
 
+def test_the_base_is_in_experiments_where_apply_finds_it() -> None:
+    Path("elsewhere.yaml").write_text(Path("experiments/vgg13_small.yaml").read_text())
+    told = "base: elsewhere.yaml: is not in experiments; move it there, and give its name alone"
+    assert mistakes("tiny", "base=elsewhere.yaml") == [f"command line: {told}"]
+    assert settings.load(["sample", "base=experiments/vgg13_small.yaml"], {})[2].name == "vgg13_small"
+
+
 def test_a_key_on_the_command_line_is_told_there() -> None:
     assert mistakes("tiny", "changes.epoch=9") == mistakes("tiny", "changes={epoch: 9}")
     (line,) = mistakes("tiny", "space.optimizer.lrr={float: [0, 1]}")

@@ -225,6 +225,24 @@ def open_data(folder: str | Path) -> DataSet:
     return DataSet(folder, images, {**summary, "set": folder.resolve().name})
 
 
+def seen_before(data: DataSet, other: DataSet) -> int:
+    """How many test images without a mark of a leak have the pixels of one in train or val of another data set.
+
+    By the hashes in raw/labels.csv; 0 if either folder has none.
+    """
+
+    def hashes(one: DataSet, split: str) -> np.ndarray:
+        table = pd.read_csv(one.folder / "raw" / "labels.csv", usecols=["sha1"], dtype=str, keep_default_na=False)
+        return table["sha1"].to_numpy(str)[one.split(split).rows]
+
+    try:
+        unmarked = hashes(data, "test")[~data.split("test").leaked.numpy()]
+        theirs = np.concatenate([hashes(other, "train"), hashes(other, "val")])
+    except FileNotFoundError:
+        return 0
+    return int(np.isin(unmarked, theirs).sum())
+
+
 def feed(digest: "hashlib._Hash", name: str, content: np.ndarray | Sequence[str]) -> None:
     """Add a named array of numbers or list of strings to `digest`; different sequences of calls add different bytes.
 

@@ -69,7 +69,8 @@ def _train(words: list[str], folds: str | None) -> None:
     else:
         warn_of_weights({name: job.run for name, job in jobs.items()})
         for name, job in jobs.items() if folds is None else ():
-            warn_of_data(name, job.run, job.data)
+            first = jobs.get(job.run.init_from or "", job)
+            warn_of_data(name, job.run, job.data, first.data)
         with _Bars(folders), flow.flow_page.server_needed():
             state = flow.train(words, folds, return_state=True)
         failed = failures(state)
@@ -175,12 +176,16 @@ def warn_of_weights(runs: dict[str, Any]) -> None:
             console.print(f"{name}: {line}", style="yellow", highlight=False)
 
 
-def warn_of_data(name: str, run: Any, data: Path) -> None:
-    """A line for each thing that a run asks of its data in vain, or that these cannot tell."""
+def warn_of_data(name: str, run: Any, data: Path, start: Path | None = None) -> None:
+    """A line for each thing that a run asks of its data in vain, or that these cannot tell.
+
+    `start`: the data of the run that it starts from.
+    """
     from fer.data.dataset import open_data
     from fer.run import data_doubts
 
-    for line in data_doubts(run, open_data(data)):
+    other = None if start in (None, data) else open_data(start)
+    for line in data_doubts(run, open_data(data), other):
         console.print(f"{name}: {line}", style="yellow", highlight=False, soft_wrap=True)
 
 

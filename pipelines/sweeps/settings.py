@@ -96,6 +96,8 @@ def load(words: list[str], machine: dict[str, Any]) -> tuple[str, Sweep, Experim
         file = experiments.path_of(sweep.base)
     except UserError as error:
         raise UserError(*(asks + line for line in error.lines)) from None
+    if file.resolve() != (experiments.FOLDER / f"{file.stem}.yaml").resolve():  # by its name `fer sweep apply` finds it
+        raise UserError(f"{asks}{file}: is not in {experiments.FOLDER}; move it there, and give its name alone")
     keys = [change.removeprefix("changes.") for change in below]
     base = experiments.read(file, keys, machine, over, asks, f"{COMMAND_LINE}: changes")
     given = {change.partition("=")[0] for change in changes}
