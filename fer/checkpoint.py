@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fer.errors import UserError
 from fer.files import new_folder, sha256, write_json
-from fer.run_folder import BEST, CONFIG, LAST, Row
+from fer.run_folder import BEST, CONFIG, LAST, Cropped, Enlarged, Row
 from fer.settings import Fault, Natural, Positive, Unfit
 from fer.stored import Stored, read
 from fer.weights import DAMAGE, check_fit
@@ -31,6 +31,14 @@ class Trained(Stored):
     """What prediction needs to know of the data."""
 
     image_shape: Annotated[list[Positive], Field(min_length=2, max_length=3)]
+    super_resolution: Enlarged = Enlarged(method="none", scale=1)
+    faces: Cropped | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Trained":
+        if self.image_shape[2:] not in ([], [3]):
+            raise Unfit([Fault("image_shape", f"has {self.image_shape[2]} colours, not 3")])
+        return self
 
 
 class Meta(Stored):
@@ -54,6 +62,8 @@ class Meta(Stored):
     def _fits(self) -> "Meta":
         if [row.epoch for row in self.history] != list(range(1, self.epoch + 1)):
             raise Unfit([Fault("history", f"does not have a row for each of {self.epoch} epochs")])
+        if len(set(self.classes)) < len(self.classes):
+            raise Unfit([Fault("classes", "two have the same name")])
         return self
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fer.card import card
 from fer.checkpoint import META, SUMS, WEIGHTS, load_meta, read_weights
 from fer.errors import UserError, first_line
-from fer.files import new_folder, sha256
+from fer.files import new_folder, refuse_beside, sha256
 from fer.formats import read_run
 from fer.input import normalize, to_float
 from fer.models import packages
@@ -44,6 +44,7 @@ def write_folder(run_folder: Path, target: Path) -> None:
     read_weights(run_folder / BEST)  # which tells if they are damaged
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --out")
+    refuse_beside(target)
     with new_folder(target) as partial:
         shutil.copyfile(run_folder / BEST / WEIGHTS, partial / WEIGHTS)
         shutil.copyfile(run_folder / BEST / META, partial / META)

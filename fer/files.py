@@ -92,6 +92,13 @@ def recover(target: Path) -> bool:
     return target.exists()
 
 
+def refuse_beside(target: Path) -> None:
+    """Raises UserError if a user's own file or folder has one of the names that `new_folder` takes for itself."""
+    for path in _beside(target):
+        if os.path.lexists(path):
+            raise UserError(f"{path}: would be replaced while {target.name} is written; move it or delete it")
+
+
 def _beside(target: Path) -> tuple[Path, Path]:
     return target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
 

@@ -78,6 +78,8 @@ class Predictor:
                 logits = self.model(**inputs).float()
             found.append(torch.softmax(logits / self.temperature, 1).cpu().numpy())
         whole = np.concatenate(found) if found else np.empty((0, len(self.classes)), np.float32)
+        if not np.isfinite(whole).all():
+            raise UserError(f"{self.run_id}: its network computes no numbers; train it again, or name another run")
         return evened(whole, self.images, self.even) if self.even else whole
 
     def _check(self, count: int, beside: Mapping[str, Sized]) -> None:

@@ -62,6 +62,7 @@ class Enlarged(Stored):
 
     method: str
     scale: Positive
+    raw_shape: Annotated[list[Positive], Field(min_length=2, max_length=3)] | None = None
 
 
 class Cropped(Stored):

@@ -228,6 +228,9 @@ def check_fit(
         if wanted[name].shape != found[name].shape:
             shapes = f"{list(found[name].shape)}, the model needs {list(wanted[name].shape)}"
             raise UserError(f"{source}: tensor {name} has shape {shapes}; {remedy}")
+        if wanted[name].is_floating_point() and not found[name].is_floating_point():  # such as quantised ones
+            kinds = f"{found[name].dtype}, the model needs {wanted[name].dtype}".replace("torch.", "")
+            raise UserError(f"{source}: tensor {name} is {kinds}; {remedy}")
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> None:

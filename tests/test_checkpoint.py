@@ -145,6 +145,18 @@ def test_files_that_are_not_there(folder: Path) -> None:
     [
         ({"epoch": 99}, "history: does not have a row for each of 99 epochs"),
         ({"data": {}}, "data.image_shape: missing"),
+        ({"data": {"image_shape": [16, 16, 4]}}, "data.image_shape: has 4 colours, not 3"),
+        ({"data": {"image_shape": [3, 3], "faces": "haar"}}, "data.faces: should be a table of keys, got 'haar'"),
+        ({"data": {"image_shape": [3, 3], "faces": {"detector": "haar"}}}, "data.faces.margin: missing"),
+        (
+            {"data": {"image_shape": [3, 3], "super_resolution": None}},
+            "data.super_resolution: should be a table of keys, got None",
+        ),
+        (
+            {"data": {"image_shape": [3, 3], "super_resolution": {"method": "bicubic", "scale": "x"}}},
+            "data.super_resolution.scale: should be a valid integer, got 'x'",
+        ),
+        ({"classes": ["happy", "happy"]}, "classes: two have the same name"),
         ({"history": [3], "epoch": 1}, "history.0: should be a table of keys, got 3"),
     ],
 )

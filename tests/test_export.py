@@ -69,6 +69,11 @@ def test_the_folder_is_whole_checked_and_states_the_runs_own_numbers(run: Path, 
         assert commit_of(made) == told
     assert commit_of(json.loads((folder / "checkpoint.json").read_text())["made_by"]) in " ".join(card.text.split())
     assert "exists already" in refusal(write_folder, run, folder)
+    for own in ("new.old", "new.partial"):  # a user's, such as what was exported before
+        (tmp_path / own).mkdir()
+        told = f"{tmp_path / own}: would be replaced while new is written; move it or delete it"
+        assert refusal(write_folder, run, tmp_path / "new") == told
+        (tmp_path / own).rmdir()
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

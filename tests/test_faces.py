@@ -178,8 +178,68 @@ def test_a_video_that_ends_before_its_time_says_so(tmp_path: Path) -> None:
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     *seen, last = frames(clip)
     assert (len(whole), {frame.note for frame in (*whole, *seen)}) == (30, {""})
-    assert (last.number, last.pixels, last.note) == (len(seen), None, "ends here, but should have 30 frames: damaged")
+    assert (last.number, last.pixels, last.note) == (len(seen), None, "ends here, but should last 3.0 s: damaged")
     assert 5 < len(seen) < 25
+
+
+def slower_from(clip: Path, frame: int, times: int) -> None:
+    """Rewrite the times of an MP4 of 30 frames a second, so that `frame` and all after it last that much longer."""
+    data = bytearray(clip.read_bytes())
+
+    def number(place: int) -> int:
+        return int.from_bytes(data[place : place + 4], "big")
+
+    def write(place: int, value: int) -> None:
+        data[place : place + 4] = value.to_bytes(4, "big")
+
+    at = data.index(b"stts")
+    count, delta = number(at + 12), number(at + 16)
+    whole = delta * (frame + times * (count - frame))
+    data[at + 8 : at + 20] = b"".join(n.to_bytes(4, "big") for n in (2, frame, delta, count - frame, delta * times))
+    for box in (b"stts", b"stbl", b"minf", b"mdia", b"trak", b"moov"):  # each is 8 bytes longer
+        write(data.index(box) - 4, number(data.index(box) - 4) + 8)
+    media, movie = data.index(b"mdhd"), data.index(b"mvhd")
+    write(media + 20, whole)
+    for place in (movie + 20, data.index(b"tkhd") + 24, data.index(b"elst") + 12):
+        write(place, whole * number(movie + 16) // number(media + 16))
+    clip.write_bytes(data)
+
+
+def test_frames_of_a_video_are_at_their_own_times(tmp_path: Path) -> None:
+    """As a telephone's, whose rate falls in the dark: 20 frames of 1/30 s, then 20 of 1/6 s."""
+    writer = cv2.VideoWriter(str(clip := tmp_path / "a.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 30.0, (64, 48))
+    for _ in range(40):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    slower_from(clip, 20, 5)
+    seen = list(frames(clip))
+    times = [n / 30 if n < 20 else 20 / 30 + (n - 20) / 6 for n in range(40)]
+    assert [frame.seconds for frame in seen] == pytest.approx(times, abs=2e-3)
+    assert {frame.note for frame in seen} == {""}
+
+
+def test_names_that_opencv_takes_for_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colon is no protocol; at a name that is no UTF-8 OpenCV would crash, whatever the file is."""
+    monkeypatch.chdir(tmp_path)
+    save_video(Path("a.avi"), [RNG.integers(0, 256, (48, 64, 3), np.uint8)] * 2).rename("12:30 talk.avi")
+    assert [frame.note for frame in frames(Path("12:30 talk.avi"))] == ["", ""]
+    Path(odd := os.fsdecode(b"caf\xe9.jpg")).touch()
+    (none,) = frames(Path(odd))
+    assert (none.pixels, none.note.endswith("a video's name should be UTF-8: rename it")) == (None, True)
+
+
+def test_an_animation_is_turned_upright_and_one_that_is_cut_says_so(tmp_path: Path) -> None:
+    pictures, turned = [Image.fromarray(RNG.integers(0, 256, (48, 64, 3), np.uint8)) for _ in range(3)], Image.Exif()
+    turned[0x112] = 6
+    for name in ("a.png", "a.webp"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], exif=turned, lossless=True)
+        found = [frame.pixels for frame in frames(tmp_path / name)]
+        np.testing.assert_array_equal(found, [np.rot90(np.asarray(picture), -1) for picture in pictures])
+    gif = save_gif(tmp_path / "a.gif", [np.full((16, 16), value, np.uint8) for value in (0, 100, 200)])
+    whole = gif.read_bytes()
+    gif.write_bytes(whole[: whole.rindex(b"\x21\xf9")])  # before the block that begins the last frame
+    *seen, last = frames(gif)
+    assert ([frame.note for frame in seen], last.note) == (["", ""], "damaged from here on (its end is missing)")
 
 
 def test_folders_are_searched_and_what_is_no_picture_is_counted(
@@ -329,6 +389,8 @@ def test_own_boxes_say_where_the_faces_are(run: Path, tmp_path: Path, monkeypatc
     assert boxes.of("b/x.png", 0) == [Face(2, 4, 16, 16, 1)]
     assert [face.width for face in boxes.of("b/c.png", 3)] == [8, 10]
     assert (len(boxes.of("b/c.png", 2)), boxes.of("d.png", 0), len(boxes.of("d.png", 1))) == (1, [], 1)
+    twice = Boxes(table, [Path("b/x.png"), Path("b/../b/x.png")])  # a file that is named in two ways
+    assert twice.of("b/../b/x.png", 0) == twice.of("b/x.png", 0) == boxes.of("b/x.png", 0)
     pixels, predictor = frame(0, 0).pixels, Predictor(run, "cpu")
     assert pixels is not None
     pictures = [Frame(name, 0, None, pixels) for name in ("b/x.png", "d.png")]
@@ -436,6 +498,11 @@ def test_marked_pictures_have_a_box_and_marked_videos_all_their_frames(run: Path
     marked = np.asarray(Image.open(tmp_path / "out/x.png"))
     assert (marked[20, 8:25] == (0, 255, 0)).all()
     assert len(list(frames(tmp_path / "out/clip.mp4"))) == 3
+    face = predict(Predictor(run, "cpu"), [Frame("face.png", 0, None, np.zeros((64, 64, 3), np.uint8))], None)
+    assert len(list(annotate(face, tmp_path / "out", CLASSES))) == 1
+    marked = np.asarray(Image.open(tmp_path / "out/face.png"))
+    assert (marked[:16, :, 1] > 100).any()  # its label, without a box
+    assert not marked[16:].any()
 
 
 def test_the_command_predicts_files(

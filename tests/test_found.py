@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tells
+from conftest import refusal, tells
 
 from fer.data.found import look, one_of
 
@@ -250,3 +250,8 @@ def test_an_encrypted_or_damaged_member_is_named(tmp_path: Path) -> None:
         bad, secret = found.entries
         tells(tmp_path, "/damaged.zip/x.csv: is truncated or damaged (Bad CRC ... ): download it again", bad.read)
         tells(tmp_path, "/locked.zip/x.csv: is encrypted or has an unknown compression: unpack it", secret.read)
+    odd = bytearray(zipped({"\xe9.csv": b"name\n"}, zipfile.ZIP_STORED))  # whole at its end alone
+    odd[odd.index("\xe9".encode())] = 0xFF
+    put(tmp_path, {"odd.zip": bytes(odd)})
+    with look(tmp_path / "odd.zip") as found:
+        assert "is truncated or damaged" in refusal(found.entries[0].read)

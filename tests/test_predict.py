@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CLASSES, CPU, NO_AUGMENT, doe, emotion_encoder, make_data, refusal, small_run
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
 from fer.ensemble import combine
@@ -69,6 +69,24 @@ def test_probabilities_are_those_of_the_evaluation(run: tuple[Path, np.ndarray, 
     assert np.log(found).std(0).max() * predictor.temperature > 1e-3  # they do depend on the image
     if not predictor.run.model.images_beside():
         assert refusal(predictor.probabilities, images, neutral=images).startswith("neutral: give one such face per")
+
+
+def test_a_network_that_computes_no_numbers_predicts_nothing(bars: Path, tmp_path: Path) -> None:
+    folder = fit("x", small_run(), CPU, bars, tmp_path / "runs") / "best"
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.6.bias"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    told = "its network computes no numbers; train it again, or name another run"
+    assert told in refusal(Predictor(folder).probabilities, np.load(bars / "upscaled" / "images.npy")[:2])
+
+
+def test_pictures_of_pillow_are_those_of_their_files(bars: Path, tmp_path: Path) -> None:
+    folder = fit("x", small_run(), CPU, bars, tmp_path / "runs") / "best"
+    predictor = Predictor(folder)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    for picture in (noise.quantize(16), noise.convert("CMYK"), noise.convert("1"), noise.convert("RGBA")):
+        picture.save(tmp_path / (name := f"{picture.mode}.tiff"))
+        np.testing.assert_array_equal(predictor.probabilities([picture]), predictor.probabilities([tmp_path / name]))
 
 
 def test_json_may_hold_pictures_as_base64_and_paths_in_every_form_that_mlflow_takes(bars: Path, tmp_path: Path) -> None:

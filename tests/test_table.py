@@ -1,12 +1,16 @@
 """A table of pictures: the columns people use, csv and parquet, labels and votes, boxes, mistakes."""
 
+import io
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import change, swap, tells
+from conftest import change, refusal, swap, tells
+from PIL import Image
 from test_folders import put, read, rows
 
 from fer.data.readers import table
@@ -202,3 +206,18 @@ def test_mistakes(file: str, edit: Callable[[str], str] | None, message: str, tm
     write(tmp_path, "path,label", *(f"{name},{'ab'[n % 2]}" for n, name in enumerate(NAMES)))
     change(tmp_path, file, edit)
     tells(tmp_path, message, read, tmp_path, table.read)
+
+
+def test_two_archives_with_a_picture_of_the_same_path(tmp_path: Path) -> None:
+    """Of the same bytes they are one; else none is taken by chance, whether or not the case of the path is right."""
+    for name, value in (("part1", 0), ("part2", 0), ("part2", 9)):
+        content = io.BytesIO()
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(content, "PNG")
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("faces/0.png", content.getvalue())
+        for path in ("faces/0.png", "Faces/0.PNG") if name == "part2" else ():
+            (tmp_path / "labels.csv").write_text(f"path,label\n{path},a\n{path},a\n")
+            message = refusal(read, tmp_path, table.read)
+            both = "part1.zip/faces/0.png, part2.zip/faces/0.png: keep one"
+            told = f"{tmp_path}: holds several pictures {path}: {both}"
+            assert message.startswith(told) is (value == 9)

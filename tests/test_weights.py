@@ -282,6 +282,8 @@ def test_tensors_are_taken_if_all_of_them_fit() -> None:
     for other in (STATE["3.weight"].T, STATE["3.weight"].reshape(1, 2, 3)):
         message = f"weights.pth: tensor 3.weight has shape {list(other.shape)}, the model needs [2, 3]; {REMEDY}"
         assert misfit(STATE | {"3.weight": other}) == message
+    message = f"weights.pth: tensor 3.weight is int8, the model needs float32; {REMEDY}"
+    assert misfit(STATE | {"3.weight": STATE["3.weight"].to(torch.int8)}) == message
     body = network(seed=1)[:3]  # a classifier that is not wanted is left out
     load_strictly(body, STATE, "weights.pth", ("3.", "aux."))
     assert equal(body.state_dict(), {name: tensor for name, tensor in STATE.items() if not name.startswith("3.")})

@@ -54,7 +54,10 @@ _MARKS = {
 }  # fmt: skip
 DOCUMENT = {"[Content_Types].xml", "mimetype"}  # files that make a zip a document of Office, an e-book ...
 Member = tuple[str, int, Callable[[], IO[bytes]]]  # of an archive: name, size, how it is opened
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
+_DAMAGED = (
+    OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError,
+    UnicodeError,  # that of a zip with a name that is not UTF-8 and should be
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,7 @@ def _unpacked(found: Found, archive: Entry, plain: dict[str, int]) -> list[Entry
     """The files in an archive; none if they all lie beside it as well, or if it is damaged."""
     try:
         members = _members(found, archive)
-    except (*_DAMAGED, UnicodeError) as error:  # that of a zip with a name that is not UTF-8 and should be
+    except _DAMAGED as error:
         if isinstance(error, OSError) and disk_error(error, archive.name):
             raise  # no room to unpack it
         found.useless[str(archive)] = damage(error)

@@ -20,13 +20,14 @@ def drawn(frame: Frame, faces: list[Found], classes: list[str]) -> np.ndarray:
     image = Image.fromarray(frame.pixels).convert("RGB")
     pen, size = ImageDraw.Draw(image), max(10, min(image.size) // 25)
     for found in faces:
-        if found.face is None or found.probabilities is None:
+        if found.probabilities is None:
             continue
         values = found.probabilities if found.smoothed is None else found.smoothed
-        face, best = found.face, int(values.argmax())
-        pen.rectangle(face.box, outline=(0, 255, 0), width=max(1, size // 8))
+        best, place = int(values.argmax()), (0.0, 0.0)  # a picture that is a face has no box
+        if found.face is not None:
+            pen.rectangle(found.face.box, outline=(0, 255, 0), width=max(1, size // 8))
+            place = (found.face.left, max(0.0, found.face.top - size - 2))
         text = f"{classes[best]} {100 * values[best]:.0f} %"
-        place = (face.left, max(0, face.top - size - 2))
         pen.text(place, text, (0, 255, 0), ImageFont.load_default(size), stroke_width=1, stroke_fill=(0, 0, 0))
     return np.asarray(image)
 

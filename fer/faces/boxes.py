@@ -24,7 +24,9 @@ class Boxes:
     margin = 1.0
 
     def __init__(self, path: Path, files: Iterable[Path]):
-        known = {os.path.abspath(file): printable(str(file)) for file in files}
+        known: dict[str, list[str]] = {}  # a file may be named in several ways
+        for each in files:
+            known.setdefault(os.path.abspath(each), []).append(printable(str(each)))
         self.faces: dict[tuple[str, int | None], list[Face]] = {}
         try:
             with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -40,10 +42,10 @@ class Boxes:
         if not self.faces:
             raise UserError(f"--boxes {path}: names none of the files to predict in its column file")
 
-    def _add(self, row: dict[str, str], path: Path, line: int, known: dict[str, str]) -> None:
+    def _add(self, row: dict[str, str], path: Path, line: int, known: dict[str, list[str]]) -> None:
         named = (known.get(os.path.abspath(folder / (row["file"] or ""))) for folder in (Path.cwd(), path.parent))
-        name = next((found for found in named if found is not None), None)
-        if name is None or not row["left"]:
+        names = next((found for found in named if found is not None), [])
+        if not names or not row["left"]:
             return
         try:
             left, top, right, bottom = (float(row[key]) for key in COLUMNS)
@@ -54,7 +56,8 @@ class Boxes:
             raise UserError(f"--boxes {path}: line {line}: frame should be a whole number, 0 or more")
         if not (left < right and top < bottom and abs(left + top + right + bottom) < 1e9):
             raise UserError(f"--boxes {path}: line {line}: left should be less than right, and top less than bottom")
-        self.faces.setdefault((name, frame), []).append(Face(left, top, right - left, bottom - top, 1.0))
+        for name in dict.fromkeys(names):
+            self.faces.setdefault((name, frame), []).append(Face(left, top, right - left, bottom - top, 1.0))
 
     def of(self, file: str, frame: int) -> list[Face]:
         """The boxes of a frame: those for all frames, then its own, each in the order of the table."""

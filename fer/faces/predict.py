@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from fer.data.decode import UNREADABLE, misplaced
+from fer.data.decode import UNREADABLE, UPRIGHT, misplaced, orientation
 from fer.data.found import printable
 from fer.errors import UserError, first_line, without_password
 from fer.faces.boxes import Boxes
@@ -106,9 +106,13 @@ def _animated(path: Path) -> Iterator[Frame]:
     seconds, number, name = 0.0, 0, printable(str(path))
     try:
         with Image.open(path) as image:
+            turn = UPRIGHT.get(orientation(image))
             for number, frame in enumerate(ImageSequence.Iterator(image)):
-                yield Frame(name, number, seconds, np.asarray(frame.convert("RGB")))
+                upright = frame.convert("RGB") if turn is None else frame.convert("RGB").transpose(turn)
+                yield Frame(name, number, seconds, np.asarray(upright))
                 seconds += frame.info.get("duration", 100) / 1000
+            if image.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
+                raise OSError("its end is missing")  # between two frames, where Pillow does not see it
     except UNREADABLE as error:
         yield Frame(name, number, seconds, None, f"damaged from here on ({first_line(error)})")
 
@@ -123,14 +127,19 @@ def _video(path: Path) -> Iterator[Frame]:
         yield Frame(name, 0, None, None, note)
         return
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # nothing on stderr: the rows say what is damaged
-    capture, number = cv2.VideoCapture(str(path)), -1
+    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # at which OpenCV crashes
+        yield Frame(name, 0, None, None, "not a readable picture; a video's name should be UTF-8: rename it")
+        return
+    capture, number, seconds = cv2.VideoCapture(os.path.abspath(path)), -1, 0.0  # before a colon would be a protocol
     rate, of = capture.get(cv2.CAP_PROP_FPS) or 25.0, max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     for number, pixels in enumerate(_read(capture)):
-        yield Frame(name, number, number / rate, pixels, of=of)
+        told = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        seconds = told if told > seconds or not number else seconds + 1 / rate  # of a file without times
+        yield Frame(name, number, seconds, pixels, of=of)
     if number < 0:
         yield Frame(name, 0, None, None, "not a readable picture or video")
-    elif number + 1 < ENOUGH * of:
-        yield Frame(name, number + 1, (number + 1) / rate, None, f"ends here, but should have {of} frames: damaged", of)
+    elif seconds + 1 / rate < ENOUGH * of / rate:  # `of` is an estimate where the frames are not equally far apart
+        yield Frame(name, number + 1, seconds, None, f"ends here, but should last {of / rate:.1f} s: damaged", of)
 
 
 def camera(source: str, stopped: Callable[[], bool]) -> Iterator[Frame]:

@@ -216,7 +216,7 @@ def explain(
 ) -> None:
     """Draw what predictions rest on, beside the same of random weights, and test whether that says anything."""
     from fer import explain as explaining
-    from fer.files import new_folder
+    from fer.files import new_folder, refuse_beside
     from fer.predict import Predictor
     from pipelines import explaining as writing
 
@@ -231,6 +231,7 @@ def explain(
     chosen = writing.read(paths, predictor) if paths else _test_faces(folder, faces or FACES, names, seed)
     if why := explaining.no_grad_cam(predictor):
         console.print(f"{explaining.OCCLUSION} alone, without {explaining.GRAD_CAM}: {why}", style="yellow")
+    refuse_beside(out)
     with new_folder(out) as partial, Progress(console=console, transient=True) as bar:
         found = explaining.explain(predictor, chosen.pixels, seed)
         shown = bar.track(found, total=len(chosen.names), description="faces")

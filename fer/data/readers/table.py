@@ -170,8 +170,11 @@ def _text(value: Any) -> str:
 
 
 def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> list[Entry]:
-    exact = {entry.place: entry for entry in found.entries}
-    folded = {_folded(entry.place): entry for entry in found.entries}
+    exact: dict[str, list[Entry]] = {}  # several where two archives hold the same path
+    folded: dict[str, list[Entry]] = {}
+    for entry in found.entries:
+        exact.setdefault(entry.place, []).append(entry)
+        folded.setdefault(_folded(entry.place), []).append(entry)
     entries, missing = [], []
     for where, path in paths:
         clean = path.replace("\\", "/")
@@ -181,11 +184,11 @@ def _pictures(found: Found, listed: Entry, paths: Sequence[tuple[str, str]]) -> 
             clean = posixpath.relpath(clean, found.root.absolute().as_posix())
         places = [posixpath.normpath(posixpath.join(folder, clean)) for folder in (listed.folder, "")]
         close = (folded.get(_folded(place)) for place in places)
-        entry = next(filter(None, (*map(exact.get, places), *close)), None)
-        if entry is None:
+        alike = next(filter(None, (*map(exact.get, places), *close)), None)
+        if alike is None:
             missing.append(f"{where}: {path}")
         else:
-            entries.append(entry)
+            entries += one_of([[entry] for entry in alike], f"pictures {printable(path)}", remedy="")
     if missing:
         more = f" ({len(missing)} of {len(paths)} pictures are missing)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]} is not there{more}: restore it, or give its path relative to the table")
