@@ -154,7 +154,8 @@ def read_picture(source: str | Path | bytes, formats: list[str] | None = None, p
     if not isinstance(source, bytes) and not os.path.isfile(source):  # of a name that is too long, too
         raise UserError(f"{name}: not a file; give the path of a picture")
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()  # of a path it turns no grey TIFF
+        with Image.open(BytesIO(content), formats=formats) as image:
             if pixels is not None and image.width * image.height > pixels:
                 raise UserError(f"{name}: {image.width}x{image.height} pixels; at most {pixels:,} are read: shrink it")
             if image.mode.startswith(("I", "F")):

@@ -85,3 +85,11 @@ def test_mistakes(
 def test_an_annotation_is_not_unpickled(tmp_path: Path) -> None:
     np.save(annotations(tmp_path) / EXP, np.array(3, dtype=object), allow_pickle=True)
     tells(tmp_path, f"/{EXP}: holds no number from 0 to 10", read, tmp_path, affectnet.read)
+
+
+def test_a_number_whose_file_is_damaged(tmp_path: Path) -> None:
+    path = annotations(tmp_path) / EXP
+    whole = path.read_bytes()
+    for content in (whole.replace(b"}", b" ", 1), whole[:20], whole.replace(b"'descr'", b"'descr\x00")):
+        path.write_bytes(content)
+        tells(tmp_path, f"/{EXP}: holds no number from 0 to 10: restore it", read, tmp_path, affectnet.read)

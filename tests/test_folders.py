@@ -243,3 +243,8 @@ def test_folders_whose_accents_are_written_in_two_ways_are_one_class(tmp_path: P
     assert (set(source.classes), set(source.table["subject"])) == ({joined, "sad"}, {joined})
     assert source.table[joined].tolist() == [1, 1, 1, 1, 0, 0]
     assert read(tmp_path, classes=("sad", parted)).classes == ("sad", joined)
+
+
+def test_a_class_is_one_however_its_accents_are_written_in_each_split(tmp_path: Path) -> None:
+    put(tmp_path, ["train/caf\u00e9/0.png", "train/b/1.png", "test/cafe\u0301/2.png", "test/b/3.png"])
+    assert [row[2] for row in rows(read(tmp_path)).values()].count("caf\u00e9") == 2

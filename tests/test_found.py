@@ -94,12 +94,17 @@ def test_a_name_in_utf8_without_the_mark_of_it_and_one_with_a_line_break(tmp_pat
     put(tmp_path, {"mac.zip": content})
     assert sorted(there(tmp_path)[0]) == ["mac.zip/2.csv", "mac.zip/w\u00fctend/1.csv"]
     put(tmp_path, {"Icon\r": b"", "no\tes\n": b""})
-    assert there(tmp_path)[1] == {HIDDEN: 1, "a name that has a line break": 1}
+    assert there(tmp_path)[1] == {HIDDEN: 1, "a name that has a control character": 1}
     put(tmp_path, {"a\nb.png": b""})
-    tells(tmp_path, "/a\\nb.png: its name has a line break: rename it", there, tmp_path)
+    tells(tmp_path, "/a\\nb.png: its name has a control character: rename it", there, tmp_path)
     (tmp_path / "a\nb.png").unlink()
     put(tmp_path, {"x.zip": zipped({"a\nb.png": b""})})
-    tells(tmp_path, "/x.zip/a\\nb.png: its name has a line break: unpack the archive and rename it", there, tmp_path)
+    tells(
+        tmp_path,
+        "/x.zip/a\\nb.png: its name has a control character: unpack the archive and rename it",
+        there,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("name", ["a/w\udcfctend.png", "w\udcfctend/a.png", "notes \udcfc.txt"])
@@ -120,7 +125,10 @@ def test_links_are_followed_and_what_is_hidden_or_foreign_is_left_out_with_the_r
     hidden = [".git/x.csv", "._x.zip", "__MACOSX/x.csv", "Thumbs.db", "a/Desktop.ini", "~$x.csv", "x.zip.crdownload"]
     put(tmp_path / "disk", FILES)
     root = put(tmp_path / "root", dict.fromkeys(hidden, b"\0\x05\x16\x07"))
-    for name, target in (("gone", "nowhere"), ("a/round", root), ("set", tmp_path / "disk/set")):
+    for name in FILES:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(tmp_path / "disk" / name)
+    for name, target in (("gone", "nowhere"), ("a/round", root)):
         (root / name).symlink_to(target)
     os.mkfifo(root / "pipe")
     Path(os.fsdecode(os.fsencode(root) + b"/\xfc.txt")).write_text("x")
@@ -128,6 +136,8 @@ def test_links_are_followed_and_what_is_hidden_or_foreign_is_left_out_with_the_r
     assert there(root) == (FILES, {HIDDEN: 7, **dict.fromkeys(reasons, 1)})
     Path(os.fsdecode(os.fsencode(root) + b"/\xfc.png")).write_text("x")
     tells(root, "/\\udcfc.png: its name is not UTF-8: rename it", there, root)
+    (root / "b").symlink_to(tmp_path / "disk/set")
+    tells(root, "/b: is a link to a folder, in which DVC would see no change: put the folder there, or ", there, root)
 
 
 LEADING = [

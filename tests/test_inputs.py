@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, copy_settings
 
+from fer.data.found import LINKED
 from fer.errors import UserError
 from pipelines.stages.inputs import IGNORED, inputs
 
@@ -43,7 +44,8 @@ def bytes_name(folder: Path, name: bytes) -> None:
 
 
 def test_good_input_is_silent(faces: Path, capfd: pytest.CaptureFixture) -> None:
-    (faces / "linked").symlink_to(faces / "happy")
+    (faces / "linked.png").symlink_to(faces / "happy/1.png")
+    (faces / "happy/above").symlink_to(faces)  # which DVC and the readers leave out
     (faces / "._x").symlink_to("nowhere")  # left out by .dvcignore
     bytes_name(faces, b"\xfc.txt")  # so is this, within the project
     check("faces")
@@ -109,3 +111,9 @@ def test_dvc_does_not_see_what_the_stage_leaves_out(faces: Path) -> None:
         done = subprocess.run([DVC, *command], cwd=faces.parent, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
     assert f"nfiles: {len(kept) + 1}" in (faces.parent / "dvc.lock").read_text()
+
+
+def test_a_link_to_a_folder_in_which_dvc_would_see_no_change(faces: Path, tmp_path: Path) -> None:
+    shutil.copytree(faces / "happy", tmp_path / "elsewhere")
+    (faces / "glad").symlink_to(tmp_path / "elsewhere")
+    assert refused("faces") == [f"faces/glad: {LINKED}"]

@@ -193,6 +193,9 @@ def test_where_swin2sr_comes_from(raw: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(networks, "load_swin2sr", lambda *args: asked.append(args) or Tint(args[1]))
     upscale(params("swin2sr", 2, hub_id="some/network"))
     WEIGHTS.mkdir()
+    told = "super_resolution.hub_id: weights is a folder; name it in super_resolution.weights"
+    with pytest.raises(UserError, match=told):
+        networks.LOADERS["swin2sr"](Path("other"), 2, "weights")
     upscale(params("swin2sr", 4))
     assert facts()["weights"] is None
     (WEIGHTS / "config.json").write_text("{}")

@@ -162,3 +162,12 @@ def test_what_is_no_picture_and_a_method_of_another_version_are_named(tmp_path: 
     assert refusal(read_picture, large.getvalue()[:100], **kept) == told  # before it is decoded
     about = {"image_shape": [96, 96], "super_resolution": {"method": "magic", "scale": 2}}
     assert "super_resolution.method: 'magic' is not in this version" in refusal(Faces.of, about)
+
+
+def test_a_tiff_is_turned_whether_it_comes_as_a_path_or_as_bytes(tmp_path: Path) -> None:
+    """Pillow maps an uncompressed grey one that it is given by name into memory, and then does not turn it."""
+    noise, turned = np.random.default_rng(0).integers(0, 256, (4, 6), np.uint8), Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(noise).save(path := tmp_path / "a.tif", exif=turned)
+    for source in (path, path.read_bytes()):
+        np.testing.assert_array_equal(read_picture(source), np.rot90(noise, -1))

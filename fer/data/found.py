@@ -33,12 +33,16 @@ PICTURE_MARKS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 # left by macOS, Windows and network disks; names that begin with a dot are left out as well
 FOREIGN = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir",
-    "lost+found", "icon\r",
+    "lost+found", "icon\r", "__pycache__",
 }  # fmt: skip
 UNFINISHED = (".partial", ".part", ".crdownload", ".download")
 HIDDEN = "hidden, half downloaded, or left by the operating system"
 
-BREAK = re.compile("[\n\r]")
+CONTROL = re.compile("[\x00-\x1f\x7f]")  # a line break or a tab, with which a name cannot stand in a table
+LINKED = (
+    "is a link to a folder, in which DVC would see no change: put the folder there, or name the path of its own in "
+    "params.yaml"
+)
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
 _UNREAD = {  # first bytes -> what the file is, and the remedy
@@ -250,7 +254,10 @@ def joined(name: str) -> str:
 
 
 def _walk(found: Found, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Names of all files, relative to the first folder, in order; links are followed, but not in a circle."""
+    """Names of all files, relative to the first folder, in order; links to files are followed.
+
+    Raises UserError for a link to a folder, but to one above it, which is left out as DVC does it.
+    """
     try:
         children = sorted(os.scandir(folder), key=lambda child: child.name)
     except OSError as error:
@@ -265,6 +272,8 @@ def _walk(found: Found, folder: str, prefix: str, above: tuple[str, ...]) -> Ite
         elif child.is_dir():
             if os.path.realpath(child.path) in here:
                 found.left_out["a link to a folder above it"].append(printable(name))
+            elif child.is_symlink():
+                raise UserError(f"{printable(child.path)}: {LINKED}")
             else:
                 yield from _walk(found, child.path, f"{name}/", here)
         elif stat.S_ISREG(child.stat().st_mode):
@@ -282,7 +291,7 @@ def _fault(name: str) -> str:
     """Why a file of this name cannot stand in a table; empty if it can."""
     if name != printable(name):
         return "is not UTF-8"
-    return "has a line break" if BREAK.search(name) else ""
+    return "has a control character" if CONTROL.search(name) else ""
 
 
 def _plain(found: Found, name: str) -> Entry:

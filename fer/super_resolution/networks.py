@@ -31,6 +31,8 @@ def _dic(weights: Path, scale: int, hub_id: str | None) -> nn.Module:
 def _swin2sr(weights: Path, scale: int, hub_id: str | None) -> nn.Module:
     """From the hub where an id is given, else from the folder, or the published network if the folder holds none."""
     if hub_id is not None:
+        if Path(hub_id).exists():  # in which DVC would see no change
+            raise UserError(f"super_resolution.hub_id: {hub_id} is a folder; name it in super_resolution.weights")
         return load_swin2sr(hub_id, scale, "super_resolution.hub_id")
     if not weights.exists():
         raise UserError(f"{WEIGHTS}: {weights} not found; name a folder; if it is empty, the hub's network is used")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fer.data.found import check_path, printable
+from fer.data.found import LINKED, check_path, is_own, printable
 from fer.errors import UserError
 from pipelines.data_sets import SETS, Prepared, load
 from pipelines.params import load as load_params
@@ -76,6 +76,8 @@ def _is_inside(path: Path) -> bool:
 def _fault(name: str) -> str | None:
     if not os.path.exists(name):
         return "is a link to nothing: delete it, or restore what it points to"
+    if os.path.isdir(name) and is_own(os.path.basename(name)) and not _is_above(name):
+        return LINKED
     if not (os.path.isfile(name) or os.path.isdir(name)):
         return "is no file, such as a named pipe, for which DVC would wait: delete it"
     if printable(name) != name and not _is_inside(Path(name)):
@@ -83,6 +85,11 @@ def _fault(name: str) -> str | None:
     if not os.access(name, os.R_OK):
         return "cannot be read: correct its permissions"
     return None
+
+
+def _is_above(link: str) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    return Path(os.path.realpath(os.path.dirname(link))).is_relative_to(os.path.realpath(link))
 
 
 def _line(fault: str, names: list[str]) -> str:

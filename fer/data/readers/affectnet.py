@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fer.data.found import Entry, Found, one_of, printable
+from fer.data.images import DAMAGE
 from fer.data.rows import Table, header, whole
 from fer.data.source import Face, Source, Wanted, of_faces
 from fer.errors import UserError
@@ -119,7 +120,7 @@ def _expression(entry: Entry) -> int:
     try:
         value = np.load(io.BytesIO(entry.read()), allow_pickle=False)
         number = whole(str(value.item()))
-    except (ValueError, EOFError, OSError):
+    except (*DAMAGE, OSError, AttributeError, SystemError):
         number = None
     if number is None or number >= NO_CLASS.stop:
         raise UserError(f"{entry}: holds no number from 0 to 10: restore it")

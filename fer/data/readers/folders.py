@@ -155,9 +155,9 @@ def _refuse_copies(found: Found, labels: set[str], below: set[str]) -> None:
 
 def _refuse_strangers(faces: Sequence[Face], found: Found) -> None:
     """Raise UserError for a class that train lacks, as happens where a folder is spelled in two ways."""
-    trained = {face.label for face in faces if face.usage in ("", "train")}
+    trained = {joined(face.label) for face in faces if face.usage in ("", "train")}
     for face in faces:
-        if face.label not in trained:
+        if joined(face.label) not in trained:
             raise UserError(
                 f"{found.path}: {face.usage} has a folder {printable(face.label)} and train has none, but "
                 f"{', '.join(map(printable, sorted(trained)))}: give them the same names"

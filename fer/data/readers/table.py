@@ -125,6 +125,8 @@ def _rows(entry: Entry) -> Iterator[tuple[str, dict[str, str]]]:
         return
     try:
         frame = pd.read_parquet(io.BytesIO(entry.read()))
+        for column in range(frame.shape[1]):
+            frame.iloc[:, column].tolist()  # text is decoded when it is asked for
     except ImportError:
         raise UserError(f"{entry}: needs pyarrow: `pip install pyarrow`, or save the table as csv") from None
     except (OSError, ValueError) as error:
