@@ -1,5 +1,6 @@
 """The model card of a finished run: what it is, how good, for what, and where its limits are."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def card(summary: dict[str, Any], meta: dict[str, Any]) -> str:
         _metadata(summary, data_name(data)),
         str(TEMPLATE),
         run_id=summary["run_id"],
-        classes=summary["classes"],
+        classes=list(map(_plain, summary["classes"])),
         dataset=data_name(data),
         targets=f" (label rule: {targets})" if targets else "",
         train=_train(data),
@@ -90,8 +91,13 @@ def _scores(title: str, scores: dict[str, Any]) -> list[str]:
 
 def _recalls(summary: dict[str, Any]) -> list[list[str]]:
     confusion = summary["test"]["confusion"]
-    rows = zip(summary["classes"], confusion, range(len(confusion)))
-    return [[name, str(sum(line)), _percent(share(line[label], sum(line)))] for name, line, label in rows if sum(line)]
+    rows = [(name, line[label], sum(line)) for label, (name, line) in enumerate(zip(summary["classes"], confusion))]
+    return [[_plain(name), str(images), _percent(share(right, images))] for name, right, images in rows if images]
+
+
+def _plain(name: str) -> str:
+    """A name as text in a table of Markdown."""
+    return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
 
 
 def _percent(found: Interval) -> str:

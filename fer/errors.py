@@ -46,7 +46,7 @@ class OutOfMemory(Exception):
     """A batch does not fit into the GPU's memory; a smaller one may."""
 
 
-SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|token|secret|key)[^=&]*)=[^&]*", re.IGNORECASE)
+SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|token|secret|key|odbc_connect)[^=&]*)=[^&]*", re.IGNORECASE)
 DISK_FAULTS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is exceeded: free some space",
@@ -80,5 +80,7 @@ def without_password(uri: str) -> str:
     """`uri` with *** for its passwords, to be shown or stored; of a web address without the whole user."""
     if uri.startswith("sqlite"):
         return uri
+    if "://" not in uri:  # a slip of the pen
+        return re.sub(r"^(\w+:/+)?.*@", r"\1***@", uri)
     secret = r"(://).*@" if uri.startswith("http") else r"(://[^:@/]*:).*@"
     return SECRET.sub(r"\1=***", re.sub(secret, r"\1***@", uri))

@@ -83,8 +83,8 @@ def difference(
         return np.where(there, gained / np.where(there, images, 1), 0).sum(-1) / there.sum(-1)
 
     value = float(mean_gain(times))
-    if n < 2:
-        return Interval(value, value, value)
+    if n < 2:  # which says nothing of others
+        return Interval(value, -1.0, 1.0)
     without = mean_gain(times - np.eye(len(times)))  # one group of each kind
     off = times @ without / n - without
     if np.allclose(off, 0):  # all gain alike

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -95,7 +95,9 @@ class Side:
         found = []
         for label in range(len(self.classes)):
             rows = self.labels == label
-            found.append(statistics.share(round(float(self.right[rows].sum())), int(rows.sum())))
+            hits, images = float(self.right[rows].sum()), int(rows.sum())
+            wilson = statistics.share(round(hits), images)
+            found.append(replace(wilson, value=hits / images) if images else wilson)
         return found
 
 
@@ -122,14 +124,15 @@ class Pair:
         """In words, whether the two can be told apart."""
         gap, images = 100 * self.accuracy.value, len(self.one.labels)
         apart = self.accuracy.low > 0 or self.accuracy.high < 0
-        if apart and (self.p is None or self.p < 1 - statistics.LEVEL):
+        if apart and (self.p < 1 - statistics.LEVEL if self.p is not None else self.test == ""):
             better, worse = (self.one, self.other) if gap > 0 else (self.other, self.one)
             return f"{better.name} is better than {worse.name} by {abs(gap):.2f} points"
         who = "they" if len(self.one.folders) == len(self.other.folders) == 1 else "two of their runs"
         differ = f"{who} differ on {100 * self.differing:.1f} % of {images:,} images"
         if apart:
             by = "over seeds" if self.test == "Welch" else f"by {self.test}'s test"
-            return f"not told apart {by}: {abs(gap):.2f} points, p {self.p:.2g}; {differ}"
+            tested = f"p {self.p:.2g}" if self.p is not None else "but each side is the same with every seed"
+            return f"not told apart {by}: {abs(gap):.2f} points, {tested}; {differ}"
         return f"not told apart: {differ}, where {100 * self.detectable:.1f} points would stand out"
 
 
@@ -158,7 +161,7 @@ def side(word: str, runs: Path) -> Side:
     if len(seeds) < len(found):  # as what they start from differs, or how they are called
         names = ", ".join(folder.name for folder, _ in found)
         raise UserError(f"{word}: names several runs of one seed, give more of the id: {names}")
-    splits = {summary["test_hash"]: folder.name for folder, summary in found}
+    splits = {summary.get("test_hash", ""): folder.name for folder, summary in found}
     if len(splits) > 1:
         names = " and ".join(splits.values())
         raise UserError(f"{word}: {names} were not evaluated on the same test images; run `fer evaluate` on each")
@@ -185,17 +188,23 @@ def _seed(folder: Path) -> int:
     return read_config(folder)["config"]["seed"]
 
 
+def refuse_apart(sides: Sequence[Side]) -> None:
+    """Raises UserError if two sides were not evaluated on the same test images, whatever these are called now."""
+    first, same = sides[0], ["row", "label"]
+    for other in sides[1:]:
+        if other.classes != first.classes or not other.table[same].equals(first.table[same]):
+            raise UserError(f"{other.name} and {first.name}: not evaluated on the same test images, so not comparable")
+
+
 def pairs(sides: Sequence[Side], data: DataSet | None) -> list[Pair]:
     """Every two of the sides. `data`: where copies of a photograph are recognised, if it has the images evaluated on.
 
-    Raises UserError if two sides were not evaluated on the same test images.
+    Raises UserError as `refuse_apart` does.
     """
+    refuse_apart(sides)
     first = sides[0]
-    for other in sides[1:]:
-        if other.classes != first.classes or not other.table.equals(first.table):
-            raise UserError(f"{other.name} and {first.name}: not evaluated on the same test images, so not comparable")
     alike = np.arange(len(first.labels))
-    if data is not None and data.test_hash == first.summaries[0]["test_hash"]:
+    if data is not None and data.test_hash == first.summaries[0].get("test_hash"):
         test = data.split("test")
         threshold = data.summary.get("near_duplicates", SAME)
         alike = copies_of(test.images, test.rows, np.full(len(test.rows), ""), threshold)

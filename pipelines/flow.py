@@ -45,7 +45,7 @@ from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import settings as sweep_settings
 from pipelines.sweeps.files import ABOUT, RESULT
 from pipelines.sweeps.folder import Plan, Trial
-from pipelines.tracking import FOLD, SWEEP, Tracker
+from pipelines.tracking import FOLD, SWEEP, Tracker, described
 
 RUNS = Path("data/runs")
 FLOW_RUN = "fer.prefect_flow_run"  # tag of an MLflow run
@@ -195,7 +195,7 @@ def train_model(job: Job, tracker: Tracker, launcher: Launcher, tags: Mapping[st
         raise UserError(f"another process is training {job.folder.name}; wait for it or stop it")
     page = partial(flow_page.Progress, job.folder.name, job.run.epochs)
     try:
-        with tracker.record(job, {**data.summary, "hash": data.hash}, {FLOW_RUN: str(flow_run.id), **tags}, page):
+        with tracker.record(job, described(data), {FLOW_RUN: str(flow_run.id), **tags}, page):
             if not ready:
                 launcher.launch(job)
     except OSError as error:
@@ -414,7 +414,7 @@ def _sweep(plan: Plan, tracker: Tracker, words: list[str]) -> State:
     with (
         _stops_at_a_signal(lambda: launcher.stop(PATIENCE, plan.folder.glob("runs/*/")), tracker),
         held(plan.folder, patience=1.0),  # `fer sweep status` looks at the lock as well
-        tracker.sweep(plan, {**data.summary, "hash": data.hash}) as run_id,
+        tracker.sweep(plan, described(data)) as run_id,
     ):
         found = search_trials(plan)
         jobs = _confirming(plan, found)

@@ -7,6 +7,7 @@ from typing import Any
 from fer.run import Run
 from fer.settings import differing, flatten
 
+FINAL = "final/"  # prefix of the metrics of a finished run
 BEST_VAL = "best_val_accuracy"  # metric of every run and trial, to sort by
 NOT_METRICS = ("epoch", "time")
 LATER = ("lr", "seconds", "images_per_second")  # of metrics.jsonl: in MLflow below train/, as accuracies come first
@@ -56,17 +57,21 @@ def across_metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a finished run; the prefix `final/` keeps them apart from the curves in the UI."""
-    values: dict[str, float] = {"final/best_epoch": summary["best_epoch"], "final/parameters": summary["parameters"]}
+    """The metrics of a finished run; their prefix keeps them apart from the curves in the UI."""
+    values: dict[str, float] = {f"{FINAL}{key}": summary[key] for key in ("best_epoch", "parameters")}
     values[BEST_VAL] = summary["val"]["accuracy"]
     for split in ("val", "test", "test_unleaked", "test_unleaked_exact", "test_without_train"):
         for key in ("accuracy", "balanced_accuracy", "macro_f1", "ece"):
             if key in summary.get(split, {}):
-                values[f"final/{split}_{key}"] = summary[split][key]
-    return values | _recalls("final/test_recall_", summary["classes"], summary["test"]["recall"])
+                values[f"{FINAL}{split}_{key}"] = summary[split][key]
+    return values | _recalls(f"{FINAL}test_recall_", summary["classes"], summary["test"]["recall"])
 
 
 def _recalls(prefix: str, classes: Sequence[str], recalls: Sequence[float | None]) -> dict[str, float]:
-    """The metric of each class; what MLflow allows in no name, as the apostrophe of don't know, becomes _."""
-    named = zip(classes, recalls)
-    return {prefix + re.sub(r"[^\w.\- /]", "_", name): recall for name, recall in named if recall is not None}
+    """The metric of each class; what MLflow allows in no name, as the apostrophe of don't know, becomes _.
+
+    Classes that become one by this have their number behind their name.
+    """
+    names = [re.sub(r"[^\w.\- ]", "_", name) for name in classes]
+    names = [name if names.count(name) == 1 else f"{name} {label}" for label, name in enumerate(names)]
+    return {prefix + name: recall for name, recall in zip(names, recalls) if recall is not None}

@@ -7,6 +7,7 @@ is refused, looks again and decides anew. The aliases follow from the history.
 
 import getpass
 import json
+import math
 import random
 import socket
 import tempfile
@@ -149,7 +150,7 @@ class Registry:
                 raise
             known = ", ".join(sorted(model.name for model in self.client.search_registered_models())) or "none yet"
             raise UserError(f"models:/{name}: no such model; known: {known}; `fer train` records one") from None
-        return self._records(run_id) if run_id else []
+        return self._records(run_id) if run_id and self._stage(run_id) else []
 
     def _records(self, run_id: str) -> list[Record]:
         params = self.client.get_run(run_id).data.params
@@ -227,10 +228,23 @@ class Registry:
         if known is None:
             known = self._new_history(name)
             until_done(partial(self.client.set_registered_model_tag, name, HISTORY, known))
-        if self.client.get_run(known).info.lifecycle_stage != "active":  # it or its experiment was deleted in MLflow
+        stage = self._stage(known)
+        if stage == "":
+            known = self._new_history(name)
+            until_done(partial(self.client.set_registered_model_tag, name, HISTORY, known))
+        elif stage != "active":  # it or its experiment was deleted in MLflow
             self._experiment()
             self.client.restore_run(known)
         return known
+
+    def _stage(self, run_id: str) -> str:
+        """The state of a run in MLflow's life cycle; empty if it was deleted for good, as by `mlflow gc`."""
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return ""
 
     def _new_history(self, name: str) -> str:
         made = self.client.create_run(self._experiment(), run_name=name).info.run_id
@@ -278,8 +292,9 @@ class Registry:
         if number in versions:
             return versions[number]
         found = [one for one in versions.values() if one.tags.get(RUN_ID, "").startswith(word)] if word else []
-        if len(found) == 1:
-            return found[0]
+        whole = [one for one in found if one.tags[RUN_ID] == word]  # several if it was recorded again: the last
+        if whole or len(found) == 1:
+            return (whole or found)[-1]
         shown = ", ".join(f"{number} ({one.tags.get(RUN_ID, '?')})" for number, one in versions.items())
         many = "names several versions, give more of the run id" if found else "no such version or run"
         raise UserError(f"{word}: {many}; versions of models:/{name}: {shown or 'none'}")
@@ -359,9 +374,10 @@ def _facts(one: ModelVersion, predictions: pd.DataFrame | None = None) -> Candid
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
         return None
+    return found if math.isfinite(found) else None
 
 
 def _evidence(new: ModelVersion, old: ModelVersion | None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The address of the tracking store, tried once before MLflow, which itself tries for minutes."""
 
+import http.client
 import os
 import sqlite3
 import urllib.error
@@ -26,7 +27,12 @@ def tracking_uri(configured: str) -> str:
 
 def is_missing(uri: str) -> bool:
     """Whether nothing was ever recorded: the SQLite file is not there. A server or another database is asked later."""
-    return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists()
+    return uri.startswith(SQLITE) and not _file(uri).exists()
+
+
+def _file(uri: str) -> Path:
+    """Of an SQLite address, which may have options behind it."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0])
 
 
 def check_answers(uri: str) -> None:
@@ -35,7 +41,7 @@ def check_answers(uri: str) -> None:
     if kind in ("http", "https"):
         _check_server(uri, shown)
     elif uri.startswith(SQLITE) and uri != SQLITE:
-        _check_writable(Path(uri.removeprefix(SQLITE)))
+        _check_writable(_file(uri))
     elif kind in DATABASES:
         _check_database(uri, shown)
     else:
@@ -55,7 +61,7 @@ def _check_server(uri: str, shown: str) -> None:
         error.close()
         if error.code not in (401, 404):  # it answers; mlflow handles credentials
             raise UserError(f"tracking.uri: {shown} answers {error.code} {error.reason}; {REMEDY}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"tracking.uri: no server answers at {shown} ({first_line(error)}); {REMEDY}") from None
 
 

@@ -7,6 +7,7 @@ costs neither training time nor a point: what is missing is sent at the end, or 
 import getpass
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -31,6 +32,7 @@ from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric,
 from mlflow.exceptions import MlflowException
 from mlflow.types import Schema, TensorSpec
 
+from fer.data.dataset import DataSet
 from fer.errors import UserError, first_line, one_line, without_password
 from fer.made_by import UNKNOWN, repository
 from fer.models import origin
@@ -40,7 +42,7 @@ from fer.signals import Stopped
 from pipelines.experiments import Job
 from pipelines.params import Promotion
 from pipelines.processes import alive, ended, process_id
-from pipelines.recorded import BEST_VAL, across_metrics, data_params, epoch_metrics, final_metrics, run_params
+from pipelines.recorded import BEST_VAL, FINAL, across_metrics, data_params, epoch_metrics, final_metrics, run_params
 from pipelines.registry import RUN_ID, Registry, until_done
 from pipelines.report import across_note, confusion_picture, note
 from pipelines.store import REMEDY, SQLITE, alone, check_answers, tracking_uri
@@ -147,8 +149,10 @@ class Tracker:
         try:
             with self._system_metrics(run_id):
                 yield
-            follower.close()
-            self._finish(run_id, job.folder)
+            if not follower.close():
+                raise UserError(self._silent("runs", follower.failure))
+            with self.in_one_line():
+                self._finish(run_id, job.folder)
         except BaseException as error:
             with suppress(UserError):  # told already
                 follower.close()
@@ -208,7 +212,7 @@ class Tracker:
             yield run_id
             trials.over = True
             if not follower.close():
-                raise UserError(self._silent("trials"))
+                raise UserError(self._silent("trials", follower.failure))
             self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
             with suppress(UserError):
@@ -360,7 +364,9 @@ class Tracker:
         picture = DRAWING.submit(confusion_picture, summary, folder / CONFUSION).result()
         predictions, logs = sorted(folder.glob(PREDICTIONS.format(split="*"))), folder.glob("log*.txt")
         files = [picture, *predictions, folder / SUMMARY, folder / CONFIG, *logs]
-        self._log(run_id, final_metrics(summary), summary["finished"], {NOTE: note(summary)}, files)
+        before = (key for key in self.client.get_run(run_id).data.metrics if key.startswith(FINAL))
+        values = dict.fromkeys(before, math.nan) | final_metrics(summary)  # of an evaluation before labels changed
+        self._log(run_id, values, summary["finished"], {NOTE: note(summary)}, files)
         if "fold" not in summary["data"]:
             self.registry.register(run_id, folder, summary)
         self._done(run_id, summary["finished"])
@@ -392,13 +398,16 @@ class Tracker:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self.client.set_tag(run_id, ERROR, reason[:500])
                 self.client.set_terminated(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
-            except MlflowException:
-                raise UserError(self._silent("runs")) from error
+            except MlflowException as failure:
+                if isinstance(error, MlflowException):  # else what `error` says matters more
+                    raise UserError(self._silent("runs", failure)) from error
 
-    def _silent(self, what: str) -> str:
+    def _silent(self, what: str, failure: MlflowException | None) -> str:
+        shown = without_password(self.uri)
+        reason = f" ({first_line(failure).replace(self.uri, shown)})" if failure else ""
         return (
-            f"tracking.uri: {without_password(self.uri)} no longer answers; the {what} are safe on disk: "
-            "start the server and run the same command again"
+            f"tracking.uri: {shown} no longer answers, or refuses{reason}; the {what} are safe on disk: "
+            "mend that and run the same command again"
         )
 
 
@@ -414,6 +423,7 @@ class _Follower:
         """`followed`: MLflow run id and folder of each run to follow, asked every second; `on_rows`: see `record`."""
         self.client, self.followed, self.on_rows = client, followed, on_rows
         self.sent = Counter[str]()  # MLflow run id -> number of lines sent
+        self.failure: MlflowException | None = None  # the last one
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -438,7 +448,8 @@ class _Follower:
                     self.client.log_batch(run_id, metrics=[point for row in part for point in _points(row)])
                     self.sent[run_id] += len(part)
                     self.on_rows(part)
-        except MlflowException:
+        except MlflowException as failure:
+            self.failure = failure
             return False
         return True
 
@@ -516,6 +527,11 @@ def _points(row: dict[str, Any]) -> list[Metric]:
     return [Metric(key, value, when, row["epoch"]) for key, value in epoch_metrics(row).items()]
 
 
+def described(data: DataSet) -> dict[str, Any]:
+    """What `Tracker` is told of the data of a run."""
+    return {**data.summary, "hash": data.hash, "test_hash": data.test_hash}
+
+
 def _data_inputs(data: dict[str, Any]) -> list[DatasetInput]:
     """A data set for each split, with schema and counts, for MLflow's dataset tab."""
     shape = (-1, *data["image_shape"])
@@ -528,7 +544,7 @@ def _data_inputs(data: dict[str, Any]) -> list[DatasetInput]:
         profile = {"images": data["totals"][split], **data["counts"][split], "duplicates": data["duplicates"]}
         dataset = Dataset(
             name=data_name(data),
-            digest=f"{data['hash']}-{split}",
+            digest=f"{data['test_hash' if split == 'test' else 'hash']}-{split}",  # whose profile MLflow keeps
             source_type="dvc",
             source=json.dumps(data_params(data)),
             schema=json.dumps(schema.to_dict()),

@@ -25,7 +25,7 @@ from fer.files import sha256
 from fer.predict import Predictor
 from fer.train import fit
 from pipelines.experiments import Job
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, described
 
 THEIRS = ["0_Neutral", "1_happy", "surprised", "Sad", "angry", "bored", "6", "7"]  # their names of CLASSES
 
@@ -193,7 +193,7 @@ def test_the_command_prints_a_table_and_records_a_child_once(
     told = "MLflow's experiment 'fer' does not have this run, so its result is not recorded: run `fer train one`, then"
     assert (done.returncode, done.stderr) == (2, f"error: {folder.name}: {told} this command again\n")
     tracker, data = Tracker(f"sqlite:///{project}/mlflow.db", "fer"), open_data(DATA)
-    with tracker.record(Job("one", run, CPU, DATA, folder), {**data.summary, "hash": data.hash}):
+    with tracker.record(Job("one", run, CPU, DATA, folder), described(data)):
         pass
     path = next((folder / "on").glob("other-*.json"))
     result = json.loads(path.read_text())

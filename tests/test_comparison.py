@@ -26,8 +26,9 @@ def write_run(runs: Path, name: str, seed: int, right: np.ndarray, lr: float = 0
     table[CLASSES] = 0.1 + 0.7 * np.eye(3)[predicted]
     for split in ("val", "test"):
         table.to_csv(folder / f"predictions_{split}.csv", index=False)
-    recall = [right[labels == label].mean() for label in range(3)]
-    test = {"accuracy": right.mean(), "balanced_accuracy": float(np.mean(recall)), "macro_f1": 0.5, "ece": 0.1}
+    recall = [right[labels == label].mean() if label in labels else None for label in range(3)]
+    known = [value for value in recall if value is not None]
+    test = {"accuracy": right.mean(), "balanced_accuracy": float(np.mean(known)), "macro_f1": 0.5, "ece": 0.1}
     test |= {"images": len(labels), "recall": recall, "confusion": [[0] * 3] * 3}
     splits = dict.fromkeys(("val", "test", "test_unleaked", "test_without_train"), test)
     summary = {
@@ -95,6 +96,44 @@ def test_seeds_of_a_recipe_are_one_side(tmp_path: Path) -> None:
     assert pair.differing == pytest.approx(np.mean([(one != other).mean() for one, other in runs]))
     (mixed,) = pairs([ours, side(theirs.folders[0].name, tmp_path)], None)
     assert (mixed.p, mixed.balanced_p) == (None, None)
+
+
+def test_a_recall_over_seeds_is_the_mean_of_theirs(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, 2], 5)
+    for seed, hits in ((1, 2), (2, 3)):
+        write_run(tmp_path, "x", seed, np.arange(15) < hits, labels=labels)
+    recall = side("x", tmp_path).recalls()[0]
+    assert recall.value == 0.5
+    assert recall.low < 0.4 < 0.6 < recall.high
+
+
+def test_seeds_that_are_all_alike_prove_nothing(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path, "ours", seed, np.arange(400) < 360)
+        write_run(tmp_path, "theirs", seed, np.arange(400) < 320)
+    (pair,) = pairs([side("ours", tmp_path), side("theirs", tmp_path)], None)
+    assert (pair.p, pair.accuracy.low > 0) == (None, True)
+    assert "not told apart over seeds: 10.00 points, but each side is the same with every seed; " in pair.verdict()
+
+
+def test_a_single_test_image_proves_nothing(tmp_path: Path) -> None:
+    one, label = np.ones(1, bool), np.zeros(1, int)
+    first = write_run(tmp_path, "hit", 1, one, labels=label)
+    for seed in (1, 2):
+        write_run(tmp_path, "mis", seed, ~one, labels=label)
+    (pair,) = pairs([side(first, tmp_path), side("mis", tmp_path)], None)
+    assert (pair.accuracy.low, pair.accuracy.high) == (-1, 1)
+    assert pair.verdict().startswith("not told apart: ")
+
+
+def test_runs_of_the_first_format_and_of_renamed_pictures_compare(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name, 1, right(0.8, number)) for number, name in enumerate(("old", "new"))]
+    for run in runs:
+        path = tmp_path / run / "summary.json"
+        path.write_text(path.read_text().replace('"test_hash": "t", ', ""))
+    renamed = tmp_path / runs[1] / "predictions_test.csv"
+    pd.read_csv(renamed).assign(name="y").to_csv(renamed, index=False)
+    assert len(pairs([side(run, tmp_path) for run in runs], None)) == 1
 
 
 def test_seeds_are_named_one_by_one_where_a_start_names_too_many(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from conftest import CLASSES, CPU, change, doe, refusal, small_run
 from huggingface_hub import ModelCard
 from scipy.special import softmax
 
+from fer.card import card as card_of
 from fer.card import commit_of
 from fer.data.dataset import open_data
 from fer.ensemble import combine
@@ -69,6 +70,11 @@ def test_the_folder_is_whole_checked_and_states_the_runs_own_numbers(run: Path, 
         assert commit_of(made) == told
     assert commit_of(json.loads((folder / "checkpoint.json").read_text())["made_by"]) in " ".join(card.text.split())
     assert "exists already" in refusal(write_folder, run, folder)
+    summary = json.loads((run / "summary.json").read_text()) | {"classes": ["a|b", "<b>\n## x", *CLASSES[2:]]}
+    odd = card_of(summary, json.loads((folder / "checkpoint.json").read_text()))
+    assert "| a\\|b | " in odd
+    assert "| &lt;b&gt; ## x | " in odd
+    assert "<b>" not in odd
     for own in ("new.old", "new.partial"):  # a user's, such as what was exported before
         (tmp_path / own).mkdir()
         told = f"{tmp_path / own}: would be replaced while new is written; move it or delete it"

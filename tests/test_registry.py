@@ -18,8 +18,10 @@ import mlflow
 import pytest
 from conftest import BIN, answers, free_port, refusal, wait_for
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.models.model import ModelInfo
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from pipelines.commands.results import print_champions
 from pipelines.registry import Registry
@@ -153,6 +155,31 @@ def test_by_hand_back_and_forth(shop: Shop) -> None:
     assert promoted.evidence == {"val_accuracy": 0.45, "champion_val_accuracy": 0.5}
     what = [one.what for one in registry.history("fer-x")]
     assert what == ["run", "run", "run", "by hand", "run", "run", *["rollback"] * 4, "by hand"]
+
+
+def test_a_history_that_was_deleted_for_good_begins_anew(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the champion that the alias names."""
+    registry, *made = shop
+    record(registry, "fer-x", *made, 0.5, "x-s1")
+    lost, get = registry.client.get_registered_model("fer-x").tags["fer.history"], registry.client.get_run
+
+    def get_run(run_id: str) -> Run:
+        if run_id == lost:
+            raise MlflowException("Run not found", RESOURCE_DOES_NOT_EXIST)
+        return get(run_id)
+
+    monkeypatch.setattr(registry.client, "get_run", get_run)
+    assert registry.history("fer-x") == []
+    record(registry, "fer-x", *made, 0.4, "x-s2")
+    assert [(one.what, one.run) for one in registry.history("fer-x")] == [("found", "x-s1"), ("run", "x-s2")]
+    assert registry.aliases("fer-x")["champion"] == "1"
+
+
+def test_a_run_that_was_recorded_again_is_its_last_version(shop: Shop) -> None:
+    registry, *made = shop
+    for run, accuracy in (("x-s1", 0.5), ("x-s2", 0.4), ("x-s2", 0.4), ("x-s20", 0.3)):
+        record(registry, "fer-x", *made, accuracy, run)
+    assert registry.promote("fer-x", "x-s2").version == "3"
 
 
 @pytest.mark.parametrize("what", ["run", "experiment"])

@@ -13,7 +13,7 @@ import pytest
 from conftest import free_port, refusal
 
 from fer.errors import without_password
-from pipelines.store import check_answers
+from pipelines.store import check_answers, is_missing
 
 SECRET = "s3cr3t"
 
@@ -34,6 +34,9 @@ SECRET = "s3cr3t"
             "postgresql://host/x?user=me&password=***&sslPassword=***&application_name=y",
         ),
         ("sqlite:////home/me:x@work/mlflow.db", "sqlite:////home/me:x@work/mlflow.db"),
+        (f"mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{SECRET}", "mssql+pyodbc:///?odbc_connect=***"),
+        (f"https:/me:{SECRET}@host", "https:/***@host"),
+        (f"me:{SECRET}@host:5000", "***@host:5000"),
     ],
 )
 def test_no_password_is_shown(uri: str, shown: str) -> None:
@@ -72,6 +75,8 @@ SHOWN = r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:\d+/x"
         (f"http://me:{SECRET}@127.0.0.1:OTHER", r"http://\*\*\*@.*: leave user and password out .*MLFLOW_TRACKING_USE"),
         (f"http://{SECRET}@127.0.0.1:OTHER", r"http://\*\*\*@.*: leave user and password out .*or MLFLOW_TRACKING_TOK"),
         ("http://[::1", r"no server answers at http://\[::1 \("),
+        ("http://localhost:abc", r"no server answers at http://localhost:abc \("),
+        ("http://local host:5000", r"no server answers at http://local host:5000 \("),
         ("sqlite://", r"'sqlite://' is no tracking store; use sqlite:///FILE"),
         ("./mlruns", r"'./mlruns' is no tracking store; use sqlite:///FILE"),
         (f"oracle://me:{SECRET}@host/x", r"'oracle://me:\*\*\*@host/x' is no tracking store"),
@@ -104,6 +109,14 @@ def test_a_missing_driver_is_named(driver: str, monkeypatch: pytest.MonkeyPatch)
     shown = f"postgresql+{driver}://me:***@127.0.0.1:9/x"
     assert line.startswith(f"tracking.uri: {shown} needs the Python package {driver}, which is not")
     assert line.endswith("`pip install -c constraints.txt -e '.[postgres]'`")
+
+
+def test_a_file_with_options(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db?timeout=60"
+    assert is_missing(uri)
+    check_answers(uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert not is_missing(uri)
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from pipelines.sweeps import folder as sweeps
 from pipelines.sweeps import search
 from pipelines.sweeps.files import read_result
 from pipelines.sweeps.folder import DONE, FAILED, PRUNED, Plan, Trial
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, described
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -209,7 +209,7 @@ def test_a_trial_that_has_ended_stays_so_when_a_person_stops_the_sweep(project: 
     sweeps.begin_trial(job.folder, sweep.published)
     fit(job.name, job.run, job.resources, DATA, job.folder.parent)
     data = open_data(DATA)
-    with pytest.raises(Stopped), tracker.sweep(sweep, {**data.summary, "hash": data.hash}):
+    with pytest.raises(Stopped), tracker.sweep(sweep, described(data)):
         wait_for(lambda: len(statuses(project)) == 2)
         sweeps.end_trial(job.folder)
         wait_for(lambda: "FINISHED" in statuses(project).values())

@@ -1,12 +1,14 @@
 """MLflow: one run per run id, states that are true, a champion that only improves, no point lost to a dead server."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import BIN, CLASSES, CPU, answers, free_port, leave_of_test, make_data, refusal, small_run, wait_for
+from mlflow.exceptions import MlflowException
 
-from fer.data.dataset import open_data
+from fer.data.dataset import DataSet, open_data
 from fer.errors import UserError
 from fer.evaluate import evaluate
 from fer.predict import Predictor
 from fer.signals import Stopped
-from fer.train import fit
+from fer.train import NonFiniteLoss, fit
 from pipelines import tracking
 from pipelines.experiments import Job
 from pipelines.processes import process_id
 from pipelines.recorded import final_metrics
 from pipelines.store import tracking_uri
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, described
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -57,9 +60,7 @@ def tracker(folder: Path, tmp_path: Path, empty_store: Path) -> Tracker:
 def record(tracker: Tracker, folder: Path, inside: Callable[[], object] = lambda: None) -> None:
     """What the flow does around a run, which is in `folder` or written there `inside`."""
     opened = open_data(folder.parents[1])
-    with tracker.record(
-        Job("small", small_run(epochs=2), CPU, opened.folder, folder), {**opened.summary, "hash": opened.hash}
-    ):
+    with tracker.record(Job("small", small_run(epochs=2), CPU, opened.folder, folder), described(opened)):
         inside()
 
 
@@ -136,7 +137,8 @@ def test_a_finished_run_has_its_parameters_metrics_artifacts_and_a_model_that_pr
     files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
     assert {"confusion_matrix.png", "predictions_test.csv", "predictions_val.csv", "summary.json"} <= files
     inputs = {each.tags[0].value: each.dataset.digest for each in run.inputs.dataset_inputs}
-    assert inputs == {key: f"{summary['data_hash']}-{key}" for key in ("train", "val", "test")}
+    hashes = {"train": summary["data_hash"], "val": summary["data_hash"], "test": summary["test_hash"]}
+    assert inputs == {split: f"{digest}-{split}" for split, digest in hashes.items()}
 
     images = np.load(data / "upscaled" / "images.npy")[:5]
     served = mlflow.pyfunc.load_model("models:/fer-data@champion").predict(images)
@@ -271,11 +273,64 @@ def test_an_evaluation_anew_reaches_the_version(folder: Path, tracker: Tracker):
     record(tracker, folder)
     summary = json.loads((folder / "summary.json").read_text())
     summary["test"]["accuracy"] = 0.125
+    summary["test"]["recall"][3] = None  # no image of that class is left
+    del summary["test_unleaked"]["accuracy"]
+    summary["finished"] += 1
     (folder / "summary.json").write_text(json.dumps(summary))
     record(tracker, folder)
+    metrics = only_run(tracker).data.metrics
+    gone = {key for key, value in metrics.items() if math.isnan(value)}
+    assert gone == {f"final/test_recall_{summary['classes'][3]}", "final/test_unleaked_accuracy"}
+    assert metrics["final/test_accuracy"] == 0.125
     (version,) = tracker.client.search_model_versions("name = 'fer-data'")
     assert version.tags["test_accuracy"] == "0.125000"
     assert "**12.50 %**" in version.description
+
+
+def test_a_point_that_mlflow_did_not_take_is_no_finished_run(
+    folder: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+):
+    send, locked = tracker.client.log_batch, MlflowException("database is locked")
+
+    def log_batch(run_id: str, metrics: Sequence[mlflow.entities.Metric] = (), **more: Any) -> None:
+        if any(metric.key == "val_accuracy" for metric in metrics):
+            raise locked
+        send(run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(tracker.client, "log_batch", log_batch)
+    told = "no longer answers, or refuses .database is locked.; the runs are safe on disk"
+    with pytest.raises(UserError, match=told):
+        record(tracker, folder)
+    assert statuses(tracker) == {folder.name: "FAILED"}
+    assert not tracker.recorded(folder)
+    monkeypatch.setattr(tracker.client, "log_batch", send)
+    record(tracker, folder)
+    assert [step for step, _ in points(tracker)] == [1, 2]
+
+
+def test_what_a_run_says_counts_more_than_what_mlflow_says_then(
+    folder: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+):
+    def diverges() -> None:
+        monkeypatch.setattr(tracker.client, "set_tag", refuses)
+        raise NonFiniteLoss("loss is nan")
+
+    def refuses(*_: object) -> None:
+        raise MlflowException("disk is full")
+
+    with pytest.raises(NonFiniteLoss, match="^loss is nan$"):
+        record(tracker, folder, diverges)
+
+
+def test_the_test_split_of_a_run_has_counts_of_its_own(folder: Path, tracker: Tracker):
+    """Those who correct test alone have the same training data."""
+    data = open_data(folder.parents[1])
+    before = [one.dataset for one in tracking._data_inputs(described(data))]
+    splits = dict(data.splits | {"test": replace(data.split("test"), rows=data.split("test").rows[::-1])})
+    after = [
+        one.dataset for one in tracking._data_inputs(described(DataSet(data.folder, data.images, data.summary, splits)))
+    ]
+    assert [one.digest == other.digest for one, other in zip(before, after)] == [True, True, False]
 
 
 def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(
@@ -297,7 +352,7 @@ def test_a_server_killed_in_the_middle_costs_no_run_and_no_point(
         os.killpg(processes[-1].pid, signal.SIGKILL)
         processes[-1].wait()
 
-    with pytest.raises(UserError, match="no longer answers; .*safe on disk"):
+    with pytest.raises(UserError, match="no longer answers, or refuses .*; the runs are safe on disk"):
         record(start(), folder, kill)
     again = start()
     try:
@@ -327,6 +382,8 @@ def test_final_metrics():
     assert final_metrics(summary) == accuracies | own
     named = final_metrics(summary | {"classes": ["don't know: 1\u20442", "y"]})
     assert "final/test_recall_don_t know_ 1_2" in named  # a name that MLflow takes
+    both = final_metrics(summary | {"classes": ["a/b", "a?b"], "test": part | {"recall": [0.25, 0.75]}})
+    assert (both["final/test_recall_a_b 0"], both["final/test_recall_a_b 1"]) == (0.25, 0.75)
 
 
 def test_once_the_process_leaves_no_run_begins_and_one_that_was_just_beginning_is_told(

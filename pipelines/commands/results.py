@@ -1,5 +1,6 @@
 """`fer evaluate`, `fer ensemble` and `fer compare`; the tables of runs that other commands print, too."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,7 +131,7 @@ def _record_made(folder: Path, params: Any) -> None:
     from pipelines.experiments import Job
 
     with doing("Recording and registering it"):
-        from pipelines.tracking import Tracker
+        from pipelines.tracking import Tracker, described
 
         tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.tracking.promotion)
         if tracker.recorded(folder):
@@ -138,7 +139,7 @@ def _record_made(folder: Path, params: Any) -> None:
         content, data = read_config(folder), open_data(data_of(folder))
         run = read_run(content, folder / CONFIG)
         job = Job(content["name"], run, params.resources, data.folder, folder, content["start"])
-        with tracker.record(job, {**data.summary, "hash": data.hash}):
+        with tracker.record(job, described(data)):
             pass
 
 
@@ -174,6 +175,7 @@ def _compare_pairs(words: list[str], report: Path | None) -> None:
             few = f"a page shows {len(page.COLOURS)} sides at most, each in a colour of its own"
             raise UserError(f"--report {report}: {few}; name fewer than {len(words)}")
     sides = [comparison.side(word, RUNS) for word in words]
+    comparison.refuse_apart(sides)
     print_table([summary for side in sides for summary in side.summaries])
     try:
         data = open_data(data_of(sides[0].folders[0]))
@@ -290,9 +292,10 @@ def print_champions(tracker: Any, runs: list[str]) -> None:
             decided = [record for record in tracker.registry.history(name) if record.run in runs]
             if not decided:
                 continue
-            accuracy = 100 * float(tags.get("val_accuracy", "nan"))
-            run = tags.get("fer.run_id", "of another origin")
-            console.print(f"models:/{name}@champion: version {tags['version']}, {run}, val {accuracy:.2f} %")
+            run, val = tags.get("fer.run_id", "of another origin"), tags.get("val_accuracy", "")
+            with suppress(ValueError):  # as somebody wrote in MLflow
+                val = f"{100 * float(val):.2f} %"
+            console.print(f"models:/{name}@champion: version {tags['version']}, {run}, val {val or '-'}")
             for record in decided:
                 if record.champion != record.version:
                     said = f"{record.run}: version {record.version}, {record.reason}"
