@@ -134,8 +134,8 @@ def _single(picture: Any) -> np.ndarray:
     """One picture as [1, H, W] or [1, H, W, 3]."""
     if isinstance(picture, str | Path | bytes):
         return read_picture(picture)[None]
-    if isinstance(picture, Image.Image) and picture.mode not in ("L", "RGB"):
-        picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+    if isinstance(picture, Image.Image) and not picture.mode.startswith(("I", "F")):  # which have more than 8 bits
+        picture = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
     found = _layout(_bytes(np.asarray(picture)))
     if len(found) != 1:
         raise UserError(

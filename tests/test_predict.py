@@ -87,6 +87,8 @@ def test_pictures_of_pillow_are_those_of_their_files(bars: Path, tmp_path: Path)
     for picture in (noise.quantize(16), noise.convert("CMYK"), noise.convert("1"), noise.convert("RGBA")):
         picture.save(tmp_path / (name := f"{picture.mode}.tiff"))
         np.testing.assert_array_equal(predictor.probabilities([picture]), predictor.probabilities([tmp_path / name]))
+    deep = Image.fromarray(np.full((16, 16), 300, np.uint16))
+    assert refusal(predictor.probabilities, [deep]).startswith("images: ")
 
 
 def test_json_may_hold_pictures_as_base64_and_paths_in_every_form_that_mlflow_takes(bars: Path, tmp_path: Path) -> None:
