@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -236,12 +237,16 @@ def test_a_damaged_sweep_is_named(project: Path, here: Here) -> None:
 
 
 def test_no_message_has_two_lines(tmp_path: Path) -> None:
-    for place in ("train/\x1b[2Jhappy\u2028", "train/sadness"):
+    for place in ("train/glad\u2028x", "train/sadness"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("L", (48, 48)).save(tmp_path / place / "1.png")
     (tmp_path / "test").mkdir()
     with look(tmp_path) as found:
         line = refusal(read_named, found, Wanted(), ["happiness", "sadness"])
-    assert r"folder '\x1b[2Jhappy\u2028' is none of happiness, sadness" in line
+    assert r"folder 'glad\u2028x' is none of happiness, sadness" in line
+    (tmp_path / "train/glad\u2028x").rename(tmp_path / "train/\x1b[2Jhappy")
+    with ExitStack() as stack:
+        line = refusal(stack.enter_context, look(tmp_path))
+    assert line.endswith(r"/train/\x1b[2Jhappy/1.png: its name has a control character: rename it")
     error = pickle.loads(pickle.dumps(UserError("a\nb", "c")))
     assert (error.lines, str(error)) == ((r"a\nb", "c"), "a\\nb\nc")

@@ -4,12 +4,13 @@ The publisher's validation set is `test`, as in publications; val is taken out o
 """
 
 import io
+import tokenize
+import zipfile
 
 import numpy as np
 from tqdm import tqdm
 
 from fer.data.found import Entry, Found, one_of, printable
-from fer.data.images import DAMAGE
 from fer.data.rows import Table, header, whole
 from fer.data.source import Face, Source, Wanted, of_faces
 from fer.errors import UserError
@@ -22,6 +23,10 @@ TABLES = {"training.csv": "train", "validation.csv": "test"}
 COLUMNS = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "expression")
 SETS = {"train_set": "train", "val_set": "test"}
 ANNOTATION = "_exp.npy"
+NO_NUMBER = (  # what numpy raises for a damaged file
+    ValueError, TypeError, EOFError, OSError, SyntaxError, AttributeError, SystemError, tokenize.TokenError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def read(found: Found, wanted: Wanted) -> Source:
@@ -120,7 +125,7 @@ def _expression(entry: Entry) -> int:
     try:
         value = np.load(io.BytesIO(entry.read()), allow_pickle=False)
         number = whole(str(value.item()))
-    except (*DAMAGE, OSError, AttributeError, SystemError):
+    except NO_NUMBER:
         number = None
     if number is None or number >= NO_CLASS.stop:
         raise UserError(f"{entry}: holds no number from 0 to 10: restore it")
